@@ -1,0 +1,45 @@
+# The commands people type. `make demo` and `make test` set everything up by themselves in a fresh clone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(INSTALLED)  ## make the virtual environment (.venv) with everything that the other targets need
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("retpop needs Python 3.11 or newer; %s is %s. Try: make PYTHON=python3.11 ..." % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[atari,test,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## train a small REM agent on Atari Breakout and write its report (about 4 minutes)
+	$(BIN)/rem-atari train --preset tiny --env.game Breakout --seed 0 --run $(DEMO_RUN)
+
+test: $(INSTALLED)  ## the tests that every change must pass
+	$(BIN)/python -m pytest -m "not slow and not gpu" --cov=retpop --cov-branch --cov-fail-under=95 $(ARGS)
+
+test-all: $(INSTALLED)  ## all tests, the minutes-long ones too
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## put the code into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## benchmarks of the operations
+	$(BIN)/python -m pytest benchmarks -o python_files='*.py' -o addopts='--import-mode=importlib' --benchmark-only $(ARGS)
+
+clean:  ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

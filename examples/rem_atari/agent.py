@@ -1,0 +1,47 @@
+"""The agent: a tokenizer, a world model over its tokens, and a controller that learns inside it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rem_atari.config import Config
+from rem_atari.models.controller import Controller
+from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.models.world_model import WorldModel
+
+
+class Agent(nn.Module):
+    """The three networks under one roof, so that they are saved, moved and counted together.
+
+    They are trained one by one, each with its own loss, and called by name; the agent itself has no forward.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, world_model: WorldModel, controller: Controller) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.world_model = world_model
+        self.controller = controller
+
+    @classmethod
+    def from_config(cls, cfg: Config, num_actions: int) -> Agent:
+        """An agent with fresh weights, drawn from torch's global generator, on the CPU.
+
+        Args:
+            cfg: a run's configuration.
+            num_actions: actions of the game.
+
+        Raises:
+            ValueError: sizes that do not fit each other.
+        """
+        tokenizer = Tokenizer(cfg.tokenizer, cfg.env.frame_size)
+        world_model = WorldModel(
+            cfg.world_model,
+            num_tokens=tokenizer.num_tokens,
+            code_dim=tokenizer.code_dim,
+            codebook_size=tokenizer.codebook_size,
+            num_actions=num_actions,
+        )
+        controller = Controller(
+            cfg.controller, grid=tokenizer.grid, code_dim=tokenizer.code_dim, num_actions=num_actions
+        )
+        return cls(tokenizer, world_model, controller)

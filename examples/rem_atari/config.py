@@ -1,0 +1,243 @@
+"""Every setting of a run, in one tree of frozen dataclasses; the command line is made from it.
+
+The defaults are the published agent's (arXiv 2402.05643), so ``presets.PRESETS["paper"]`` changes only what
+the docs list; the presets for a CPU override sizes and switch on what their docstrings say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rem_atari.config_io import from_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """The game and its preprocessing (Atari 100K's protocol)."""
+
+    game: str = "Breakout"
+    """ALE game, by its name in ale-py, for example Breakout or MsPacman. Unused where `id` is given."""
+    id: str | None = None
+    """Any gymnasium id with pixel observations and discrete actions, for example rem_atari/Catch-v0."""
+    frame_size: int = 64
+    """Height and width of a frame in pixels."""
+    frame_skip: int = 4
+    """Raw frames that one action lasts; the observation is the maximum over the last two of them."""
+    noop_max: int = 30
+    """Training: at most this many no-op actions at the start of a game."""
+    max_raw_frames: int = 20_000
+    """Training: raw frames after which a game is truncated."""
+    eval_max_raw_frames: int = 108_000
+    """Evaluation: raw frames after which a game is truncated."""
+    num_envs: int = 1
+    """Environments stepped side by side while collecting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """One component's optimiser (AdamW) and how much it trains."""
+
+    lr: float
+    """Learning rate."""
+    weight_decay: float
+    """AdamW's decoupled weight decay."""
+    clip_norm: float
+    """Gradients are clipped to this global norm."""
+    batch_size: int
+    """Frames (tokenizer), sequences (world model) or segments (controller) in an update."""
+    updates_per_epoch: int
+    """Updates in an epoch."""
+    first_updates: int | None = None
+    """Updates in the component's first epoch, where they differ (a warm-up); None: as in any other."""
+    start_epoch: int = 0
+    """First epoch in which the component trains."""
+    max_seconds: float | None = None
+    """Bound on a phase's wall time: a slow machine finishes with fewer updates. None: counts alone decide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The VQ-VAE that turns a frame into a square of tokens."""
+
+    channels: tuple[int, ...] = (32, 64, 128, 256)
+    """Channels of the encoder: the first convolution's, then after each halving of the frame."""
+    codebook_size: int = 512
+    """Number of codes."""
+    code_dim: int = 256
+    """Dimension of a code."""
+    groups: int = 8
+    """Groups of every GroupNorm."""
+    reconstruction_weight: float = 1.0
+    """Weight of the mean squared error of the pixels."""
+    codebook_weight: float = 1.0
+    """Weight of MSE(z_q, sg z), which moves the codes."""
+    commitment_weight: float = 1.0
+    """Weight of MSE(z, sg z_q), which moves the encoder."""
+    perceptual_weight: float = 1.0
+    """Weight of LPIPS; needs its weights on disk. 0 leaves it out."""
+    foreground_weight: float = 0.0
+    """Extra weight in the pixel error of pixels that differ from the median frame. Off in the paper."""
+    init_from_data: bool = False
+    """Start the codes from encoder outputs of the first batch. Off in the paper."""
+    restart_dead_codes: bool = False
+    """Move codes that no frame uses onto encoder outputs. Off in the paper."""
+    freeze_epoch: int | None = None
+    """From this epoch on the tokenizer rests, if its foreground error allows it. None (paper): never."""
+    freeze_foreground_error: float = 0.02
+    """Mean squared error on foreground pixels (frames in [-1, 1]) above which it is not frozen yet."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-4, weight_decay=0.01, clip_norm=10.0, batch_size=128, updates_per_epoch=200, start_epoch=5
+        )
+    )
+    """Optimiser and amount of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldModelConfig:
+    """The POP world model: a RetNet decoder over blocks of observation tokens and one action."""
+
+    embed_dim: int = 256
+    """Width of the decoder; equals the tokenizer's code_dim unless own_token_embedding is on."""
+    num_layers: int = 5
+    """Layers of the decoder."""
+    num_heads: int = 4
+    """Retention heads."""
+    ffn_dim: int = 1024
+    """Hidden width of the feed-forward layers."""
+    dropout: float = 0.1
+    """Dropout at the four places of the paper's decoder."""
+    sequence_blocks: int = 10
+    """Blocks (environment steps) in a training sequence."""
+    context_blocks: int = 2
+    """First blocks of a sequence that carry no loss."""
+    own_token_embedding: bool = False
+    """Embed observation tokens with a table of the world model's own, not the codebook. Off in the paper."""
+    position_in_block: bool = False
+    """Add a learned embedding of a token's place in its block. Off in the paper."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=2e-4, weight_decay=0.05, clip_norm=100.0, batch_size=64, updates_per_epoch=200, start_epoch=25
+        )
+    )
+    """Optimiser and amount of training; no weight decay on biases, norms and embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig:
+    """The actor-critic in token space, trained in imagination."""
+
+    channels: tuple[int, int] = (128, 64)
+    """Channels of the two convolutions over the square of codes."""
+    hidden_dim: int = 512
+    """Width of the linear layer after them."""
+    lstm_dim: int = 512
+    """Width of the LSTM cell."""
+    normalize_codes: bool = False
+    """Divide the codes by their standard deviation before the first convolution. Off in the paper."""
+    burn_in: int = 20
+    """Frames of a segment that warm up the LSTM, without gradient; the segment has one more."""
+    min_real_frames: int = 3
+    """A segment has at least this many real frames; the rest is padding on the left."""
+    burn_in_actions: bool = True
+    """Feed the actions of the burn-in to the LSTM too. The published agent does not."""
+    horizon: int = 9
+    """Imagined steps; the loss covers all but the last, whose value is the bootstrap."""
+    gamma: float = 0.995
+    """Discount."""
+    lambda_: float = 0.95
+    """λ of the λ-return."""
+    entropy_weight: float = 0.001
+    """Weight of the policy's entropy."""
+    mask_after_end: bool = True
+    """Leave imagined steps after an imagined end out of the loss. The published agent keeps them."""
+    epsilon: float = 0.01
+    """While collecting: chance that a random action is taken."""
+    temperature: float = 1.0
+    """Temperature of the actions while collecting."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-4, weight_decay=0.01, clip_norm=3.0, batch_size=128, updates_per_epoch=100, start_epoch=50
+        )
+    )
+    """Optimiser and amount of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Epochs, and how much is collected in each."""
+
+    epochs: int = 600
+    """Epochs: collect, train the tokenizer, the world model, the controller."""
+    collect_epochs: int = 500
+    """Only the first so many epochs collect."""
+    steps_per_epoch: int = 200
+    """Environment steps (all environments together) collected in an epoch."""
+    random_steps: int = 0
+    """Environment steps with random actions before the first epoch. 0 in the paper."""
+    collect_max_seconds: float | None = None
+    """Bound on the wall time of an epoch's collection; None: counts alone decide."""
+    checkpoint_every: int = 10
+    """Epochs between checkpoints; the last epoch is always saved."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation while training and at the end."""
+
+    every: int = 10
+    """Epochs between evaluations; 0: only at the end."""
+    episodes: int = 16
+    """Episodes of an evaluation while training."""
+    final_episodes: int = 100
+    """Episodes of the evaluation at the end."""
+    num_envs: int = 8
+    """Environments stepped side by side."""
+    temperature: float = 0.5
+    """Temperature of the actions."""
+    random_episodes: int = 20
+    """Episodes of a random agent, played once for comparison; 0: none."""
+    max_steps: int | None = None
+    """Bound on the agent's steps in an episode, beyond the game's own; None: the game's own alone."""
+    max_seconds: float | None = None
+    """Bound on an evaluation's wall time; episodes still open then are counted as they stand, and marked."""
+    heldout_steps: int = 2_000
+    """Steps of the evaluation at the end that are kept in heldout/, for the report; never trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    preset: str = "paper"
+    """Preset that the settings start from: debug, tiny, catch or paper. Every other flag overrides it."""
+    seed: int = 0
+    """Seed of everything random: weights, environments, replay, actions."""
+    device: str = "cpu"
+    """torch device: cpu or cuda."""
+    threads: int = 0
+    """CPU threads torch uses; 0 leaves torch's own choice."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """The game and its preprocessing."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The VQ-VAE."""
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    """The POP world model."""
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    """The actor-critic."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Epochs and collection."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Config:
+        """A configuration from `to_dict`'s data; unknown and missing names raise ValueError."""
+        return from_dict(cls, data)

@@ -1,0 +1,1 @@
+"""The agent's networks: tokenizer, world model and controller."""

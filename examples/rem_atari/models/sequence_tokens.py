@@ -1,0 +1,47 @@
+"""Sequences of environment steps with their frames as tokens: what world model and imagination are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from rem_atari.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rem_atari.replay import SequenceBatch
+
+
+@dataclass(frozen=True)
+class SequenceTokens:
+    """B sequences of T steps; all tensors on one device.
+
+    Attributes:
+        tokens: the frames acted on, (B, T, K) int64.
+        actions: the actions taken, (B, T) int64.
+        rewards: their raw rewards, (B, T) float32.
+        ended: (B, T) bool, the episode came to an end of its own with this step.
+        truncated: (B, T) bool, the episode was cut short from outside after this step.
+        mask: (B, T) bool, False where a step is padding.
+    """
+
+    tokens: Tensor
+    actions: Tensor
+    rewards: Tensor
+    ended: Tensor
+    truncated: Tensor
+    mask: Tensor
+
+
+def tokenize(batch: SequenceBatch, tokenizer: Tokenizer) -> SequenceTokens:
+    """A batch from the replay on the tokenizer's device, its frames tokenised."""
+    device = tokenizer.codes.device
+    return SequenceTokens(
+        tokens=tokenizer.encode(batch.frames.to(device)),
+        actions=batch.actions.to(device),
+        rewards=batch.rewards.to(device),
+        ended=batch.ended.to(device),
+        truncated=batch.truncated.to(device),
+        mask=batch.mask.to(device),
+    )

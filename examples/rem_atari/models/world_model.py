@@ -1,0 +1,266 @@
+"""The POP world model: a RetNet that reads observations and actions and predicts what comes next."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rem_atari.config import WorldModelConfig
+from rem_atari.models.sequence_tokens import SequenceTokens
+from retpop import RetNetConfig, RetNetDecoder, RetNetState
+
+REWARD_CLASSES = 3
+"""The world model learns the sign of a reward: class 0 is -1, class 1 is 0, class 2 is +1."""
+
+NO_LOSS = -100
+"""Target of what carries no loss."""
+
+
+class WorldModelStep(NamedTuple):
+    """What the world model makes of an observation and an action.
+
+    Attributes:
+        reward_logits: of the sign of the reward, (B, 3), for -1, 0, +1.
+        end_logits: of the episode going on (0) or ending (1), (B, 2).
+        token_logits: of the next observation's tokens, each place for itself, (B, K, V).
+        state: the memory after observation and action.
+    """
+
+    reward_logits: Tensor
+    end_logits: Tensor
+    token_logits: Tensor
+    state: RetNetState
+
+
+class SequenceLogits(NamedTuple):
+    """Predictions over a sequence of N blocks, those of a prefix left out where asked.
+
+    Attributes:
+        tokens: of each block's own observation, from what came before the block, (B, N, K, V).
+        rewards: of each block's reward, from the block and what came before, (B, N, 3).
+        ends: of each block's end flag, likewise, (B, N, 2).
+    """
+
+    tokens: Tensor
+    rewards: Tensor
+    ends: Tensor
+
+
+class WorldModel(nn.Module):
+    """Predicts rewards, ends and next observations, all tokens of an observation in one pass (POP).
+
+    A block is the K tokens of an observation and the action taken on it. The main stream of the decoder reads
+    blocks; its output at the action token gives reward and end. K learned prediction embeddings, started from
+    the state before a block, give that block's K observation tokens.
+
+    Observation tokens are embedded with the tokenizer's codebook, which every method is handed and into which
+    no gradient flows, or, with `own_token_embedding`, with a table of the model's own (the codebook handed in
+    is then not read). The decoder starts as `retpop.RetNetDecoder` initialises it, each layer for itself (the
+    published agent starts all layers as copies of one); heads and embeddings start as torch initialises them.
+
+    Args:
+        cfg: sizes.
+        num_tokens: K, tokens of an observation.
+        code_dim: E, dimension of the tokenizer's codes.
+        codebook_size: V, number of codes.
+        num_actions: number of actions.
+
+    Raises:
+        ValueError: the codes do not fit the decoder's width and the model has no table of its own, or the
+            context leaves no block to learn from.
+
+    Source: arXiv 2402.05643; 4,628,997 parameters at the published size with 18 actions.
+    """
+
+    def __init__(
+        self, cfg: WorldModelConfig, *, num_tokens: int, code_dim: int, codebook_size: int, num_actions: int
+    ) -> None:
+        super().__init__()
+        _check_config(cfg, code_dim)
+        width = cfg.embed_dim
+        self.num_tokens = num_tokens
+        self.block_size = num_tokens + 1
+        self.context_blocks = cfg.context_blocks
+        self.token_embedding = nn.Embedding(codebook_size, width) if cfg.own_token_embedding else None
+        self.action_embedding = nn.Embedding(num_actions, width)
+        self.prediction_embedding = nn.Embedding(num_tokens, width)
+        self.position_embedding = nn.Embedding(self.block_size, width) if cfg.position_in_block else None
+        self.decoder = RetNetDecoder(
+            RetNetConfig(
+                embed_dim=width,
+                num_heads=cfg.num_heads,
+                num_layers=cfg.num_layers,
+                ffn_dim=cfg.ffn_dim,
+                decay="log_spaced",
+                position="retnet",
+                dropout=cfg.dropout,
+            )
+        )
+        self.token_head = _head(width, codebook_size)
+        self.reward_head = _head(width, REWARD_CLASSES)
+        self.end_head = _head(width, 2)
+
+    def init_state(self, batch_size: int) -> RetNetState:
+        """The memory before `batch_size` sequences have begun."""
+        weight = self.action_embedding.weight
+        return self.decoder.init_state(batch_size, device=weight.device, dtype=weight.dtype)
+
+    def forward(
+        self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
+    ) -> SequenceLogits:
+        """Predictions over whole sequences, from an empty memory.
+
+        Args:
+            tokens: observations, (B, N, K) int64.
+            actions: (B, N) int64.
+            codebook: the tokenizer's codes, (V, E).
+            skip_blocks: leave out the predictions of so many first blocks.
+        """
+        predicting = self._prediction_tokens(tokens.shape[0], tokens.shape[1])
+        read, predicted, _ = self.decoder.pop(
+            self._embed_blocks(tokens, actions, codebook), predicting, block_size=self.block_size
+        )
+        at_action = read.unflatten(1, (-1, self.block_size))[:, skip_blocks:, -1]
+        return SequenceLogits(
+            tokens=self.token_head(predicted[:, skip_blocks:]),
+            rewards=self.reward_head(at_action),
+            ends=self.end_head(at_action),
+        )
+
+    def loss(self, batch: SequenceTokens, codebook: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss: the sum of the cross-entropies of tokens, rewards and ends.
+
+        The first `context_blocks` of a sequence and padding carry no loss, and a truncated step teaches no
+        end: nobody knows whether the episode would have gone on. Padding must be on the right.
+
+        Args:
+            batch: sequences of more than `context_blocks` steps.
+            codebook: the tokenizer's codes, (V, E).
+
+        Returns:
+            The loss, and the metrics as scalars without gradient: loss, tokens, reward, end (mean
+            cross-entropies in nats) and token_accuracy, reward_accuracy, end_accuracy (shares).
+
+        Raises:
+            ValueError: the sequences are no longer than the context.
+        """
+        skipped = self.context_blocks
+        if batch.tokens.shape[1] <= skipped:
+            raise ValueError(
+                f"WorldModel.loss(): the sequences have {batch.tokens.shape[1]} blocks; wanted more than "
+                f"world_model.context_blocks, which is {skipped}."
+            )
+        logits = self(batch.tokens, batch.actions, codebook, skip_blocks=skipped)
+        padding = ~batch.mask[:, skipped:]
+        end_unknown = padding | (batch.truncated & ~batch.ended)[:, skipped:]
+        token_targets = batch.tokens[:, skipped:].masked_fill(padding[..., None], NO_LOSS)
+        reward_targets = reward_classes(batch.rewards[:, skipped:]).masked_fill(padding, NO_LOSS)
+        end_targets = batch.ended[:, skipped:].long().masked_fill(end_unknown, NO_LOSS)
+        tokens, token_accuracy = _cross_entropy(logits.tokens, token_targets)
+        reward, reward_accuracy = _cross_entropy(logits.rewards, reward_targets)
+        end, end_accuracy = _cross_entropy(logits.ends, end_targets)
+        loss = tokens + reward + end
+        metrics = {
+            "loss": loss.detach(),
+            "tokens": tokens.detach(),
+            "reward": reward.detach(),
+            "end": end.detach(),
+            "token_accuracy": token_accuracy,
+            "reward_accuracy": reward_accuracy,
+            "end_accuracy": end_accuracy,
+        }
+        return loss, metrics
+
+    def take_in(
+        self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: RetNetState | None = None
+    ) -> RetNetState:
+        """The memory after reading blocks, without predicting anything.
+
+        Args:
+            tokens: observations, (B, N, K) int64.
+            actions: (B, N) int64.
+            codebook: the tokenizer's codes, (V, E).
+            state: the memory before them; None: empty.
+        """
+        _, state = self.decoder(self._embed_blocks(tokens, actions, codebook), state)
+        return state
+
+    def step(self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: RetNetState) -> WorldModelStep:
+        """Read one block and predict what follows it, in one pass of the decoder.
+
+        Args:
+            tokens: the observation, (B, K) int64.
+            actions: the action taken on it, (B,) int64.
+            codebook: the tokenizer's codes, (V, E).
+            state: the memory before the block.
+        """
+        read, predicted, state = self.decoder.pop(
+            self._embed_blocks(tokens[:, None], actions[:, None], codebook),
+            self._prediction_tokens(tokens.shape[0], 1),
+            state,
+            block_size=self.block_size,
+            offset=1,
+        )
+        at_action = read[:, -1]
+        return WorldModelStep(
+            reward_logits=self.reward_head(at_action),
+            end_logits=self.end_head(at_action),
+            token_logits=self.token_head(predicted[:, 0]),
+            state=state,
+        )
+
+    def predict_first(self, state: RetNetState) -> Tensor:
+        """Logits (B, K, V) of the observation that follows the memory `state`, which stays as it is."""
+        predicting = self._prediction_tokens(state.position.shape[0], 1)
+        nothing = predicting.new_empty(predicting.shape[0], 0, predicting.shape[-1])
+        _, predicted, _ = self.decoder.pop(nothing, predicting, state, block_size=self.block_size)
+        return self.token_head(predicted[:, 0])
+
+    def _embed_blocks(self, tokens: Tensor, actions: Tensor, codebook: Tensor) -> Tensor:
+        """Observations (B, N, K) and actions (B, N) as the main stream's input, (B, N·(K+1), width)."""
+        table = codebook.detach() if self.token_embedding is None else self.token_embedding.weight
+        observations = functional.embedding(tokens, table)
+        blocks = torch.cat([observations, self.action_embedding(actions)[:, :, None]], dim=2)
+        if self.position_embedding is not None:
+            blocks = blocks + self.position_embedding.weight
+        return rearrange(blocks, "b n l e -> b (n l) e")
+
+    def _prediction_tokens(self, batch_size: int, blocks: int) -> Tensor:
+        """The prediction stream's input, the same for every block: (B, blocks, K, width)."""
+        return self.prediction_embedding.weight.expand(batch_size, blocks, -1, -1)
+
+
+def reward_classes(rewards: Tensor) -> Tensor:
+    """The classes (int64) of raw rewards: their sign plus one."""
+    return rewards.sign().long() + 1
+
+
+def _head(width: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy and accuracy over the targets (...) other than NO_LOSS; 0 if there are none."""
+    logits, targets = logits.flatten(0, -2), targets.flatten()
+    counted = (targets != NO_LOSS).sum().clamp(min=1)
+    total = functional.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="sum")
+    correct = (logits.detach().argmax(dim=-1) == targets).sum()
+    return total / counted, correct / counted
+
+
+def _check_config(cfg: WorldModelConfig, code_dim: int) -> None:
+    if not cfg.own_token_embedding and cfg.embed_dim != code_dim:
+        raise ValueError(
+            f"world_model.embed_dim is {cfg.embed_dim} and tokenizer.code_dim is {code_dim}; observation "
+            "tokens are embedded with the codes, so the two must be equal unless "
+            "world_model.own_token_embedding is on."
+        )
+    if not 0 <= cfg.context_blocks < cfg.sequence_blocks:
+        raise ValueError(
+            f"world_model.context_blocks is {cfg.context_blocks}; it must be at least 0 and below "
+            f"world_model.sequence_blocks, which is {cfg.sequence_blocks}."
+        )

@@ -1,0 +1,224 @@
+"""Named configurations: what ``rem-atari train --preset NAME`` starts from; flags override them.
+
+======  ==================  ==============================================================================
+name    time, 2 CPU cores   what for
+======  ==================  ==============================================================================
+debug   seconds             runs every phase on Catch at toy sizes; learns nothing
+tiny    about 4 minutes     the whole agent on a real Atari game at a size a CPU bears; learns little
+catch   about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
+paper   days; wants a GPU   the published agent
+======  ==================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+from rem_atari.config import (
+    Config,
+    ControllerConfig,
+    EnvConfig,
+    EvaluationConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    WorldModelConfig,
+)
+
+CATCH_ID = "rem_atari/Catch-v0"
+
+PAPER = Config(
+    preset="paper",
+    # The published agent's ways, where config.py's defaults are the better ones (docs: known differences).
+    controller=ControllerConfig(burn_in_actions=False, mask_after_end=False),
+)
+
+CATCH = Config(
+    preset="catch",
+    threads=1,
+    env=EnvConfig(id=CATCH_ID, frame_size=24, num_envs=8),
+    tokenizer=TokenizerConfig(
+        channels=(8, 16, 32, 64),
+        codebook_size=32,
+        code_dim=32,
+        groups=4,
+        reconstruction_weight=5.0,
+        perceptual_weight=0.0,
+        foreground_weight=20.0,
+        init_from_data=True,
+        restart_dead_codes=True,
+        freeze_epoch=8,
+        optim=OptimConfig(
+            lr=1e-3, weight_decay=0.01, clip_norm=10.0, batch_size=32, updates_per_epoch=15, first_updates=300
+        ),
+    ),
+    world_model=WorldModelConfig(
+        embed_dim=64,
+        num_layers=2,
+        num_heads=4,
+        ffn_dim=256,
+        dropout=0.0,
+        sequence_blocks=5,
+        context_blocks=1,
+        own_token_embedding=True,
+        position_in_block=True,
+        optim=OptimConfig(
+            lr=2e-3,
+            weight_decay=0.05,
+            clip_norm=100.0,
+            batch_size=16,
+            updates_per_epoch=30,
+            first_updates=300,
+        ),
+    ),
+    controller=ControllerConfig(
+        channels=(32, 32),
+        hidden_dim=128,
+        lstm_dim=128,
+        normalize_codes=True,
+        burn_in=3,
+        # A game of Catch has six frames; the imagination may start from its second.
+        min_real_frames=2,
+        horizon=6,
+        gamma=0.95,
+        entropy_weight=0.03,
+        optim=OptimConfig(
+            lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=128, updates_per_epoch=60, start_epoch=3
+        ),
+    ),
+    schedule=ScheduleConfig(
+        epochs=12, collect_epochs=12, steps_per_epoch=192, random_steps=1_600, checkpoint_every=4
+    ),
+    evaluation=EvaluationConfig(every=4, episodes=40, final_episodes=200, random_episodes=200),
+)
+
+TINY = Config(
+    preset="tiny",
+    env=EnvConfig(game="Breakout", frame_size=64, num_envs=4),
+    tokenizer=TokenizerConfig(
+        channels=(8, 16, 32, 64),
+        codebook_size=128,
+        code_dim=32,
+        groups=4,
+        reconstruction_weight=5.0,
+        perceptual_weight=0.0,
+        foreground_weight=20.0,
+        init_from_data=True,
+        restart_dead_codes=True,
+        optim=OptimConfig(
+            lr=1e-3,
+            weight_decay=0.01,
+            clip_norm=10.0,
+            batch_size=32,
+            updates_per_epoch=100,
+            first_updates=300,
+            max_seconds=15.0,
+        ),
+    ),
+    world_model=WorldModelConfig(
+        embed_dim=64,
+        num_layers=2,
+        num_heads=4,
+        ffn_dim=256,
+        dropout=0.0,
+        sequence_blocks=8,
+        context_blocks=1,
+        own_token_embedding=True,
+        position_in_block=True,
+        optim=OptimConfig(
+            lr=2e-3,
+            weight_decay=0.05,
+            clip_norm=100.0,
+            batch_size=8,
+            updates_per_epoch=80,
+            first_updates=120,
+            max_seconds=12.0,
+        ),
+    ),
+    controller=ControllerConfig(
+        channels=(32, 16),
+        hidden_dim=128,
+        lstm_dim=128,
+        normalize_codes=True,
+        burn_in=6,
+        horizon=7,
+        gamma=0.97,
+        entropy_weight=0.01,
+        optim=OptimConfig(
+            lr=1e-3,
+            weight_decay=0.01,
+            clip_norm=3.0,
+            batch_size=32,
+            updates_per_epoch=20,
+            start_epoch=1,
+            max_seconds=12.0,
+        ),
+    ),
+    schedule=ScheduleConfig(
+        epochs=5,
+        collect_epochs=5,
+        steps_per_epoch=400,
+        random_steps=1_000,
+        collect_max_seconds=8.0,
+        checkpoint_every=5,
+    ),
+    evaluation=EvaluationConfig(
+        every=0,
+        final_episodes=8,
+        num_envs=4,
+        temperature=1.0,
+        random_episodes=8,
+        max_steps=500,
+        max_seconds=12.0,
+    ),
+)
+
+DEBUG = Config(
+    preset="debug",
+    threads=1,
+    env=EnvConfig(id=CATCH_ID, frame_size=24, num_envs=2),
+    tokenizer=TokenizerConfig(
+        channels=(4, 8, 8, 8),
+        codebook_size=16,
+        code_dim=8,
+        groups=2,
+        perceptual_weight=0.0,
+        foreground_weight=1.0,
+        init_from_data=True,
+        restart_dead_codes=True,
+        freeze_epoch=1,
+        optim=OptimConfig(
+            lr=1e-3, weight_decay=0.01, clip_norm=10.0, batch_size=8, updates_per_epoch=2, first_updates=4
+        ),
+    ),
+    world_model=WorldModelConfig(
+        embed_dim=16,
+        num_layers=2,
+        num_heads=2,
+        ffn_dim=32,
+        sequence_blocks=4,
+        context_blocks=1,
+        own_token_embedding=True,
+        position_in_block=True,
+        optim=OptimConfig(lr=1e-3, weight_decay=0.05, clip_norm=100.0, batch_size=4, updates_per_epoch=2),
+    ),
+    controller=ControllerConfig(
+        channels=(8, 8),
+        hidden_dim=16,
+        lstm_dim=16,
+        burn_in=3,
+        min_real_frames=2,
+        horizon=3,
+        optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=4, updates_per_epoch=2),
+    ),
+    schedule=ScheduleConfig(
+        epochs=2,
+        collect_epochs=2,
+        steps_per_epoch=32,
+        random_steps=64,
+        checkpoint_every=1,
+        keep_checkpoints=2,
+    ),
+    evaluation=EvaluationConfig(every=1, episodes=3, final_episodes=5, num_envs=2, random_episodes=4),
+)
+
+PRESETS: dict[str, Config] = {preset.preset: preset for preset in (DEBUG, TINY, CATCH, PAPER)}
+"""The presets by name."""

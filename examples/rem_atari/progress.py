@@ -1,0 +1,221 @@
+"""What the person in front of a run sees: the phase it's in, its rate, and the time left of the run.
+
+A terminal gets one moving bar; a file or a pipe gets one plain line for each phase that is done.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichBar
+
+from rem_atari.training.schedule import UNITS, Work
+
+REFRESH_SECONDS = 0.2
+"""A bar's numbers are worked out anew no more often than this."""
+
+
+class TimeLeft:
+    """How long the rest of a run takes, judged by the pace of what it has done so far.
+
+    Args:
+        plan: all work of the run, in order.
+    """
+
+    def __init__(self, plan: Sequence[Work]) -> None:
+        self._waiting = list(plan)
+        self._pace: dict[str, float] = {}
+
+    def begin(self, epoch: int, phase: str) -> None:
+        """Take this work, and whatever was planned before it, off what is waiting."""
+        for index, work in enumerate(self._waiting):
+            if (work.epoch, work.phase) == (epoch, phase):
+                del self._waiting[: index + 1]
+                return
+
+    def drop(self, phase: str) -> None:
+        """Take all waiting work of a phase off: it won't be done any more."""
+        self._waiting = [work for work in self._waiting if work.phase != phase]
+
+    def measure(self, phase: str, units: int, seconds: float) -> None:
+        """Note the phase's pace, from `units` done in `seconds`."""
+        if units > 0:
+            self._pace[phase] = seconds / units
+
+    def describe(self, phase: str, units: int) -> str:
+        """The time left as text: for `units` more of the phase that is running, and for all that is waiting.
+
+        "about" it is; "at least", where a phase is waiting that was never measured.
+        """
+        total, complete = units * self._pace.get(phase, 0.0), phase in self._pace
+        for work in self._waiting:
+            pace = self._pace.get(work.phase)
+            bounds = [] if work.max_seconds is None else [work.max_seconds]
+            if pace is not None:
+                bounds.append(work.units * pace)
+            complete = complete and bool(bounds)
+            total += min(bounds, default=0.0)
+        return f"{'about' if complete else 'at least'} {format_duration(total)} left"
+
+
+class Progress(ABC):
+    """Shows how a run gets on.
+
+    Args:
+        plan: all work of the run.
+        epochs: number of epochs.
+    """
+
+    def __init__(self, plan: Sequence[Work], epochs: int) -> None:
+        self.time_left = TimeLeft(plan)
+        self.epochs = epochs
+        self._phase = ""
+        self._units = 0
+        self._done = 0
+        self._started = 0.0
+
+    @contextmanager
+    def phase(self, epoch: int, phase: str, units: int) -> Iterator[None]:
+        """Show a phase while it runs; `units` is how much it is expected to do."""
+        self.time_left.begin(epoch, phase)
+        self._phase, self._units, self._done, self._started = phase, units, 0, time.monotonic()
+        self._begin(f"epoch {epoch + 1}/{self.epochs}  {phase.replace('_', ' ')}")
+        yield
+        # What was left undone was cut by the time bound: nothing of it remains.
+        self._units = self._done
+        self._finish(*self._measure())
+
+    def advance(self, units: int = 1) -> None:
+        """The running phase has done so much more."""
+        self._done += units
+        self._advance()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Nothing more will come."""
+
+    @abstractmethod
+    def _begin(self, title: str) -> None: ...
+
+    @abstractmethod
+    def _advance(self) -> None: ...
+
+    @abstractmethod
+    def _finish(self, rate: str, left: str) -> None: ...
+
+    def _measure(self) -> tuple[str, str]:
+        """Rate of the running phase and time left of the run, as text."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        self.time_left.measure(self._phase, self._done, seconds)
+        rate = f"{self._done / seconds:.1f} {UNITS[self._phase]}/s"
+        return rate, self.time_left.describe(self._phase, max(self._units - self._done, 0))
+
+
+class LineProgress(Progress):
+    """One plain line for each phase that is done; for files and pipes.
+
+    Args:
+        plan: all work of the run.
+        epochs: number of epochs.
+        stream: where the lines go.
+    """
+
+    def __init__(self, plan: Sequence[Work], epochs: int, stream: TextIO) -> None:
+        super().__init__(plan, epochs)
+        self._stream = stream
+        self._title = ""
+
+    def say(self, text: str) -> None:
+        """Write a line."""
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def _begin(self, title: str) -> None:
+        self._title = title
+
+    def _advance(self) -> None:
+        pass
+
+    def _finish(self, rate: str, left: str) -> None:
+        seconds = format_duration(time.monotonic() - self._started)
+        self.say(f"{self._title}: {self._done} {UNITS[self._phase]} in {seconds} ({rate}), {left}")
+
+
+class BarProgress(Progress):
+    """One bar that moves; for terminals.
+
+    Args:
+        plan: all work of the run.
+        epochs: number of epochs.
+        stream: the terminal.
+    """
+
+    def __init__(self, plan: Sequence[Work], epochs: int, stream: TextIO) -> None:
+        super().__init__(plan, epochs)
+        self._bar = RichBar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}  {task.fields[left]}"),
+            console=Console(file=stream),
+        )
+        self._task = self._bar.add_task("starting", total=None, rate="", left="")
+        self._refreshed = 0.0
+        self._bar.start()
+
+    def say(self, text: str) -> None:
+        """Write a line above the bar."""
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+    def _begin(self, title: str) -> None:
+        self._bar.reset(self._task, total=self._units, description=f"{title:<24}", rate="", left="")
+        self._refreshed = time.monotonic()
+
+    def _advance(self) -> None:
+        now = time.monotonic()
+        if now - self._refreshed >= REFRESH_SECONDS:
+            self._refreshed = now
+            self._update(*self._measure())
+
+    def _finish(self, rate: str, left: str) -> None:
+        self._update(rate, left)
+
+    def _update(self, rate: str, left: str) -> None:
+        self._bar.update(self._task, completed=self._done, rate=f"{rate:>18}", left=left)
+
+
+def make_progress(plan: Sequence[Work], epochs: int, stream: TextIO) -> Progress:
+    """A bar where the stream is a terminal, plain lines where it is not."""
+    return (BarProgress if stream.isatty() else LineProgress)(plan, epochs, stream)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as 1:02:03, or as 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,348 @@
+"""What the report measures on held-out frames: arrays in, numbers out.
+
+Nothing here reads a file or runs a network. Frames are uint8 and are scaled to [-1, 1] before an error is
+taken, as the tokenizer sees them, so that errors compare with the training curves. N frames, K tokens a
+frame, V codes, S pixels a side. Cross-entropies are in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PEAK = 2.0
+"""Distance between black and white in frames scaled to [-1, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameErrors:
+    """Errors of one way to redraw N frames.
+
+    Attributes:
+        mse: mean squared error over all pixels and channels.
+        psnr: peak signal-to-noise ratio of that mean error, in dB; infinite for a perfect copy.
+        foreground_mse: mean squared error over foreground pixels alone; None if there are none.
+        per_frame: mean squared error of each frame, (N,).
+    """
+
+    mse: float
+    psnr: float
+    foreground_mse: float | None
+    per_frame: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TokenPredictions:
+    """What a predictor says about N frames before it sees them.
+
+    Attributes:
+        log_prob: log-probability that it gave to the token that came, (N, K).
+        choice: its most likely token, (N, K).
+    """
+
+    log_prob: NDArray[np.float64]
+    choice: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """How good a predictor of tokens is.
+
+    Attributes:
+        cross_entropy: mean negative log-probability of the token that came, in nats.
+        accuracy: share of tokens that its choice hits.
+        changed_accuracy: the same over tokens that differ from the frame before; None if none does.
+        changed_share: share of tokens that differ from the frame before.
+        count: number of tokens scored.
+    """
+
+    cross_entropy: float
+    accuracy: float
+    changed_accuracy: float | None
+    changed_share: float
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookUse:
+    """How many codes carry the frames.
+
+    Attributes:
+        used: codes that appear.
+        size: codes there are.
+        perplexity: exp of the entropy of their use: so many codes, used equally often, would say as much.
+    """
+
+    used: int
+    size: int
+    perplexity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One measure of the agent beside a rival that needs no learning, and whether the agent wins.
+
+    Attributes:
+        measure: name of the measure.
+        ours: the agent's value.
+        rival: name of what it is compared with.
+        theirs: the rival's value.
+        higher_is_better: direction of the measure.
+        explanation: one sentence on what the measure means.
+        percent: the values are shares, shown in percent.
+    """
+
+    measure: str
+    ours: float
+    rival: str
+    theirs: float
+    higher_is_better: bool
+    explanation: str
+    percent: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the agent is strictly better; False where a value is not a number."""
+        return self.ours > self.theirs if self.higher_is_better else self.ours < self.theirs
+
+
+@dataclass(frozen=True)
+class TokenBaselines:
+    """Predictors fitted by counting tokens, for the world model to beat.
+
+    Attributes:
+        unigram: chance of each code anywhere in a frame, (V,).
+        place_unigram: chance of each code at each place of the frame, (K, V).
+        copy_weight: weight of "the same as in the frame before" in the mixture with `unigram`.
+    """
+
+    unigram: NDArray[np.float64]
+    place_unigram: NDArray[np.float64]
+    copy_weight: float
+
+    def predict_unigram(self, target: NDArray[np.int64]) -> TokenPredictions:
+        """Score `target` (N, K) by how often each code occurs."""
+        choice = np.full_like(target, int(self.unigram.argmax()))
+        return TokenPredictions(np.log(self.unigram[target]), choice)
+
+    def predict_place_unigram(self, target: NDArray[np.int64]) -> TokenPredictions:
+        """Score `target` (N, K) by how often each code occurs at its place."""
+        places = np.arange(target.shape[1])
+        choice = np.broadcast_to(self.place_unigram.argmax(axis=1), target.shape)
+        return TokenPredictions(np.log(self.place_unigram[places, target]), choice)
+
+    def predict_copy(self, target: NDArray[np.int64], previous: NDArray[np.int64]) -> TokenPredictions:
+        """Score `target` (N, K) by the frame before it, `previous` (N, K), smoothed with the unigram."""
+        same = (target == previous).astype(np.float64)
+        chance = self.copy_weight * same + (1.0 - self.copy_weight) * self.unigram[target]
+        return TokenPredictions(np.log(chance), previous)
+
+
+def to_signed(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Frames scaled from 0..255 to [-1, 1]."""
+    return frames.astype(np.float32) / 127.5 - 1.0
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error of frames in [-1, 1]: 10 log10(2² / mse)."""
+    return math.inf if mse == 0 else 10.0 * math.log10(PEAK**2 / mse)
+
+
+def frame_errors(
+    frames: NDArray[np.uint8], redrawn: NDArray[np.uint8], foreground: NDArray[np.bool_]
+) -> FrameErrors:
+    """Errors of `redrawn` against `frames`.
+
+    Args:
+        frames: real frames, (N, S, S, 3).
+        redrawn: what stands for them, (N, S, S, 3) or one frame for all, (S, S, 3).
+        foreground: pixels that count as foreground, (N, S, S).
+    """
+    squared = (to_signed(frames) - to_signed(redrawn)) ** 2
+    mse = float(squared.mean(dtype=np.float64))
+    return FrameErrors(
+        mse=mse,
+        psnr=psnr(mse),
+        foreground_mse=float(squared[foreground].mean(dtype=np.float64)) if foreground.any() else None,
+        per_frame=squared.mean(axis=(1, 2, 3), dtype=np.float64),
+    )
+
+
+def codebook_use(tokens: NDArray[np.int64], codebook_size: int) -> CodebookUse:
+    """How many of the codes 0..codebook_size-1 the `tokens`, of any shape, use."""
+    counts = np.bincount(tokens.ravel(), minlength=codebook_size)
+    shares = counts[counts > 0] / counts.sum()
+    entropy = float(-(shares * np.log(shares)).sum())
+    return CodebookUse(used=len(shares), size=codebook_size, perplexity=math.exp(entropy))
+
+
+def fit_baselines(
+    tokens: NDArray[np.int64], previous: NDArray[np.int64], codebook_size: int
+) -> TokenBaselines:
+    """Fit the counting predictors on training frames.
+
+    The unigram adds one to each count, so that a code never seen keeps a chance; the unigram per place adds
+    the unigram itself as one pseudo-count.
+
+    Args:
+        tokens: tokens of frames, (N, K).
+        previous: tokens of the frame before each, (N, K).
+        codebook_size: number of codes V.
+    """
+    num_frames, num_places = tokens.shape
+    places = np.zeros((num_places, codebook_size))
+    np.add.at(places, (np.broadcast_to(np.arange(num_places), tokens.shape), tokens), 1.0)
+    unigram = (places.sum(axis=0) + 1.0) / (tokens.size + codebook_size)
+    return TokenBaselines(
+        unigram=unigram,
+        place_unigram=(places + unigram) / (num_frames + 1.0),
+        copy_weight=_fit_copy_weight(tokens == previous, unigram[tokens]),
+    )
+
+
+def _fit_copy_weight(same: NDArray[np.bool_], chance: NDArray[np.float64], rounds: int = 50) -> float:
+    """The weight w with the highest likelihood of w * same + (1 - w) * chance, by expectation maximisation.
+
+    One pseudo-count for "not a copy" keeps w below 1: a change must stay possible where training shows none.
+    """
+    weight = 0.5
+    for _ in range(rounds):
+        copied = same * weight / (same * weight + (1.0 - weight) * chance)
+        weight = float(copied.sum() / (same.size + 1))
+    return weight
+
+
+def score_tokens(
+    predictions: TokenPredictions, target: NDArray[np.int64], previous: NDArray[np.int64]
+) -> TokenScores:
+    """Score predictions of `target` (N, K), where `previous` (N, K) are the tokens of the frame before.
+
+    Raises:
+        ValueError: there is no token to score.
+    """
+    if target.size == 0:
+        raise ValueError(f"score_tokens(): target has shape {target.shape}; at least one token is needed.")
+    hit = predictions.choice == target
+    changed = target != previous
+    return TokenScores(
+        cross_entropy=float(-predictions.log_prob.mean()),
+        accuracy=float(hit.mean()),
+        changed_accuracy=float(hit[changed].mean()) if changed.any() else None,
+        changed_share=float(changed.mean()),
+        count=target.size,
+    )
+
+
+def compare_frames(ours: FrameErrors, mean_frame: FrameErrors) -> list[Comparison]:
+    """Reconstructions beside the mean training frame."""
+    rows = [
+        Comparison(
+            measure="Reconstruction error (MSE)",
+            ours=ours.mse,
+            rival="mean frame",
+            theirs=mean_frame.mse,
+            higher_is_better=False,
+            explanation="Mean squared error over all pixels of frames scaled to [−1, 1]; the mean frame is"
+            " the average of the training frames, shown whatever the game does.",
+        ),
+        Comparison(
+            measure="Reconstruction PSNR, dB",
+            ours=ours.psnr,
+            rival="mean frame",
+            theirs=mean_frame.psnr,
+            higher_is_better=True,
+            explanation="The same error on a logarithmic scale: 10 dB more is a tenth of the error.",
+        ),
+    ]
+    if ours.foreground_mse is not None and mean_frame.foreground_mse is not None:
+        foreground = Comparison(
+            measure="Foreground error (MSE)",
+            ours=ours.foreground_mse,
+            rival="mean frame",
+            theirs=mean_frame.foreground_mse,
+            higher_is_better=False,
+            explanation="The error on pixels that differ from the median frame alone: the ball, the paddle,"
+            " the enemies, which the error over all pixels hardly sees.",
+        )
+        rows.append(foreground)
+    return rows
+
+
+def compare_tokens(
+    ours: TokenScores,
+    *,
+    unigram: TokenScores,
+    place_unigram: TokenScores,
+    copy: TokenScores,
+    copy_weight: float,
+) -> list[Comparison]:
+    """The world model's next-frame tokens beside three predictors that only count."""
+    rivals = [
+        ("unigram", unigram, "how often each code occurs in training, whatever its place"),
+        ("unigram per place", place_unigram, "how often each code occurs at its place in training"),
+        (
+            "copy the last frame",
+            copy,
+            "the token of the frame before, mixed with the unigram by a weight fitted on training frames so"
+            f" that a change is never impossible (here {copy_weight:.2f} to copy)",
+        ),
+    ]
+    rows = [
+        Comparison(
+            measure="Token cross-entropy, nats",
+            ours=ours.cross_entropy,
+            rival=name,
+            theirs=scores.cross_entropy,
+            higher_is_better=False,
+            explanation="Mean −ln of the chance given to each token of the real next frame; the rival knows"
+            f" {knows}.",
+        )
+        for name, scores, knows in rivals
+    ]
+    return rows + _compare_accuracies(ours, place_unigram, copy)
+
+
+def _compare_accuracies(ours: TokenScores, place_unigram: TokenScores, copy: TokenScores) -> list[Comparison]:
+    """Accuracy of all tokens, and of those that changed if any did."""
+    rows = [
+        Comparison(
+            measure="Token accuracy",
+            ours=ours.accuracy,
+            rival="copy the last frame",
+            theirs=copy.accuracy,
+            higher_is_better=True,
+            percent=True,
+            explanation="Share of all tokens of the next frame that the most likely guess hits.",
+        )
+    ]
+    if ours.changed_accuracy is not None and place_unigram.changed_accuracy is not None:
+        changed = Comparison(
+            measure="Accuracy where tokens changed",
+            ours=ours.changed_accuracy,
+            rival="unigram per place",
+            theirs=place_unigram.changed_accuracy,
+            higher_is_better=True,
+            percent=True,
+            explanation=f"The same over the {ours.changed_share:.1%} of tokens that differ from the frame"
+            " before, where copying is always wrong: motion, and the flicker of the tokenizer.",
+        )
+        rows.append(changed)
+    return rows
+
+
+def compare_rewards(ours: TokenScores, base_rate: TokenScores) -> list[Comparison]:
+    """The world model's reward signs beside how often each sign occurs."""
+    return [
+        Comparison(
+            measure="Reward cross-entropy, nats",
+            ours=ours.cross_entropy,
+            rival="base rate",
+            theirs=base_rate.cross_entropy,
+            higher_is_better=False,
+            explanation="Mean −ln of the chance given to the sign of each real reward; the rival knows how"
+            f" often each sign occurs in training, and {ours.changed_share:.1%} of these rewards are not 0.",
+        )
+    ]

@@ -1,0 +1,217 @@
+"""Which curves the report draws, and how one becomes an inline SVG that follows the page's colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from rem_atari.report.history import MetricLine, Series, is_number, returns_of, values_of
+
+WIDTH, HEIGHT = 340, 190
+LEFT, RIGHT, TOP, BOTTOM = 44, 18, 10, 34
+MAX_MARKED_POINTS = 40
+LOG_RATIO = 50.0
+"""A chart of positive values whose largest is this many times the smallest gets a logarithmic axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A small chart.
+
+    Attributes:
+        title: what is drawn, with its unit.
+        x_label: what x is.
+        series: the curves; those without a point are not drawn.
+        level: name and height of a horizontal line to compare with, or None.
+    """
+
+    title: str
+    x_label: str
+    series: list[Series]
+    level: tuple[str, float] | None = None
+
+    @property
+    def drawn(self) -> list[Series]:
+        """The curves that have a point."""
+        return [series for series in self.series if series.x]
+
+    @property
+    def heights(self) -> list[float]:
+        """Every height that the y axis must span."""
+        level = [] if self.level is None else [self.level[1]]
+        bands = [bound for series in self.drawn for bound in (series.low or []) + (series.high or [])]
+        return [y for series in self.drawn for y in series.y] + bands + level
+
+
+LOSS_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    ("tokenizer", "Tokenizer loss", (("loss", "all terms, weighted"),)),
+    (
+        "tokenizer",
+        "Tokenizer: squared error of pixels in [−1, 1]",
+        (("reconstruction", "all pixels"), ("foreground_error", "foreground")),
+    ),
+    ("tokenizer", "Tokenizer: codes used in a batch", (("codes_used", "codes"),)),
+    (
+        "world_model",
+        "World model: cross-entropy, nats",
+        (("tokens", "next tokens"), ("reward", "reward"), ("end", "end")),
+    ),
+    (
+        "world_model",
+        "World model: accuracy in training",
+        (("token_accuracy", "next tokens"), ("reward_accuracy", "reward"), ("end_accuracy", "end")),
+    ),
+    ("controller", "Controller: imagined λ-return", (("imagined_return", "return"),)),
+    ("controller", "Controller: loss of the value", (("value", "squared error"),)),
+    ("controller", "Controller: entropy of the policy, nats", (("entropy", "entropy"),)),
+)
+"""Phase, title, and metric with its legend, of every chart over epochs."""
+
+
+def charts_of(lines: Sequence[MetricLine]) -> list[Chart]:
+    """Every chart that the run's metrics have at least one point for, returns first."""
+    charts = [_returns_chart(lines)]
+    for phase, title, metrics in LOSS_CHARTS:
+        series = [
+            Series(legend, [epoch + 1 for epoch in curve.x], curve.y)  # people count epochs from 1
+            for metric, legend in metrics
+            for curve in [values_of(lines, phase, metric)]
+        ]
+        charts.append(Chart(title=title, x_label="epoch", series=series))
+    return [chart for chart in charts if chart.drawn]
+
+
+def _returns_chart(lines: Sequence[MetricLine]) -> Chart:
+    """Mean returns while collecting and evaluating over environment steps, beside random play's."""
+    random = returns_of(lines, "random")
+    collected = values_of(lines, "collect", "mean_game_return", x="env_steps")
+    evaluated = [
+        line
+        for line in lines
+        if line.get("phase") == "evaluate"
+        and all(
+            is_number(line.get(name)) for name in ("env_steps", "mean_return", "min_return", "max_return")
+        )
+    ]
+    evaluation = Series(
+        "evaluation, with its range",
+        [float(line["env_steps"]) for line in evaluated],
+        [float(line["mean_return"]) for line in evaluated],
+        low=[float(line["min_return"]) for line in evaluated],
+        high=[float(line["max_return"]) for line in evaluated],
+    )
+    return Chart(
+        title="Return of a game",
+        x_label="environment steps",
+        series=[evaluation, Series("while collecting", collected.x, collected.y)],
+        level=None if random is None else ("random play", random.mean),
+    )
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: the values at its ends, its ticks, whether it is logarithmic, and the pixels it spans."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    log: bool
+    start: float
+    stop: float
+
+    def place(self, value: float) -> float:
+        """Pixel position of `value`."""
+        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+        at = math.log10(value) if self.log else value
+        return self.start + (at - low) / (high - low) * (self.stop - self.start)
+
+
+def make_axis(
+    values: Sequence[float], *, start: float, stop: float, may_log: bool = False, smallest_step: float = 0.0
+) -> Axis:
+    """An axis over `values` (at least one) with ticks at round numbers, at least `smallest_step` apart."""
+    low, high = min(values), max(values)
+    if may_log and low > 0 and high / low > LOG_RATIO:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        step = max(1, math.ceil((last - first) / 4))
+        ticks = [10.0**power for power in range(first, last + 1, step)]
+        return Axis(10.0**first, 10.0**last, ticks, True, start, stop)
+    if high == low:
+        low, high = (low - 1.0, high + 1.0) if low == 0 else (low - 0.1 * abs(low), high + 0.1 * abs(high))
+    step = max(_round_step((high - low) / 4), smallest_step)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [round(index * step, 12) for index in range(first, last + 1)]
+    return Axis(ticks[0], ticks[-1], ticks, False, start, stop)
+
+
+def _round_step(rough: float) -> float:
+    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(
+        factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= rough * (1 - 1e-9)
+    )
+
+
+def tick_text(value: float) -> str:
+    """A tick's number, short: 12k, 0.05, 1e-4."""
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-").replace("-", "−")
+    text = f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+    return text.replace("-", "−")
+
+
+def chart_svg(chart: Chart) -> str:
+    """The chart as an inline SVG element; colours come from the page's style sheet."""
+    xs = [x for series in chart.drawn for x in series.x]
+    x_axis = make_axis(xs, start=LEFT, stop=WIDTH - RIGHT, smallest_step=1.0)
+    y_axis = make_axis(chart.heights, start=HEIGHT - BOTTOM, stop=TOP, may_log=chart.level is None)
+    parts = [*_grid(x_axis, y_axis, chart.x_label)]
+    if chart.level is not None:
+        y = y_axis.place(chart.level[1])
+        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for index, series in enumerate(chart.drawn):
+        parts.extend(_curve(series, x_axis, y_axis, index))
+    label = escape(f"{chart.title} over {chart.x_label}")
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> list[str]:
+    """Horizontal grid lines with their numbers, and the numbers below the x axis."""
+    parts = []
+    for tick in y_axis.ticks:
+        y = y_axis.place(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick_text(tick)}</text>')
+    for tick in x_axis.ticks:
+        x = x_axis.place(tick)
+        parts.append(
+            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{tick_text(tick)}</text>'
+        )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    return parts
+
+
+def _curve(series: Series, x_axis: Axis, y_axis: Axis, index: int) -> list[str]:
+    """A series: its band, its line, and dots with tooltips where they are few enough to tell apart."""
+    points = [(x_axis.place(x), y_axis.place(y)) for x, y in zip(series.x, series.y, strict=True)]
+    parts = []
+    if series.low is not None and series.high is not None:
+        for x, low, high in zip(series.x, series.low, series.high, strict=True):
+            at, top, bottom = x_axis.place(x), y_axis.place(high), y_axis.place(low)
+            parts.append(
+                f'<line class="range s{index}" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+            )
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    parts.append(f'<polyline class="curve s{index}" points="{path}"/>')
+    if len(points) <= MAX_MARKED_POINTS:
+        for (x, y), real_x, real_y in zip(points, series.x, series.y, strict=True):
+            tip = escape(f"{series.name}: {real_y:.4g} at {real_x:g}")
+            dot = f'class="dot s{index}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"'
+            parts.append(f"<circle {dot}><title>{tip}</title></circle>")
+    return parts

@@ -1,0 +1,114 @@
+"""The sections of the page on how the run was made: configuration, files, and how to make it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from rem_atari.config import Config
+from rem_atari.report.contents import Report, RunFile
+from rem_atari.report.sections import section
+from rem_atari.report.text import size
+
+
+def configuration(report: Report) -> str:
+    """Every setting, with the default (the paper's behaviour) beside those that differ from it."""
+    ours, defaults = flatten(report.config.to_dict()), flatten(Config().to_dict())
+    groups: dict[str, list[str]] = {}
+    for path in ours:
+        groups.setdefault(path.rpartition(".")[0] or "run", []).append(path)
+    blocks = []
+    for group, paths in groups.items():
+        changed = sum(ours[path] != defaults.get(path) for path in paths)
+        rows = "".join(_setting_row(path, ours[path], defaults.get(path)) for path in paths)
+        head = "<thead><tr><th>Setting</th><th>Value</th><th>Default</th></tr></thead>"
+        blocks.append(
+            f'<details><summary>{escape(group)} <span class="faint small">{changed} of {len(paths)} differ'
+            f" from the default</span></summary>"
+            f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div></details>'
+        )
+    lead = "<p>The resolved configuration. The defaults are the published agent's; what differs is bold.</p>"
+    return section("Configuration", lead + "".join(blocks))
+
+
+def _setting_row(path: str, value: object, default: object) -> str:
+    same = value == default
+    return (
+        f'<tr class="{"default" if same else "set"}"><td><code>{escape(path)}</code></td>'
+        f"<td><code>{escape(setting_text(value))}</code></td>"
+        f'<td class="faint">{"" if same else f"<code>{escape(setting_text(default))}</code>"}</td></tr>'
+    )
+
+
+def file_table(run_files: Sequence[RunFile]) -> str:
+    """What lies in the run's folder."""
+    rows = "".join(
+        f"<tr><td><code>{escape(file.name)}</code></td><td>{escape(file.purpose)}</td>"
+        f'<td class="number">{size(file.size)}</td></tr>'
+        for file in run_files
+    )
+    head = '<thead><tr><th>File</th><th>What it holds</th><th class="number">Size</th></tr></thead>'
+    return section("Files", f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>')
+
+
+def reproduce(report: Report) -> str:
+    """The command that starts the run again."""
+    bounded = [
+        path
+        for path, value in flatten(report.config.to_dict()).items()
+        if path.endswith("max_seconds") and value
+    ]
+    lead = "<p>This command starts the same run in a new folder; the seed fixes everything that is drawn.</p>"
+    if bounded:
+        lead += (
+            "<p>Some phases are bounded by wall time"
+            f" ({', '.join(f'<code>{escape(path)}</code>' for path in bounded)}): a slower machine,"
+            " or a busier one, does less in them and ends elsewhere.</p>"
+        )
+    return section("How to reproduce", f"{lead}<pre>{escape(report.command)}</pre>")
+
+
+def train_command(config: Config, preset: Config | None) -> str:
+    """The command line that gives `config`: the preset and a flag for every setting that differs from it.
+
+    Args:
+        config: the run's configuration.
+        preset: the preset it names, or None where there is none of that name: then every setting that differs
+            from the defaults becomes a flag.
+    """
+    base = flatten((preset or Config()).to_dict())
+    words = ["rem-atari", "train"]
+    if preset is not None:
+        words += ["--preset", config.preset]
+    always = ("seed", "env.game") if config.env.id is None else ("seed",)
+    for path, value in flatten(config.to_dict()).items():
+        if path != "preset" and (value != base[path] or path in always):
+            words += _flag(path, value)
+    return shlex.join(words)
+
+
+def _flag(path: str, value: object) -> list[str]:
+    """A setting as words of the command line."""
+    name = path.replace("_", "-")
+    if isinstance(value, bool):
+        group, _, leaf = name.rpartition(".")
+        prefix = f"{group}." if group else ""
+        return [f"--{name}" if value else f"--{prefix}no-{leaf}"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [f"--{name}", *(str(entry) for entry in values)]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dictionary from dotted paths to values."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def setting_text(value: object) -> str:
+    """A setting's value as a person writes it."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,164 @@
+"""What the report says about how the run went: lines of metrics.jsonl in, numbers out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MetricLine = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+PHASES = ("random", "collect", "tokenizer", "world_model", "controller", "evaluate")
+"""Phases of an epoch, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named curve: `y` over `x`; `low` and `high`, where given, bound a band around it."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+    low: list[float] | None = None
+    high: list[float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseThroughput:
+    """Work of one phase over the whole run.
+
+    Attributes:
+        phase: its name.
+        seconds: wall time.
+        share: share of the run's wall time.
+        amount: units of work done, or None where the phase counts none.
+        unit: what a unit of work is.
+        rate: units a second over the phase's whole time, or None.
+        frames_per_second: imagined frames a second (controller), mean over epochs, or None.
+    """
+
+    phase: str
+    seconds: float
+    share: float
+    amount: float | None
+    unit: str
+    rate: float | None
+    frames_per_second: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returns:
+    """Returns of one policy.
+
+    Attributes:
+        mean: mean over episodes.
+        standard_error: of that mean; None where single returns are unknown or too few.
+        episodes: number of episodes.
+        unfinished: how many of them were cut off by the bound on the evaluation's time.
+    """
+
+    mean: float
+    standard_error: float | None
+    episodes: int
+    unfinished: int = 0
+
+
+def values_of(lines: Sequence[MetricLine], phase: str, name: str, *, x: str = "epoch") -> Series:
+    """The curve of metric `name` of `phase` over `x`; lines without a finite value are left out."""
+    points = [
+        (float(line[x]), float(line[name]))
+        for line in lines
+        if line.get("phase") == phase and is_number(line.get(name)) and is_number(line.get(x))
+    ]
+    return Series(name, [point[0] for point in points], [point[1] for point in points])
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite int or float (True and False are not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def was_trained(lines: Sequence[MetricLine], phase: str) -> bool:
+    """Whether `phase` made at least one update."""
+    return any(updates > 0 for updates in values_of(lines, phase, "updates").y)
+
+
+def returns_of(lines: Sequence[MetricLine], phase: str) -> Returns | None:
+    """Returns of the last line of `phase` ("evaluate" or "random"), or None if it never ran."""
+    found = [line for line in lines if line.get("phase") == phase and is_number(line.get("mean_return"))]
+    if not found:
+        return None
+    last = found[-1]
+    returns = [float(value) for value in last.get("returns") or [] if is_number(value)]
+    episodes = last.get("episodes")
+    return Returns(
+        mean=float(last["mean_return"]),
+        standard_error=statistics.stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else None,
+        episodes=int(episodes) if is_number(episodes) else len(returns),
+        unfinished=int(last["unfinished"]) if is_number(last.get("unfinished")) else 0,
+    )
+
+
+def verdict(agent: Returns, random: Returns) -> str:
+    """Whether the agent's mean return differs from random play's by more than two standard errors of the gap.
+
+    Returns:
+        "above", "below" or "unclear" (also where a standard error is unknown).
+    """
+    if agent.standard_error is None or random.standard_error is None:
+        return "unclear"
+    gap = agent.mean - random.mean
+    if abs(gap) <= 2.0 * math.hypot(agent.standard_error, random.standard_error):
+        return "unclear"
+    return "above" if gap > 0 else "below"
+
+
+def throughput(lines: Sequence[MetricLine]) -> list[PhaseThroughput]:
+    """Work, time and rate of every phase that ran, and the time between phases as "other"."""
+    spent = {phase: sum(values_of(lines, phase, "phase_seconds").y) for phase in PHASES}
+    total = max(total_seconds(lines), sum(spent.values()))
+    rows = []
+    for phase in PHASES:
+        if spent[phase] == 0:
+            continue
+        name, unit = _unit_of_work(phase)
+        amount = sum(values_of(lines, phase, name).y) or None
+        imagined = values_of(lines, phase, "frames_per_second").y
+        rows.append(
+            PhaseThroughput(
+                phase=phase,
+                seconds=spent[phase],
+                share=spent[phase] / total,
+                amount=amount,
+                unit=unit,
+                rate=None if amount is None else amount / spent[phase],
+                frames_per_second=statistics.fmean(imagined) if imagined else None,
+            )
+        )
+    rest = total - sum(spent.values())
+    if rows and rest > 0.005 * total:
+        other = PhaseThroughput(
+            phase="other", seconds=rest, share=rest / total, amount=None, unit="", rate=None
+        )
+        rows.append(other)
+    return rows
+
+
+def _unit_of_work(phase: str) -> tuple[str, str]:
+    """The metric that counts a phase's work, and its unit."""
+    if phase in ("evaluate", "random"):
+        return "episodes", "episodes"
+    return ("steps", "steps") if phase == "collect" else ("updates", "updates")
+
+
+def total_seconds(lines: Sequence[MetricLine]) -> float:
+    """Wall time from the start of the run to its last line; 0 without lines."""
+    return max((float(line["seconds"]) for line in lines if is_number(line.get("seconds"))), default=0.0)
+
+
+def last_value(lines: Sequence[MetricLine], name: str) -> float | None:
+    """The largest value that a counter such as `epoch` or `env_steps` reached, or None."""
+    return max((float(line[name]) for line in lines if is_number(line.get(name))), default=None)

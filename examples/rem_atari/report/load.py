@@ -1,0 +1,128 @@
+"""Reads a run's folder, as much of it as is there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+
+from rem_atari.agent import Agent
+from rem_atari.checkpoint import CheckpointError, load_checkpoint
+from rem_atari.config import Config
+from rem_atari.envs import make_env
+from rem_atari.errors import RunError
+from rem_atari.replay import Replay
+from rem_atari.report.history import MetricLine
+from rem_atari.run_folder import RunFolder, open_run_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run's folder holds.
+
+    Attributes:
+        folder: where its files lie.
+        config: its configuration.
+        lines: the readable lines of its metrics, oldest first.
+        agent: the newest weights, on the CPU and in eval mode; None without a whole checkpoint.
+        training: the experience trained on, or None.
+        heldout: the steps of the last evaluation, never trained on, or None.
+        notes: a sentence on each thing that is missing or damaged.
+    """
+
+    folder: RunFolder
+    config: Config
+    lines: list[MetricLine]
+    agent: Agent | None
+    training: Replay | None
+    heldout: Replay | None
+    notes: list[str]
+
+
+def load_run(path: Path) -> RunData:
+    """Read a run's folder; what is missing in it becomes a note.
+
+    Raises:
+        UsageError: `path` is no run folder, or its configuration cannot be read.
+    """
+    folder = open_run_folder(path)
+    config = folder.load_config()
+    notes: list[str] = []
+    return RunData(
+        folder=folder,
+        config=config,
+        lines=read_lines(folder.metrics, notes),
+        agent=_load_agent(folder, config, notes),
+        training=_load_replay(folder.replay, "training frames", notes),
+        heldout=_load_replay(folder.heldout, "held-out frames", notes),
+        notes=notes,
+    )
+
+
+def read_lines(path: Path, notes: list[str]) -> list[MetricLine]:
+    """The lines of a metrics file that are JSON objects; a note is added for what is left out.
+
+    A run that was killed may leave half a line, and a full disk any kind of them.
+    """
+    if not path.is_file():
+        notes.append(f"There is no {path.name}: the run ended before it measured anything.")
+        return []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line for line in map(_parse, texts) if line is not None]
+    if len(found) < len(texts):
+        notes.append(f"{len(texts) - len(found)} of {len(texts)} lines of {path.name} cannot be read.")
+    return found
+
+
+def _parse(text: str) -> MetricLine | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _load_agent(folder: RunFolder, config: Config, notes: list[str]) -> Agent | None:
+    """The agent of the newest whole checkpoint; the number of actions is read off its weights."""
+    try:
+        weights = load_checkpoint(folder.checkpoints).model
+    except CheckpointError as error:
+        notes.append(f"There are no weights to look at: {error}.")
+        return None
+    try:
+        agent = Agent.from_config(config, num_actions=weights["controller.actor.weight"].shape[0])
+        agent.load_state_dict(dict(weights))
+    except (KeyError, RuntimeError):  # load_state_dict lists every name that does not fit
+        notes.append("There are no weights to look at: the newest ones do not fit the configuration.")
+        return None
+    return agent.eval()
+
+
+def _load_replay(folder: Path, name: str, notes: list[str]) -> Replay | None:
+    """The replay in `folder`, or None with a note."""
+    try:
+        replay = Replay.load(folder)
+    except (RunError, ValueError, OSError) as error:
+        notes.append(f"There are no {name}: {error}")
+        return None
+    if replay.num_steps == 0:
+        notes.append(f"There are no {name}: {folder.name} is empty.")
+        return None
+    return replay
+
+
+def action_names(config: Config, num_actions: int) -> list[str]:
+    """The game's names of its actions where it has them, else "action 0" and so on."""
+    try:
+        env = make_env(config.env, training=False)
+    except (ImportError, ValueError, gymnasium.error.Error):
+        names = None  # The game need not be installed where a report is written.
+    else:
+        meanings = getattr(env.unwrapped, "get_action_meanings", None)
+        names = None if meanings is None else [str(name).lower() for name in meanings()]
+        env.close()
+    if names is None or len(names) != num_actions:
+        return [f"action {index}" for index in range(num_actions)]
+    return names

@@ -1,0 +1,35 @@
+"""The report as one HTML page that needs nothing else: styles, script and images are inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from rem_atari.report import colophon, sections
+from rem_atari.report.contents import Report, RunFile
+
+SECTIONS = (
+    sections.header,
+    sections.imagination,
+    sections.reconstructions,
+    sections.measures,
+    sections.curves,
+    sections.speed,
+    colophon.configuration,
+    colophon.reproduce,
+)
+"""The page from top to bottom, as far as the report alone decides it."""
+
+
+def render(report: Report, run_files: Sequence[RunFile]) -> str:
+    """The whole page as HTML text; `run_files` is what lies in the run's folder."""
+    parts = files("rem_atari.report")
+    config = report.config
+    return Template(parts.joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(f"REM on {report.game}: {config.preset}, seed {config.seed}"),
+        style=parts.joinpath("page.css").read_text(encoding="utf-8"),
+        body="\n".join([*(make(report) for make in SECTIONS), colophon.file_table(run_files)]),
+        script=parts.joinpath("page.js").read_text(encoding="utf-8"),
+    )

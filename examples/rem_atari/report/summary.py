@@ -1,0 +1,106 @@
+"""The sentences at the top of the report: what the run is, what it reached, and what it cannot show."""
+
+from __future__ import annotations
+
+from rem_atari.report.contents import Report
+from rem_atari.report.history import (
+    Returns,
+    last_value,
+    returns_of,
+    total_seconds,
+    values_of,
+    verdict,
+    was_trained,
+)
+from rem_atari.report.text import PHASE_NAMES, count, duration, number
+
+PAPER_EPOCHS, PAPER_STEPS = 600, 100_000
+PLUMBING_PRESETS = ("debug", "tiny")
+MISSES_NAMED = 3
+"""The summary names at most so many misses; of more it gives the number."""
+TRAINED_PHASES = ("tokenizer", "world_model", "controller")
+
+VERDICTS = {
+    "above": "The agent plays better than random.",
+    "below": "The agent plays worse than random.",
+    "unclear": "No clear difference from random play.",
+}
+
+
+def epochs_begun(report: Report) -> int:
+    """Number of epochs that left a line; the lines count them from 0."""
+    lines = [line for line in report.lines if line.get("phase") in ("collect", *TRAINED_PHASES)]
+    last = last_value(lines, "epoch")
+    return 0 if last is None else int(last) + 1
+
+
+def what_ran(report: Report) -> str:
+    """One sentence on the run's size, and another where the preset is too small to learn a game."""
+    steps = last_value(report.lines, "env_steps") or 0
+    epochs = epochs_begun(report)
+    time = duration(total_seconds(report.lines))
+    text = f"{count(epochs, 'epoch')}, {count(int(steps), 'environment step')}, {time}."
+    preset = report.config.preset
+    if preset in PLUMBING_PRESETS:
+        text += (
+            f" The preset “{preset}” shows plumbing, not play: every part of the agent runs, but it trains"
+            f" far too little to learn a game (the paper: {PAPER_EPOCHS} epochs, {PAPER_STEPS:,} steps)."
+        )
+    return text
+
+
+def returns_sentence(report: Report) -> str:
+    """The agent's returns beside random play's, and whether they differ."""
+    agent, random = returns_of(report.lines, "evaluate"), returns_of(report.lines, "random")
+    if agent is None:
+        return "The run holds no evaluation, so nothing is known about how well the agent plays."
+    text = f"Mean return {returns_text(agent)}"
+    if random is None:
+        return f"{text}; random play was not measured."
+    return f"{text}; random play {returns_text(random)}. {VERDICTS[verdict(agent, random)]}"
+
+
+def returns_text(returns: Returns) -> str:
+    """A mean return with its standard error, and how many episodes it rests on."""
+    error = "" if returns.standard_error is None else f" ± {number(returns.standard_error, 2)}"
+    unfinished = f", {returns.unfinished} of them cut off by the clock" if returns.unfinished else ""
+    return f"{number(returns.mean)}{error} ({count(returns.episodes, 'episode')}{unfinished})"
+
+
+def comparisons_sentence(report: Report) -> str:
+    """How many of the comparisons on held-out frames the agent wins, and which it misses."""
+    if not report.comparisons:
+        return ""
+    missed = [f"{row.measure} against {row.rival}" for row in report.comparisons if not row.passed]
+    total = len(report.comparisons)
+    won = f"On held-out frames it wins {total - len(missed)} of {count(total, 'comparison')}"
+    if not missed:
+        return f"{won}."
+    names = "; ".join(missed) if len(missed) <= MISSES_NAMED else f"{len(missed)}, marked in the table below"
+    return f"{won}; it misses {names}."
+
+
+def warnings_of(report: Report) -> list[str]:
+    """Sentences on an early stop and on parts that never trained, then the report's own notes."""
+    found = []
+    if not any(values_of(report.lines, "evaluate", "final").y):
+        wanted = count(report.config.schedule.epochs, "epoch")
+        found.append(f"This run did not finish: it began {epochs_begun(report)} of {wanted}.")
+    for phase in TRAINED_PHASES:
+        if not was_trained(report.lines, phase):
+            name = PHASE_NAMES[phase].removeprefix("train ")
+            found.append(f"The {name} never trained: what it does below, it does untrained.")
+    if _freeze_was_due(report):
+        limit = report.config.tokenizer.freeze_foreground_error
+        found.append(
+            "The tokenizer was to rest by now, but its error on foreground pixels stayed above"
+            f" {number(limit)} and it trained on."
+        )
+    return found + report.notes
+
+
+def _freeze_was_due(report: Report) -> bool:
+    """Whether the tokenizer was to be frozen by now and is not."""
+    due = report.config.tokenizer.freeze_epoch
+    frozen = values_of(report.lines, "tokenizer", "frozen")
+    return due is not None and bool(frozen.y) and frozen.x[-1] >= due and frozen.y[-1] == 0

@@ -1,0 +1,65 @@
+"""Numbers and names as the page writes them."""
+
+from __future__ import annotations
+
+import math
+
+MINUS = "−"
+
+PHASE_NAMES = {
+    "random": "random play",
+    "collect": "collect",
+    "tokenizer": "train tokenizer",
+    "world_model": "train world model",
+    "controller": "train controller",
+    "evaluate": "evaluate",
+    "other": "everything else",
+}
+"""Names of the phases in the page."""
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` significant digits and a true minus sign; a dash for None, NaN as such."""
+    if value is None:
+        return "–"
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{decimals}f}" if decimals <= 6 else f"{value:.{digits - 1}e}"
+    return text.replace("-", MINUS)
+
+
+def percent(value: float) -> str:
+    """A share as a percentage, with one decimal place."""
+    return "not a number" if math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """A duration in the two units that matter: 48 s, 3 min 48 s, 2 h 5 min."""
+    whole = round(seconds)
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(num_bytes: int) -> str:
+    """A file's size: 812 B, 4.1 kB, 3.2 MB."""
+    amount = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"
+
+
+def count(amount: int, noun: str) -> str:
+    """A counted noun: 1 episode, 3,000 episodes."""
+    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"

@@ -1,0 +1,62 @@
+"""The controller's turn: learn to act in the world model's imagination."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from rem_atari.agent import Agent
+from rem_atari.config import ControllerConfig
+from rem_atari.controller_loss import controller_loss
+from rem_atari.models.sequence_tokens import tokenize
+from rem_atari.replay import Replay
+from rem_atari.training.component import Component
+from rem_atari.training.phase import TrainingPhase
+from rem_atari.training.updates import Metrics
+
+
+class ControllerPhase(TrainingPhase):
+    """Trains the controller on imagined episodes that begin where segments of the replay end.
+
+    Args:
+        agent: whose controller trains; tokenizer and world model, in eval mode, stay as they are.
+        component: the controller's optimiser.
+        replay: where segments come from.
+        config: burn-in, horizon, loss.
+        generator: source of draws, on the agent's device.
+        warn: told when there is nothing to train on yet.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        component: Component,
+        replay: Replay,
+        config: ControllerConfig,
+        generator: torch.Generator,
+        warn: Callable[[str], None],
+    ) -> None:
+        super().__init__(component, warn)
+        self._agent = agent
+        self._replay = replay
+        self._config = config
+        self._generator = generator
+
+    def prepare(self, epoch: int) -> bool:
+        """Whether the replay holds an episode long enough."""
+        return self.has_episode(self._replay, self._config.min_real_frames)
+
+    def update(self) -> Metrics:
+        """One update on a batch of segments."""
+        batch = self._replay.sample_segments(
+            self._config.optim.batch_size, self._config.burn_in + 1, min_real=self._config.min_real_frames
+        )
+        segments = tokenize(batch, self._agent.tokenizer)
+        loss, metrics = controller_loss(self._agent, segments, self._config, self._generator)
+        return metrics | {"grad_norm": self.component.apply(loss)}
+
+    def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Imagined frames a second."""
+        frames = self._config.optim.batch_size * (self._config.horizon - 1)
+        return {"frames_per_second": means["rate"] * frames}

@@ -1,0 +1,55 @@
+"""What the trainer asks of each component's turn in an epoch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rem_atari.replay import Replay
+from rem_atari.training.component import Component
+from rem_atari.training.updates import Metrics
+
+
+class TrainingPhase(ABC):
+    """A component's turn in each epoch.
+
+    Args:
+        component: what trains.
+        warn: told, in a sentence, what the user should know.
+    """
+
+    def __init__(self, component: Component, warn: Callable[[str], None]) -> None:
+        self.component = component
+        self.warn = warn
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the phase has made the last update it will ever make; never, unless a phase says so."""
+        return False
+
+    @abstractmethod
+    def prepare(self, epoch: int) -> bool:
+        """Get ready for an epoch's updates; False: there are none in this epoch, the phase rests."""
+
+    @abstractmethod
+    def update(self) -> Metrics:
+        """Make one update, on a batch of its own, and say what it measured."""
+
+    def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of the whole turn, given `means` of the updates'; none unless a phase adds some."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What the phase remembers from epoch to epoch, plain JSON data; nothing unless a phase does."""
+        return {}
+
+    def has_episode(self, replay: Replay, min_real: int) -> bool:
+        """Whether an episode of `min_real` steps can be sampled; warns where not."""
+        ready = replay.ready(min_real)
+        if not ready:
+            name = self.component.name.replace("_", " ")
+            self.warn(
+                f"warning: no episode collected so far has {min_real} steps; the {name} does not train yet"
+            )
+        return ready

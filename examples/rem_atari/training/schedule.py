@@ -1,0 +1,85 @@
+"""What a run does when: the epoch schedule as plain numbers, before any of it happens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rem_atari.config import Config, OptimConfig
+
+UNITS = {
+    "random": "episodes",
+    "collect": "steps",
+    "tokenizer": "updates",
+    "world_model": "updates",
+    "controller": "updates",
+    "evaluate": "episodes",
+}
+"""The phases, in order, and what each counts."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A phase of one epoch.
+
+    Attributes:
+        epoch: the epoch, from 0.
+        phase: name of the phase.
+        units: how much it does, in `UNITS`.
+        max_seconds: bound on its wall time, or None.
+    """
+
+    epoch: int
+    phase: str
+    units: int
+    max_seconds: float | None
+
+
+def updates_in_epoch(optim: OptimConfig, epoch: int, *, first: bool) -> int:
+    """Updates that a component makes in an epoch; `first`: it has not trained before."""
+    if epoch < optim.start_epoch:
+        return 0
+    if first and optim.first_updates is not None:
+        return optim.first_updates
+    return optim.updates_per_epoch
+
+
+def steps_in_epoch(config: Config, epoch: int) -> int:
+    """Environment steps collected in an epoch, those before the first epoch not counted."""
+    return config.schedule.steps_per_epoch if epoch < config.schedule.collect_epochs else 0
+
+
+def replay_capacity(config: Config) -> int:
+    """Environment steps that a run can collect; each collection steps all environments equally often."""
+    num_envs, schedule = config.env.num_envs, config.schedule
+    parts = [schedule.random_steps] + [steps_in_epoch(config, epoch) for epoch in range(schedule.epochs)]
+    return sum(math.ceil(steps / num_envs) * num_envs for steps in parts)
+
+
+def evaluation_episodes(config: Config, epoch: int) -> int:
+    """Episodes evaluated after an epoch; 0: none."""
+    if epoch == config.schedule.epochs - 1:
+        return config.evaluation.final_episodes
+    every = config.evaluation.every
+    return config.evaluation.episodes if every > 0 and (epoch + 1) % every == 0 else 0
+
+
+def plan_run(config: Config) -> list[Work]:
+    """Everything a run is going to do, in order; what turns out otherwise (a frozen tokenizer) is left in."""
+    schedule, evaluation = config.schedule, config.evaluation
+    work = [
+        Work(0, "random", evaluation.random_episodes, evaluation.max_seconds),
+        Work(0, "collect", schedule.random_steps, schedule.collect_max_seconds),
+    ]
+    components = {
+        "tokenizer": config.tokenizer.optim,
+        "world_model": config.world_model.optim,
+        "controller": config.controller.optim,
+    }
+    for epoch in range(schedule.epochs):
+        work.append(Work(epoch, "collect", steps_in_epoch(config, epoch), schedule.collect_max_seconds))
+        for phase, optim in components.items():
+            units = updates_in_epoch(optim, epoch, first=epoch == optim.start_epoch)
+            work.append(Work(epoch, phase, units, optim.max_seconds))
+        work.append(Work(epoch, "evaluate", evaluation_episodes(config, epoch), evaluation.max_seconds))
+    return [part for part in work if part.units > 0]

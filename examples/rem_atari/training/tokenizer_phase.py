@@ -1,0 +1,105 @@
+"""The tokenizer's turn: reconstruct frames, until it is good enough to be left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from rem_atari.config import TokenizerConfig
+from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.replay import Replay
+from rem_atari.training.component import Component
+from rem_atari.training.phase import TrainingPhase
+from rem_atari.training.updates import Metrics
+
+RESTART_EVERY = 20
+"""Updates between two restarts of dead codes."""
+
+ERROR_MOMENTUM = 0.9
+"""How much of the running foreground error an update keeps."""
+
+
+class TokenizerPhase(TrainingPhase):
+    """Trains the tokenizer on frames drawn from the replay.
+
+    Where the configuration says so the tokenizer freezes: world model and controller learn faster on tokens
+    that keep their meaning. But frozen before it sees the small things that move, it hides them from the
+    other two for good, so a freeze is granted only on a low error on foreground pixels.
+
+    Args:
+        tokenizer: the tokenizer that `component` trains.
+        component: its optimiser.
+        replay: where frames come from.
+        config: the freeze, the care for codes.
+        generator: source of draws, on the tokenizer's device.
+        warn: told when a freeze that is due is not granted.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        component: Component,
+        replay: Replay,
+        config: TokenizerConfig,
+        generator: torch.Generator,
+        warn: Callable[[str], None],
+    ) -> None:
+        super().__init__(component, warn)
+        self.frozen = False
+        self.foreground_error: float | None = None
+        """Running mean of the foreground error; None before the first update."""
+        self._tokenizer = tokenizer
+        self._replay = replay
+        self._config = config
+        self._generator = generator
+        self._background: torch.Tensor | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the tokenizer is frozen."""
+        return self.frozen
+
+    def prepare(self, epoch: int) -> bool:
+        """Freeze if it is time, else find the background anew; False once frozen."""
+        due = self._config.freeze_epoch is not None and epoch >= self._config.freeze_epoch
+        if due and not self.frozen and self.foreground_error is not None:
+            self.frozen = self.foreground_error <= self._config.freeze_foreground_error
+            if not self.frozen:
+                self.warn(
+                    "warning: the tokenizer is due to freeze, but its error on foreground pixels is"
+                    f" {self.foreground_error:.4f}, above tokenizer.freeze_foreground_error ="
+                    f" {self._config.freeze_foreground_error}; it trains on"
+                )
+        if self.frozen:
+            return False
+        self._background = self._replay.median_frame().to(self._tokenizer.codes.device)
+        return True
+
+    def update(self) -> Metrics:
+        """One update on a batch of frames."""
+        batch_size = self._config.optim.batch_size
+        frames = self._replay.sample_frames(batch_size).to(self._tokenizer.codes.device)
+        updates = self.component.updates
+        if updates == 0 and self._config.init_from_data:
+            self._tokenizer.initialize_codebook(frames, self._generator)
+        elif updates > 0 and updates % RESTART_EVERY == 0 and self._config.restart_dead_codes:
+            self._tokenizer.restart_dead_codes(frames, self._generator)
+        loss, metrics = self._tokenizer.loss(frames, background=self._background)
+        norm = self.component.apply(loss)
+        self._track(float(metrics["foreground_error"]))
+        return metrics | {"grad_norm": norm}
+
+    def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Whether it is frozen, 0 or 1."""
+        return {"frozen": float(self.frozen)}
+
+    def state(self) -> dict[str, Any]:
+        """The freeze and what it is judged by."""
+        return {"frozen": self.frozen, "foreground_error": self.foreground_error}
+
+    def _track(self, error: float) -> None:
+        """Take an update's foreground error into the running mean."""
+        before = error if self.foreground_error is None else self.foreground_error
+        self.foreground_error = ERROR_MOMENTUM * before + (1 - ERROR_MOMENTUM) * error

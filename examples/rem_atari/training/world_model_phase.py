@@ -1,0 +1,56 @@
+"""The world model's turn: predict what the game did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rem_atari.config import WorldModelConfig
+from rem_atari.models.sequence_tokens import tokenize
+from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.models.world_model import WorldModel
+from rem_atari.replay import Replay
+from rem_atari.training.component import Component
+from rem_atari.training.phase import TrainingPhase
+from rem_atari.training.updates import Metrics
+
+
+class WorldModelPhase(TrainingPhase):
+    """Trains the world model on sequences drawn from the replay.
+
+    Args:
+        world_model: the world model that `component` trains.
+        component: its optimiser.
+        tokenizer: what makes tokens of the frames; it does not train here.
+        replay: where sequences come from.
+        config: length of a sequence and of its context.
+        warn: told when there is nothing to train on yet.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        component: Component,
+        tokenizer: Tokenizer,
+        replay: Replay,
+        config: WorldModelConfig,
+        warn: Callable[[str], None],
+    ) -> None:
+        super().__init__(component, warn)
+        self._world_model = world_model
+        self._tokenizer = tokenizer
+        self._replay = replay
+        self._config = config
+        # One block more than the context: a sequence without a loss teaches nothing.
+        self._min_real = config.context_blocks + 1
+
+    def prepare(self, epoch: int) -> bool:
+        """Whether the replay holds an episode long enough."""
+        return self.has_episode(self._replay, self._min_real)
+
+    def update(self) -> Metrics:
+        """One update on a batch of sequences."""
+        batch = self._replay.sample_sequences(
+            self._config.optim.batch_size, self._config.sequence_blocks, min_real=self._min_real
+        )
+        loss, metrics = self._world_model.loss(tokenize(batch, self._tokenizer), self._tokenizer.codes)
+        return metrics | {"grad_norm": self.component.apply(loss)}

@@ -1,0 +1,27 @@
+"""retpop: retention (RetNet) and parallel observation prediction (POP) for PyTorch.
+
+The operations are `retention` and `pop_retention`; the modules `MultiScaleRetention` and `RetNetDecoder` put
+them into a model. Start with the README, or with ``help(retpop.retention)``.
+"""
+
+from retpop import checkpoints
+from retpop.config import RetNetConfig
+from retpop.decay import log_spaced_decay, retnet_decay
+from retpop.layers import MultiScaleRetention, RetNetDecoder
+from retpop.ops import explain_backend, pop_retention, retention
+from retpop.state import RetNetState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MultiScaleRetention",
+    "RetNetConfig",
+    "RetNetDecoder",
+    "RetNetState",
+    "checkpoints",
+    "explain_backend",
+    "log_spaced_decay",
+    "pop_retention",
+    "retention",
+    "retnet_decay",
+]

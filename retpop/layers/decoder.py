@@ -1,0 +1,156 @@
+"""The RetNet decoder: a residual stack of retention and feed-forward layers."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from retpop.config import RetNetConfig
+from retpop.layers.block import RetNetBlock
+from retpop.layers.calls import Call
+from retpop.layers.norm import residual_norm
+from retpop.layers.prepare import Owner, prepare_pop, prepare_sequence
+from retpop.layers.retention import empty_state
+from retpop.state import RetNetState
+
+
+class RetNetDecoder(nn.Module):
+    """``cfg.num_layers`` blocks over a residual stream of width E; embeddings and heads are the caller's.
+
+    Every layer draws its own initial weights (`MultiScaleRetention`, `FeedForward` say how).
+
+    Args:
+        cfg: the configuration.
+        device, dtype: of the weights.
+
+    Example:
+        >>> cfg = RetNetConfig(embed_dim=64, num_heads=4, num_layers=2, ffn_dim=256)
+        >>> decoder = RetNetDecoder(cfg)
+        >>> out, state = decoder(torch.randn(1, 100, 64))            # a prompt, in chunks
+        >>> out, state = decoder(torch.randn(1, 1, 64), state)       # one token more
+
+    Source: RetNet, arXiv 2307.08621, section 2.
+    """
+
+    def __init__(
+        self,
+        cfg: RetNetConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.layers = nn.ModuleList(RetNetBlock(cfg, device, dtype) for _ in range(cfg.num_layers))
+        self.final_norm = residual_norm(cfg, device, dtype) if cfg.final_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        state: RetNetState | None = None,
+        *,
+        mode: str = "chunkwise",
+        chunk_size: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, RetNetState]:
+        """Run a sequence.
+
+        Args:
+            x: (B, T, E); T may be 0.
+            state: carried from what came before; None for the start of a sequence.
+            mode, backend: as in `retpop.retention`.
+            chunk_size: as there; None: ``cfg.chunk_size``.
+            cu_seqlens: (S + 1,), boundaries of S packed sequences; B is then 1 and the state has S rows.
+
+        Returns:
+            out (B, T, E) and the state after the last token.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `retpop.retention`.
+        """
+        call, position = prepare_sequence(
+            self._owner("RetNetDecoder()"),
+            x,
+            state,
+            mode=mode,
+            chunk_size=chunk_size,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        )
+        out, kv = self._run(x, state, call)
+        return out, RetNetState(kv, position)
+
+    def pop(
+        self,
+        x: Tensor,
+        x_pred: Tensor,
+        state: RetNetState | None = None,
+        *,
+        block_size: int,
+        offset: int = 0,
+        reset: Tensor | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor, RetNetState]:
+        """Run a sequence of blocks, and prediction blocks that branch off at their boundaries.
+
+        Args:
+            x: (B, T, E), N = T / block_size blocks.
+            x_pred: (B, P, M, E).
+            state: carried from what came before; None for the start of a sequence.
+            block_size, offset, reset, backend: as in `retpop.pop_retention`. Positions start over at 0
+                where ``reset`` does.
+
+        Returns:
+            out (B, T, E), pred (B, P, M, E), and the state after the last block.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `retpop.pop_retention`.
+
+        Source: REM, arXiv 2402.05643, section 3.2.
+        """
+        call, position = prepare_pop(
+            self._owner("RetNetDecoder.pop()"),
+            x,
+            x_pred,
+            state,
+            block_size=block_size,
+            offset=offset,
+            reset=reset,
+            backend=backend,
+        )
+        row, kv = self._run(call.join(x, x_pred), state, call)
+        return *call.split(row), RetNetState(kv, position)
+
+    def init_state(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> RetNetState:
+        """The state before any token: zeros, at position 0.
+
+        Args:
+            batch_size: rows B; with packed sequences, their number S.
+            device: None: the decoder's.
+            dtype: None: float64 for a float64 decoder, else float32.
+        """
+        return empty_state(self._owner("RetNetDecoder.init_state()"), batch_size, device, dtype)
+
+    def extra_repr(self) -> str:
+        """The configuration, for ``print(model)``."""
+        return self.cfg.describe()
+
+    def _run(self, x: Tensor, state: RetNetState | None, call: Call) -> tuple[Tensor, Tensor]:
+        states: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            x, kv = layer(x, None if state is None else state.kv[index], call)
+            states.append(kv)
+        return self.final_norm(x), torch.stack(states)
+
+    def _owner(self, where: str) -> Owner:
+        first = cast(RetNetBlock, self.layers[0]).retention
+        return Owner(
+            where, self.cfg, self.cfg.num_layers, first.out_proj.weight, first.log_decay, first.frequencies
+        )

@@ -1,0 +1,282 @@
+"""Checks of what a caller passes in; messages name function, argument, what came and what was wanted.
+
+Shapes, dtypes and devices are checked always. Values (NaN, sign, order) are read only where that costs
+nothing: eagerly and on CPU tensors, so that no GPU is synchronised and no traced graph breaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retpop.config import check_chunk_size
+
+MODES = ("parallel", "chunkwise", "recurrent")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Named(NamedTuple):
+    """An argument and the name a message calls it by."""
+
+    name: str
+    value: Tensor
+
+
+def check_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    mode: str,
+    state: Tensor | None,
+    scale: float | None,
+    chunk_size: int | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Check the arguments of `retention`."""
+    where = "retention()"
+    check_inputs(where, Named("q", q), Named("k", k), Named("v", v), "BTHD")
+    check_log_decay(where, log_decay, q)
+    check_scale(where, scale)
+    check_mode(where, mode, chunk_size)
+    rows = q.shape[0]
+    if cu_seqlens is not None:
+        check_cu_seqlens(where, cu_seqlens, "q", q)
+        rows = cu_seqlens.shape[0] - 1
+    check_state(where, state, q, (rows, q.shape[2], q.shape[3], v.shape[3]))
+
+
+def check_pop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pred: Tensor,
+    k_pred: Tensor,
+    v_pred: Tensor,
+    log_decay: Tensor,
+    *,
+    block_size: int,
+    offset: int,
+    state: Tensor | None,
+    scale: float | None,
+    reset: Tensor | None,
+) -> None:
+    """Check the arguments of `pop_retention`."""
+    where = "pop_retention()"
+    check_inputs(where, Named("q", q), Named("k", k), Named("v", v), "BTHD")
+    check_inputs(where, Named("q_pred", q_pred), Named("k_pred", k_pred), Named("v_pred", v_pred), "BPMHD")
+    for main, pred in (
+        (Named("q", q), Named("q_pred", q_pred)),
+        (Named("v", v), Named("v_pred", v_pred)),
+    ):
+        _check_same_kind(where, main, pred)
+        for dim, axis, pred_axis in (("B", 0, 0), ("H", 2, 3), ("D", 3, 4)):
+            if main.value.shape[axis] != pred.value.shape[pred_axis]:
+                raise ValueError(
+                    f"{where}: {pred.name} has {dim}={pred.value.shape[pred_axis]} but {main.name} has "
+                    f"{dim}={main.value.shape[axis]} ({main.name} {_shape(main.value)}, "
+                    f"{pred.name} {_shape(pred.value)}); they must share B, H and D."
+                )
+    check_log_decay(where, log_decay, q)
+    check_scale(where, scale)
+    check_blocks(where, q.shape[1], q_pred.shape[1], block_size, offset)
+    check_reset(where, reset, "q", q, block_size)
+    check_state(where, state, q, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
+
+
+def check_tensor(where: str, name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} is {type(value).__name__}; it must be a torch.Tensor.")
+
+
+def check_inputs(where: str, q: Named, k: Named, v: Named, layout: str) -> None:
+    """Check that q, k and v are of one kind and agree in all but the value's last dimension."""
+    for name, value in (q, k, v):
+        check_tensor(where, name, value)
+        if value.dim() != len(layout):
+            raise ValueError(
+                f"{where}: {name} has {value.dim()} dimensions {_shape(value)}; "
+                f"it must have {len(layout)}, ({', '.join(layout)})."
+            )
+        if value.dtype not in DTYPES:
+            raise TypeError(
+                f"{where}: {name} is {value.dtype}; it must be float64, float32, float16 or bfloat16."
+            )
+    shared = layout[:-1]
+    for other, dims in ((k, layout), (v, shared)):
+        _check_same_kind(where, q, other)
+        for axis, dim in enumerate(dims):
+            if other.value.shape[axis] != q.value.shape[axis]:
+                rule = "q and k must have the same shape" if other is k else f"must share {_listed(shared)}"
+                names = "" if other is k else f"{q.name}, {k.name} and {v.name} "
+                raise ValueError(
+                    f"{where}: {other.name} has {dim}={other.value.shape[axis]} but {q.name} has "
+                    f"{dim}={q.value.shape[axis]} ({q.name} {_shape(q.value)}, "
+                    f"{other.name} {_shape(other.value)}); {names}{rule}."
+                )
+    for name, value in (q, v):
+        if value.shape[-1] < 1 or value.shape[-2] < 1:
+            raise ValueError(f"{where}: {name} is {_shape(value)}; H and D must be at least 1.")
+
+
+def check_log_decay(where: str, log_decay: Tensor, q: Tensor) -> None:
+    """Check ln γ: (H,), float32 or float64, at most 0, no gradient wanted."""
+    check_tensor(where, "log_decay", log_decay)
+    num_heads = q.shape[-2]
+    if log_decay.shape != (num_heads,):
+        raise ValueError(
+            f"{where}: log_decay has shape {_shape(log_decay)}; it must be (H,) = ({num_heads},), one a head."
+        )
+    if log_decay.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{where}: log_decay is {log_decay.dtype}; it must be float32 (float64 with float64 inputs): "
+            "in lower precision a decay near 1 is lost."
+        )
+    if log_decay.device != q.device:
+        raise ValueError(f"{where}: log_decay is on {log_decay.device} but q is on {q.device}.")
+    if log_decay.requires_grad:
+        raise ValueError(f"{where}: log_decay requires grad, but gradients to the decay are not supported.")
+    if values_are_free(log_decay) and not bool((log_decay <= 0).all()):  # NaN fails the comparison too
+        worst = log_decay[~(log_decay <= 0)][0].item()
+        raise ValueError(f"{where}: log_decay holds {worst}; ln γ must be at most 0 and not NaN.")
+
+
+def check_scale(where: str, scale: float | None) -> None:
+    """Check the output scale: None or a finite number."""
+    if scale is None or isinstance(scale, torch.SymFloat):
+        return
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"{where}: scale is {type(scale).__name__}; it must be a number or None.")
+    if not math.isfinite(scale):
+        raise ValueError(f"{where}: scale is {scale}; it must be finite.")
+
+
+def check_mode(where: str, mode: str, chunk_size: int | None) -> None:
+    """Check the mode, and that a chunk size comes only with the chunkwise one."""
+    if mode not in MODES:
+        raise ValueError(f"{where}: mode is {mode!r}; it must be one of {MODES}.")
+    if chunk_size is None:
+        return
+    if mode != "chunkwise":
+        raise ValueError(
+            f"{where}: chunk_size is {chunk_size} but mode is {mode!r}; only chunkwise has chunks."
+        )
+    check_chunk_size(where, chunk_size)
+
+
+def check_cu_seqlens(where: str, cu_seqlens: Tensor, name: str, x: Tensor) -> None:
+    """Check the boundaries of packed sequences: (S + 1,), rising from 0 to T, with B = 1."""
+    check_tensor(where, "cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{where}: cu_seqlens is {cu_seqlens.dtype}; it must be int32 or int64.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{where}: cu_seqlens has shape {_shape(cu_seqlens)}; it must be (S + 1,).")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"{where}: cu_seqlens is on {cu_seqlens.device} but {name} is on {x.device}.")
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"{where}: cu_seqlens was given but {name} has B={x.shape[0]}; packed input has B=1."
+        )
+    if not values_are_free(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{where}: cu_seqlens starts at {bounds[0]}; it must start at 0.")
+    if bounds[-1] != x.shape[1]:
+        raise ValueError(
+            f"{where}: cu_seqlens ends at {bounds[-1]} but {name} has T={x.shape[1]}; they must agree."
+        )
+    if bounds != sorted(bounds):
+        raise ValueError(
+            f"{where}: cu_seqlens falls somewhere in {_abridged(bounds)}; it must never decrease."
+        )
+
+
+def check_state(where: str, state: Tensor | None, q: Tensor, shape: Sequence[int]) -> None:
+    """Check a state of the op: its shape, device, and dtype float32 (float64 with float64 inputs)."""
+    if state is None:
+        return
+    check_tensor(where, "state", state)
+    if tuple(state.shape) != tuple(shape):
+        raise ValueError(
+            f"{where}: state has shape {_shape(state)}; it must be {tuple(shape)}, "
+            "(B or number of packed sequences, H, Dk, Dv)."
+        )
+    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if state.dtype != wanted:
+        raise TypeError(f"{where}: state is {state.dtype}; with inputs in {q.dtype} it must be {wanted}.")
+    if state.device != q.device:
+        raise ValueError(f"{where}: state is on {state.device} but the inputs are on {q.device}.")
+
+
+def check_blocks(where: str, length: int, num_predictions: int, block_size: int, offset: int) -> None:
+    """Check that T is N whole blocks and that the P predictions start at boundaries that exist."""
+    for name, value in (("block_size", block_size), ("offset", offset)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{where}: {name} is {type(value).__name__}; it must be an int.")
+    if block_size < 1:
+        raise ValueError(f"{where}: block_size is {block_size}; it must be at least 1.")
+    if length % block_size:
+        raise ValueError(f"{where}: T={length} is not a whole number of blocks of block_size {block_size}.")
+    num_blocks = length // block_size
+    if not 0 <= offset <= num_blocks:
+        raise ValueError(
+            f"{where}: offset is {offset}; with N={num_blocks} blocks it must be 0 to {num_blocks}."
+        )
+    if num_predictions > num_blocks + 1 - offset:
+        raise ValueError(
+            f"{where}: P={num_predictions} predictions from offset {offset} need as many boundaries, but "
+            f"N={num_blocks} blocks leave N + 1 - offset = {num_blocks + 1 - offset}."
+        )
+
+
+def check_reset(where: str, reset: Tensor | None, name: str, x: Tensor, block_size: int) -> None:
+    """Check the mask of blocks that start a new episode: (B, N), bool."""
+    if reset is None:
+        return
+    check_tensor(where, "reset", reset)
+    if reset.dtype != torch.bool:
+        raise TypeError(f"{where}: reset is {reset.dtype}; it must be bool.")
+    wanted = (x.shape[0], x.shape[1] // block_size)
+    if tuple(reset.shape) != wanted:
+        raise ValueError(f"{where}: reset has shape {_shape(reset)}; it must be (B, N) = {wanted}.")
+    if reset.device != x.device:
+        raise ValueError(f"{where}: reset is on {reset.device} but {name} is on {x.device}.")
+
+
+def values_are_free(x: Tensor) -> bool:
+    """Whether reading ``x``'s values costs nothing: eager, on the CPU, not inside a functorch transform."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _check_same_kind(where: str, first: Named, other: Named) -> None:
+    if other.value.dtype != first.value.dtype:
+        raise TypeError(
+            f"{where}: {other.name} is {other.value.dtype} but {first.name} is {first.value.dtype}; "
+            "the inputs must share one dtype."
+        )
+    if other.value.device != first.value.device:
+        raise ValueError(
+            f"{where}: {other.name} is on {other.value.device} but {first.name} is on {first.value.device}; "
+            "the inputs must share one device."
+        )
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _listed(dims: str) -> str:
+    return ", ".join(dims[:-1]) + " and " + dims[-1]
+
+
+def _abridged(values: list[int]) -> str:
+    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:12]))}, ...]"

@@ -1,0 +1,81 @@
+"""The powers of γ that the blocked forms need: one place where they are written.
+
+Powers come as γ^(i-j) from exponents that are masked first, never as a quotient: γ^-n overflows float32
+after a few thousand tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# γ = 0 is a log-decay of -inf, and 0 * -inf is NaN. exp(-1e5) is 0 in every dtype and 0 * -1e5 is 0.
+_LOG_ZERO = -1e5
+
+
+class BlockPowers(NamedTuple):
+    """Powers of γ for a block of L tokens; the scale c is folded into the two that make outputs.
+
+    Attributes:
+        within: c γ^(i-j) for i >= j, else 0: (H, L, L).
+        from_start: c γ^(i+1), what token i sees of the state before the block: (H, L, 1).
+        to_end: γ^(L-1-j), what is left of token j after the block: (H, L, 1).
+        across: γ^L, what is left of the state before the block, as a rounded value and the rounding's rest:
+            each (H, 1, 1).
+    """
+
+    within: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    across: tuple[Tensor, Tensor]
+
+
+class DecayPowers:
+    """The powers of one set of log-decays, computed once for each block length that is asked for.
+
+    A decoder makes one at each call and hands it to its layers; nothing outlives the call.
+    """
+
+    def __init__(self, log_decay: Tensor, scale: float, dtype: torch.dtype) -> None:
+        """Take log-decays (H,), the output's scale c, and the dtype that states have."""
+        self.log_decay = log_decay.to(dtype).clamp(min=_LOG_ZERO)
+        self.scale = scale
+        self._blocks: dict[int, BlockPowers] = {}
+
+    def block(self, length: int) -> BlockPowers:
+        """The powers for a block of ``length`` tokens."""
+        if length not in self._blocks:
+            steps = torch.arange(length, device=self.log_decay.device)
+            distance = steps[:, None] - steps
+            within = self.scale * self.gamma_to(distance.clamp(min=0))
+            self._blocks[length] = BlockPowers(
+                within=within.masked_fill(distance < 0, 0),
+                from_start=self.scale * self.gamma_to(steps + 1).unsqueeze(-1),
+                to_end=self.gamma_to(length - 1 - steps).unsqueeze(-1),
+                across=self.across(steps.new_tensor([[length]])),
+            )
+        return self._blocks[length]
+
+    def gamma_to(self, exponents: Tensor) -> Tensor:
+        """γ^n for integers n >= 0 of any shape (...): (H, ...)."""
+        log_decay = self.log_decay.reshape(-1, *[1] * exponents.dim())
+        return (log_decay * exponents).exp()
+
+    def across(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """γ^n in two parts, the rounded value and what the rounding left out, for n (...): two of (H, ...).
+
+        Near 1 a rounded γ is off by up to 3e-8 always in the same direction, which a state that lives for
+        thousands of steps adds up; with the rest put back only random rounding errors remain.
+        """
+        log_decay = self.log_decay.reshape(-1, *[1] * lengths.dim())
+        value = (log_decay * lengths).exp()
+        rest = torch.expm1(log_decay * lengths) - (value - 1)  # value - 1 is exact from 1/2 on
+        return value, rest.masked_fill(value < 0.5, 0)
+
+
+def decayed(state: Tensor, across: tuple[Tensor, Tensor]) -> Tensor:
+    """A state after the tokens that ``across`` counts: γ^n S."""
+    value, rest = across
+    return torch.addcmul(state * value, state, rest)

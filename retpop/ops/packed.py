@@ -1,0 +1,159 @@
+"""Retention of sequences of different lengths packed into one row, in plain PyTorch operations.
+
+`cu_seqlens` follows flash-attention's convention: sequence s is the tokens cu_seqlens[s] .. cu_seqlens[s+1].
+Chunkwise mode cuts every sequence into chunks of its own and computes all chunks of all sequences at once;
+recurrent mode steps all sequences that still have a token left; parallel mode takes them one by one, which
+is what keeps its quadratic cost to each sequence's own length.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from retpop.ops import torch_backend
+from retpop.ops.decay_powers import DecayPowers, decayed
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    powers: DecayPowers,
+    *,
+    mode: str,
+    state: Tensor | None,
+    chunk_size: int | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Retention of packed inputs (1, T, H, D); states are (S, H, Dk, Dv), one a sequence."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if state is None:
+        state = torch_backend.zero_state(q, v, len(lengths))
+    if not any(lengths):
+        return torch.zeros_like(v), state
+    dtype = v.dtype
+    q, k, v = torch_backend.widen(q, k, v)
+    if mode == "parallel":
+        out, state = _one_by_one(q, k, v, powers, state, bounds)
+    elif mode == "recurrent" or max(lengths) == 1:
+        out, state = _recurrent(q, k, v, powers, state, _plan(bounds, 1, q.device))
+    else:
+        plan = _plan(bounds, chunk_size or torch_backend.DEFAULT_CHUNK_SIZE, q.device)
+        out, state = _chunkwise(q, k, v, powers, state, plan)
+    return out.to(dtype), state
+
+
+class ChunkPlan(NamedTuple):
+    """How packed sequences are cut into chunks of at most C tokens.
+
+    Chunks are numbered in the order of their tokens. In the j-th step of a scan over chunks, the sequences
+    that have a j-th chunk come first when sequences are ordered by length, longest first.
+
+    Attributes:
+        tokens: (chunks, C), the token each place holds; places past a chunk's end repeat its last token.
+        lengths: (chunks,), tokens in each chunk.
+        order: (S,), the sequences, longest first.
+        steps: for each step j, the j-th chunk of every sequence that has one, in that order.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    order: Tensor
+    steps: list[Tensor]
+
+
+def _plan(bounds: list[int], chunk_size: int, device: torch.device) -> ChunkPlan:
+    num_sequences = len(bounds) - 1
+    chunk_starts: list[int] = []
+    chunk_lengths: list[int] = []
+    first_chunk: list[int] = []
+    chunks_in: list[int] = []
+    for start, end in pairwise(bounds):
+        first_chunk.append(len(chunk_starts))
+        chunk_starts.extend(range(start, end, chunk_size))
+        chunk_lengths.extend(min(chunk_size, end - at) for at in range(start, end, chunk_size))
+        chunks_in.append(len(chunk_starts) - first_chunk[-1])
+    order = sorted(range(num_sequences), key=lambda s: -chunks_in[s])
+    steps = [
+        torch.tensor([first_chunk[s] + j for s in order if chunks_in[s] > j], device=device)
+        for j in range(max(chunks_in))
+    ]
+    starts, lengths = (torch.tensor(x, device=device) for x in (chunk_starts, chunk_lengths))
+    width = min(chunk_size, max(chunk_lengths))
+    place = torch.minimum(torch.arange(width, device=device), lengths[:, None] - 1)
+    return ChunkPlan(starts[:, None] + place, lengths, torch.tensor(order, device=device), steps)
+
+
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, bounds: list[int]
+) -> tuple[Tensor, Tensor]:
+    outs, states = [], []
+    for s, (start, end) in enumerate(pairwise(bounds)):
+        out, last = torch_backend.retention(
+            q[:, start:end],
+            k[:, start:end],
+            v[:, start:end],
+            powers,
+            mode="parallel",
+            state=state[s : s + 1],
+            chunk_size=None,
+        )
+        outs.append(out)
+        states.append(last)
+    return torch.cat(outs, dim=1), torch.cat(states)
+
+
+def _recurrent(
+    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, plan: ChunkPlan
+) -> tuple[Tensor, Tensor]:
+    across = powers.across(torch.ones(1, 1, dtype=torch.int64, device=q.device))
+    state = state[plan.order]
+    outs = []
+    for tokens in plan.steps:
+        rows = tokens.shape[0]
+        new = torch_backend.step(k[0, tokens], v[0, tokens], state[:rows], across)
+        outs.append(torch_backend.read(q[0, tokens], new, powers.scale))
+        state = torch.cat((new, state[rows:]))
+    out = torch.cat(outs)[torch.cat(plan.steps).argsort()]
+    return out.unsqueeze(0), state[plan.order.argsort()]
+
+
+def _chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, plan: ChunkPlan
+) -> tuple[Tensor, Tensor]:
+    width = plan.tokens.shape[1]
+    filled = torch.arange(width, device=q.device) < plan.lengths[:, None]  # (chunks, C)
+    # Places past a chunk's end hold its last token again, so whatever is there is no worse than the data;
+    # they come after all real tokens of their chunk, which causality keeps clean, and add nothing to states.
+    q, k, v = (x[0, plan.tokens].unsqueeze(0) for x in (q, k, v))  # (1, chunks, C, H, D)
+    starts, last = _scan(k, v, state, powers, plan, filled)
+    out = torch_backend.attend(q, k, v, starts.unsqueeze(0), powers.block(width))
+    return out[0, filled].unsqueeze(0), last
+
+
+def _scan(
+    k: Tensor, v: Tensor, state: Tensor, powers: DecayPowers, plan: ChunkPlan, filled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The state before every chunk, (chunks, H, Dk, Dv), and after every sequence, (S, H, Dk, Dv)."""
+    places = torch.arange(filled.shape[1], device=k.device)
+    left = (plan.lengths[:, None] - 1 - places).clamp(min=0)
+    to_end = rearrange(powers.gamma_to(left), "h n l -> n h l 1")
+    k = k.masked_fill(~filled[None, :, :, None, None], 0)
+    v = v.masked_fill(~filled[None, :, :, None, None], 0)
+    added = torch_backend.block_additions(k, v, to_end).squeeze(0)
+    value, rest = (rearrange(x, "h n -> n h 1 1") for x in powers.across(plan.lengths))
+    state = state[plan.order]
+    before = []
+    for chunks in plan.steps:
+        active = state[: chunks.shape[0]]
+        before.append(active)
+        after = decayed(active, (value[chunks], rest[chunks])) + added[chunks]
+        state = torch.cat((after, state[chunks.shape[0] :]))
+    starts = torch.cat(before)[torch.cat(plan.steps).argsort()]
+    return starts, state[plan.order.argsort()]

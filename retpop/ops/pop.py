@@ -1,0 +1,135 @@
+"""POP, parallel observation prediction: the public function, and the unchecked one that layers call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retpop.ops import reference, torch_backend
+from retpop.ops.autocast import cast_inputs, without_autocast
+from retpop.ops.checks import check_pop
+from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.dispatch import choose_backend
+from retpop.ops.retention import default_scale
+
+
+def pop_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pred: Tensor,
+    k_pred: Tensor,
+    v_pred: Tensor,
+    log_decay: Tensor,
+    *,
+    block_size: int,
+    offset: int = 0,
+    state: Tensor | None = None,
+    scale: float | None = None,
+    reset: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parallel observation prediction: retention over blocks, and prediction blocks that branch off from it.
+
+    The sequence is N blocks of L tokens; B_n is the state after n of them. There are P prediction blocks of
+    M tokens each; prediction p runs from B_(p+offset) and leaves no trace in the sequence:
+
+        o_(p,i) = c · q_i ( γ^(i+1) B_(p+offset) + Σ_{j<=i} γ^(i-j) k_jᵀ v_j )
+
+    Gradients flow from the predictions through the block states into the sequence. Training a world model
+    takes offset 0 and P = N; imagination one block and one prediction after it, N = P = offset = 1.
+
+    Args:
+        q, k: queries and keys of the sequence, (B, T, H, Dk) with T = N·L; N may be 0.
+        v: its values, (B, T, H, Dv).
+        q_pred, k_pred: queries and keys of the predictions, (B, P, M, H, Dk); P and M may be 0.
+        v_pred: their values, (B, P, M, H, Dv).
+        log_decay: ln γ per head, (H,), float32 (float64 with float64 inputs), at most 0; -inf is γ = 0.
+        block_size: L, at least 1; divides T.
+        offset: the block boundary at which prediction 0 starts, 0 <= offset <= N; P <= N + 1 - offset.
+        state: B_0, (B, H, Dk, Dv), float32 (float64 with float64 inputs), or None for zeros.
+        scale: c; None: Dk^-0.5.
+        reset: (B, N), bool: a block that starts a new episode, B_n := 0 where reset[:, n], before anything
+            reads B_n. reset[:, 0] drops the given state; B_N is never reset.
+        backend: "auto", "torch", "triton" or "reference"; see `retpop.explain_backend`.
+
+    Returns:
+        out: (B, T, H, Dv), in v's dtype.
+        pred: (B, P, M, H, Dv), in v's dtype.
+        state: B_N, (B, H, Dk, Dv), float32 (float64 with float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what came and what was wanted.
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: REM, arXiv 2402.05643, section 3.2.
+    """
+    q, k, v, q_pred, k_pred, v_pred = cast_inputs(q, k, v, q_pred, k_pred, v_pred)
+    check_pop(
+        q,
+        k,
+        v,
+        q_pred,
+        k_pred,
+        v_pred,
+        log_decay,
+        block_size=block_size,
+        offset=offset,
+        state=state,
+        scale=scale,
+        reset=reset,
+    )
+    powers = DecayPowers(log_decay, default_scale(scale, q), torch_backend.state_dtype(q.dtype))
+    return run_pop(
+        (q, k, v),
+        (q_pred, k_pred, v_pred),
+        powers,
+        block_size=block_size,
+        offset=offset,
+        state=state,
+        reset=reset,
+        backend=choose_backend("pop_retention()", backend)[0],
+    )
+
+
+def run_pop(
+    main: tuple[Tensor, Tensor, Tensor],
+    pred: tuple[Tensor, Tensor, Tensor],
+    powers: DecayPowers,
+    *,
+    block_size: int,
+    offset: int,
+    state: Tensor | None,
+    reset: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pop_retention` after its checks, of (q, k, v) twice, on a backend that has been chosen."""
+    q, k, v, q_pred, k_pred, v_pred = cast_inputs(*main, *pred)
+    with without_autocast(q.device):
+        if backend == "reference":
+            return reference.pop_retention(
+                q,
+                k,
+                v,
+                q_pred,
+                k_pred,
+                v_pred,
+                powers.log_decay,
+                block_size=block_size,
+                offset=offset,
+                state=state,
+                scale=powers.scale,
+                reset=reset,
+            )
+        return torch_backend.pop_retention(
+            q,
+            k,
+            v,
+            q_pred,
+            k_pred,
+            v_pred,
+            powers,
+            block_size=block_size,
+            offset=offset,
+            state=state,
+            reset=reset,
+        )

@@ -1,0 +1,109 @@
+"""Retention: the public function, and the unchecked one that layers call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retpop.ops import packed, reference, torch_backend
+from retpop.ops.autocast import cast_inputs, without_autocast
+from retpop.ops.checks import check_retention
+from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.dispatch import choose_backend
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    mode: str = "chunkwise",
+    state: Tensor | None = None,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Retention: a linear recurrence with a fixed decay per head.
+
+        S_n = γ S_{n-1} + k_nᵀ v_n,    o_n = c · q_n S_n
+
+    Args:
+        q, k: queries and keys, (B, T, H, Dk), float64, float32, float16 or bfloat16; T may be 0.
+        v: values, (B, T, H, Dv), of the same dtype.
+        log_decay: ln γ per head, (H,), float32 (float64 with float64 inputs), at most 0; -inf is γ = 0.
+        mode: "parallel" (quadratic in T, one matrix product), "chunkwise" (linear in T) or "recurrent" (a
+            loop over T). All give the same outputs and the same state.
+        state: (B, H, Dk, Dv), float32 (float64 with float64 inputs), carried from what came before, or None
+            for the start of a sequence.
+        scale: c; None: Dk^-0.5.
+        chunk_size: tokens in a chunk of the chunkwise mode, a power of two, at least 16; None: 64.
+        cu_seqlens: boundaries of S sequences packed into one row, (S + 1,), int32 or int64, from 0 to T. B is
+            then 1 and states are (S, H, Dk, Dv); an empty sequence's state passes through.
+        backend: "auto", "torch", "triton" or "reference"; see `retpop.explain_backend`.
+
+    Returns:
+        out: (B, T, H, Dv), in v's dtype.
+        state: after the last token, (B, H, Dk, Dv), float32 (float64 with float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what came and what was wanted.
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: RetNet, arXiv 2307.08621, equations 5 (parallel), 6 (recurrent), 7 (chunkwise).
+    """
+    q, k, v = cast_inputs(q, k, v)
+    check_retention(
+        q,
+        k,
+        v,
+        log_decay,
+        mode=mode,
+        state=state,
+        scale=scale,
+        chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens,
+    )
+    powers = DecayPowers(log_decay, default_scale(scale, q), torch_backend.state_dtype(q.dtype))
+    return run_retention(
+        q,
+        k,
+        v,
+        powers,
+        mode=mode,
+        state=state,
+        chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens,
+        backend=choose_backend("retention()", backend)[0],
+    )
+
+
+def run_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    powers: DecayPowers,
+    *,
+    mode: str,
+    state: Tensor | None,
+    chunk_size: int | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`retention` after its checks, with the powers of γ given, on a backend that has been chosen."""
+    q, k, v = cast_inputs(q, k, v)
+    with without_autocast(q.device):
+        if backend == "reference":
+            return reference.retention(
+                q, k, v, powers.log_decay, state=state, scale=powers.scale, cu_seqlens=cu_seqlens
+            )
+        if cu_seqlens is not None:
+            return packed.retention(
+                q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, cu_seqlens=cu_seqlens
+            )
+        return torch_backend.retention(q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size)
+
+
+def default_scale(scale: float | None, q: Tensor) -> float:
+    """The scale c that was given, or Dk^-0.5."""
+    return q.shape[-1] ** -0.5 if scale is None else scale

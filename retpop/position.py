@@ -1,0 +1,132 @@
+"""Rotary positions: queries and keys turned by an angle that grows with the position.
+
+Two conventions, named after the code they come from: ``"retnet"`` turns neighbouring pairs of features,
+``"rope"`` turns pairs that lie half a head apart. Both rotate only; RetNet's released code drops xPos's
+scale too, since the decay already does that work.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = ("retnet", "rope")
+BASE = 10000.0
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every token's angles, each (B or 1, ..., 1, Dk / 2), float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_frequencies(kind: str, head_dim: int) -> Tensor:
+    """The angle by which one position turns each pair of features.
+
+    Args:
+        kind: "retnet": θ = 10000^-linspace(0, 1, Dk/2); "rope": θ_i = 10000^(-2i/Dk).
+        head_dim: Dk, even.
+
+    Returns:
+        θ, (Dk / 2,), float64, on the CPU.
+
+    Source: RetNet's released code (torchscale); RoFormer, arXiv 2104.09864, section 3.2.2.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"rotary_frequencies(): kind is {kind!r}; it must be one of {KINDS}.")
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"rotary_frequencies(): head_dim is {head_dim}; rotary positions need an even one.")
+    half = head_dim // 2
+    if kind == "retnet":
+        exponents = torch.linspace(0, 1, half, dtype=torch.float64, device="cpu")
+    else:
+        exponents = torch.arange(half, dtype=torch.float64, device="cpu") / half
+    return BASE**-exponents
+
+
+def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
+    """The rotation of tokens at given positions.
+
+    The angles are computed in float64: in float32 the cosine is off by more than 1 at position 2^24.
+
+    Args:
+        positions: int64, any shape (B or 1, T) or (B or 1, P, M).
+        frequencies: θ from `rotary_frequencies`, (Dk / 2,), float64.
+
+    Returns:
+        cosine and sine, positions' shape + (1, Dk / 2), float32; the 1 broadcasts over heads.
+    """
+    angles = (positions.to(torch.float64).unsqueeze(-1) * frequencies).unsqueeze(-2)
+    return Rotation(angles.cos().float(), angles.sin().float())
+
+
+def rotate(x: Tensor, rotation: Rotation, kind: str) -> Tensor:
+    """Turn queries or keys, in float32 or wider, and cast the result back.
+
+    Args:
+        x: (..., H, Dk), the leading dimensions as those of ``rotation``'s positions.
+        rotation: from `rotation_at`.
+        kind: "retnet" (neighbouring pairs) or "rope" (pairs half a head apart).
+
+    Returns:
+        x rotated, same shape and dtype.
+    """
+    cos, sin = rotation
+    if kind == "retnet":
+        first, second = x[..., 0::2], x[..., 1::2]
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+def sequence_positions(start: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Positions of ``length`` tokens after ``start`` (B,) tokens (None: none): (B or 1, T), int64."""
+    steps = torch.arange(length, device=device)
+    return steps.unsqueeze(0) if start is None else start.unsqueeze(1) + steps
+
+
+def packed_positions(start: Tensor | None, cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Positions of packed tokens, and of the token after each sequence.
+
+    Args:
+        start: (S,), int64, tokens that each sequence has seen before; None: none.
+        cu_seqlens: (S + 1,), boundaries of the sequences in the row.
+        length: T, tokens in the row.
+
+    Returns:
+        positions (1, T) and the positions after (S,), int64.
+    """
+    bounds = cu_seqlens.to(torch.int64)
+    first, lengths = bounds[:-1], bounds.diff()
+    start = torch.zeros_like(first) if start is None else start
+    shift = torch.repeat_interleave(start - first, lengths, output_size=length)
+    return (torch.arange(length, device=bounds.device) + shift).unsqueeze(0), start + lengths
+
+
+def boundary_positions(
+    start: Tensor | None, num_blocks: int, block_size: int, reset: Tensor | None, device: torch.device
+) -> Tensor:
+    """Positions of the first token after each boundary of N blocks, counted from the last reset.
+
+    Args:
+        start: (B,), int64, tokens seen before; None: none.
+        num_blocks: N.
+        block_size: L.
+        reset: (B, N), bool: the blocks that start a new episode, at position 0; None: none does.
+        device: where the positions are wanted.
+
+    Returns:
+        (B or 1, N + 1), int64.
+    """
+    blocks = torch.arange(num_blocks + 1, device=device)
+    positions = sequence_positions(start, 1, device) + blocks * block_size
+    if reset is None or num_blocks == 0:
+        return positions
+    last_reset = torch.where(reset, blocks[:-1], -1).cummax(dim=1).values
+    last_reset = torch.cat((last_reset, last_reset[:, -1:]), dim=1)  # boundary N is never reset
+    return torch.where(last_reset >= 0, (blocks - last_reset) * block_size, positions)

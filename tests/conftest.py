@@ -1,0 +1,56 @@
+"""What every test shares: poisoned memory, hypothesis profiles and the path of the helpers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from torch.utils._device import _device_constructors
+
+# With --import-mode=importlib nothing under tests/ is importable; the helpers live in a folder of their own.
+sys.path.append(str(Path(__file__).parent / "support"))
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("explore", deadline=None, max_examples=300)  # pytest --hypothesis-profile=explore
+settings.load_profile("repeatable")
+
+
+def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`make` (torch.empty or a relative), whose memory is NaN (or a wild integer) until it is written."""
+
+    def make_poisoned(*args: object, **options: object) -> torch.Tensor:
+        tensor = make(*args, **options)
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max)
+
+    return make_poisoned
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poison_uninitialised_memory() -> Iterator[None]:
+    """Reading memory before writing it gives NaN in every test, not whatever happened to lie there."""
+    # `with torch.device(...)` knows the functions it redirects by identity: let it learn the real ones first.
+    _device_constructors()
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in [
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ]:
+            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile without what other tests left in its caches."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -1,0 +1,208 @@
+"""The command line: what a stranger types, and what the answer and the exit code are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rem_atari import commands
+from rem_atari.arguments import ReportArguments, TrainArguments, parse_arguments
+from rem_atari.cli import main
+from rem_atari.config import Config
+from rem_atari.errors import StoppedError
+from rem_atari.presets import PRESETS
+
+
+def parse_train(*words: str) -> Config:
+    arguments = parse_arguments(["train", *words])
+    assert isinstance(arguments, TrainArguments)
+    return arguments.config
+
+
+def fails_with(capsys: pytest.CaptureFixture[str], words: list[str], code: int) -> str:
+    """Run the command, check its exit code, and return the last line of stderr."""
+    assert main(words) == code
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_default_preset_is_tiny() -> None:
+    assert parse_train() == PRESETS["tiny"]
+
+
+@pytest.mark.parametrize("words", [["--preset", "catch"], ["--preset=catch"]])
+def test_a_preset_is_what_flags_start_from(words: list[str]) -> None:
+    assert parse_train(*words) == PRESETS["catch"]
+    config = parse_train("--controller.optim.lr", "0.5", *words, "--seed", "7")
+    assert (config.controller.optim.lr, config.seed) == (0.5, 7)
+    assert config.tokenizer == PRESETS["catch"].tokenizer
+
+
+def test_every_kind_of_value_can_be_a_flag() -> None:
+    config = parse_train(
+        *("--tokenizer.channels", "4", "8"),
+        *("--tokenizer.no-init-from-data", "--env.id", "rem_atari/Catch-v0"),
+        *("--schedule.collect-max-seconds", "None", "--controller.lambda_", "0.5"),
+    )
+    assert config.tokenizer.channels == (4, 8)
+    assert config.tokenizer.init_from_data is False
+    assert config.env.id == "rem_atari/Catch-v0"
+    assert config.schedule.collect_max_seconds is None
+    assert config.controller.lambda_ == 0.5
+
+
+def test_a_game_wins_over_the_presets_id_but_not_over_an_id_given() -> None:
+    assert parse_train("--preset", "catch", "--env.game", "Pong").env.id is None
+    assert parse_train("--preset", "catch", "--env.game=Pong").env.game == "Pong"
+    assert parse_train("--env.game", "Pong", "--env.id", "A/B-v0").env.id == "A/B-v0"
+
+
+def test_report_takes_a_folder() -> None:
+    assert parse_arguments(["report", "runs/a"]) == ReportArguments(run=Path("runs/a"))
+
+
+def test_help_names_the_commands_and_each_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    overview = capsys.readouterr().out
+    assert all(name in overview for name in ("train", "report", "list", "--preset tiny --env.game Breakout"))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    details = capsys.readouterr().out
+    for flag in ("--run", "--env.game", "--device", "--threads", "--world-model.optim.first-updates"):
+        assert flag in details
+
+
+def test_help_loads_neither_torch_nor_the_environments() -> None:
+    script = (
+        "import sys\nfrom rem_atari.cli import main\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print('loaded:', [name for name in ('torch', 'gymnasium', 'ale_py') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.endswith("loaded: []\n")
+
+
+def test_the_module_runs_as_a_program() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "rem_atari", "train", "--preset", "huge"], capture_output=True, text=True
+    )
+    assert ran.returncode == 2
+    assert ran.stderr == "rem-atari: there is no preset 'huge'; there are debug, tiny, catch, paper.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--preset", "tini"], "there is no preset 'tini'; did you mean tiny?"),
+        (["--env.game", "Brekout"], "did you mean Breakout"),
+        (["--env.id", "Nowhere/Nothing-v9"], "Nowhere/Nothing-v9"),
+        (["--preset", "paper"], "--tokenizer.perceptual-weight 0 trains without it"),
+        (["--seed", "-1"], "seed is -1, wanted at least 0"),
+        (["--evaluation.temperature", "0"], "evaluation.temperature is 0.0, wanted more than 0"),
+        (["--controller.optim.batch-size", "0"], "controller.optim.batch_size is 0, wanted at least 1"),
+        (["--controller.min-real-frames", "8"], "controller.min_real_frames is 8"),
+        (["--device", "toaster"], "the device 'toaster' cannot be used"),
+        (["--env.frame-size", "60"], "env.frame_size is 60"),
+        (["--controller.horizon", "1"], "controller.horizon is 1"),
+    ],
+)
+def test_wrong_use_is_explained_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    line = fails_with(capsys, ["train", "--run", str(tmp_path / "run"), *words], code=2)
+    assert line.startswith("rem-atari: ")
+    assert sentence in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_flag_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--sed", "1"])
+    assert ended.value.code == 2
+    assert "--sed" in capsys.readouterr().err
+
+
+def test_an_existing_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    line = fails_with(capsys, ["train", "--preset", "debug", "--run", str(tmp_path)], code=2)
+    assert "exists and is not empty" in line
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["train", "--preset", "debug", "--run", str(tmp_path / "file" / "run")]
+    assert "cannot create the run folder" in fails_with(capsys, words, code=2)
+
+
+def test_a_report_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a run folder" in fails_with(capsys, ["report", str(tmp_path)], code=2)
+
+
+def test_a_failure_is_one_line_and_debug_adds_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("the disk\n  is on fire")
+
+    monkeypatch.setattr(commands, "list_games", fail)
+    assert main(["list"]) == 1
+    assert capsys.readouterr().err == "rem-atari: the disk is on fire\n"
+    assert main(["list", "--debug"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == "rem-atari: the disk is on fire"
+
+
+@pytest.mark.parametrize("error", [StoppedError("stopped by SIGTERM"), KeyboardInterrupt()])
+def test_a_stop_has_a_code_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    def stop() -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "list_games", stop)
+    assert "stopped by SIG" in fails_with(capsys, ["list"], code=3)
+
+
+def test_a_missing_package_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "rem_atari.arguments")
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    line = fails_with(capsys, ["train"], code=1)
+    assert "needs the package tyro" in line
+    assert "pip install 'retpop[atari]'" in line
+
+
+def test_list_prints_games(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    games = capsys.readouterr().out.splitlines()
+    assert {"Breakout", "MsPacman"} <= set(games)
+    assert games == sorted(games)
+
+
+def test_a_report_that_fails_keeps_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import rem_atari.report
+
+    def fail(run: Path) -> Path:
+        raise ZeroDivisionError("no frames")
+
+    monkeypatch.setattr(rem_atari.report, "write_report", fail)
+    run = tmp_path / "run"
+    line = fails_with(
+        capsys, ["train", "--preset", "debug", "--run", str(run), "--schedule.epochs", "1"], code=1
+    )
+    assert line.startswith(f"rem-atari: the report of {run} could not be written (no frames)")
+    assert len(list((run / "checkpoints").iterdir())) == 1
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["final"] == 1

@@ -1,0 +1,57 @@
+"""Metrics: a line at a time, on the disk at once, and always JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rem_atari.metrics import MetricsLog, read_metrics
+
+
+def test_lines_are_there_before_the_log_is_closed(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    log.write("tokenizer", epoch=3, env_steps=70, values={"loss": 0.5, "updates": 4})
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    log.close()
+    assert line.pop("seconds") >= 0
+    assert line == {"epoch": 3, "env_steps": 70, "phase": "tokenizer", "loss": 0.5, "updates": 4}
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    log.write(
+        "evaluate",
+        epoch=0,
+        env_steps=0,
+        values={"loss": math.nan, "worst": -math.inf, "returns": [1.0, math.inf]},
+    )
+    log.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (line["loss"], line["worst"], line["returns"]) == (None, None, [1.0, None])
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
+    assert [line["epoch"] for line in read_metrics(path)] == [0, 1]
+
+
+def test_tensorboard_gets_the_numbers_by_phase_and_epoch(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    for epoch in range(3):
+        log.write(
+            "collect", epoch=epoch, env_steps=10 * epoch, values={"rate": 2.0 * epoch, "returns": [1.0]}
+        )
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["collect/rate"]
+    points = [(point.step, point.value) for point in events.Scalars("collect/rate")]
+    assert points == [(0, pytest.approx(0.0)), (1, pytest.approx(2.0)), (2, pytest.approx(4.0))]

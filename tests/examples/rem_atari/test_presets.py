@@ -1,0 +1,80 @@
+"""The presets: named, checked, and each the size that it promises."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+
+from rem_atari.agent import Agent
+from rem_atari.config import Config
+from rem_atari.errors import UsageError
+from rem_atari.presets import PRESETS
+from rem_atari.training.setup import check_config
+
+
+def differences(ours: Any, theirs: Any, path: str = "") -> dict[str, Any]:
+    """Values of `ours` by dotted path where they differ from `theirs`."""
+    found: dict[str, Any] = {}
+    for field in fields(ours):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if is_dataclass(mine):
+            found |= differences(mine, other, f"{path}{field.name}.")
+        elif mine != other:
+            found[f"{path}{field.name}"] = mine
+    return found
+
+
+def test_presets_know_their_names() -> None:
+    assert list(PRESETS) == ["debug", "tiny", "catch", "paper"]
+    assert all(preset.preset == name for name, preset in PRESETS.items())
+
+
+def test_paper_is_the_defaults_with_the_published_defects() -> None:
+    assert differences(PRESETS["paper"], Config()) == {
+        "controller.burn_in_actions": False,
+        "controller.mask_after_end": False,
+    }
+
+
+@pytest.mark.parametrize("name", ["debug", "tiny", "catch"])
+def test_cpu_presets_can_be_trained(name: str) -> None:
+    config = PRESETS[name]
+    check_config(config)
+    agent = Agent.from_config(config, num_actions=4)
+    assert sum(parameter.numel() for parameter in agent.parameters()) < 1_000_000
+
+
+def test_paper_needs_the_perceptual_loss() -> None:
+    with pytest.raises(UsageError, match=r"--tokenizer\.perceptual-weight 0 trains without"):
+        check_config(PRESETS["paper"])
+
+
+def test_tiny_is_an_atari_agent_bounded_by_time() -> None:
+    config = PRESETS["tiny"]
+    agent = Agent.from_config(config, num_actions=4)
+    assert config.env.id is None
+    assert config.env.frame_size == 64
+    assert agent.tokenizer.num_tokens == 64
+    assert config.world_model.embed_dim == 64
+    assert config.world_model.num_layers == 2
+    assert config.schedule.epochs == 5
+    steps = config.schedule.random_steps + config.schedule.collect_epochs * config.schedule.steps_per_epoch
+    assert steps == 3_000
+    bounds = [
+        component.optim.max_seconds for component in (config.tokenizer, config.world_model, config.controller)
+    ]
+    bounds += [config.schedule.collect_max_seconds, config.evaluation.max_seconds]
+    assert all(bound is not None for bound in bounds)
+    longest = config.schedule.epochs * sum(bounds[:4]) + 2 * bounds[4]
+    assert longest <= 280, "even the slowest machine finishes within five minutes"
+
+
+@pytest.mark.parametrize("name", ["debug", "catch"])
+def test_catch_presets_are_decided_by_counts_alone(name: str) -> None:
+    """No bound on time, so that a seed gives one result."""
+    config = PRESETS[name]
+    assert config.env.id == "rem_atari/Catch-v0"
+    assert config.env.frame_size == 24
+    assert {path for path in differences(config, Config()) if path.endswith("max_seconds")} == set()

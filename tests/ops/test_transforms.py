@@ -1,0 +1,145 @@
+"""PyTorch's transforms on the torch backend: forward-mode, vmap, double backward, torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from retention_cases import (
+    MODES,
+    PopCase,
+    RetentionCase,
+    assert_same_gradients,
+    assert_same_results,
+    gradients,
+    mode_options,
+    normal,
+)
+from torch import Tensor
+
+PAIRS = ("q", "k", "v", "state")
+POP_PAIRS = ("q", "k", "v", "q_pred", "k_pred", "v_pred", "state")
+
+
+def as_function(
+    case: RetentionCase | PopCase, names: tuple[str, ...], **options: object
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The op as a function of the named inputs alone."""
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        return replace(case, **dict(zip(names, values, strict=True))).run(**options)
+
+    return run
+
+
+def inputs_of(case: RetentionCase | PopCase, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    return tuple(getattr(case, name) for name in names)
+
+
+def tangents_of(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(normal(*value.shape, seed=90 + i) for i, value in enumerate(values))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_mode(mode: str) -> None:
+    case = RetentionCase.make(2, 18, 2, 3, 4)
+    values = inputs_of(case, PAIRS)
+    expected = torch.func.jvp(as_function(case, PAIRS, backend="reference"), values, tangents_of(values))
+    actual = torch.func.jvp(as_function(case, PAIRS, **mode_options(mode)), values, tangents_of(values))
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_results(a, e, 1e-11)
+
+
+def test_forward_mode_of_pop() -> None:
+    case = PopCase.make(2, 3, 2, 4, 3, 2, 3, 4, with_reset=True)
+    values = inputs_of(case, POP_PAIRS)
+    expected = torch.func.jvp(as_function(case, POP_PAIRS, backend="reference"), values, tangents_of(values))
+    actual = torch.func.jvp(as_function(case, POP_PAIRS), values, tangents_of(values))
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_results(a, e, 1e-11)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap(mode: str) -> None:
+    """Over an extra leading dim: an ensemble is a loop over its members."""
+    members = [RetentionCase.make(2, 18, 2, 3, 4, seed=6 * i) for i in range(3)]
+    run = as_function(members[0], PAIRS, **mode_options(mode))
+    stacked = [torch.stack(values) for values in zip(*(inputs_of(m, PAIRS) for m in members), strict=True)]
+    actual = torch.vmap(run)(*stacked)
+    for i, member in enumerate(members):
+        assert_same_results(tuple(t[i] for t in actual), member.run(backend="reference"), 1e-12)
+
+
+def test_vmap_of_pop() -> None:
+    members = [PopCase.make(2, 3, 2, 2, 3, 2, 3, 4, offset=1, seed=6 * i) for i in range(3)]
+    run = as_function(members[0], POP_PAIRS)
+    stacked = [
+        torch.stack(values) for values in zip(*(inputs_of(m, POP_PAIRS) for m in members), strict=True)
+    ]
+    actual = torch.vmap(run)(*stacked)
+    for i, member in enumerate(members):
+        assert_same_results(tuple(t[i] for t in actual), member.run(backend="reference"), 1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_per_sample_gradients(mode: str) -> None:
+    """vmap of grad, as in differential privacy: one gradient for each row."""
+    case = RetentionCase.make(3, 18, 2, 3, 4)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+        row = replace(case, q=q[None], k=k[None], v=v[None], state=state[None])
+        out, final = row.run(**mode_options(mode))
+        return out.square().sum() + final.square().sum()
+
+    actual = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))(*inputs_of(case, PAIRS))
+    leaves = case.for_gradients()
+    out, final = leaves.run(backend="reference")
+    expected = torch.autograd.grad(out.square().sum() + final.square().sum(), leaves.leaves())
+    assert_same_gradients(list(actual), list(expected), 1e-11)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_double_backward(mode: str) -> None:
+    case = RetentionCase.make(1, 17, 1, 2, 2, seed=4).for_gradients()
+    run = as_function(case, PAIRS, **mode_options(mode))
+    assert torch.autograd.gradgradcheck(run, inputs_of(case, PAIRS), fast_mode=True)
+
+
+def test_double_backward_of_pop() -> None:
+    case = PopCase.make(1, 2, 2, 2, 3, 1, 2, 2, offset=1, with_reset=True, seed=4).for_gradients()
+    run = as_function(case, POP_PAIRS)
+    assert torch.autograd.gradgradcheck(run, inputs_of(case, POP_PAIRS), fast_mode=True)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("mode", "T"), [("parallel", 18), ("chunkwise", 18), ("recurrent", 3)])
+def test_compiled_without_a_graph_break(mode: str, T: int) -> None:
+    """Forward and backward in one graph each."""
+    case = RetentionCase.make(2, T, 2, 3, 4).for_gradients()
+    run = as_function(case, PAIRS, **mode_options(mode))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    actual, expected = (function(*inputs_of(case, PAIRS)) for function in (compiled, run))
+    assert_same_results(actual, expected, 1e-12)
+    assert_same_gradients(gradients(actual, case.leaves()), gradients(expected, case.leaves()), 1e-11)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_pop_compiled_without_a_graph_break() -> None:
+    case = PopCase.make(2, 2, 3, 3, 2, 2, 3, 4, with_reset=True).for_gradients()
+    run = as_function(case, POP_PAIRS)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    actual, expected = (function(*inputs_of(case, POP_PAIRS)) for function in (compiled, run))
+    assert_same_results(actual, expected, 1e-12)
+    assert_same_gradients(gradients(actual, case.leaves()), gradients(expected, case.leaves()), 1e-11)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shapes_on_the_meta_device(mode: str) -> None:
+    """No value is looked at: a model can be laid out without memory."""
+    case = RetentionCase.make(2, 18, 2, 3, 4, dtype=torch.bfloat16)
+    meta = replace(case, **{name: value.to("meta") for name, value in vars(case).items()})
+    out, state = meta.run(mode=mode)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 18, 2, 4), torch.bfloat16, "meta")
+    assert (state.shape, state.dtype, state.device.type) == ((2, 2, 3, 4), torch.float32, "meta")

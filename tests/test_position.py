@@ -1,0 +1,116 @@
+"""Rotary positions: the angles by their formulas, exact at large positions, relative in their effect."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from retention_cases import normal
+
+from retpop.position import KINDS, rotary_frequencies, rotate, rotation_at
+
+FAR = [0, 1, 257, 2**20, 2**24 + 1, 2**31 + 3]
+
+
+def pairs_of(kind: str, head_dim: int) -> list[tuple[int, int]]:
+    half = head_dim // 2
+    return [(2 * i, 2 * i + 1) if kind == "retnet" else (i, i + half) for i in range(half)]
+
+
+def angle(kind: str, head_dim: int, pair: int, position: int) -> float:
+    half = head_dim // 2
+    exponent = pair / (half - 1) if kind == "retnet" else 2 * pair / head_dim
+    return position * 10000.0**-exponent
+
+
+def rotated_by_hand(x: torch.Tensor, kind: str, positions: list[int]) -> torch.Tensor:
+    """(T, Dk) turned pair by pair with Python's own floats."""
+    turned = torch.zeros_like(x)
+    for t, position in enumerate(positions):
+        for i, (first, second) in enumerate(pairs_of(kind, x.shape[-1])):
+            a, b = x[t, first].item(), x[t, second].item()
+            theta = angle(kind, x.shape[-1], i, position)
+            turned[t, first] = a * math.cos(theta) - b * math.sin(theta)
+            turned[t, second] = b * math.cos(theta) + a * math.sin(theta)
+    return turned
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", [4, 6, 8, 60])
+def test_rotation_pair_by_pair_at_near_and_far_positions(kind: str, head_dim: int) -> None:
+    x = normal(1, len(FAR), 1, head_dim, seed=3)
+    rotation = rotation_at(torch.tensor([FAR]), rotary_frequencies(kind, head_dim))
+    expected = rotated_by_hand(x[0, :, 0], kind, FAR)
+    # 1e-6 is float32's cosine; angles in float32 would be off by more than 1 at 2^24.
+    torch.testing.assert_close(rotate(x, rotation, kind)[0, :, 0], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtypes(kind: str) -> None:
+    frequencies = rotary_frequencies(kind, 8)
+    assert frequencies.dtype is torch.float64
+    rotation = rotation_at(torch.tensor([[5, 6]]), frequencies)
+    assert [part.dtype for part in rotation] == [torch.float32, torch.float32]
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        x = normal(1, 2, 3, 8, seed=0, dtype=dtype)
+        turned = rotate(x, rotation, kind)
+        assert turned.dtype is dtype
+        exact = rotate(x.double(), rotation, kind)
+        torch.testing.assert_close(turned.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [2**20, 2**24 + 1])
+def test_only_the_distance_of_two_tokens_matters(kind: str, start: int) -> None:
+    q, k = normal(2, 1, 30, 1, 8, seed=1, dtype=torch.float32)
+    frequencies = rotary_frequencies(kind, 8)
+    scores = []
+    for first in (0, start):
+        rotation = rotation_at(torch.arange(first, first + 30)[None], frequencies)
+        turned_q, turned_k = (rotate(x, rotation, kind)[0, :, 0] for x in (q, k))
+        scores.append(turned_q @ turned_k.T)
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_position_zero_turns_nothing_and_rotation_keeps_the_length(kind: str) -> None:
+    x = normal(2, 4, 3, 8, seed=0)
+    frequencies = rotary_frequencies(kind, 8)
+    zero = rotation_at(torch.zeros(2, 4, dtype=torch.int64), frequencies)
+    assert torch.equal(rotate(x, zero, kind), x)
+    somewhere = rotation_at(torch.arange(8).view(2, 4) * 1000, frequencies)
+    torch.testing.assert_close(rotate(x, somewhere, kind).norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prediction_shaped_positions(kind: str) -> None:
+    """Positions (B, P, M) turn tensors (B, P, M, H, D)."""
+    x = normal(2, 3, 4, 5, 8, seed=0)
+    positions = torch.arange(24).view(2, 3, 4)
+    frequencies = rotary_frequencies(kind, 8)
+    turned = rotate(x, rotation_at(positions, frequencies), kind)
+    flat = rotate(x.view(1, 24, 5, 8), rotation_at(positions.view(1, 24), frequencies), kind)
+    assert torch.equal(turned, flat.view_as(x))
+
+
+def test_one_pair_of_features() -> None:
+    for kind in KINDS:
+        assert rotary_frequencies(kind, 2).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("kind", ["xpos", "", None])
+def test_unknown_kind(kind: object) -> None:
+    with pytest.raises(ValueError, match=r"kind is .*retnet"):
+        rotary_frequencies(kind, 8)
+
+
+@pytest.mark.parametrize("head_dim", [0, 1, 7, -2])
+def test_odd_head_dims(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"head_dim is {head_dim}"):
+        rotary_frequencies("rope", head_dim)
+
+
+def test_default_device_does_not_matter() -> None:
+    with torch.device("meta"):
+        assert rotary_frequencies("retnet", 8).device.type == "cpu"
