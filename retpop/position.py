@@ -17,7 +17,10 @@ BASE = 10000.0
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every token's angles, each (B or 1, ..., 1, Dk / 2), float32."""
+    """What turns every token's features, each (B or 1, ..., 1, Dk), float32.
+
+    Feature x with partner y becomes x · cos + y · sin; sin carries the sign.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -47,20 +50,24 @@ def rotary_frequencies(kind: str, head_dim: int) -> Tensor:
     return BASE**-exponents
 
 
-def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
+def rotation_at(positions: Tensor, frequencies: Tensor, kind: str) -> Rotation:
     """The rotation of tokens at given positions.
 
     The angles are computed in float64: in float32 the cosine is off by more than 1 at position 2^24.
 
     Args:
-        positions: int64, any shape (B or 1, T) or (B or 1, P, M).
+        positions: int64, any shape, for example (B or 1, T).
         frequencies: θ from `rotary_frequencies`, (Dk / 2,), float64.
+        kind: "retnet" (neighbouring pairs) or "rope" (pairs half a head apart).
 
     Returns:
-        cosine and sine, positions' shape + (1, Dk / 2), float32; the 1 broadcasts over heads.
+        cosine and signed sine, positions' shape + (1, Dk), float32; the 1 broadcasts over heads.
     """
     angles = (positions.to(torch.float64).unsqueeze(-1) * frequencies).unsqueeze(-2)
-    return Rotation(angles.cos().float(), angles.sin().float())
+    cos, sin = angles.cos().float(), angles.sin().float()
+    if kind == "retnet":
+        return Rotation(cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2))
+    return Rotation(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
 def rotate(x: Tensor, rotation: Rotation, kind: str) -> Tensor:
@@ -68,20 +75,17 @@ def rotate(x: Tensor, rotation: Rotation, kind: str) -> Tensor:
 
     Args:
         x: (..., H, Dk), the leading dimensions as those of ``rotation``'s positions.
-        rotation: from `rotation_at`.
-        kind: "retnet" (neighbouring pairs) or "rope" (pairs half a head apart).
+        rotation: from `rotation_at`, of the same kind.
+        kind: "retnet" or "rope".
 
     Returns:
         x rotated, same shape and dtype.
     """
-    cos, sin = rotation
     if kind == "retnet":
-        first, second = x[..., 0::2], x[..., 1::2]
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+        partner = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * rotation.cos, partner, rotation.sin).to(x.dtype)
 
 
 def sequence_positions(start: Tensor | None, length: int, device: torch.device) -> Tensor:

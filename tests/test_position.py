@@ -40,7 +40,7 @@ def rotated_by_hand(x: torch.Tensor, kind: str, positions: list[int]) -> torch.T
 @pytest.mark.parametrize("head_dim", [4, 6, 8, 60])
 def test_rotation_pair_by_pair_at_near_and_far_positions(kind: str, head_dim: int) -> None:
     x = normal(1, len(FAR), 1, head_dim, seed=3)
-    rotation = rotation_at(torch.tensor([FAR]), rotary_frequencies(kind, head_dim))
+    rotation = rotation_at(torch.tensor([FAR]), rotary_frequencies(kind, head_dim), kind)
     expected = rotated_by_hand(x[0, :, 0], kind, FAR)
     # 1e-6 is float32's cosine; angles in float32 would be off by more than 1 at 2^24.
     torch.testing.assert_close(rotate(x, rotation, kind)[0, :, 0], expected, rtol=0, atol=2e-6)
@@ -50,7 +50,7 @@ def test_rotation_pair_by_pair_at_near_and_far_positions(kind: str, head_dim: in
 def test_dtypes(kind: str) -> None:
     frequencies = rotary_frequencies(kind, 8)
     assert frequencies.dtype is torch.float64
-    rotation = rotation_at(torch.tensor([[5, 6]]), frequencies)
+    rotation = rotation_at(torch.tensor([[5, 6]]), frequencies, kind)
     assert [part.dtype for part in rotation] == [torch.float32, torch.float32]
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         x = normal(1, 2, 3, 8, seed=0, dtype=dtype)
@@ -67,7 +67,7 @@ def test_only_the_distance_of_two_tokens_matters(kind: str, start: int) -> None:
     frequencies = rotary_frequencies(kind, 8)
     scores = []
     for first in (0, start):
-        rotation = rotation_at(torch.arange(first, first + 30)[None], frequencies)
+        rotation = rotation_at(torch.arange(first, first + 30)[None], frequencies, kind)
         turned_q, turned_k = (rotate(x, rotation, kind)[0, :, 0] for x in (q, k))
         scores.append(turned_q @ turned_k.T)
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-5)
@@ -77,9 +77,9 @@ def test_only_the_distance_of_two_tokens_matters(kind: str, start: int) -> None:
 def test_position_zero_turns_nothing_and_rotation_keeps_the_length(kind: str) -> None:
     x = normal(2, 4, 3, 8, seed=0)
     frequencies = rotary_frequencies(kind, 8)
-    zero = rotation_at(torch.zeros(2, 4, dtype=torch.int64), frequencies)
+    zero = rotation_at(torch.zeros(2, 4, dtype=torch.int64), frequencies, kind)
     assert torch.equal(rotate(x, zero, kind), x)
-    somewhere = rotation_at(torch.arange(8).view(2, 4) * 1000, frequencies)
+    somewhere = rotation_at(torch.arange(8).view(2, 4) * 1000, frequencies, kind)
     torch.testing.assert_close(rotate(x, somewhere, kind).norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)
 
 
@@ -89,8 +89,8 @@ def test_prediction_shaped_positions(kind: str) -> None:
     x = normal(2, 3, 4, 5, 8, seed=0)
     positions = torch.arange(24).view(2, 3, 4)
     frequencies = rotary_frequencies(kind, 8)
-    turned = rotate(x, rotation_at(positions, frequencies), kind)
-    flat = rotate(x.view(1, 24, 5, 8), rotation_at(positions.view(1, 24), frequencies), kind)
+    turned = rotate(x, rotation_at(positions, frequencies, kind), kind)
+    flat = rotate(x.view(1, 24, 5, 8), rotation_at(positions.view(1, 24), frequencies, kind), kind)
     assert torch.equal(turned, flat.view_as(x))
 
 

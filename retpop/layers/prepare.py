@@ -124,7 +124,9 @@ def _powers(owner: Owner) -> DecayPowers:
 
 
 def _rotation(owner: Owner, positions: Tensor) -> Rotation | None:
-    return None if owner.frequencies is None else rotation_at(positions, owner.frequencies)
+    if owner.frequencies is None or owner.cfg.position is None:
+        return None
+    return rotation_at(positions, owner.frequencies, owner.cfg.position)
 
 
 def _after(start: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:

@@ -146,10 +146,12 @@ class MultiScaleRetention(nn.Module):
 
     def mix(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """The layer itself, of a call that has been prepared: (B, T, E) and a state to the same two."""
-        q, k, v, gate = self.qkvg_proj(x).split(self.widths, dim=-1)
-        q, k = (rearrange(t, "b t (h d) -> b t h d", h=self.cfg.num_heads) for t in (q, k))
+        key_dim, _, value_dim, _ = self.widths
+        qk, v, gate = self.qkvg_proj(x).split((2 * key_dim, value_dim, value_dim), dim=-1)
+        qk = rearrange(qk, "b t (h d) -> b t h d", d=self.cfg.head_key_dim)
         if call.rotation is not None and self.cfg.position is not None:
-            q, k = (rotate(t, call.rotation, self.cfg.position) for t in (q, k))
+            qk = rotate(qk, call.rotation, self.cfg.position)
+        q, k = qk.chunk(2, dim=2)
         v = rearrange(v, "b t (h d) -> b t h d", h=self.cfg.num_heads)
         out, kv = call.retain(q, k, v, kv)
         out = self.head_norm(F.dropout(out, self.cfg.dropout, self.training)).flatten(-2)

@@ -48,12 +48,14 @@ class DecayPowers:
         """The powers for a block of ``length`` tokens."""
         if length not in self._blocks:
             steps = torch.arange(length, device=self.log_decay.device)
-            distance = steps[:, None] - steps
-            within = self.scale * self.gamma_to(distance.clamp(min=0))
+            falling = self.gamma_to(length - 1 - steps)  # γ^(L-1), ..., γ, 1
+            # Row i of `within` is the window of this strip that begins at place L - 1 - i:
+            # L powers are computed, and L² only copied.
+            strip = torch.nn.functional.pad(self.scale * falling, (0, length - 1))
             self._blocks[length] = BlockPowers(
-                within=within.masked_fill(distance < 0, 0),
+                within=strip.unfold(1, length, 1).flip(1),
                 from_start=self.scale * self.gamma_to(steps + 1).unsqueeze(-1),
-                to_end=self.gamma_to(length - 1 - steps).unsqueeze(-1),
+                to_end=falling.unsqueeze(-1),
                 across=self.across(steps.new_tensor([[length]])),
             )
         return self._blocks[length]

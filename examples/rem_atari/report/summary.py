@@ -94,7 +94,7 @@ def warnings_of(report: Report) -> list[str]:
         limit = report.config.tokenizer.freeze_foreground_error
         found.append(
             "The tokenizer was to rest by now, but its error on foreground pixels stayed above"
-            f" {number(limit)} and it trained on."
+            f" {limit:g} and it trained on."
         )
     return found + report.notes
 
