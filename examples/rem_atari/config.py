@@ -146,7 +146,7 @@ class ControllerConfig:
     """Imagined steps; the loss covers all but the last, whose value is the bootstrap."""
     gamma: float = 0.995
     """Discount."""
-    lambda_: float = 0.95
+    td_lambda: float = 0.95
     """λ of the λ-return."""
     entropy_weight: float = 0.001
     """Weight of the policy's entropy."""

@@ -93,7 +93,7 @@ def actor_critic_loss(
         trajectory.values.detach(),
         bootstrap,
         gamma=cfg.gamma,
-        lambda_=cfg.lambda_,
+        lambda_=cfg.td_lambda,
     )
     alive = before_the_end(trajectory.ended).float()
     weights = alive if cfg.mask_after_end else torch.ones_like(alive)

@@ -36,6 +36,7 @@ class SequenceBatch:
         ended: the episode ended of itself with this step, (n, T) bool.
         truncated: the episode was cut short after this step, (n, T) bool.
         mask: the step is real, not padding, (n, T) bool.
+        rows: where in the replay the step is, (n, T) int64; -1 for padding.
     """
 
     frames: Tensor
@@ -44,6 +45,7 @@ class SequenceBatch:
     ended: Tensor
     truncated: Tensor
     mask: Tensor
+    rows: Tensor
 
 
 class Replay:
@@ -326,6 +328,7 @@ class Replay:
             ended=torch.from_numpy(found["terminated"]),
             truncated=torch.from_numpy(found["truncated"]),
             mask=torch.from_numpy(mask),
+            rows=torch.from_numpy(rows.copy()),
         )
 
 

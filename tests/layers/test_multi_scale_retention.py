@@ -316,6 +316,14 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(run, (x, kv), fast_mode=True)
 
 
+def test_by_default_predictions_start_at_the_first_boundary() -> None:
+    layer = make_layer()
+    x, x_pred = normal(2, 6, 12, seed=0), normal(2, 2, 3, 12, seed=1)
+    explicit = layer.pop(x, x_pred, None, block_size=3, offset=0, reset=None)
+    default = layer.pop(x, x_pred, block_size=3)
+    assert torch.equal(default[1], explicit[1])
+
+
 def test_calls_leave_no_trace() -> None:
     """No call changes its inputs, its module, or the next call."""
     layer = make_layer()

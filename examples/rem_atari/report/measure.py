@@ -138,4 +138,5 @@ def _choose(batch: SequenceBatch, context: int) -> SequenceBatch:
         ended=batch.ended[rows],
         truncated=batch.truncated[rows],
         mask=batch.mask[rows],
+        rows=batch.rows[rows],
     )

@@ -9,10 +9,10 @@ import torch
 from rem_atari.agent import Agent
 from rem_atari.config import ControllerConfig
 from rem_atari.controller_loss import controller_loss
-from rem_atari.models.sequence_tokens import tokenize
 from rem_atari.replay import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
+from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Metrics
 
 
@@ -23,6 +23,7 @@ class ControllerPhase(TrainingPhase):
         agent: whose controller trains; tokenizer and world model, in eval mode, stay as they are.
         component: the controller's optimiser.
         replay: where segments come from.
+        tokens: what makes tokens of their frames.
         config: burn-in, horizon, loss.
         generator: source of draws, on the agent's device.
         warn: told when there is nothing to train on yet.
@@ -33,6 +34,7 @@ class ControllerPhase(TrainingPhase):
         agent: Agent,
         component: Component,
         replay: Replay,
+        tokens: TokenCache,
         config: ControllerConfig,
         generator: torch.Generator,
         warn: Callable[[str], None],
@@ -40,6 +42,7 @@ class ControllerPhase(TrainingPhase):
         super().__init__(component, warn)
         self._agent = agent
         self._replay = replay
+        self._tokens = tokens
         self._config = config
         self._generator = generator
 
@@ -52,7 +55,7 @@ class ControllerPhase(TrainingPhase):
         batch = self._replay.sample_segments(
             self._config.optim.batch_size, self._config.burn_in + 1, min_real=self._config.min_real_frames
         )
-        segments = tokenize(batch, self._agent.tokenizer)
+        segments = self._tokens.tokenize(batch)
         loss, metrics = controller_loss(self._agent, segments, self._config, self._generator)
         return metrics | {"grad_norm": self.component.apply(loss)}
 

@@ -12,6 +12,7 @@ from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.replay import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
+from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Metrics
 
 RESTART_EVERY = 20
@@ -32,6 +33,7 @@ class TokenizerPhase(TrainingPhase):
         tokenizer: the tokenizer that `component` trains.
         component: its optimiser.
         replay: where frames come from.
+        tokens: cleared at every update.
         config: the freeze, the care for codes.
         generator: source of draws, on the tokenizer's device.
         warn: told when a freeze that is due is not granted.
@@ -42,6 +44,7 @@ class TokenizerPhase(TrainingPhase):
         tokenizer: Tokenizer,
         component: Component,
         replay: Replay,
+        tokens: TokenCache,
         config: TokenizerConfig,
         generator: torch.Generator,
         warn: Callable[[str], None],
@@ -52,6 +55,7 @@ class TokenizerPhase(TrainingPhase):
         """Running mean of the foreground error; None before the first update."""
         self._tokenizer = tokenizer
         self._replay = replay
+        self._tokens = tokens
         self._config = config
         self._generator = generator
         self._background: torch.Tensor | None = None
@@ -88,6 +92,7 @@ class TokenizerPhase(TrainingPhase):
             self._tokenizer.restart_dead_codes(frames, self._generator)
         loss, metrics = self._tokenizer.loss(frames, background=self._background)
         norm = self.component.apply(loss)
+        self._tokens.clear()
         self._track(float(metrics["foreground_error"]))
         return metrics | {"grad_norm": norm}
 

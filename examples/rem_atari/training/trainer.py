@@ -26,6 +26,7 @@ from rem_atari.training.schedule import evaluation_episodes, replay_capacity, st
 from rem_atari.training.seeding import derive_seed
 from rem_atari.training.setup import TrainingParts
 from rem_atari.training.signals import StopRequest
+from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.tokenizer_phase import TokenizerPhase
 from rem_atari.training.updates import run_updates
 from rem_atari.training.world_model_phase import WorldModelPhase
@@ -213,12 +214,18 @@ class Trainer:
             self._generator("imagination"),
             self._progress.say,
         )
+        tokens = TokenCache(replay, agent.tokenizer)
         phases = (
-            TokenizerPhase(agent.tokenizer, tokenizer, replay, config.tokenizer, codes, warn),
+            TokenizerPhase(agent.tokenizer, tokenizer, replay, tokens, config.tokenizer, codes, warn),
             WorldModelPhase(
-                agent.world_model, world_model, agent.tokenizer, replay, config.world_model, warn
+                agent.world_model,
+                world_model,
+                replay,
+                tokens,
+                config.world_model,
+                warn,
             ),
-            ControllerPhase(agent, controller, replay, config.controller, imagination, warn),
+            ControllerPhase(agent, controller, replay, tokens, config.controller, imagination, warn),
         )
         return {phase.component.name: phase for phase in phases}
 

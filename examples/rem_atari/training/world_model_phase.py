@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rem_atari.config import WorldModelConfig
-from rem_atari.models.sequence_tokens import tokenize
-from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.models.world_model import WorldModel
 from rem_atari.replay import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
+from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Metrics
 
 
@@ -20,8 +19,8 @@ class WorldModelPhase(TrainingPhase):
     Args:
         world_model: the world model that `component` trains.
         component: its optimiser.
-        tokenizer: what makes tokens of the frames; it does not train here.
         replay: where sequences come from.
+        tokens: what makes tokens of their frames.
         config: length of a sequence and of its context.
         warn: told when there is nothing to train on yet.
     """
@@ -30,15 +29,15 @@ class WorldModelPhase(TrainingPhase):
         self,
         world_model: WorldModel,
         component: Component,
-        tokenizer: Tokenizer,
         replay: Replay,
+        tokens: TokenCache,
         config: WorldModelConfig,
         warn: Callable[[str], None],
     ) -> None:
         super().__init__(component, warn)
         self._world_model = world_model
-        self._tokenizer = tokenizer
         self._replay = replay
+        self._tokens = tokens
         self._config = config
         # One block more than the context: a sequence without a loss teaches nothing.
         self._min_real = config.context_blocks + 1
@@ -52,5 +51,5 @@ class WorldModelPhase(TrainingPhase):
         batch = self._replay.sample_sequences(
             self._config.optim.batch_size, self._config.sequence_blocks, min_real=self._min_real
         )
-        loss, metrics = self._world_model.loss(tokenize(batch, self._tokenizer), self._tokenizer.codes)
+        loss, metrics = self._world_model.loss(self._tokens.tokenize(batch), self._tokens.tokenizer.codes)
         return metrics | {"grad_norm": self.component.apply(loss)}

@@ -45,13 +45,13 @@ def test_every_kind_of_value_can_be_a_flag() -> None:
     config = parse_train(
         *("--tokenizer.channels", "4", "8"),
         *("--tokenizer.no-init-from-data", "--env.id", "rem_atari/Catch-v0"),
-        *("--schedule.collect-max-seconds", "None", "--controller.lambda_", "0.5"),
+        *("--schedule.collect-max-seconds", "None", "--controller.td-lambda", "0.5"),
     )
     assert config.tokenizer.channels == (4, 8)
     assert config.tokenizer.init_from_data is False
     assert config.env.id == "rem_atari/Catch-v0"
     assert config.schedule.collect_max_seconds is None
-    assert config.controller.lambda_ == 0.5
+    assert config.controller.td_lambda == 0.5
 
 
 def test_a_game_wins_over_the_presets_id_but_not_over_an_id_given() -> None:

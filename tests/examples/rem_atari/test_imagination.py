@@ -176,6 +176,25 @@ def test_segments_prepare_the_controller_and_the_world_model():
     torch.testing.assert_close(env._state.kv, state.kv)
 
 
+def test_a_segment_of_one_real_frame_gives_the_world_model_no_context():
+    agent, segments = small_agent(), some_segments()
+    mask = segments.mask.clone()
+    mask[1, :3] = False
+    env = env_of(agent)
+    start_imagination(env, agent, replace(segments, mask=mask))
+    assert env._state.position.tolist() == [K + 1, 0, K + 1, K + 1]
+
+
+def test_the_last_observation_is_judged_but_not_acted_on(monkeypatch):
+    """With a horizon of 5 the world model steps four times: only the fifth observation's value is wanted."""
+    agent, segments = small_agent(), some_segments()
+    steps = []
+    one_step = agent.world_model.step
+    monkeypatch.setattr(agent.world_model, "step", lambda *args: steps.append(1) or one_step(*args))
+    controller_loss(agent, segments, CONFIG.controller, torch.Generator().manual_seed(0))
+    assert len(steps) == 4
+
+
 def test_padding_on_the_left_changes_nothing():
     agent, segments = small_agent(), some_segments()
     mask = segments.mask.clone()
@@ -233,7 +252,7 @@ def a_trajectory(batch: int = 3, steps: int = 4) -> tuple[Trajectory, torch.Tens
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_the_loss_by_hand(masked):
-    cfg = replace(CONFIG.controller, mask_after_end=masked, entropy_weight=0.1, gamma=0.9, lambda_=0.8)
+    cfg = replace(CONFIG.controller, mask_after_end=masked, entropy_weight=0.1, gamma=0.9, td_lambda=0.8)
     trajectory, bootstrap = a_trajectory()
     loss, metrics = actor_critic_loss(trajectory, bootstrap, cfg)
     values = trajectory.values.detach()

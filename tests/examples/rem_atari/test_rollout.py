@@ -126,12 +126,17 @@ def test_no_steps_are_an_error():
         play(0)
 
 
+def test_the_temperature_reaches_the_actions():
+    _, _, (trajectory, _, _) = play(6, temperature=1e-6)
+    assert torch.equal(trajectory.actions, trajectory.logits.argmax(dim=-1))
+
+
 def test_exploration_is_drawn_for_each_row():
-    """With ε = 0.5 and a policy that always takes action 0, some rows of a step explore and some do not."""
+    """With a policy that always takes action 0, a share ε of the rows acts uniformly, each on its own."""
     logits = torch.tensor([1e6, 0.0, 0.0, 0.0]).expand(4000, -1)
-    actions = choose_actions(logits, torch.Generator().manual_seed(0), epsilon=0.5)
+    actions = choose_actions(logits, torch.Generator().manual_seed(0), epsilon=0.2)
     shares = torch.bincount(actions, minlength=4) / len(actions)
-    torch.testing.assert_close(shares, torch.tensor([0.625, 0.125, 0.125, 0.125]), atol=0.03, rtol=0)
+    torch.testing.assert_close(shares, torch.tensor([0.85, 0.05, 0.05, 0.05]), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

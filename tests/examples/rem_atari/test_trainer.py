@@ -34,6 +34,7 @@ from rem_atari.training.schedule import plan_run, replay_capacity, updates_in_ep
 from rem_atari.training.seeding import derive_seed
 from rem_atari.training.setup import prepare_training
 from rem_atari.training.signals import StopRequest
+from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.tokenizer_phase import TokenizerPhase
 from rem_atari.training.trainer import Trainer
 from rem_atari.training.updates import run_updates
@@ -282,8 +283,9 @@ def make_tokenizer_phase(warnings: list[str], **changes: object) -> TokenizerPha
     for step in range(8):
         replay.append(0, torch.full((24, 24, 3), 30 * step, dtype=torch.uint8).numpy(), 0, 0.0, False, False)
     component = Component("tokenizer", tokenizer, config.optim)
+    tokens = TokenCache(replay, tokenizer)
     return TokenizerPhase(
-        tokenizer, component, replay, config, torch.Generator().manual_seed(0), warnings.append
+        tokenizer, component, replay, tokens, config, torch.Generator().manual_seed(0), warnings.append
     )
 
 

@@ -1,0 +1,82 @@
+"""Tokens of replay frames: the same as without the cache, each frame encoded once, none kept too long."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from rem_atari.models.sequence_tokens import tokenize
+from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.presets import PRESETS
+from rem_atari.replay import Replay
+from rem_atari.training.component import Component
+from rem_atari.training.token_cache import TokenCache
+from rem_atari.training.tokenizer_phase import TokenizerPhase
+
+CONFIG = PRESETS["debug"].tokenizer
+
+
+class CountingTokenizer(Tokenizer):
+    """Counts the frames it encodes."""
+
+    encoded = 0
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        self.encoded += frames.shape[0]
+        return super().encode(frames)
+
+
+@pytest.fixture
+def replay() -> Replay:
+    """Three episodes of 7 steps and noise for frames."""
+    generator = np.random.default_rng(0)
+    replay = Replay((24, 24, 3), 30, seed=0)
+    for step in range(21):
+        frame = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        replay.append(0, frame, step % 3, float(step), step % 7 == 6, False)
+    return replay
+
+
+@pytest.fixture
+def tokenizer() -> CountingTokenizer:
+    torch.manual_seed(0)
+    return CountingTokenizer(CONFIG, 24).eval()
+
+
+def test_same_as_encoding_every_frame(replay: Replay, tokenizer: CountingTokenizer) -> None:
+    cache = TokenCache(replay, tokenizer)
+    for batch in (replay.sample_sequences(9, 5, min_real=1), replay.sample_segments(9, 5, min_real=1)):
+        assert not batch.mask.all(), "padding must be in the test"
+        direct, cached = tokenize(batch, tokenizer), cache.tokenize(batch)
+        assert torch.equal(cached.tokens[batch.mask], direct.tokens[batch.mask])
+        assert (cached.tokens[~batch.mask] == 0).all()
+        for entry in fields(direct):
+            if entry.name != "tokens":
+                assert torch.equal(getattr(cached, entry.name), getattr(direct, entry.name))
+
+
+def test_a_frame_is_encoded_once(replay: Replay, tokenizer: CountingTokenizer) -> None:
+    cache = TokenCache(replay, tokenizer)
+    rows: set[int] = set()
+    for _ in range(20):
+        batch = replay.sample_sequences(4, 3, min_real=1)
+        cache.tokenize(batch)
+        rows |= set(batch.rows[batch.mask].tolist())
+        assert tokenizer.encoded == len(rows)
+
+
+def test_an_update_of_the_tokenizer_clears_it(replay: Replay, tokenizer: CountingTokenizer) -> None:
+    cache = TokenCache(replay, tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    component = Component("tokenizer", tokenizer, CONFIG.optim)
+    phase = TokenizerPhase(tokenizer, component, replay, cache, CONFIG, generator, print)
+    batch = replay.sample_sequences(6, 5, min_real=5)
+    before = cache.tokenize(batch).tokens
+    assert phase.prepare(0)
+    phase.update()
+    after = cache.tokenize(batch).tokens
+    assert torch.equal(after, tokenize(batch, tokenizer).tokens)
+    assert not torch.equal(after, before), "an update that changes no token shows nothing"
