@@ -23,6 +23,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train a small REM agent on Atari Breakout and write its report (about 4 minutes)
 	$(BIN)/rem-atari train --preset tiny --env.game Breakout --seed 0 --run $(DEMO_RUN)
 
+# The tests' tensors are tiny: more threads would only wait for each other.
+test test-all: export OMP_NUM_THREADS = 1
+
 test: $(INSTALLED)  ## the tests that every change must pass
 	$(BIN)/python -m pytest -m "not slow and not gpu" --cov=retpop --cov-branch --cov-fail-under=95 $(ARGS)
 

@@ -145,7 +145,6 @@ def _scan(
     left = (plan.lengths[:, None] - 1 - places).clamp(min=0)
     to_end = rearrange(powers.gamma_to(left), "h n l -> n h l 1")
     k = k.masked_fill(~filled[None, :, :, None, None], 0)
-    v = v.masked_fill(~filled[None, :, :, None, None], 0)
     added = torch_backend.block_additions(k, v, to_end).squeeze(0)
     value, rest = (rearrange(x, "h n -> n h 1 1") for x in powers.across(plan.lengths))
     state = state[plan.order]

@@ -131,6 +131,23 @@ def test_initial_weights_of_the_feed_forward() -> None:
     assert not feed_forward.in_proj.bias.any()
 
 
+def test_initial_weights_of_a_plain_feed_forward() -> None:
+    torch.manual_seed(0)
+    cfg = RetNetConfig(embed_dim=64, num_heads=4, num_layers=1, ffn_dim=96)
+    weight = RetNetDecoder(cfg).layers[0].feed_forward.in_proj.weight
+    limit = math.sqrt(6 / (64 + 96))
+    assert 0.98 * limit < weight.abs().max() <= limit
+
+
+def test_a_chunk_size_in_the_call_goes_before_the_configuration_s() -> None:
+    """Seen by the last bit: other chunks round differently."""
+    x = normal(1, 100, 12, seed=0, dtype=torch.float32)
+    short, long = (make_decoder(torch.float32, chunk_size=size) for size in (16, 64))
+    assert not torch.equal(short(x)[0], long(x)[0])
+    assert torch.equal(short(x, chunk_size=64)[0], long(x)[0])
+    assert torch.equal(long(x, chunk_size=16)[0], short(x)[0])
+
+
 def test_a_checkpoint_holds_weights_only_and_restores_the_model() -> None:
     other = make_module(RetNetDecoder, small_config(), seed=1)
     assert set(other.state_dict()) == {name for name, _ in other.named_parameters()}

@@ -11,6 +11,7 @@ import torch
 from retention_cases import PopCase, RetentionCase
 
 import retpop
+from retpop.ops.checks import check_cu_seqlens
 
 ERRORS = (TypeError, ValueError)
 
@@ -173,6 +174,36 @@ def test_retention_refuses(name: str) -> None:
     with pytest.raises(ERRORS) as caught:
         retpop.retention(**retention_arguments(**changes))
     assert_message(caught.value, "retention", words)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (
+            "v",
+            (1, 40, 2, 16),
+            "retention(): v has T=40 but q has T=70 (q (1, 70, 2, 16), v (1, 40, 2, 16)); "
+            "q, k and v must share B, T and H.",
+        ),
+        (
+            "k",
+            (1, 70, 2, 8),
+            "retention(): k has D=8 but q has D=16 (q (1, 70, 2, 16), k (1, 70, 2, 8)); "
+            "q and k must have the same shape.",
+        ),
+    ],
+)
+def test_a_message_in_full(name: str, shape: tuple[int, ...], message: str) -> None:
+    tensors = {other: zeros(1, 70, 2, 16) for other in "qkv"} | {name: zeros(*shape)}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        retpop.retention(**tensors, log_decay=zeros(2))
+
+
+def test_values_that_are_not_at_hand_are_not_read() -> None:
+    """On another device a look at a value would wait for it: only shapes are checked there."""
+    tokens = zeros(1, 40, 3, 4, device="meta")
+    check_cu_seqlens("f()", offsets(0, 40).to("meta"), "q", tokens)
+    retpop.retention(tokens, tokens, tokens, zeros(3, device="meta"))
 
 
 def for_pop(changes: dict[str, Any]) -> dict[str, Any]:
