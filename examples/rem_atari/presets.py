@@ -12,6 +12,8 @@ paper   days; wants a GPU   the published agent
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rem_atari.config import (
     Config,
     ControllerConfig,
@@ -31,52 +33,59 @@ PAPER = Config(
     controller=ControllerConfig(burn_in_actions=False, mask_after_end=False),
 )
 
+# What the presets for a CPU share: small networks, and the settings that let them learn in few updates.
+_SMALL_TOKENIZER = TokenizerConfig(
+    channels=(8, 16, 32, 64),
+    code_dim=32,
+    groups=4,
+    reconstruction_weight=5.0,
+    perceptual_weight=0.0,
+    foreground_weight=20.0,
+    init_from_data=True,
+    restart_dead_codes=True,
+)
+_SMALL_WORLD_MODEL = WorldModelConfig(
+    embed_dim=64,
+    num_layers=2,
+    num_heads=4,
+    ffn_dim=256,
+    dropout=0.0,
+    context_blocks=1,
+    own_token_embedding=True,
+    position_in_block=True,
+)
+_SMALL_CONTROLLER = ControllerConfig(hidden_dim=128, lstm_dim=128, normalize_codes=True)
+
 CATCH = Config(
     preset="catch",
     threads=1,
     env=EnvConfig(id=CATCH_ID, frame_size=24, num_envs=8),
-    tokenizer=TokenizerConfig(
-        channels=(8, 16, 32, 64),
+    tokenizer=replace(
+        _SMALL_TOKENIZER,
         codebook_size=32,
-        code_dim=32,
-        groups=4,
-        reconstruction_weight=5.0,
-        perceptual_weight=0.0,
-        foreground_weight=20.0,
-        init_from_data=True,
-        restart_dead_codes=True,
-        freeze_epoch=8,
+        freeze_epoch=4,
         optim=OptimConfig(
             lr=1e-3, weight_decay=0.01, clip_norm=10.0, batch_size=32, updates_per_epoch=15, first_updates=300
         ),
     ),
-    world_model=WorldModelConfig(
-        embed_dim=64,
-        num_layers=2,
-        num_heads=4,
-        ffn_dim=256,
-        dropout=0.0,
+    world_model=replace(
+        _SMALL_WORLD_MODEL,
         sequence_blocks=5,
-        context_blocks=1,
-        own_token_embedding=True,
-        position_in_block=True,
         optim=OptimConfig(
             lr=2e-3,
             weight_decay=0.05,
             clip_norm=100.0,
             batch_size=16,
-            updates_per_epoch=30,
-            first_updates=300,
+            updates_per_epoch=50,
+            first_updates=400,
         ),
     ),
-    controller=ControllerConfig(
+    controller=replace(
+        _SMALL_CONTROLLER,
         channels=(32, 32),
-        hidden_dim=128,
-        lstm_dim=128,
-        normalize_codes=True,
         burn_in=3,
-        # A game of Catch has six frames; the imagination may start from its second.
-        min_real_frames=2,
+        # A ball five cells away is caught only by who runs from the first frame on: imagination starts there.
+        min_real_frames=1,
         horizon=6,
         gamma=0.95,
         entropy_weight=0.03,
@@ -85,7 +94,7 @@ CATCH = Config(
         ),
     ),
     schedule=ScheduleConfig(
-        epochs=12, collect_epochs=12, steps_per_epoch=192, random_steps=1_600, checkpoint_every=4
+        epochs=16, collect_epochs=16, steps_per_epoch=192, random_steps=2_400, checkpoint_every=4
     ),
     evaluation=EvaluationConfig(every=4, episodes=40, final_episodes=200, random_episodes=200),
 )
@@ -93,36 +102,22 @@ CATCH = Config(
 TINY = Config(
     preset="tiny",
     env=EnvConfig(game="Breakout", frame_size=64, num_envs=4),
-    tokenizer=TokenizerConfig(
-        channels=(8, 16, 32, 64),
+    tokenizer=replace(
+        _SMALL_TOKENIZER,
         codebook_size=128,
-        code_dim=32,
-        groups=4,
-        reconstruction_weight=5.0,
-        perceptual_weight=0.0,
-        foreground_weight=20.0,
-        init_from_data=True,
-        restart_dead_codes=True,
         optim=OptimConfig(
-            lr=1e-3,
+            lr=2e-3,
             weight_decay=0.01,
             clip_norm=10.0,
             batch_size=32,
-            updates_per_epoch=100,
+            updates_per_epoch=150,
             first_updates=300,
-            max_seconds=15.0,
+            max_seconds=22.0,
         ),
     ),
-    world_model=WorldModelConfig(
-        embed_dim=64,
-        num_layers=2,
-        num_heads=4,
-        ffn_dim=256,
-        dropout=0.0,
+    world_model=replace(
+        _SMALL_WORLD_MODEL,
         sequence_blocks=8,
-        context_blocks=1,
-        own_token_embedding=True,
-        position_in_block=True,
         optim=OptimConfig(
             lr=2e-3,
             weight_decay=0.05,
@@ -130,14 +125,12 @@ TINY = Config(
             batch_size=8,
             updates_per_epoch=80,
             first_updates=120,
-            max_seconds=12.0,
+            max_seconds=14.0,
         ),
     ),
-    controller=ControllerConfig(
+    controller=replace(
+        _SMALL_CONTROLLER,
         channels=(32, 16),
-        hidden_dim=128,
-        lstm_dim=128,
-        normalize_codes=True,
         burn_in=6,
         horizon=7,
         gamma=0.97,
@@ -149,7 +142,7 @@ TINY = Config(
             batch_size=32,
             updates_per_epoch=20,
             start_epoch=1,
-            max_seconds=12.0,
+            max_seconds=9.0,
         ),
     ),
     schedule=ScheduleConfig(
@@ -157,7 +150,7 @@ TINY = Config(
         collect_epochs=5,
         steps_per_epoch=400,
         random_steps=1_000,
-        collect_max_seconds=8.0,
+        collect_max_seconds=6.0,
         checkpoint_every=5,
     ),
     evaluation=EvaluationConfig(
