@@ -94,13 +94,15 @@ CATCH = Config(
         ),
     ),
     schedule=ScheduleConfig(
-        epochs=16, collect_epochs=16, steps_per_epoch=192, random_steps=2_400, checkpoint_every=4
+        epochs=13, collect_epochs=13, steps_per_epoch=192, random_steps=2_400, checkpoint_every=4
     ),
     evaluation=EvaluationConfig(every=4, episodes=40, final_episodes=200, random_episodes=200),
 )
 
 TINY = Config(
     preset="tiny",
+    # On a machine with anything else to do, two threads wait for each other more than they compute.
+    threads=1,
     env=EnvConfig(game="Breakout", frame_size=64, num_envs=4),
     tokenizer=replace(
         _SMALL_TOKENIZER,
