@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from retpop.arguments import check_chunk_size
 from retpop.decay import SCHEDULES
 from retpop.position import KINDS
 
@@ -102,11 +103,10 @@ class RetNetConfig:
             if value < 1:
                 raise ValueError(f"RetNetConfig: {name} is {value}; it must be at least 1.")
         for name in ("key_dim", "value_dim"):
-            total = getattr(self, name) or self.embed_dim
-            if total % self.num_heads:
-                raise ValueError(
-                    f"RetNetConfig: {name} is {total}, which num_heads {self.num_heads} does not divide."
-                )
+            given = getattr(self, name)
+            if (given or self.embed_dim) % self.num_heads:
+                named = f"{name} is {given}" if given else f"embed_dim (for {name}=None) is {self.embed_dim}"
+                raise ValueError(f"RetNetConfig: {named}, which num_heads {self.num_heads} does not divide.")
         if self.position is not None and self.head_key_dim % 2:
             raise ValueError(
                 f"RetNetConfig: a head has {self.head_key_dim} key features (key_dim over num_heads); "
@@ -171,11 +171,3 @@ class RetNetConfig:
             if value != entry.default:
                 shown.append(f"{entry.name}={value!r}")
         return ", ".join(shown)
-
-
-def check_chunk_size(where: str, chunk_size: object) -> None:
-    """Raise unless ``chunk_size`` is a power of two of at least 16; ``where`` begins the message."""
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"{where}: chunk_size is {chunk_size!r}; it must be an int.")
-    if chunk_size < 16 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"{where}: chunk_size is {chunk_size}; it must be a power of two, at least 16.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from retpop.arguments import check_tensor, values_are_free
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +21,9 @@ class RetNetState:
             layers = 1.
         position: (B,), int64, the number of tokens each row has seen, which is its next token's position.
 
-    A state is never changed in place: every method returns a new one. It is a registered pytree, so that
-    ``torch.func``, ``torch.compile`` and ``torch.utils._pytree.tree_map`` see through it.
+    Nothing here changes a state in place: every method returns a new one. New and old may share memory, so do
+    not write into one either. It is a registered pytree, so that ``torch.func``, ``torch.compile``,
+    ``torch.export`` and ``torch.utils._pytree.tree_map`` see through it, and ``torch.load`` reads it safely.
     """
 
     kv: Tensor
@@ -32,35 +35,48 @@ class RetNetState:
         return self.position.shape[0]
 
     def select(self, index: Tensor | slice) -> RetNetState:
-        """The rows that ``index`` picks: a 1-D index tensor, a bool mask (B,) or a slice."""
+        """The rows that ``index`` picks; keeps the batch dimension.
+
+        Args:
+            index: a 1-D tensor of int32 or int64, a bool mask (B,), or a slice.
+
+        Raises:
+            TypeError, ValueError: index is something else, or the mask has another number of rows.
+        """
+        where = "RetNetState.select()"
         if isinstance(index, slice):
             return RetNetState(self.kv[:, index], self.position[index])
-        if not isinstance(index, Tensor):
-            raise TypeError(
-                f"RetNetState.select(): index is {type(index).__name__}; "
-                "it must be a 1-D index tensor, a bool mask or a slice."
-            )
-        if index.dim() != 1 or index.is_floating_point() or index.is_complex():
+        check_tensor(where, "index", index)
+        if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64, torch.bool):
             raise ValueError(
-                f"RetNetState.select(): index has shape {tuple(index.shape)} and dtype {index.dtype}; "
-                "it must be a 1-D tensor of integers or a bool mask."
+                f"{where}: index has shape {tuple(index.shape)} and dtype {index.dtype}; "
+                "it must be a 1-D tensor of int32 or int64, or a bool mask."
             )
         if index.dtype == torch.bool and index.shape[0] != self.batch_size:
-            raise ValueError(
-                f"RetNetState.select(): mask has {index.shape[0]} rows but the state has {self.batch_size}."
-            )
+            raise ValueError(f"{where}: mask has {index.shape[0]} rows but the state has {self.batch_size}.")
+        if index.dtype != torch.bool and values_are_free(index):
+            size = self.batch_size
+            wrong = index[(index < -size) | (index >= size)]
+            if len(wrong):
+                raise ValueError(f"{where}: index holds {wrong[0].item()} but the state has {size} rows.")
         index = index.to(self.kv.device)
         return RetNetState(self.kv[:, index], self.position[index])
 
     def reset(self, mask: Tensor) -> RetNetState:
-        """The state with the rows of ``mask`` (B,), bool, as if they had seen nothing yet."""
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"RetNetState.reset(): mask is {got}; it must be a bool tensor.")
+        """The state with the rows of ``mask`` as if they had seen nothing yet.
+
+        Args:
+            mask: (B,), bool.
+
+        Raises:
+            TypeError, ValueError: mask is not a bool tensor of B rows.
+        """
+        where = "RetNetState.reset()"
+        check_tensor(where, "mask", mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{where}: mask is {mask.dtype}; it must be a bool tensor.")
         if mask.shape != self.position.shape:
-            raise ValueError(
-                f"RetNetState.reset(): mask has shape {tuple(mask.shape)}; it must be ({self.batch_size},)."
-            )
+            raise ValueError(f"{where}: mask has shape {tuple(mask.shape)}; it must be ({self.batch_size},).")
         mask = mask.to(self.kv.device)
         # `where`, not a product: 0 * NaN would keep a NaN alive.
         kv = torch.where(mask[None, :, None, None, None], torch.zeros_like(self.kv), self.kv)
@@ -71,22 +87,40 @@ class RetNetState:
         return RetNetState(self.kv.detach(), self.position)
 
     def to(self, device: torch.device | str) -> RetNetState:
-        """The same state on another device; its dtypes stay."""
-        return RetNetState(self.kv.to(device), self.position.to(device))
+        """The same state on another device; its dtypes stay.
+
+        Raises:
+            TypeError: device is not a device.
+        """
+        if not isinstance(device, str | torch.device):
+            raise TypeError(
+                f"RetNetState.to(): device is {device!r}; it must be a device (a state keeps its dtypes)."
+            )
+        return RetNetState(self.kv.to(device=device), self.position.to(device=device))
 
     @staticmethod
-    def cat(states: Sequence[RetNetState]) -> RetNetState:
-        """States of the same model joined along the batch."""
+    def cat(states: Iterable[RetNetState]) -> RetNetState:
+        """States of the same model joined along the batch.
+
+        Raises:
+            TypeError, ValueError: states is empty, holds something else, or they differ in more than B.
+        """
+        where = "RetNetState.cat()"
+        if not isinstance(states, Iterable):
+            raise TypeError(f"{where}: states is {type(states).__name__}; it must be a sequence of states.")
         states = list(states)
+        for state in states:
+            if not isinstance(state, RetNetState):
+                raise TypeError(f"{where}: states holds {type(state).__name__}; it must hold RetNetStates.")
         if not states:
-            raise ValueError("RetNetState.cat(): states is empty; at least one state is needed.")
-        kv_shapes = {(state.kv.shape[0], *state.kv.shape[2:]) for state in states}
-        if len(kv_shapes) > 1:
-            raise ValueError(
-                "RetNetState.cat(): states differ in (layers, H, Dk, Dv): "
-                + ", ".join(str(tuple(shape)) for shape in sorted(kv_shapes))
-                + "."
-            )
+            raise ValueError(f"{where}: states is empty; at least one state is needed.")
+        kinds = {
+            f"(layers, H, Dk, Dv) {(state.kv.shape[0], *state.kv.shape[2:])}, {state.kv.dtype} "
+            f"on {state.kv.device}"
+            for state in states
+        }
+        if len(kinds) > 1:
+            raise ValueError(f"{where}: states differ in more than B: {'; '.join(sorted(kinds))}.")
         kv = torch.cat([state.kv for state in states], dim=1)
         return RetNetState(kv, torch.cat([state.position for state in states]))
 
@@ -98,4 +132,9 @@ pytree.register_pytree_node(
     serialized_type_name="retpop.RetNetState",
     to_dumpable_context=lambda context: context,
     from_dumpable_context=lambda context: context,
+    flatten_with_keys_fn=lambda state: (
+        [(pytree.GetAttrKey("kv"), state.kv), (pytree.GetAttrKey("position"), state.position)],
+        None,
+    ),
 )
+torch.serialization.add_safe_globals([RetNetState])

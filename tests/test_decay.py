@@ -80,3 +80,16 @@ def test_bad_time_scales(name: str, value: float) -> None:
 
 def test_a_time_scale_of_one_token_is_no_memory() -> None:
     assert retpop.log_spaced_decay(2, shortest=1)[0] == -math.inf
+
+
+def test_float64_decays_are_those_of_a_float64_layer() -> None:
+    cfg = retpop.RetNetConfig(embed_dim=16, num_heads=4, num_layers=1, ffn_dim=16)
+    layer = retpop.MultiScaleRetention(cfg, dtype=torch.float64)
+    assert torch.equal(layer.log_decay, retpop.retnet_decay(4, dtype=torch.float64))
+    assert not torch.equal(layer.log_decay, retpop.retnet_decay(4).double())
+
+
+@pytest.mark.parametrize("name", ["longest", "shortest"])
+def test_time_scales_are_numbers(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} is 'a'"):
+        retpop.log_spaced_decay(4, **{name: "a"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +206,43 @@ def test_it_passes_through_a_compiled_function() -> None:
 
 def test_it_is_public() -> None:
     assert "RetNetState" in retpop.__all__
+
+
+def test_saved_and_loaded_without_pickle_of_everything(tmp_path: Path) -> None:
+    state = make_state(3)
+    torch.save(state, tmp_path / "state.pt")
+    assert_equal(torch.load(tmp_path / "state.pt"), state)
+
+
+def test_keys_of_the_pytree() -> None:
+    leaves, _ = pytree.tree_flatten_with_path(make_state(2))
+    assert [pytree.keystr(path) for path, _ in leaves] == [".kv", ".position"]
+
+
+@pytest.mark.parametrize("device", [torch.bfloat16, 3.5, None, torch.zeros(1)])
+def test_to_takes_a_device_alone(device: object) -> None:
+    with pytest.raises(TypeError, match=r"RetNetState.to\(\): device is .*it must be a device"):
+        make_state(2).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_select_refuses_integers_that_torch_takes_for_masks_or_refuses_itself(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"select\(\): index has shape .*int32 or int64"):
+        make_state(3).select(torch.tensor([0, 1, 1], dtype=dtype))
+
+
+@pytest.mark.parametrize("row", [3, -4])
+def test_select_names_a_row_that_is_not_there(row: int) -> None:
+    with pytest.raises(ValueError, match=f"index holds {row} but the state has 3 rows"):
+        make_state(3).select(torch.tensor([0, row]))
+
+
+def test_cat_refuses_what_is_no_state_and_states_of_other_dtypes() -> None:
+    state = make_state(1)
+    single = RetNetState(state.kv.float(), state.position)
+    with pytest.raises(ValueError, match=r"differ in more than B: .*float32.*float64"):
+        RetNetState.cat([state, single])
+    with pytest.raises(TypeError, match="states holds int"):
+        RetNetState.cat([state, 3])
+    with pytest.raises(TypeError, match="states is NoneType"):
+        RetNetState.cat(None)

@@ -19,8 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from retpop.arguments import check_num_heads
 from retpop.config import RetNetConfig
 from retpop.layers import RetNetDecoder
+from retpop.layers.feed_forward import ACTIVATIONS
 from retpop.position import rotary_frequencies
 
 _ANCHOR = "layers.0.retention.q_proj.weight"
@@ -60,10 +62,17 @@ def load_yet_another_retnet(
             the number of heads, the dtypes or the rotation angles do not fit.
         TypeError: a value under the decoder's prefix is not a floating-point tensor.
     """
+    _check_arguments(state_dict, activation)
+    check_num_heads("load_yet_another_retnet()", num_heads)
     weights = _decoder_weights(state_dict)
     num_layers = _num_layers(weights)
     embed_dim, ffn_dim = _sizes(weights)
     _check_keys(weights, _expected_shapes(num_layers, embed_dim, ffn_dim))
+    if embed_dim % num_heads:
+        raise ValueError(
+            f"load_yet_another_retnet(): num_heads is {num_heads}; "
+            f"it must divide the weights' width, {embed_dim}."
+        )
     config = RetNetConfig(
         embed_dim=embed_dim,
         num_heads=num_heads,
@@ -81,6 +90,17 @@ def load_yet_another_retnet(
     decoder = RetNetDecoder(config, device=anchor.device, dtype=anchor.dtype)
     decoder.load_state_dict(_translate(weights, num_layers))
     return decoder
+
+
+def _check_arguments(state_dict: object, activation: str) -> None:
+    where = "load_yet_another_retnet()"
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        raise TypeError(f"{where}: state_dict is {type(state_dict).__name__}; it must map names to tensors.")
+    if activation not in ACTIVATIONS:
+        hint = ' (its "swish" is "silu")' if activation == "swish" else ""
+        raise ValueError(
+            f"{where}: activation is {activation!r}; it must be one of {tuple(ACTIVATIONS)}{hint}."
+        )
 
 
 def _decoder_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.dispatch import BackendName
+from retpop.ops.packed import Packing
 from retpop.ops.pop import run_pop
 from retpop.ops.retention import run_retention
 from retpop.position import Rotation
@@ -26,7 +28,8 @@ class SequenceCall:
     Attributes:
         powers: the decays, and the powers of γ as they are needed.
         rotation: of every token, or None without rotary positions.
-        mode, chunk_size, cu_seqlens: as in `retpop.retention`.
+        mode, chunk_size: as in `retpop.retention`.
+        packing: the packed sequences, or None.
         backend: the backend that was chosen.
     """
 
@@ -34,8 +37,8 @@ class SequenceCall:
     rotation: Rotation | None
     mode: str
     chunk_size: int | None
-    cu_seqlens: Tensor | None
-    backend: str
+    packing: Packing | None
+    backend: BackendName
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retention of (B, T, H, D): outputs (B, T, H, Dv) and the state after them."""
@@ -47,7 +50,7 @@ class SequenceCall:
             mode=self.mode,
             state=state,
             chunk_size=self.chunk_size,
-            cu_seqlens=self.cu_seqlens,
+            packing=self.packing,
             backend=self.backend,
         )
 
@@ -72,7 +75,7 @@ class PopCall:
     block_size: int
     offset: int
     reset: Tensor | None
-    backend: str
+    backend: BackendName
 
     def join(self, x: Tensor, x_pred: Tensor) -> Tensor:
         """One row of (B, T, ...) and (B, P, M, ...): (B, T + P·M, ...)."""

@@ -11,7 +11,7 @@ from retpop.config import RetNetConfig
 from retpop.layers.block import RetNetBlock
 from retpop.layers.calls import Call
 from retpop.layers.norm import residual_norm
-from retpop.layers.prepare import Owner, prepare_pop, prepare_sequence
+from retpop.layers.prepare import Owner, check_construction, prepare_pop, prepare_sequence
 from retpop.layers.retention import empty_state
 from retpop.state import RetNetState
 
@@ -41,6 +41,7 @@ class RetNetDecoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_construction("RetNetDecoder", cfg, dtype)
         self.cfg = cfg
         self.layers = nn.ModuleList(RetNetBlock(cfg, device, dtype) for _ in range(cfg.num_layers))
         self.final_norm = residual_norm(cfg, device, dtype) if cfg.final_norm else nn.Identity()
@@ -134,7 +135,10 @@ class RetNetDecoder(nn.Module):
         Args:
             batch_size: rows B; with packed sequences, their number S.
             device: None: the decoder's.
-            dtype: None: float64 for a float64 decoder, else float32.
+            dtype: float32 or float64; None: what the decoder takes, float64 in a float64 one, else float32.
+
+        Raises:
+            TypeError, ValueError: batch_size is no count, or no state has that dtype.
         """
         return empty_state(self._owner("RetNetDecoder.init_state()"), batch_size, device, dtype)
 

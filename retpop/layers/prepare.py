@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retpop.arguments import check_tensor
 from retpop.config import RetNetConfig
 from retpop.layers.calls import PopCall, SequenceCall
-from retpop.ops import checks, torch_backend
+from retpop.ops import checks
 from retpop.ops.autocast import autocast_is_on
-from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.decay_powers import DecayPowers, default_scale
 from retpop.ops.dispatch import choose_backend
+from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
+from retpop.ops.packed import Packing
 from retpop.position import (
     Rotation,
     boundary_positions,
@@ -56,8 +59,10 @@ def prepare_sequence(
     """The call that runs ``x`` (B, T, E) as a sequence, and the positions (B,) after it."""
     _check_tokens(owner, "x", x, "BTE")
     checks.check_mode(owner.where, mode, chunk_size)
+    packing = None
     if cu_seqlens is not None:
         checks.check_cu_seqlens(owner.where, cu_seqlens, "x", x)
+        packing = Packing(owner.where, cu_seqlens, x.shape[1])
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(owner, state, rows)
     start = None if state is None else state.position
@@ -73,7 +78,7 @@ def prepare_sequence(
         rotation=_rotation(owner, positions),
         mode=mode,
         chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
+        packing=packing,
         backend=choose_backend(owner.where, backend)[0],
     )
     return call, after
@@ -119,8 +124,8 @@ def prepare_pop(
 
 
 def _powers(owner: Owner) -> DecayPowers:
-    scale = owner.cfg.head_key_dim**-0.5 if owner.cfg.scale is None else owner.cfg.scale
-    return DecayPowers(owner.log_decay, scale, torch_backend.state_dtype(owner.weight.dtype))
+    scale = default_scale(owner.cfg.scale, owner.cfg.head_key_dim)
+    return DecayPowers(owner.log_decay, scale, state_dtype(owner.weight.dtype))
 
 
 def _rotation(owner: Owner, positions: Tensor) -> Rotation | None:
@@ -137,22 +142,17 @@ def _after(start: Tensor | None, rows: int, length: int, device: torch.device) -
 
 def _check_tokens(owner: Owner, name: str, x: Tensor, layout: str) -> None:
     where, weight = owner.where, owner.weight
-    checks.check_tensor(where, name, x)
-    shape = tuple(x.shape)
-    if x.dim() != len(layout):
+    checks.check_layout(where, name, x, layout)
+    if x.shape[-1] != owner.cfg.embed_dim:
         raise ValueError(
-            f"{where}: {name} has {x.dim()} dimensions {shape}; it must have {len(layout)}, "
-            f"({', '.join(layout)})."
-        )
-    if shape[-1] != owner.cfg.embed_dim:
-        raise ValueError(
-            f"{where}: {name} is {shape}; its last dimension must be embed_dim {owner.cfg.embed_dim}."
+            f"{where}: {name} is {tuple(x.shape)}; its last dimension must be "
+            f"embed_dim {owner.cfg.embed_dim}."
         )
     if x.device != weight.device:
         raise ValueError(f"{where}: {name} is on {x.device} but the module is on {weight.device}.")
-    if x.dtype not in checks.DTYPES:
-        raise TypeError(f"{where}: {name} is {x.dtype}; it must be a real floating-point tensor.")
-    if x.dtype != weight.dtype and not autocast_is_on(x.device.type):
+    # Autocast casts what linear layers are given, float64 excepted, and norms want what their weights are.
+    cast = autocast_is_on(x.device.type) and weight.dtype == torch.float32 and x.dtype != torch.float64
+    if x.dtype != weight.dtype and not cast:
         raise TypeError(f"{where}: {name} is {x.dtype} but the module's weights are {weight.dtype}.")
 
 
@@ -162,24 +162,35 @@ def _check_state(owner: Owner, state: RetNetState | None, rows: int) -> None:
     where, cfg = owner.where, owner.cfg
     if not isinstance(state, RetNetState):
         raise TypeError(f"{where}: state is {type(state).__name__}; it must be a retpop.RetNetState or None.")
+    check_tensor(where, "state.kv", state.kv)
+    check_tensor(where, "state.position", state.position)
     wanted = (owner.num_layers, rows, cfg.num_heads, cfg.head_key_dim, cfg.head_value_dim)
     if tuple(state.kv.shape) != wanted:
         raise ValueError(
             f"{where}: state.kv has shape {tuple(state.kv.shape)}; it must be {wanted}, "
             "(layers, B or number of packed sequences, H, Dk, Dv)."
         )
-    dtype = torch_backend.state_dtype(owner.weight.dtype)
+    dtype = state_dtype(owner.weight.dtype)
     if state.kv.dtype != dtype:
         raise TypeError(
             f"{where}: state.kv is {state.kv.dtype}; with weights in {owner.weight.dtype} it must be {dtype}."
         )
-    if state.position.shape != (rows,) or state.position.dtype != torch.int64:
+    if state.position.dtype != torch.int64:
+        raise TypeError(f"{where}: state.position is {state.position.dtype}; it must be torch.int64.")
+    if state.position.shape != (rows,):
         raise ValueError(
-            f"{where}: state.position is {state.position.dtype} {tuple(state.position.shape)}; "
-            f"it must be int64 ({rows},)."
+            f"{where}: state.position has shape {tuple(state.position.shape)}; it must be ({rows},)."
         )
     for name, tensor in (("kv", state.kv), ("position", state.position)):
         if tensor.device != owner.weight.device:
             raise ValueError(
                 f"{where}: state.{name} is on {tensor.device} but the module is on {owner.weight.device}."
             )
+
+
+def check_construction(where: str, cfg: RetNetConfig, dtype: torch.dtype | None) -> None:
+    """Check what a layer or a decoder is made from."""
+    if not isinstance(cfg, RetNetConfig):
+        raise TypeError(f"{where}: cfg is {type(cfg).__name__}; it must be a retpop.RetNetConfig.")
+    if dtype is not None and dtype not in INPUT_DTYPES:
+        raise TypeError(f"{where}: dtype is {dtype}; it must be float64, float32, float16 or bfloat16.")

@@ -14,8 +14,8 @@ from retpop.decay import resolve_decay
 from retpop.layers.calls import Call
 from retpop.layers.feed_forward import ACTIVATIONS
 from retpop.layers.norm import HeadNorm
-from retpop.layers.prepare import Owner, prepare_pop, prepare_sequence
-from retpop.ops.torch_backend import state_dtype
+from retpop.layers.prepare import Owner, check_construction, prepare_pop, prepare_sequence
+from retpop.ops.dtypes import state_dtype
 from retpop.position import rotary_frequencies, rotate
 from retpop.state import RetNetState
 
@@ -47,6 +47,7 @@ class MultiScaleRetention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_construction("MultiScaleRetention", cfg, dtype)
         self.cfg = cfg
         key_dim, value_dim = cfg.num_heads * cfg.head_key_dim, cfg.num_heads * cfg.head_value_dim
         self.widths = (key_dim, key_dim, value_dim, value_dim)
@@ -130,6 +131,8 @@ class MultiScaleRetention(nn.Module):
 
         Raises:
             TypeError, ValueError, RuntimeError: as `retpop.pop_retention`.
+
+        Source: REM, arXiv 2402.05643, section 3.2.
         """
         call, position = prepare_pop(
             self._owner("MultiScaleRetention.pop()"),

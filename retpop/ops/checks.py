@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retpop.config import check_chunk_size
+from retpop.arguments import check_chunk_size, check_tensor, values_are_free
+from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
 
 MODES = ("parallel", "chunkwise", "recurrent")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Named(NamedTuple):
@@ -89,25 +89,24 @@ def check_pop(
     check_state(where, state, q, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
 
 
-def check_tensor(where: str, name: str, value: object) -> None:
-    """Raise unless ``value`` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: {name} is {type(value).__name__}; it must be a torch.Tensor.")
+def check_layout(where: str, name: str, value: Tensor, layout: str) -> None:
+    """Check that ``value`` is a floating-point tensor with one dimension for each letter of ``layout``."""
+    check_tensor(where, name, value)
+    if value.dim() != len(layout):
+        raise ValueError(
+            f"{where}: {name} has {value.dim()} dimensions {_shape(value)}; "
+            f"it must have {len(layout)}, ({', '.join(layout)})."
+        )
+    if value.dtype not in INPUT_DTYPES:
+        raise TypeError(
+            f"{where}: {name} is {value.dtype}; it must be float64, float32, float16 or bfloat16."
+        )
 
 
 def check_inputs(where: str, q: Named, k: Named, v: Named, layout: str) -> None:
     """Check that q, k and v are of one kind and agree in all but the value's last dimension."""
     for name, value in (q, k, v):
-        check_tensor(where, name, value)
-        if value.dim() != len(layout):
-            raise ValueError(
-                f"{where}: {name} has {value.dim()} dimensions {_shape(value)}; "
-                f"it must have {len(layout)}, ({', '.join(layout)})."
-            )
-        if value.dtype not in DTYPES:
-            raise TypeError(
-                f"{where}: {name} is {value.dtype}; it must be float64, float32, float16 or bfloat16."
-            )
+        check_layout(where, name, value, layout)
     shared = layout[:-1]
     for other, dims in ((k, layout), (v, shared)):
         _check_same_kind(where, q, other)
@@ -135,8 +134,8 @@ def check_log_decay(where: str, log_decay: Tensor, q: Tensor) -> None:
         )
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"{where}: log_decay is {log_decay.dtype}; it must be float32 (float64 with float64 inputs): "
-            "in lower precision a decay near 1 is lost."
+            f"{where}: log_decay is {log_decay.dtype}; it must be float32 or float64: in lower precision "
+            "a decay near 1 is lost."
         )
     if log_decay.device != q.device:
         raise ValueError(f"{where}: log_decay is on {log_decay.device} but q is on {q.device}.")
@@ -171,7 +170,7 @@ def check_mode(where: str, mode: str, chunk_size: int | None) -> None:
 
 
 def check_cu_seqlens(where: str, cu_seqlens: Tensor, name: str, x: Tensor) -> None:
-    """Check the boundaries of packed sequences: (S + 1,), rising from 0 to T, with B = 1."""
+    """Check the boundaries of packed sequences, all but their values: (S + 1,), with B = 1."""
     check_tensor(where, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{where}: cu_seqlens is {cu_seqlens.dtype}; it must be int32 or int64.")
@@ -183,14 +182,15 @@ def check_cu_seqlens(where: str, cu_seqlens: Tensor, name: str, x: Tensor) -> No
         raise ValueError(
             f"{where}: cu_seqlens was given but {name} has B={x.shape[0]}; packed input has B=1."
         )
-    if not values_are_free(cu_seqlens):
-        return
-    bounds = cu_seqlens.tolist()
+
+
+def check_bounds(where: str, bounds: list[int], length: int) -> None:
+    """Check the values of `cu_seqlens`, once they have been read: rising from 0 to T."""
     if bounds[0] != 0:
         raise ValueError(f"{where}: cu_seqlens starts at {bounds[0]}; it must start at 0.")
-    if bounds[-1] != x.shape[1]:
+    if bounds[-1] != length:
         raise ValueError(
-            f"{where}: cu_seqlens ends at {bounds[-1]} but {name} has T={x.shape[1]}; they must agree."
+            f"{where}: cu_seqlens ends at {bounds[-1]} but there are T={length} tokens; they must agree."
         )
     if bounds != sorted(bounds):
         raise ValueError(
@@ -208,7 +208,7 @@ def check_state(where: str, state: Tensor | None, q: Tensor, shape: Sequence[int
             f"{where}: state has shape {_shape(state)}; it must be {tuple(shape)}, "
             "(B or number of packed sequences, H, Dk, Dv)."
         )
-    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wanted = state_dtype(q.dtype)
     if state.dtype != wanted:
         raise TypeError(f"{where}: state is {state.dtype}; with inputs in {q.dtype} it must be {wanted}.")
     if state.device != q.device:
@@ -248,13 +248,6 @@ def check_reset(where: str, reset: Tensor | None, name: str, x: Tensor, block_si
         raise ValueError(f"{where}: reset has shape {_shape(reset)}; it must be (B, N) = {wanted}.")
     if reset.device != x.device:
         raise ValueError(f"{where}: reset is on {reset.device} but {name} is on {x.device}.")
-
-
-def values_are_free(x: Tensor) -> bool:
-    """Whether reading ``x``'s values costs nothing: eager, on the CPU, not inside a functorch transform."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return False
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _check_same_kind(where: str, first: Named, other: Named) -> None:

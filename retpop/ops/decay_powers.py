@@ -15,6 +15,11 @@ from torch import Tensor
 _LOG_ZERO = -1e5
 
 
+def default_scale(scale: float | None, head_key_dim: int) -> float:
+    """The scale c that was given, or Dk^-0.5."""
+    return head_key_dim**-0.5 if scale is None else scale
+
+
 class BlockPowers(NamedTuple):
     """Powers of γ for a block of L tokens; the scale c is folded into the two that make outputs.
 

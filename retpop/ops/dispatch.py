@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from retpop.ops import triton_backend
-from retpop.ops.checks import MODES, check_tensor
+from retpop.ops.checks import MODES, check_layout
 
 BackendName = Literal["reference", "torch"]
 BACKENDS = ("auto", "torch", "triton", "reference")
@@ -48,10 +48,10 @@ def explain_backend(q: Tensor, *, mode: str = "chunkwise", backend: str = "auto"
         One sentence, for example ``torch backend, chunkwise form on cpu in float32: ...``.
 
     Raises:
-        ValueError, RuntimeError: as the op itself would.
+        TypeError, ValueError, RuntimeError: as the op itself would.
     """
     where = "explain_backend()"
-    check_tensor(where, "q", q)
+    check_layout(where, "q", q, "BTHD")
     if mode not in (*MODES, "pop"):
         raise ValueError(f"{where}: mode is {mode!r}; it must be one of {(*MODES, 'pop')}.")
     name, reason = choose_backend(where, backend)

@@ -16,37 +16,8 @@ from einops import rearrange
 from torch import Tensor
 
 from retpop.ops import torch_backend
+from retpop.ops.checks import check_bounds
 from retpop.ops.decay_powers import DecayPowers, decayed
-
-
-def retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    powers: DecayPowers,
-    *,
-    mode: str,
-    state: Tensor | None,
-    chunk_size: int | None,
-    cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Retention of packed inputs (1, T, H, D); states are (S, H, Dk, Dv), one a sequence."""
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if state is None:
-        state = torch_backend.zero_state(q, v, len(lengths))
-    if not any(lengths):
-        return torch.zeros_like(v), state
-    dtype = v.dtype
-    q, k, v = torch_backend.widen(q, k, v)
-    if mode == "parallel":
-        out, state = _one_by_one(q, k, v, powers, state, bounds)
-    elif mode == "recurrent" or max(lengths) == 1:
-        out, state = _recurrent(q, k, v, powers, state, _plan(bounds, 1, q.device))
-    else:
-        plan = _plan(bounds, chunk_size or torch_backend.DEFAULT_CHUNK_SIZE, q.device)
-        out, state = _chunkwise(q, k, v, powers, state, plan)
-    return out.to(dtype), state
 
 
 class ChunkPlan(NamedTuple):
@@ -66,6 +37,55 @@ class ChunkPlan(NamedTuple):
     lengths: Tensor
     order: Tensor
     steps: list[Tensor]
+
+
+class Packing:
+    """The boundaries of packed sequences, on the host, and the plans made from them.
+
+    Made once a call: a decoder hands one to all of its layers. Reading the boundaries waits for a GPU.
+    """
+
+    def __init__(self, where: str, cu_seqlens: Tensor, length: int) -> None:
+        """Read the boundaries of sequences that fill ``length`` tokens; ValueError where they do not."""
+        self.bounds: list[int] = cu_seqlens.tolist()
+        self._device = cu_seqlens.device
+        self._plans: dict[int, ChunkPlan] = {}
+        check_bounds(where, self.bounds, length)
+
+    def plan(self, chunk_size: int) -> ChunkPlan:
+        """How the sequences are cut into chunks of at most ``chunk_size`` tokens."""
+        if chunk_size not in self._plans:
+            self._plans[chunk_size] = _plan(self.bounds, chunk_size, self._device)
+        return self._plans[chunk_size]
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    powers: DecayPowers,
+    *,
+    mode: str,
+    state: Tensor | None,
+    chunk_size: int | None,
+    packing: Packing,
+) -> tuple[Tensor, Tensor]:
+    """Retention of packed inputs (1, T, H, D); states are (S, H, Dk, Dv), one a sequence."""
+    longest = max((end - start for start, end in pairwise(packing.bounds)), default=0)
+    if state is None:
+        state = torch_backend.zero_state(q, v, len(packing.bounds) - 1)
+    if longest == 0:
+        return v.clone(), state
+    dtype = v.dtype
+    q, k, v = torch_backend.widen(q, k, v)
+    if mode == "parallel":
+        out, state = _one_by_one(q, k, v, powers, state, packing.bounds)
+    elif mode == "recurrent" or longest == 1:
+        out, state = _recurrent(q, k, v, powers, state, packing.plan(1))
+    else:
+        plan = packing.plan(chunk_size or torch_backend.DEFAULT_CHUNK_SIZE)
+        out, state = _chunkwise(q, k, v, powers, state, plan)
+    return out.to(dtype), state
 
 
 def _plan(bounds: list[int], chunk_size: int, device: torch.device) -> ChunkPlan:

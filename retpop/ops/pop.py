@@ -7,9 +7,9 @@ from torch import Tensor
 from retpop.ops import reference, torch_backend
 from retpop.ops.autocast import cast_inputs, without_autocast
 from retpop.ops.checks import check_pop
-from retpop.ops.decay_powers import DecayPowers
-from retpop.ops.dispatch import choose_backend
-from retpop.ops.retention import default_scale
+from retpop.ops.decay_powers import DecayPowers, default_scale
+from retpop.ops.dispatch import BackendName, choose_backend
+from retpop.ops.dtypes import state_dtype
 
 
 def pop_retention(
@@ -43,7 +43,8 @@ def pop_retention(
         v: its values, (B, T, H, Dv).
         q_pred, k_pred: queries and keys of the predictions, (B, P, M, H, Dk); P and M may be 0.
         v_pred: their values, (B, P, M, H, Dv).
-        log_decay: ln γ per head, (H,), float32 (float64 with float64 inputs), at most 0; -inf is γ = 0.
+        log_decay: ln γ per head, (H,), float32 or float64, at most 0; -inf is γ = 0. It is used in the
+            state's dtype, so float64 inputs want it in float64.
         block_size: L, at least 1; divides T.
         offset: the block boundary at which prediction 0 starts, 0 <= offset <= N; P <= N + 1 - offset.
         state: B_0, (B, H, Dk, Dv), float32 (float64 with float64 inputs), or None for zeros.
@@ -78,7 +79,7 @@ def pop_retention(
         scale=scale,
         reset=reset,
     )
-    powers = DecayPowers(log_decay, default_scale(scale, q), torch_backend.state_dtype(q.dtype))
+    powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype))
     return run_pop(
         (q, k, v),
         (q_pred, k_pred, v_pred),
@@ -100,7 +101,7 @@ def run_pop(
     offset: int,
     state: Tensor | None,
     reset: Tensor | None,
-    backend: str,
+    backend: BackendName,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`pop_retention` after its checks, of (q, k, v) twice, on a backend that has been chosen."""
     q, k, v, q_pred, k_pred, v_pred = cast_inputs(*main, *pred)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from retpop.ops.dtypes import state_dtype
+
 
 def retention(
     q: Tensor,
@@ -23,12 +25,11 @@ def retention(
     *,
     state: Tensor | None,
     scale: float,
-    cu_seqlens: Tensor | None = None,
+    bounds: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Retention of (B, T, H, D) inputs, token by token; with ``cu_seqlens``, sequence by sequence."""
-    if cu_seqlens is None:
+    """Retention of (B, T, H, D) inputs, token by token; with ``bounds``, packed sequence by sequence."""
+    if bounds is None:
         return _one_sequence(q, k, v, log_decay, _initial_state(q, v, state, q.shape[0]), scale)
-    bounds = cu_seqlens.tolist()
     state = _initial_state(q, v, state, len(bounds) - 1)
     outs, states = [v[:, :0]], [state[:0]]
     for s in range(len(bounds) - 1):
@@ -86,12 +87,11 @@ def _one_sequence(
         state = gamma * state + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
         outs.append(scale * (q_t.unsqueeze(-2) @ state).squeeze(-2))
     if not outs:
-        return torch.zeros_like(v), state
+        return v.clone(), state
     return torch.stack(outs, dim=1).to(v.dtype), state
 
 
 def _initial_state(q: Tensor, v: Tensor, state: Tensor | None, rows: int) -> Tensor:
     if state is not None:
         return state
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_zeros(rows, *q.shape[2:], v.shape[-1], dtype=dtype)
+    return q.new_zeros(rows, *q.shape[2:], v.shape[-1], dtype=state_dtype(q.dtype))

@@ -7,8 +7,9 @@ from torch import Tensor
 from retpop.ops import packed, reference, torch_backend
 from retpop.ops.autocast import cast_inputs, without_autocast
 from retpop.ops.checks import check_retention
-from retpop.ops.decay_powers import DecayPowers
-from retpop.ops.dispatch import choose_backend
+from retpop.ops.decay_powers import DecayPowers, default_scale
+from retpop.ops.dispatch import BackendName, choose_backend
+from retpop.ops.dtypes import state_dtype
 
 
 def retention(
@@ -31,7 +32,8 @@ def retention(
     Args:
         q, k: queries and keys, (B, T, H, Dk), float64, float32, float16 or bfloat16; T may be 0.
         v: values, (B, T, H, Dv), of the same dtype.
-        log_decay: ln γ per head, (H,), float32 (float64 with float64 inputs), at most 0; -inf is γ = 0.
+        log_decay: ln γ per head, (H,), float32 or float64, at most 0; -inf is γ = 0. It is used in the
+            state's dtype, so float64 inputs want it in float64.
         mode: "parallel" (quadratic in T, one matrix product), "chunkwise" (linear in T) or "recurrent" (a
             loop over T). All give the same outputs and the same state.
         state: (B, H, Dk, Dv), float32 (float64 with float64 inputs), carried from what came before, or None
@@ -64,7 +66,7 @@ def retention(
         chunk_size=chunk_size,
         cu_seqlens=cu_seqlens,
     )
-    powers = DecayPowers(log_decay, default_scale(scale, q), torch_backend.state_dtype(q.dtype))
+    powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype))
     return run_retention(
         q,
         k,
@@ -73,7 +75,7 @@ def retention(
         mode=mode,
         state=state,
         chunk_size=chunk_size,
-        cu_seqlens=cu_seqlens,
+        packing=None if cu_seqlens is None else packed.Packing("retention()", cu_seqlens, q.shape[1]),
         backend=choose_backend("retention()", backend)[0],
     )
 
@@ -87,23 +89,19 @@ def run_retention(
     mode: str,
     state: Tensor | None,
     chunk_size: int | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
+    packing: packed.Packing | None,
+    backend: BackendName,
 ) -> tuple[Tensor, Tensor]:
     """`retention` after its checks, with the powers of γ given, on a backend that has been chosen."""
     q, k, v = cast_inputs(q, k, v)
     with without_autocast(q.device):
         if backend == "reference":
+            bounds = None if packing is None else packing.bounds
             return reference.retention(
-                q, k, v, powers.log_decay, state=state, scale=powers.scale, cu_seqlens=cu_seqlens
+                q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds
             )
-        if cu_seqlens is not None:
+        if packing is not None:
             return packed.retention(
-                q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, cu_seqlens=cu_seqlens
+                q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, packing=packing
             )
         return torch_backend.retention(q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size)
-
-
-def default_scale(scale: float | None, q: Tensor) -> float:
-    """The scale c that was given, or Dk^-0.5."""
-    return q.shape[-1] ** -0.5 if scale is None else scale

@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from retpop.ops.decay_powers import BlockPowers, DecayPowers, decayed
+from retpop.ops.dtypes import state_dtype
 
 DEFAULT_CHUNK_SIZE = 64
 
@@ -40,7 +41,7 @@ def retention(
     if state is None:
         state = zero_state(q, v, q.shape[0])
     if length == 0:
-        return torch.zeros_like(v), state
+        return v.clone(), state  # empty, and part of the graph
     dtype = v.dtype
     q, k, v = widen(q, k, v)
     if mode == "recurrent" or length == 1:
@@ -69,18 +70,16 @@ def pop_retention(
     """POP of tokens (B, N·L, H, D) and predictions (B, P, M, H, D); outputs, predictions, final state."""
     if state is None:
         state = zero_state(q, v, q.shape[0])
-    dtype = v.dtype
-    q, k, v = (_blocks(x, block_size) for x in widen(q, k, v))
-    num_predictions, prediction_size = q_pred.shape[1:3]
-    tables = powers.block(block_size)
-    states = block_states(k, v, state, tables, reset)
-    out = attend(q, k, v, torch.stack(states[:-1], dim=1), tables) if states[1:] else v
-    if num_predictions and prediction_size:
-        starts = torch.stack(states[offset : offset + num_predictions], dim=1)
-        pred = attend(*widen(q_pred, k_pred, v_pred), starts, powers.block(prediction_size))
+    if q.shape[1]:
+        out, states = _pop_blocks(q, k, v, powers.block(block_size), block_size, state, reset)
+    else:  # predictions alone, which need no powers for a block
+        out, states = v.clone(), [state]
+    if q_pred.shape[1] and q_pred.shape[2]:
+        starts = torch.stack(states[offset : offset + q_pred.shape[1]], dim=1)
+        pred = attend(*widen(q_pred, k_pred, v_pred), starts, powers.block(q_pred.shape[2])).to(v_pred.dtype)
     else:
-        pred = torch.zeros_like(v_pred)
-    return rearrange(out, "b n l h d -> b (n l) h d").to(dtype), pred.to(dtype), states[-1]
+        pred = v_pred.clone()
+    return out, pred, states[-1]
 
 
 def block_states(
@@ -140,15 +139,26 @@ def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
     return q.new_zeros(rows, *q.shape[2:], v.shape[-1], dtype=state_dtype(q.dtype))
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states for inputs of ``dtype``: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs in the dtype of their states, which is what everything here is computed in."""
     dtype = state_dtype(v.dtype)
     return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _pop_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: BlockPowers,
+    block_size: int,
+    state: Tensor,
+    reset: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    dtype = v.dtype
+    q, k, v = (_blocks(x, block_size) for x in widen(q, k, v))
+    states = block_states(k, v, state, tables, reset)
+    out = attend(q, k, v, torch.stack(states[:-1], dim=1), tables)
+    return rearrange(out, "b n l h d -> b (n l) h d").to(dtype), states
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:

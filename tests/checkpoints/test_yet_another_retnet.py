@@ -270,3 +270,21 @@ def test_the_result_is_an_ordinary_decoder_of_the_right_config() -> None:
     assert config.norm_first is False
     assert config.dropout == 0.0
     assert ours.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"activation": "swish"}, ValueError, 'activation is \'swish\'.*its "swish" is "silu"'),
+        ({"num_heads": 3}, ValueError, "num_heads is 3; it must divide"),
+        ({"num_heads": 0}, ValueError, "num_heads is 0"),
+        ({"state_dict": None}, TypeError, "state_dict is NoneType"),
+        ({"state_dict": {1: 2}}, TypeError, "it must map names to tensors"),
+    ],
+)
+def test_arguments_are_called_by_their_own_names(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    theirs = TheirDecoder(TheirLayer(16, 2, dim_feedforward=16), num_layers=1)
+    with pytest.raises(error, match=message):
+        load_yet_another_retnet(**({"state_dict": theirs.state_dict(), "num_heads": 2} | arguments))

@@ -7,6 +7,7 @@ import torch
 from module_cases import make_decoder
 from torch import Tensor
 
+import retpop
 from retpop import RetNetState
 
 DECODER = make_decoder()
@@ -137,3 +138,35 @@ def test_unknown_keyword_arguments_raise() -> None:
 def test_a_triton_backend_that_cannot_run_says_why() -> None:
     with pytest.raises((RuntimeError, ValueError, NotImplementedError), match=r"RetNetDecoder\(\).*triton"):
         DECODER(tokens(1, 2, 12), backend="triton")
+
+
+@pytest.mark.parametrize("module", [retpop.RetNetDecoder, retpop.MultiScaleRetention])
+def test_what_a_module_is_made_from(module: type[torch.nn.Module]) -> None:
+    cfg = retpop.RetNetConfig(embed_dim=16, num_heads=2, num_layers=1, ffn_dim=16)
+    with pytest.raises(TypeError, match=f"{module.__name__}: cfg is dict; it must be a retpop.RetNetConfig"):
+        module({"embed_dim": 8})
+    for dtype in (torch.complex64, torch.int64):
+        with pytest.raises(TypeError, match=f"dtype is {dtype}"):
+            module(cfg, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "weights"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_autocast_lets_no_mix_through_that_torch_refuses(x_dtype: torch.dtype, weights: torch.dtype) -> None:
+    cfg = retpop.RetNetConfig(embed_dim=16, num_heads=2, num_layers=1, ffn_dim=16)
+    decoder = retpop.RetNetDecoder(cfg, dtype=weights)
+    x = torch.zeros(1, 3, 16, dtype=x_dtype)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=f"x is {x_dtype} but"):
+        decoder(x)
+
+
+def test_a_state_of_other_things_than_tensors() -> None:
+    cfg = retpop.RetNetConfig(embed_dim=16, num_heads=2, num_layers=1, ffn_dim=16)
+    with pytest.raises(TypeError, match=r"state\.kv is NoneType"):
+        retpop.RetNetDecoder(cfg)(torch.zeros(1, 3, 16), retpop.RetNetState(None, None))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+import retpop
 from retpop import RetNetConfig, RetNetDecoder
 
 DECODER = make_decoder()
@@ -234,3 +235,16 @@ def test_compiled_without_a_graph_break() -> None:
     actual = compiled(x, u, state, block_size=3, reset=reset)
     for a, e in zip(actual[:2], decoder.pop(x, u, state, block_size=3, reset=reset)[:2], strict=True):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+def test_exported_with_its_state() -> None:
+    cfg = retpop.RetNetConfig(embed_dim=16, num_heads=2, num_layers=2, ffn_dim=16)
+    decoder = retpop.RetNetDecoder(cfg).eval()
+    x, state = torch.randn(2, 1, 16), decoder.init_state(2)
+    _, state = decoder(torch.randn(2, 5, 16), state)
+    program = torch.export.export(decoder, (x, state.detach())).module()
+    out, after = program(x, state.detach())
+    expected, expected_after = decoder(x, state.detach())
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(after.kv, expected_after.kv)
+    assert torch.equal(after.position, expected_after.position)

@@ -18,6 +18,9 @@ from retention_cases import (
     mode_options,
 )
 
+import retpop
+from retpop.ops import packed
+
 BACKENDS_AND_MODES = [("reference", "chunkwise"), *(("torch", mode) for mode in MODES)]
 
 
@@ -129,3 +132,26 @@ def test_int64_and_int32_offsets(mode: str) -> None:
 def test_one_sequence_is_no_packing(mode: str) -> None:
     case, cu_seqlens = packed_case([21])
     assert_same_results(case.run(cu_seqlens=cu_seqlens, mode=mode), case.run(mode=mode), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"), [([0, 10, 30], "ends at 30 but there are T=40"), ([0, 30, 20, 40], "falls")]
+)
+def test_compiled_boundaries_are_checked_too(bounds: list[int], message: str) -> None:
+    """A compiled call reads no values to check them, but the boundaries it reads to cut the row."""
+    log_decay = retpop.retnet_decay(2)
+
+    @torch.compile(backend="eager")
+    def compiled(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return retpop.retention(x, x, x, log_decay, cu_seqlens=cu_seqlens)[0]
+
+    with pytest.raises(ValueError, match=message):
+        compiled(torch.randn(1, 40, 2, 4), torch.tensor(bounds))
+
+
+def test_a_decoder_reads_the_boundaries_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = retpop.RetNetConfig(embed_dim=16, num_heads=2, num_layers=3, ffn_dim=16)
+    plans = []
+    monkeypatch.setattr(packed, "_plan", lambda *a, _plan=packed._plan: plans.append(a) or _plan(*a))
+    retpop.RetNetDecoder(cfg)(torch.randn(1, 40, 16), cu_seqlens=torch.tensor([0, 10, 40]))
+    assert len(plans) == 1

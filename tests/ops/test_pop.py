@@ -316,3 +316,30 @@ def test_autocast_casts_both_streams_and_leaves_the_state_alone() -> None:
     assert [tensor.dtype for tensor in actual] == [torch.bfloat16, torch.bfloat16, torch.float32]
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
+
+
+def test_predictions_alone_need_no_table_for_a_block_that_is_not_there() -> None:
+    """With N = 0 any block_size is right; a table of 300,000² powers would not fit into memory."""
+    nothing, pred = torch.randn(1, 0, 2, 4), torch.randn(1, 1, 3, 2, 4)
+    log_decay = retpop.retnet_decay(2)
+    out, prediction, state = retpop.pop_retention(
+        nothing, nothing, nothing, pred, pred, pred, log_decay, block_size=300_000
+    )
+    alone, _ = retpop.retention(pred[:, 0], pred[:, 0], pred[:, 0], log_decay, mode="parallel")
+    torch.testing.assert_close(prediction[:, 0], alone)
+    assert out.shape == (1, 0, 2, 4)
+    assert not state.any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_empty_results_stay_in_the_graph(backend: str) -> None:
+    nothing = torch.randn(1, 0, 2, 4, requires_grad=True)
+    no_prediction = torch.randn(1, 0, 3, 2, 4, requires_grad=True)
+    log_decay = retpop.retnet_decay(2)
+    out, pred, _ = retpop.pop_retention(
+        *(nothing,) * 3, *(no_prediction,) * 3, log_decay, block_size=5, backend=backend
+    )
+    whole, _ = retpop.retention(nothing, nothing, nothing, log_decay, backend=backend)
+    (out.sum() + pred.sum() + whole.sum()).backward()
+    assert nothing.grad.shape == nothing.shape
+    assert no_prediction.grad.shape == no_prediction.shape

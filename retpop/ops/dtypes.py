@@ -1,0 +1,12 @@
+"""Which dtypes go in, and which dtype a state has: rules that checks, backends and layers share."""
+
+from __future__ import annotations
+
+import torch
+
+INPUT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states for inputs of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
