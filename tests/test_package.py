@@ -6,18 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import venv
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 SOURCES = {"retpop": "retpop", "retpop/kernels": "kernels", "rem_atari": "examples/rem_atari"}
 """Folders of the wheel, and where they lie in the checkout."""
+
+LEFT_OUT = {"__pycache__", "results"}
+"""Folders that are not for the wheel; results are measured runs, which the docs cite."""
 
 USE_A_LAYER = """
 import sys
@@ -32,20 +39,31 @@ print("retpop", version("retpop"))
 """
 
 
+IMPORT_THE_AGENT = """
+import importlib, pkgutil, sys
+import rem_atari
+assert rem_atari.__file__.startswith(sys.prefix), rem_atari.__file__
+names = [module.name for module in pkgutil.walk_packages(rem_atari.__path__, "rem_atari.")]
+for name in names:
+    if name != "rem_atari.__main__":
+        importlib.import_module(name)
+print(len(names))
+"""
+
+
 @dataclass(frozen=True)
-class Installed:
-    """An environment that holds the wheel, and the wheel."""
+class Environment:
+    """A virtual environment that holds the wheel, some packages that it asks for, and nothing else."""
 
     python: Path
-    wheel: Path
     outside: Path
 
-    def run(self, *arguments: str) -> str:
-        """What a program of the environment prints; it starts outside the checkout and must succeed."""
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of the environment, outside the checkout."""
         # An empty PYTHON* environment: nothing of the surrounding run may reach in.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        done = subprocess.run(
-            arguments,
+        return subprocess.run(
+            [str(self.python.parent / words[0]), *words[1:]],
             cwd=self.outside,
             env=environment,
             capture_output=True,
@@ -53,36 +71,58 @@ class Installed:
             timeout=120,
             check=False,
         )
+
+    def prints(self, *words: str) -> str:
+        """What a program of the environment prints; it must succeed."""
+        done = self.run(*words)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel, installed without dependencies into an empty environment."""
-    folder = tmp_path_factory.mktemp("package")
-    wheel = build_wheel(folder)
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """What ``pip install retpop`` gives."""
+    return make_environment(tmp_path_factory.mktemp("plain"), wheel, PROJECT["dependencies"])
+
+
+@pytest.fixture(scope="module")
+def with_extra(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """What ``pip install 'retpop[atari]'`` gives."""
+    asked_for = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["atari"]]
+    return make_environment(tmp_path_factory.mktemp("extra"), wheel, asked_for)
+
+
+def make_environment(folder: Path, wheel: Path, asked_for: Iterable[str]) -> Environment:
+    """Install the wheel; link the packages asked for, and those that they need, from where the tests run."""
     venv.create(folder / "env", with_pip=False)
     python = folder / "env" / "bin" / "python"
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        wheel,
-    )
-    # The dependencies come from here, by a path that follows no other .pth file: so an editable install of
-    # this checkout stays invisible, and `retpop` can only be the wheel's.
+    install = ("install", "--quiet", "--no-deps", "--no-index", wheel)
+    run(sys.executable, "-m", "pip", "--python", python, *install)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    outside = folder / "outside"
-    outside.mkdir()
-    return Installed(python, wheel, outside)
+    for package in packages_needed(asked_for):
+        files = [file for file in package.files or () if file.parts[0] not in ("..", "__pycache__")]
+        for name in {file.parts[0] for file in files} - {entry.name for entry in site.iterdir()}:
+            (site / name).symlink_to(package.locate_file(name))
+    (folder / "outside").mkdir()
+    return Environment(python, folder / "outside")
+
+
+def packages_needed(asked_for: Iterable[str]) -> list[Distribution]:
+    """The packages that requirements name, those that they require, and so on."""
+    found: dict[str, Distribution] = {}
+    waiting = [Requirement(text) for text in asked_for]
+    while waiting:
+        requirement = waiting.pop()
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if wanted and requirement.name not in found:
+            package = found[requirement.name] = distribution(requirement.name)
+            waiting += [Requirement(text) for text in package.requires or ()]
+    return list(found.values())
 
 
 def build_wheel(folder: Path) -> Path:
@@ -107,35 +147,45 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-def test_the_installed_wheel_runs_a_layer(installed: Installed) -> None:
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    assert installed.run(str(installed.python), "-c", USE_A_LAYER) == f"retpop {project['version']}\n"
+def test_the_installed_wheel_runs_a_layer(plain: Environment) -> None:
+    assert plain.prints("python", "-c", USE_A_LAYER) == f"retpop {PROJECT['version']}\n"
 
 
-def test_the_installed_command_answers(installed: Installed) -> None:
-    command = installed.python.with_name("rem-atari")
-    by_script = installed.run(str(command), "--help")
-    by_module = installed.run(str(installed.python), "-m", "rem_atari", "--help")
-    assert "train" in by_script
-    assert "train" in by_module
+@pytest.mark.parametrize("command", [["rem-atari"], ["python", "-m", "rem_atari"]])
+def test_the_command_answers_where_its_extra_is_not_installed(plain: Environment, command: list[str]) -> None:
+    overview = plain.prints(*command, "--help")
+    assert "train" in overview
+    assert "pip install 'retpop[atari]'" in overview
+    alone = plain.run(*command)
+    assert (alone.returncode, alone.stdout, alone.stderr) == (2, "", overview)
+    train = plain.run(*command, "train")
+    assert train.returncode == 1
+    assert train.stderr == (
+        "rem-atari: the package tyro is needed and not installed: pip install 'retpop[atari]'\n"
+    )
 
 
-def test_the_wheel_holds_every_file_of_the_sources(installed: Installed) -> None:
+def test_the_extra_holds_all_that_the_agent_needs(with_extra: Environment) -> None:
+    assert int(with_extra.prints("python", "-c", IMPORT_THE_AGENT)) > 50
+    assert "--env.game" in with_extra.prints("rem-atari", "train", "--help")
+
+
+def test_the_wheel_holds_every_file_of_the_sources(wheel: Path) -> None:
     """Modules, data of the report, py.typed: nothing that lies in a package stays behind."""
-    with zipfile.ZipFile(installed.wheel) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
     expected = {
         f"{target}/{path.relative_to(CHECKOUT / source).as_posix()}"
         for target, source in SOURCES.items()
         for path in (CHECKOUT / source).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and LEFT_OUT.isdisjoint(path.relative_to(CHECKOUT / source).parts)
     }
     assert "retpop/py.typed" in expected
     assert sorted(expected - held) == []
 
 
-def test_the_wheel_holds_the_license_and_nothing_foreign(installed: Installed) -> None:
-    with zipfile.ZipFile(installed.wheel) as archive:
+def test_the_wheel_holds_the_license_and_nothing_foreign(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
         held = archive.namelist()
         (license_file,) = (name for name in held if name.endswith(".dist-info/licenses/LICENSE"))
         assert archive.read(license_file) == (CHECKOUT / "LICENSE").read_bytes()
@@ -143,7 +193,7 @@ def test_the_wheel_holds_the_license_and_nothing_foreign(installed: Installed) -
 
 
 def test_every_package_of_the_tree_is_listed() -> None:
-    listed = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
     found = {
         f"{target}/{path.parent.relative_to(CHECKOUT / source).as_posix()}".removesuffix("/.").replace(
             "/", "."

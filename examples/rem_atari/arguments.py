@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,6 @@ from rem_atari.errors import UsageError
 from rem_atari.presets import PRESETS
 
 DEFAULT_PRESET = "tiny"
-
-DESCRIPTION = """REM: a world-model agent for Atari that learns to play in its own imagination.
-
-Try: rem-atari train --preset tiny --env.game Breakout"""
 
 Debug = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -68,8 +65,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Args:
         argv: the words after the program's name.
     Raises:
-        UsageError: the preset is unknown.
-        SystemExit: by tyro, which has then said what is wrong (code 2) or shown the help (code 0).
+        UsageError: the preset is unknown, or the game is named twice.
+        SystemExit: by tyro, which has then said what is wrong (code 2) or shown a command's help (code 0).
     """
     train = TrainArguments(config=PRESETS[_find_preset(argv)])
     commands = (
@@ -77,7 +74,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         | Annotated[ReportArguments, tyro.conf.subcommand("report")]
         | Annotated[ListArguments, tyro.conf.subcommand("list")]
     )
-    arguments = tyro.cli(commands, prog="rem-atari", description=DESCRIPTION, args=argv)
+    arguments = tyro.cli(commands, prog="rem-atari", args=argv)
     if isinstance(arguments, TrainArguments):
         return replace(arguments, config=_choose_game(arguments.config, argv))
     return arguments
@@ -95,15 +92,17 @@ def _find_preset(argv: Sequence[str]) -> str:
 
 def _choose_game(config: Config, argv: Sequence[str]) -> Config:
     """A game named on the command line wins over an id that only the preset names."""
-    if _flag_value(argv, "--env.game") is not None and _flag_value(argv, "--env.id") is None:
-        return replace(config, env=replace(config.env, id=None))
-    return config
+    if _flag_value(argv, "--env.game") is None:
+        return config
+    if _flag_value(argv, "--env.id") is not None and config.env.id is not None:
+        raise UsageError(f"--env.game {config.env.game} and --env.id {config.env.id} are two games; give one")
+    return replace(config, env=replace(config.env, id=None))
 
 
 def _flag_value(argv: Sequence[str], flag: str) -> str | None:
     """The last value given to a flag, as ``--flag value`` or ``--flag=value``; None if there is none."""
     value = None
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in pairwise([*argv, ""]):
         if word == flag:
             value = following
         elif word.startswith(f"{flag}="):

@@ -44,7 +44,7 @@ class Checkpoint:
     """What a checkpoint holds.
 
     Attributes:
-        step: its number; it grows with everything a run does.
+        step: its number; it grows with everything a run does, so that it stands for one state of the run.
         model: the weights of the whole agent by name.
         optimizer: the tensors of the optimisers by name, see :mod:`rem_atari.training.component`.
         state: everything else, plain JSON data.
@@ -59,7 +59,7 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint and delete the oldest ones beyond `keep`.
 
-    A state that was saved already (same step) is left as it is.
+    A step that was saved already is left as it is: it's the same state.
 
     Args:
         folder: the run's ``checkpoints`` folder; made if it's not there.

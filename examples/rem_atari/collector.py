@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +12,10 @@ import torch
 from torch import Tensor
 
 from rem_atari.envs.vector import GameReturn, VectorEnv, VectorStep
-from rem_atari.models.controller import Carry, Controller
+from rem_atari.models.controller import Carry, Controller, entropy
 from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.replay import Replay
 from rem_atari.rollout import TokenStep, rollout
-
-STEPS_A_ROLLOUT = 16
-"""Steps of every environment between two looks at the clock."""
 
 
 class RealEnv:
@@ -172,6 +170,7 @@ def collect(
     temperature: float,
     epsilon: float,
     generator: torch.Generator,
+    after_step: Callable[[int], None],
     max_seconds: float | None = None,
 ) -> tuple[CollectStats, Carry]:
     """Let the controller play the real game, without gradient; the environment's replay records it.
@@ -184,43 +183,48 @@ def collect(
         temperature: temperature of the actions.
         epsilon: chance of a random action, drawn for each environment.
         generator: source of the actions' randomness, on the controller's device.
-        max_seconds: no further rollout of `STEPS_A_ROLLOUT` steps begins after so long; None: no bound.
+        after_step: called after each step of all environments with their number; may raise to stop.
+        max_seconds: no further step begins after so long; None: no bound.
 
     Returns:
         What was done, and the controller's memory for the next collection.
     """
     start = time.monotonic()
-    remaining = math.ceil(steps / env.num_envs)
     carry = controller.initial_carry(env.num_envs) if carry is None else carry
     env.take_finished_games()
-    taken, episodes, entropy = 0, 0, 0.0
+    taken, episodes, total_entropy = 0, 0, 0.0
     with torch.no_grad():
         # The tokenizer may have learned since the last collection: its codes of the frames are new.
         observation = env.observe()
-        while remaining > 0:
+        while taken < steps:
             trajectory, carry, observation = rollout(
                 env,
                 controller,
                 carry,
                 observation,
-                min(remaining, STEPS_A_ROLLOUT),
+                1,
                 temperature=temperature,
                 epsilon=epsilon,
                 generator=generator,
             )
-            remaining -= trajectory.actions.shape[1]
-            taken += trajectory.actions.numel()
+            taken += env.num_envs
             episodes += int((trajectory.ended | trajectory.truncated).sum())
-            entropy += float(torch.distributions.Categorical(logits=trajectory.logits).entropy().sum())
+            total_entropy += float(entropy(trajectory.logits).sum())
+            after_step(env.num_envs)
             if max_seconds is not None and time.monotonic() - start >= max_seconds:
                 break
     games = tuple(env.take_finished_games())
-    stats = CollectStats(taken, episodes, games, entropy / max(taken, 1), time.monotonic() - start)
+    stats = CollectStats(taken, episodes, games, total_entropy / max(taken, 1), time.monotonic() - start)
     return stats, carry
 
 
 def collect_random(
-    env: RealEnv, *, steps: int, generator: torch.Generator, max_seconds: float | None = None
+    env: RealEnv,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    after_step: Callable[[int], None],
+    max_seconds: float | None = None,
 ) -> CollectStats:
     """Play uniformly random actions, recorded as `collect` records; no network runs.
 
@@ -228,6 +232,7 @@ def collect_random(
         env: the environment, reset before.
         steps: environment steps, all environments together; rounded up to whole steps of all of them.
         generator: source of the actions, on the CPU.
+        after_step: as for `collect`.
         max_seconds: no further step begins after so long; None: no bound.
     """
     start = time.monotonic()
@@ -238,6 +243,7 @@ def collect_random(
         step = env.play(actions.numpy())
         taken += env.num_envs
         episodes += int((step.terminated | step.truncated).sum())
+        after_step(env.num_envs)
         if max_seconds is not None and time.monotonic() - start >= max_seconds:
             break
     games = tuple(env.take_finished_games())

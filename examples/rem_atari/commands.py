@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from datetime import datetime
-from pathlib import Path
 
 from rem_atari.arguments import Arguments, ListArguments, ReportArguments, TrainArguments
-from rem_atari.errors import RunError
-from rem_atari.run_folder import create_run_folder, default_run_path, open_run_folder
+from rem_atari.errors import RunError, UsageError
+from rem_atari.run_folder import RunFolder, create_run_folder, default_run_path, open_run_folder
 
 
 def run_command(arguments: Arguments) -> None:
@@ -31,6 +30,9 @@ def train(arguments: TrainArguments) -> None:
     from rem_atari.envs import env_name
     from rem_atari.metrics import read_metrics
     from rem_atari.progress import make_progress
+
+    # Not where it is used: a package that only the report needs must not be missed after the training.
+    from rem_atari.report import write_report
     from rem_atari.training.schedule import plan_run
     from rem_atari.training.setup import prepare_training
     from rem_atari.training.signals import StopRequest
@@ -44,14 +46,27 @@ def train(arguments: TrainArguments) -> None:
         progress.say(f"run folder: {run.path}")
         with progress, StopRequest() as stop:
             Trainer(config, run, parts, progress, stop).run()
-    page = _write_report(run.path)
+    progress.say("writing the report")
+    try:
+        page = write_report(run.path)
+    except Exception as error:
+        raise RunError(f"{_unwritten(run, error)}; its checkpoints and metrics are there") from error
     print(_summary(read_metrics(run.metrics)))
     print(f"report: {page}")
 
 
 def report(arguments: ReportArguments) -> None:
     """Write a run's report anew, and say where it is."""
-    print(f"report: {_write_report(open_run_folder(arguments.run).path)}")
+    from rem_atari.report import write_report
+
+    run = open_run_folder(arguments.run)
+    try:
+        page = write_report(run.path)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise RunError(_unwritten(run, error)) from error
+    print(f"report: {page}")
 
 
 def list_games() -> None:
@@ -61,14 +76,8 @@ def list_games() -> None:
     print("\n".join(envs.list_games()))
 
 
-def _write_report(run: Path) -> Path:
-    from rem_atari.report import write_report
-
-    try:
-        return write_report(run)
-    except Exception as error:
-        message = f"the report of {run} could not be written ({error}); its checkpoints and metrics are there"
-        raise RunError(message) from error
+def _unwritten(run: RunFolder, error: Exception) -> str:
+    return f"the report of {run.path} could not be written ({str(error) or type(error).__name__})"
 
 
 def _summary(lines: list[dict]) -> str:

@@ -1,7 +1,9 @@
 """Every setting of a run, in one tree of frozen dataclasses; the command line is made from it.
 
-The defaults are the published agent's (arXiv 2402.05643), so ``presets.PRESETS["paper"]`` changes only what
-the docs list; the presets for a CPU override sizes and switch on what their docstrings say.
+The defaults are the published agent's (arXiv 2402.05643), but for two fields of the controller whose
+defaults are the better ones, `burn_in_actions` and `mask_after_end`: ``presets.PRESETS["paper"]`` sets these
+two as published and changes nothing else. The presets for a CPU override sizes, and switch on what the
+fields' docstrings call off in the paper.
 """
 
 from __future__ import annotations
@@ -17,19 +19,20 @@ class EnvConfig:
     """The game and its preprocessing (Atari 100K's protocol)."""
 
     game: str = "Breakout"
-    """ALE game, by its name in ale-py, for example Breakout or MsPacman. Unused where `id` is given."""
+    """ALE game, by its name in ale-py, for example Breakout or MsPacman. Not used with an `id`."""
     id: str | None = None
-    """Any gymnasium id with pixel observations and discrete actions, for example rem_atari/Catch-v0."""
+    """Any gymnasium id with pixel observations and discrete actions, for example rem_atari/Catch-v0. It is
+    played as it is: `game`, `frame_skip` and `noop_max` are not used. None: the ALE game `game`."""
     frame_size: int = 64
     """Height and width of a frame in pixels."""
     frame_skip: int = 4
-    """Raw frames that one action lasts; the observation is the maximum over the last two of them."""
+    """ALE games: raw frames that one action lasts; the observation is the maximum over the last two."""
     noop_max: int = 30
-    """Training: at most this many no-op actions at the start of a game."""
+    """ALE games, training: a game starts with 1 to this many no-ops, each one raw frame."""
     max_raw_frames: int = 20_000
-    """Training: raw frames after which a game is truncated."""
+    """Training: raw frames (with an `id`, steps) after which a game is truncated."""
     eval_max_raw_frames: int = 108_000
-    """Evaluation: raw frames after which a game is truncated."""
+    """Evaluation: raw frames (with an `id`, steps) after which a game is truncated."""
     num_envs: int = 1
     """Environments stepped side by side while collecting."""
 
@@ -143,7 +146,8 @@ class ControllerConfig:
     burn_in_actions: bool = True
     """Feed the actions of the burn-in to the LSTM too. The published agent does not."""
     horizon: int = 9
-    """Imagined steps; the loss covers all but the last, whose value is the bootstrap."""
+    """Observations of an imagined episode, the one it starts from included: the world model takes horizon - 1
+    steps. The loss covers all observations but the last, whose value is the bootstrap."""
     gamma: float = 0.995
     """Discount."""
     td_lambda: float = 0.95

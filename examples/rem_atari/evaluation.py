@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import gymnasium
@@ -83,22 +84,20 @@ def evaluate(
     """
     generator = torch.Generator(config.device).manual_seed(seed)
     envs = _make_envs(config, episodes, seed)
-    env = RealEnv(envs, agent.tokenizer, heldout, device=config.device, stop_recording_when_full=True)
-    observation = env.reset()
-    carry = agent.controller.initial_carry(env.num_envs)
+    real_env = RealEnv(envs, agent.tokenizer, heldout, device=config.device, stop_recording_when_full=True)
+    with closing(real_env) as env:
+        observation = env.reset()
+        carry = agent.controller.initial_carry(env.num_envs)
 
-    @torch.no_grad()
-    def step() -> None:
-        nonlocal carry, observation
-        temperature = config.evaluation.temperature
-        _, carry, observation = rollout(
-            env, agent.controller, carry, observation, 1, temperature=temperature, generator=generator
-        )
+        @torch.no_grad()
+        def step() -> None:
+            nonlocal carry, observation
+            temperature = config.evaluation.temperature
+            _, carry, observation = rollout(
+                env, agent.controller, carry, observation, 1, temperature=temperature, generator=generator
+            )
 
-    try:
         return _play(env, step, episodes, config.evaluation.max_seconds, after_step)
-    finally:
-        env.close()
 
 
 def evaluate_random(
@@ -106,16 +105,14 @@ def evaluate_random(
 ) -> EvaluationResult:
     """Play whole games at random, under the conditions of :func:`evaluate`; arguments as there."""
     generator = torch.Generator().manual_seed(seed)
-    env = RealEnv(_make_envs(config, episodes, seed), agent.tokenizer, None, device=config.device)
-    env.reset()
+    envs = _make_envs(config, episodes, seed)
+    with closing(RealEnv(envs, agent.tokenizer, None, device=config.device)) as env:
+        env.reset()
 
-    def step() -> None:
-        env.play(torch.randint(env.num_actions, (env.num_envs,), generator=generator).numpy())
+        def step() -> None:
+            env.play(torch.randint(env.num_actions, (env.num_envs,), generator=generator).numpy())
 
-    try:
         return _play(env, step, episodes, config.evaluation.max_seconds, after_step)
-    finally:
-        env.close()
 
 
 def share_episodes(episodes: int, num_envs: int) -> list[int]:

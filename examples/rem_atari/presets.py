@@ -4,7 +4,7 @@
 name    time, 2 CPU cores   what for
 ======  ==================  ==============================================================================
 debug   seconds             runs every phase on Catch at toy sizes; learns nothing
-tiny    about 4 minutes     the whole agent on a real Atari game at a size a CPU bears; learns little
+tiny    at most 4 minutes   the whole agent on a real Atari game at a size a CPU bears; learns little
 catch   about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
 paper   days; wants a GPU   the published agent
 ======  ==================  ==============================================================================
@@ -114,7 +114,7 @@ TINY = Config(
             batch_size=32,
             updates_per_epoch=150,
             first_updates=300,
-            max_seconds=22.0,
+            max_seconds=18.0,
         ),
     ),
     world_model=replace(
@@ -127,7 +127,7 @@ TINY = Config(
             batch_size=8,
             updates_per_epoch=80,
             first_updates=120,
-            max_seconds=14.0,
+            max_seconds=12.0,
         ),
     ),
     controller=replace(
@@ -152,7 +152,7 @@ TINY = Config(
         collect_epochs=5,
         steps_per_epoch=400,
         random_steps=1_000,
-        collect_max_seconds=6.0,
+        collect_max_seconds=5.0,
         checkpoint_every=5,
     ),
     evaluation=EvaluationConfig(
@@ -162,7 +162,7 @@ TINY = Config(
         temperature=1.0,
         random_episodes=8,
         max_steps=500,
-        max_seconds=12.0,
+        max_seconds=10.0,
     ),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class SequenceBatch:
     truncated: Tensor
     mask: Tensor
     rows: Tensor
+
+    def select(self, stretches: list[int]) -> SequenceBatch:
+        """Some of the n stretches, in the order given."""
+        return SequenceBatch(*(getattr(self, column.name)[stretches] for column in fields(self)))
 
 
 class Replay:

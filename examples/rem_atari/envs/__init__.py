@@ -7,6 +7,8 @@ differ, `info["game_over"]` says so (`atari.LifeLossEndsEpisode`); `vector.Vecto
 
 from __future__ import annotations
 
+import re
+
 from rem_atari.envs.errors import MissingExtraError, UnknownGameError, needs_atari_extra
 
 with needs_atari_extra():
@@ -54,12 +56,10 @@ def make_env(cfg: EnvConfig, *, training: bool) -> gymnasium.Env:
 
 
 def env_name(cfg: EnvConfig) -> str:
-    """The game's short name, for titles and folder names: Breakout, or Catch for rem_atari/Catch-v0.
+    """The game's short name, for titles: Breakout, or Catch for rem_atari/Catch-v0.
 
-    Raises:
-        UnknownGameError: the name holds other characters than letters, digits and underscores.
+    Any character may be in it: whoever names a file after the game replaces what a path cannot bear.
     """
-    name = cfg.game if cfg.id is None else cfg.id.split(":")[-1].split("/")[-1].rsplit("-v", 1)[0]
-    if not name.replace("_", "").isalnum():
-        raise UnknownGameError(f"{cfg.id or cfg.game!r} is no name of a game.")
-    return name
+    if cfg.id is None:
+        return cfg.game
+    return re.sub(r"-v\d+$", "", cfg.id.split(":")[-1].split("/")[-1])

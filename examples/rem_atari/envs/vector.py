@@ -44,6 +44,11 @@ class VectorStep:
     game_returns: list[GameReturn]
 
 
+def number_actions(num_actions: int) -> list[str]:
+    """Names of actions that have none: "action 0" and so on."""
+    return [f"action {index}" for index in range(num_actions)]
+
+
 class VectorEnv:
     """E environments of one kind, stepped serially; an ended episode restarts at once.
 
@@ -78,6 +83,13 @@ class VectorEnv:
     def num_actions(self) -> int:
         """Number of actions A; an action is an integer in [0, A)."""
         return int(self._envs[0].action_space.n)
+
+    @property
+    def action_names(self) -> list[str]:
+        """The game's names of its actions in lower case, or "action 0" and so on where it has none."""
+        meanings = getattr(self._envs[0].unwrapped, "get_action_meanings", list)
+        names = [str(meaning).lower() for meaning in meanings()]
+        return names if len(names) == self.num_actions else number_actions(self.num_actions)
 
     def reset(self) -> np.ndarray:
         """Start every environment anew and return the frames to act on, (E, S, S, 3) uint8.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -33,15 +33,24 @@ class SequenceTokens:
     truncated: Tensor
     mask: Tensor
 
+    @classmethod
+    def from_batch(cls, batch: SequenceBatch, tokens: Tensor) -> SequenceTokens:
+        """A batch from the replay on the device of `tokens` (B, T, K), which stand for its frames."""
+        device = tokens.device
+        return cls(
+            tokens=tokens,
+            actions=batch.actions.to(device),
+            rewards=batch.rewards.to(device),
+            ended=batch.ended.to(device),
+            truncated=batch.truncated.to(device),
+            mask=batch.mask.to(device),
+        )
+
+    def select(self, sequences: slice) -> SequenceTokens:
+        """Some of the B sequences."""
+        return SequenceTokens(*(getattr(self, column.name)[sequences] for column in fields(self)))
+
 
 def tokenize(batch: SequenceBatch, tokenizer: Tokenizer) -> SequenceTokens:
     """A batch from the replay on the tokenizer's device, its frames tokenised."""
-    device = tokenizer.codes.device
-    return SequenceTokens(
-        tokens=tokenizer.encode(batch.frames.to(device)),
-        actions=batch.actions.to(device),
-        rewards=batch.rewards.to(device),
-        ended=batch.ended.to(device),
-        truncated=batch.truncated.to(device),
-        mask=batch.mask.to(device),
-    )
+    return SequenceTokens.from_batch(batch, tokenizer.encode(batch.frames.to(tokenizer.codes.device)))

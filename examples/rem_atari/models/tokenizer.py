@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from einops import rearrange
+from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -75,15 +75,17 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """Tokens of frames: uint8 (..., S, S, 3) to int64 (..., K), without gradient."""
-        self._check_frames("encode", frames)
-        tokens = _in_parts(lambda part: self._nearest(self._encoder_output(part)), frames.flatten(0, -4))
-        return tokens.unflatten(0, frames.shape[:-3])
+        self._check_frames("encode", frames, leading="...")
+        rows, leading = pack([frames], "* height width channel")
+        tokens = _in_parts(lambda part: self._nearest(self._encoder_output(part)), rows)
+        return unpack(tokens, leading, "* token")[0]
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Frames of tokens: int64 (..., K) to uint8 (..., S, S, 3), without gradient."""
-        frames = _in_parts(lambda part: _to_bytes(self._reconstruct(self.embed(part))), tokens.flatten(0, -2))
-        return frames.unflatten(0, tokens.shape[:-1])
+        rows, leading = pack([tokens], "* token")
+        frames = _in_parts(lambda part: _to_bytes(self._reconstruct(self.embed(part))), rows)
+        return unpack(frames, leading, "* height width channel")[0]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Codes of tokens: int64 (..., K) to (..., K, E), without gradient into the codebook."""
@@ -104,13 +106,13 @@ class Tokenizer(nn.Module):
             The loss, and the metrics as scalars without gradient: loss, reconstruction (mean squared error of
             all pixels, unweighted, frames in [-1, 1]), codebook, commitment, codes_used (distinct codes in
             the batch) and, with a background, foreground_error (mean squared error of the foreground's
-            pixels; 0 if there are none).
+            pixels; NaN if there are none).
 
         Raises:
             ValueError: the frames have another shape, the perceptual loss is asked for (it is not here yet),
                 or a foreground weight comes without a background.
         """
-        self._check_frames("loss", frames)
+        self._check_frames("loss", frames, leading="B")
         self._check_loss_settings(background)
         output = self._encoder_output(frames)
         with torch.no_grad():
@@ -189,19 +191,20 @@ class Tokenizer(nn.Module):
         reconstruction = errors.mean()
         if background is None:
             return reconstruction, {"reconstruction": reconstruction}
-        differences = (frames.to(torch.int16) - background.to(torch.int16)).abs()
-        foreground = (differences > FOREGROUND_THRESHOLD).any(dim=-1, keepdim=True)
+        foreground = foreground_of(frames, background)[..., None]
         foreground_sum = (errors * foreground).sum()
         weighted = reconstruction + self.cfg.foreground_weight * foreground_sum / errors.numel()
-        foreground_error = foreground_sum / (3 * foreground.sum()).clamp(min=1)
+        foreground_error = foreground_sum / (3 * foreground.sum())
         return weighted, {"reconstruction": reconstruction, "foreground_error": foreground_error}
 
-    def _check_frames(self, caller: str, frames: Tensor) -> None:
+    def _check_frames(self, caller: str, frames: Tensor, *, leading: str) -> None:
+        """Check type and shape of frames with any leading dimensions ("...") or a single one ("B")."""
         wanted = (self.frame_size, self.frame_size, 3)
-        if frames.dim() < 4 or frames.shape[-3:] != wanted or frames.dtype != torch.uint8:
+        fits = frames.shape[-3:] == wanted and (leading == "..." or frames.dim() == 4)
+        if not fits or frames.dtype != torch.uint8:
             raise ValueError(
                 f"Tokenizer.{caller}(): frames is {frames.dtype} {tuple(frames.shape)}; "
-                f"wanted torch.uint8 (..., {', '.join(map(str, wanted))})."
+                f"wanted torch.uint8 ({leading}, {', '.join(map(str, wanted))})."
             )
 
     def _check_loss_settings(self, background: Tensor | None) -> None:
@@ -215,6 +218,17 @@ class Tokenizer(nn.Module):
                 f"Tokenizer.loss(): background is None but tokenizer.foreground_weight is "
                 f"{self.cfg.foreground_weight}; give the median frame."
             )
+
+
+def foreground_of(frames: Tensor, background: Tensor) -> Tensor:
+    """Pixels that differ from the background, bool (..., S, S).
+
+    Args:
+        frames: uint8 (..., S, S, 3).
+        background: uint8 (S, S, 3).
+    """
+    differences = (frames.to(torch.int16) - background.to(torch.int16)).abs()
+    return (differences > FOREGROUND_THRESHOLD).any(dim=-1)
 
 
 def _encoder(channels: tuple[int, ...], groups: int) -> nn.Sequential:

@@ -63,7 +63,7 @@ LOSS_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "World model: accuracy in training",
         (("token_accuracy", "next tokens"), ("reward_accuracy", "reward"), ("end_accuracy", "end")),
     ),
-    ("controller", "Controller: imagined λ-return", (("imagined_return", "return"),)),
+    ("controller", "Controller: imagined rewards up to the end", (("imagined_return", "undiscounted sum"),)),
     ("controller", "Controller: loss of the value", (("value", "squared error"),)),
     ("controller", "Controller: entropy of the policy, nats", (("entropy", "entropy"),)),
 )

@@ -8,37 +8,41 @@ from html import escape
 from typing import Any
 
 from rem_atari.config import Config
+from rem_atari.presets import PRESETS
 from rem_atari.report.contents import Report, RunFile
 from rem_atari.report.sections import section
 from rem_atari.report.text import size
 
 
 def configuration(report: Report) -> str:
-    """Every setting, with the default (the paper's behaviour) beside those that differ from it."""
-    ours, defaults = flatten(report.config.to_dict()), flatten(Config().to_dict())
+    """Every setting, with the published agent's beside those that differ from it."""
+    ours, paper = flatten(report.config.to_dict()), flatten(PRESETS["paper"].to_dict())
     groups: dict[str, list[str]] = {}
     for path in ours:
         groups.setdefault(path.rpartition(".")[0] or "run", []).append(path)
     blocks = []
     for group, paths in groups.items():
-        changed = sum(ours[path] != defaults.get(path) for path in paths)
-        rows = "".join(_setting_row(path, ours[path], defaults.get(path)) for path in paths)
-        head = "<thead><tr><th>Setting</th><th>Value</th><th>Default</th></tr></thead>"
+        changed = sum(ours[path] != paper[path] for path in paths)
+        rows = "".join(_setting_row(path, ours[path], paper[path]) for path in paths)
+        head = "<thead><tr><th>Setting</th><th>Value</th><th>Paper</th></tr></thead>"
         blocks.append(
             f'<details><summary>{escape(group)} <span class="faint small">{changed} of {len(paths)} differ'
-            f" from the default</span></summary>"
+            f" from the paper</span></summary>"
             f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div></details>'
         )
-    lead = "<p>The resolved configuration. The defaults are the published agent's; what differs is bold.</p>"
+    lead = (
+        "<p>The resolved configuration; what differs from the published agent's (the preset"
+        " <code>paper</code>) is bold.</p>"
+    )
     return section("Configuration", lead + "".join(blocks))
 
 
-def _setting_row(path: str, value: object, default: object) -> str:
-    same = value == default
+def _setting_row(path: str, value: object, paper: object) -> str:
+    same = value == paper
     return (
         f'<tr class="{"default" if same else "set"}"><td><code>{escape(path)}</code></td>'
         f"<td><code>{escape(setting_text(value))}</code></td>"
-        f'<td class="faint">{"" if same else f"<code>{escape(setting_text(default))}</code>"}</td></tr>'
+        f'<td class="faint">{"" if same else f"<code>{escape(setting_text(paper))}</code>"}</td></tr>'
     )
 
 

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rem_atari.training.schedule import UNITS
+
 MetricLine = dict[str, Any]
 """One line of metrics.jsonl."""
-
-PHASES = ("random", "collect", "tokenizer", "world_model", "controller", "evaluate")
-"""Phases of an epoch, in the order in which they run."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +117,13 @@ def verdict(agent: Returns, random: Returns) -> str:
 
 def throughput(lines: Sequence[MetricLine]) -> list[PhaseThroughput]:
     """Work, time and rate of every phase that ran, and the time between phases as "other"."""
-    spent = {phase: sum(values_of(lines, phase, "phase_seconds").y) for phase in PHASES}
+    spent = {phase: sum(values_of(lines, phase, "phase_seconds").y) for phase in UNITS}
     total = max(total_seconds(lines), sum(spent.values()))
     rows = []
-    for phase in PHASES:
+    for phase, unit in UNITS.items():
         if spent[phase] == 0:
             continue
-        name, unit = _unit_of_work(phase)
-        amount = sum(values_of(lines, phase, name).y) or None
+        amount = sum(values_of(lines, phase, unit).y) or None
         imagined = values_of(lines, phase, "frames_per_second").y
         rows.append(
             PhaseThroughput(
@@ -145,13 +143,6 @@ def throughput(lines: Sequence[MetricLine]) -> list[PhaseThroughput]:
         )
         rows.append(other)
     return rows
-
-
-def _unit_of_work(phase: str) -> tuple[str, str]:
-    """The metric that counts a phase's work, and its unit."""
-    if phase in ("evaluate", "random"):
-        return "episodes", "episodes"
-    return ("steps", "steps") if phase == "collect" else ("updates", "updates")
 
 
 def total_seconds(lines: Sequence[MetricLine]) -> float:

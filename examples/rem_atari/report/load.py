@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import gymnasium
+from torch import Tensor
 
 from rem_atari.agent import Agent
-from rem_atari.checkpoint import CheckpointError, load_checkpoint
+from rem_atari.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from rem_atari.config import Config
-from rem_atari.envs import make_env
+from rem_atari.envs.vector import number_actions
 from rem_atari.errors import RunError
 from rem_atari.replay import Replay
 from rem_atari.report.history import MetricLine
@@ -27,6 +29,7 @@ class RunData:
         config: its configuration.
         lines: the readable lines of its metrics, oldest first.
         agent: the newest weights, on the CPU and in eval mode; None without a whole checkpoint.
+        state: what the trainer noted beside them; empty without a whole checkpoint.
         training: the experience trained on, or None.
         heldout: the steps of the last evaluation, never trained on, or None.
         notes: a sentence on each thing that is missing or damaged.
@@ -36,6 +39,7 @@ class RunData:
     config: Config
     lines: list[MetricLine]
     agent: Agent | None
+    state: Mapping[str, Any]
     training: Replay | None
     heldout: Replay | None
     notes: list[str]
@@ -50,11 +54,14 @@ def load_run(path: Path) -> RunData:
     folder = open_run_folder(path)
     config = folder.load_config()
     notes: list[str] = []
+    lines = read_lines(folder.metrics, notes)
+    checkpoint = _load_checkpoint(folder, notes)
     return RunData(
         folder=folder,
         config=config,
-        lines=read_lines(folder.metrics, notes),
-        agent=_load_agent(folder, config, notes),
+        lines=lines,
+        agent=None if checkpoint is None else _load_agent(checkpoint.model, config, notes),
+        state={} if checkpoint is None else checkpoint.state,
         training=_load_replay(folder.replay, "training frames", notes),
         heldout=_load_replay(folder.heldout, "held-out frames", notes),
         notes=notes,
@@ -84,13 +91,17 @@ def _parse(text: str) -> MetricLine | None:
     return line if isinstance(line, dict) else None
 
 
-def _load_agent(folder: RunFolder, config: Config, notes: list[str]) -> Agent | None:
-    """The agent of the newest whole checkpoint; the number of actions is read off its weights."""
+def _load_checkpoint(folder: RunFolder, notes: list[str]) -> Checkpoint | None:
+    """The newest whole checkpoint, or None with a note."""
     try:
-        weights = load_checkpoint(folder.checkpoints).model
+        return load_checkpoint(folder.checkpoints)
     except CheckpointError as error:
         notes.append(f"There are no weights to look at: {error}.")
         return None
+
+
+def _load_agent(weights: Mapping[str, Tensor], config: Config, notes: list[str]) -> Agent | None:
+    """The agent with these weights, or None with a note; the number of actions is read off the weights."""
     try:
         agent = Agent.from_config(config, num_actions=weights["controller.actor.weight"].shape[0])
         agent.load_state_dict(dict(weights))
@@ -113,16 +124,12 @@ def _load_replay(folder: Path, name: str, notes: list[str]) -> Replay | None:
     return replay
 
 
-def action_names(config: Config, num_actions: int) -> list[str]:
-    """The game's names of its actions where it has them, else "action 0" and so on."""
-    try:
-        env = make_env(config.env, training=False)
-    except (ImportError, ValueError, gymnasium.error.Error):
-        names = None  # The game need not be installed where a report is written.
-    else:
-        meanings = getattr(env.unwrapped, "get_action_meanings", None)
-        names = None if meanings is None else [str(name).lower() for name in meanings()]
-        env.close()
-    if names is None or len(names) != num_actions:
-        return [f"action {index}" for index in range(num_actions)]
-    return names
+def action_names(state: Mapping[str, Any], num_actions: int) -> list[str]:
+    """The names of the actions that the trainer noted in a checkpoint's state, else "action 0" and so on.
+
+    The game itself is not asked: to make it would run whatever module the configuration names.
+    """
+    names = state.get("action_names")
+    if not isinstance(names, list) or len(names) != num_actions:
+        return number_actions(num_actions)
+    return [str(name) for name in names]

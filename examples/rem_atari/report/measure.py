@@ -11,6 +11,7 @@ import torch
 from rem_atari.agent import Agent
 from rem_atari.config import Config
 from rem_atari.models.sequence_tokens import tokenize
+from rem_atari.models.tokenizer import foreground_of
 from rem_atari.models.world_model import REWARD_CLASSES, reward_classes
 from rem_atari.replay import Replay, SequenceBatch
 from rem_atari.report.analysis import (
@@ -27,7 +28,7 @@ from rem_atari.report.analysis import (
 from rem_atari.report.contents import Redrawn
 from rem_atari.report.dreams import make_scenes
 from rem_atari.report.films import Scene
-from rem_atari.report.probe import foreground_of, predict_sequences, token_pairs
+from rem_atari.report.probe import predict_sequences, token_pairs
 
 HELDOUT_FRAMES, TRAINING_FRAMES = 256, 512
 """Frames drawn for the reconstructions, and for the mean frame."""
@@ -53,7 +54,7 @@ def look_at_frames(agent: Agent, training: Replay, heldout: Replay) -> FrameEvid
     frames = heldout.sample_frames(min(HELDOUT_FRAMES, heldout.num_steps))
     tokens = agent.tokenizer.encode(frames)
     redrawn = agent.tokenizer.decode(tokens).numpy()
-    foreground = foreground_of(frames, training.median_frame())
+    foreground = foreground_of(frames, training.median_frame()).numpy()
     mean = training.sample_frames(TRAINING_FRAMES).float().mean(dim=0).round().to(torch.uint8).numpy()
     real = frames.numpy()
     ours = frame_errors(real, redrawn, foreground)
@@ -130,13 +131,4 @@ def _choose(batch: SequenceBatch, context: int) -> SequenceBatch:
     happens = ((batch.rewards != 0) | batch.ended)[:, context:].any(dim=1)
     eventful = happens.nonzero().flatten().tolist()[: SCENES // 2]
     others = [row for row in range(len(happens)) if row not in eventful]
-    rows = eventful + others[: SCENES - len(eventful)]
-    return SequenceBatch(
-        frames=batch.frames[rows],
-        actions=batch.actions[rows],
-        rewards=batch.rewards[rows],
-        ended=batch.ended[rows],
-        truncated=batch.truncated[rows],
-        mask=batch.mask[rows],
-        rows=batch.rows[rows],
-    )
+    return batch.select(eventful + others[: SCENES - len(eventful)])

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.models.tokenizer import FOREGROUND_THRESHOLD
 from rem_atari.models.world_model import WorldModel, reward_classes
 from rem_atari.report.analysis import TokenPredictions, TokenScores, score_tokens
 
@@ -37,12 +36,6 @@ class Evidence:
     def score(self, predictions: TokenPredictions) -> TokenScores:
         """How well these predictions, the world model's or another's, meet what came."""
         return score_tokens(predictions, self.target, self.previous)
-
-
-def foreground_of(frames: Tensor, background: Tensor) -> NDArray[np.bool_]:
-    """Pixels (N, S, S) of `frames` (N, S, S, 3) that differ from `background` (S, S, 3), as in training."""
-    differences = (frames.to(torch.int16) - background.to(torch.int16)).abs()
-    return (differences > FOREGROUND_THRESHOLD).any(dim=-1).numpy()
 
 
 def token_pairs(batch: SequenceTokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -80,15 +73,7 @@ def predict_sequences(
 def _parts(batch: SequenceTokens) -> Iterator[SequenceTokens]:
     """The batch, SEQUENCES_AT_ONCE sequences at a time."""
     for start in range(0, batch.tokens.shape[0], SEQUENCES_AT_ONCE):
-        rows = slice(start, start + SEQUENCES_AT_ONCE)
-        yield SequenceTokens(
-            tokens=batch.tokens[rows],
-            actions=batch.actions[rows],
-            rewards=batch.rewards[rows],
-            ended=batch.ended[rows],
-            truncated=batch.truncated[rows],
-            mask=batch.mask[rows],
-        )
+        yield batch.select(slice(start, start + SEQUENCES_AT_ONCE))
 
 
 def _evidence(logits: Tensor, target: Tensor, previous: Tensor) -> Evidence:

@@ -93,8 +93,8 @@ def warnings_of(report: Report) -> list[str]:
     if _freeze_was_due(report):
         limit = report.config.tokenizer.freeze_foreground_error
         found.append(
-            "The tokenizer was to rest by now, but its error on foreground pixels stayed above"
-            f" {limit:g} and it trained on."
+            "The tokenizer was to rest by now, but it never showed an error on foreground pixels of"
+            f" {limit:g} or less and trained on."
         )
     return found + report.notes
 

@@ -8,6 +8,7 @@ MINUS = "−"
 
 PHASE_NAMES = {
     "random": "random play",
+    "collect_random": "collect at random",
     "collect": "collect",
     "tokenizer": "train tokenizer",
     "world_model": "train world model",

@@ -73,7 +73,7 @@ def gather(data: RunData) -> Report:
     frames: FrameEvidence | None = None
     predictions, scenes = [], []
     if data.agent is not None and data.heldout is not None:
-        names = action_names(config, data.agent.controller.num_actions)
+        names = action_names(data.state, data.agent.controller.num_actions)
         scenes = imagine_scenes(data.agent, config, data.heldout, names)
         if data.training is not None:
             frames = look_at_frames(data.agent, data.training, data.heldout)

@@ -9,13 +9,14 @@ from rem_atari.config import Config, OptimConfig
 
 UNITS = {
     "random": "episodes",
+    "collect_random": "steps",
     "collect": "steps",
     "tokenizer": "updates",
     "world_model": "updates",
     "controller": "updates",
     "evaluate": "episodes",
 }
-"""The phases, in order, and what each counts."""
+"""The phases, in order, and what each counts, which is also the metric that says how much it did."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def plan_run(config: Config) -> list[Work]:
     schedule, evaluation = config.schedule, config.evaluation
     work = [
         Work(0, "random", evaluation.random_episodes, evaluation.max_seconds),
-        Work(0, "collect", schedule.random_steps, schedule.collect_max_seconds),
+        Work(0, "collect_random", schedule.random_steps, schedule.collect_max_seconds),
     ]
     components = {
         "tokenizer": config.tokenizer.optim,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial, reduce
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 
 import torch
 
@@ -16,40 +17,48 @@ from rem_atari.envs.vector import VectorEnv
 from rem_atari.errors import UsageError
 from rem_atari.training.seeding import derive_seed
 
-SMALLEST: dict[str, float] = {
-    "seed": 0,
-    "threads": 0,
-    "env.num_envs": 1,
-    "controller.burn_in": 0,
-    "controller.min_real_frames": 1,
-    "controller.epsilon": 0,
-    "schedule.epochs": 1,
-    "schedule.steps_per_epoch": 1,
-    "schedule.collect_epochs": 1,
-    "schedule.random_steps": 0,
-    "schedule.checkpoint_every": 1,
-    "schedule.keep_checkpoints": 1,
-    "evaluation.every": 0,
-    "evaluation.episodes": 1,
-    "evaluation.final_episodes": 1,
-    "evaluation.num_envs": 1,
-    "evaluation.random_episodes": 0,
-    "evaluation.heldout_steps": 0,
-} | {
-    f"{component}.optim.{name}": smallest
-    for component in ("tokenizer", "world_model", "controller")
-    for name, smallest in (
-        ("lr", 0),
-        ("weight_decay", 0),
-        ("clip_norm", 0),
-        ("batch_size", 1),
-        ("updates_per_epoch", 0),
-        ("start_epoch", 0),
-    )
-}
-"""Smallest values allowed, by the field's dotted path."""
+AT_LEAST_ONE = (
+    "env.frame_size",
+    "env.frame_skip",
+    "env.noop_max",
+    "env.max_raw_frames",
+    "env.eval_max_raw_frames",
+    "env.num_envs",
+    "tokenizer.channels",
+    "tokenizer.codebook_size",
+    "tokenizer.code_dim",
+    "tokenizer.groups",
+    "world_model.embed_dim",
+    "world_model.num_layers",
+    "world_model.num_heads",
+    "world_model.ffn_dim",
+    "world_model.sequence_blocks",
+    "controller.channels",
+    "controller.hidden_dim",
+    "controller.lstm_dim",
+    "controller.min_real_frames",
+    "schedule.epochs",
+    "schedule.collect_epochs",
+    "schedule.steps_per_epoch",
+    "schedule.checkpoint_every",
+    "schedule.keep_checkpoints",
+    "evaluation.episodes",
+    "evaluation.final_episodes",
+    "evaluation.num_envs",
+    "evaluation.max_steps",
+    *(
+        f"{component}.optim.{name}"
+        for component in ("tokenizer", "world_model", "controller")
+        for name in ("batch_size", "first_updates")
+    ),
+)
+
+SMALLEST = dict.fromkeys(AT_LEAST_ONE, 1) | {"controller.horizon": 2}
+"""Smallest values allowed, by the field's dotted path; of a number that is not listed it is 0."""
 
 ABOVE_ZERO = ("controller.temperature", "evaluation.temperature")
+
+AT_MOST_ONE = ("controller.gamma", "controller.td_lambda", "controller.epsilon")
 
 
 @dataclass(frozen=True)
@@ -96,12 +105,10 @@ def check_config(config: Config) -> None:
     Raises:
         UsageError: a value is out of its range, or asks for what this machine or version does not have.
     """
-    for path, smallest in SMALLEST.items():
-        if _value(config, path) < smallest:
-            raise UsageError(f"{path} is {_value(config, path)}, wanted at least {smallest}")
-    for path in ABOVE_ZERO:
-        if _value(config, path) <= 0:
-            raise UsageError(f"{path} is {_value(config, path)}, wanted more than 0")
+    for path, number in _numbers(config):
+        _check_number(path, number)
+    if not config.tokenizer.channels:
+        raise UsageError("tokenizer.channels is empty, wanted at least one number")
     if config.controller.min_real_frames > config.controller.burn_in + 1:
         raise UsageError(
             f"controller.min_real_frames is {config.controller.min_real_frames}, but a segment has only"
@@ -115,12 +122,42 @@ def check_config(config: Config) -> None:
     _check_device(config.device)
 
 
-def _value(config: Config, path: str) -> float:
-    return reduce(getattr, path.split("."), config)
+def _numbers(part: object, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted path and value of every number in a configuration; the numbers of a tuple share its path."""
+    for field in fields(part):  # type: ignore[arg-type]
+        path, value = f"{prefix}{field.name}", getattr(part, field.name)
+        if is_dataclass(value):
+            yield from _numbers(value, f"{path}.")
+        else:
+            entries = value if isinstance(value, tuple) else (value,)
+            yield from ((path, entry) for entry in entries if isinstance(entry, int | float))
+
+
+def _check_number(path: str, number: float) -> None:
+    smallest = SMALLEST.get(path, 0)
+    if not math.isfinite(number):
+        wanted = "a finite number"
+    elif path in ABOVE_ZERO and number <= 0:
+        wanted = "more than 0"
+    elif number < smallest:
+        wanted = f"at least {smallest}"
+    elif path in AT_MOST_ONE and number > 1:
+        wanted = "at most 1"
+    else:
+        return
+    raise UsageError(f"{path} is {number}, wanted {wanted}")
 
 
 def _check_device(name: str) -> None:
     try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"the device {name!r} cannot be used; wanted cpu or cuda")
+    try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"the device {name!r} cannot be used: {error}") from error
+        # torch adds paragraphs of advice to the sentence that says what is wrong.
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"the device {name!r} cannot be used: {reason}") from error

@@ -31,18 +31,10 @@ class TokenCache:
 
     def tokenize(self, batch: SequenceBatch) -> SequenceTokens:
         """A batch from the replay, on the tokenizer's device, as tokens; those of padding are 0."""
-        device = self._tokens.device
         self._encode(batch)
-        rows = batch.rows.clamp(min=0).to(device)
-        mask = batch.mask.to(device)
-        return SequenceTokens(
-            tokens=self._tokens[rows].long().masked_fill(~mask[..., None], 0),
-            actions=batch.actions.to(device),
-            rewards=batch.rewards.to(device),
-            ended=batch.ended.to(device),
-            truncated=batch.truncated.to(device),
-            mask=mask,
-        )
+        device = self._tokens.device
+        tokens = self._tokens[batch.rows.clamp(min=0).to(device)].long()
+        return SequenceTokens.from_batch(batch, tokens.masked_fill(~batch.mask[..., None].to(device), 0))
 
     def _encode(self, batch: SequenceBatch) -> None:
         """Encode those of the batch's frames that have no tokens yet, each once."""

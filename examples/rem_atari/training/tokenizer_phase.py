@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ class TokenizerPhase(TrainingPhase):
         super().__init__(component, warn)
         self.frozen = False
         self.foreground_error: float | None = None
-        """Running mean of the foreground error; None before the first update."""
+        """Running mean of the foreground error; None before an update that saw foreground."""
         self._tokenizer = tokenizer
         self._replay = replay
         self._tokens = tokens
@@ -68,14 +69,8 @@ class TokenizerPhase(TrainingPhase):
     def prepare(self, epoch: int) -> bool:
         """Freeze if it is time, else find the background anew; False once frozen."""
         due = self._config.freeze_epoch is not None and epoch >= self._config.freeze_epoch
-        if due and not self.frozen and self.foreground_error is not None:
-            self.frozen = self.foreground_error <= self._config.freeze_foreground_error
-            if not self.frozen:
-                self.warn(
-                    "warning: the tokenizer is due to freeze, but its error on foreground pixels is"
-                    f" {self.foreground_error:.4f}, above tokenizer.freeze_foreground_error ="
-                    f" {self._config.freeze_foreground_error}; it trains on"
-                )
+        if due and not self.frozen and self.component.updates > 0:
+            self._freeze_if_it_may()
         if self.frozen:
             return False
         self._background = self._replay.median_frame().to(self._tokenizer.codes.device)
@@ -93,7 +88,8 @@ class TokenizerPhase(TrainingPhase):
         loss, metrics = self._tokenizer.loss(frames, background=self._background)
         norm = self.component.apply(loss)
         self._tokens.clear()
-        self._track(float(metrics["foreground_error"]))
+        if self._config.freeze_epoch is not None:
+            self._track(float(metrics["foreground_error"]))
         return metrics | {"grad_norm": norm}
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -104,7 +100,24 @@ class TokenizerPhase(TrainingPhase):
         """The freeze and what it is judged by."""
         return {"frozen": self.frozen, "foreground_error": self.foreground_error}
 
+    def _freeze_if_it_may(self) -> None:
+        """Freeze if the foreground error is known to be low enough, else warn."""
+        limit = self._config.freeze_foreground_error
+        self.frozen = self.foreground_error is not None and self.foreground_error <= limit
+        if self.frozen:
+            return
+        if self.foreground_error is None:
+            reason = "none of the pixels that it trained on differed from the median frame"
+        else:
+            reason = (
+                f"its error on foreground pixels is {self.foreground_error:.4f}, above"
+                f" tokenizer.freeze_foreground_error = {limit}"
+            )
+        self.warn(f"warning: the tokenizer is due to freeze, but {reason}; it trains on")
+
     def _track(self, error: float) -> None:
-        """Take an update's foreground error into the running mean."""
+        """Take an update's foreground error into the running mean; NaN, without foreground, is none."""
+        if math.isnan(error):
+            return
         before = error if self.foreground_error is None else self.foreground_error
         self.foreground_error = ERROR_MOMENTUM * before + (1 - ERROR_MOMENTUM) * error

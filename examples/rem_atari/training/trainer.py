@@ -49,6 +49,7 @@ class Trainer:
         self._config = config
         self._run = run
         self._agent = parts.agent.eval()
+        self._action_names = parts.envs.action_names
         self._progress = progress
         self._stop = stop
         self._replay = self._make_replay("replay", replay_capacity(config), run.replay)
@@ -85,16 +86,18 @@ class Trainer:
             seed = derive_seed(self._config.seed, "random")
             with self._progress.phase(0, "random", episodes):
                 result = evaluate_random(
-                    self._agent, self._config, episodes=episodes, seed=seed, after_step=self._after_step
+                    self._agent, self._config, episodes=episodes, seed=seed, after_step=self._advance
                 )
             self._write("random", 0, result.metrics())
         steps = self._config.schedule.random_steps
         if steps > 0:
             generator = torch.Generator().manual_seed(derive_seed(self._config.seed, "random steps"))
             bound = self._config.schedule.collect_max_seconds
-            with self._progress.phase(0, "collect", steps):
-                stats = collect_random(self._env, steps=steps, generator=generator, max_seconds=bound)
-                self._after_collecting(0, stats)
+            with self._progress.phase(0, "collect_random", steps):
+                stats = collect_random(
+                    self._env, steps=steps, generator=generator, after_step=self._advance, max_seconds=bound
+                )
+            self._keep_collected("collect_random", 0, stats)
 
     def _run_epoch(self, epoch: int) -> None:
         self._collect(epoch)
@@ -118,15 +121,14 @@ class Trainer:
                 temperature=self._config.controller.temperature,
                 epsilon=self._config.controller.epsilon,
                 generator=self._actions,
+                after_step=self._advance,
                 max_seconds=self._config.schedule.collect_max_seconds,
             )
-            self._after_collecting(epoch, stats)
+        self._keep_collected("collect", epoch, stats)
 
-    def _after_collecting(self, epoch: int, stats: CollectStats) -> None:
+    def _keep_collected(self, phase: str, epoch: int, stats: CollectStats) -> None:
         self._replay.flush()
-        self._progress.advance(stats.steps)
-        self._write("collect", epoch, stats.metrics())
-        self._stop.check()
+        self._write(phase, epoch, stats.metrics())
 
     def _train(self, phase: TrainingPhase, epoch: int) -> None:
         component = phase.component
@@ -141,7 +143,7 @@ class Trainer:
                     phase.update,
                     count=updates,
                     max_seconds=component.config.max_seconds,
-                    after_update=self._after_update,
+                    after_update=self._advance,
                 )
             component.module.eval()
         elif phase.is_over:
@@ -161,7 +163,7 @@ class Trainer:
                 episodes=episodes,
                 seed=derive_seed(self._config.seed, "evaluation", epoch),
                 heldout=heldout,
-                after_step=self._after_step,
+                after_step=self._advance,
             )
         if heldout is not None:
             heldout.flush()
@@ -172,12 +174,9 @@ class Trainer:
         steps = self._config.evaluation.heldout_steps
         return self._make_replay("heldout", steps, self._run.heldout) if steps > 0 else None
 
-    def _after_update(self) -> None:
-        self._progress.advance()
-        self._stop.check()
-
-    def _after_step(self, finished_games: int) -> None:
-        self._progress.advance(finished_games)
+    def _advance(self, units: int = 1) -> None:
+        """The running phase has done so much more; between two of its steps a signal may stop the run."""
+        self._progress.advance(units)
         self._stop.check()
 
     def _write(self, phase: str, epoch: int, values: Mapping[str, MetricValue]) -> None:
@@ -196,10 +195,12 @@ class Trainer:
             "env_steps": self._replay.num_steps,
             "updates": updates,
             "num_actions": self._env.num_actions,
+            "action_names": self._action_names,
             "phases": {name: phase.state() for name, phase in self.phases.items()},
         }
-        # A number that grows with all that a run does, so that no two states share a name.
-        step = self._replay.num_steps + sum(updates.values())
+        # A number that grows with all that a run does, so that no two states share a name; epochs count too,
+        # because one may do nothing but evaluate.
+        step = epoch + self._replay.num_steps + sum(updates.values())
         checkpoint = Checkpoint(step, self._agent.state_dict(), optimizer, state)
         save_checkpoint(self._run.checkpoints, checkpoint, keep=self._config.schedule.keep_checkpoints)
 

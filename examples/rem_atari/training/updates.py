@@ -6,10 +6,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 Metrics = Mapping[str, Tensor | float]
-"""What one update measured: scalars by name."""
+"""What one update measured: scalars by name; NaN where this update had nothing to measure it on."""
 
 
 def run_updates(
@@ -27,17 +28,17 @@ def run_updates(
         max_seconds: no update starts later than this; None: no bound.
         after_update: called after each update; may raise to stop the run.
     Returns:
-        The mean of each metric over the updates, and ``updates``, ``phase_seconds`` and ``rate`` (updates
-        a second).
+        The mean of each metric over the updates that measured it (NaN if none did), and ``updates``,
+        ``phase_seconds`` and ``rate`` (updates a second).
     """
-    totals: defaultdict[str, Tensor | float] = defaultdict(float)
+    measured: defaultdict[str, list[Tensor]] = defaultdict(list)
     started = time.monotonic()
     done = 0
     while done < count and (done == 0 or max_seconds is None or time.monotonic() - started < max_seconds):
         for name, value in update().items():
-            totals[name] = totals[name] + value
+            measured[name].append(torch.as_tensor(value, dtype=torch.float32))
         done += 1
         after_update()
     seconds = time.monotonic() - started
-    means = {name: float(total) / done for name, total in totals.items()}
+    means = {name: torch.stack(values).nanmean().item() for name, values in measured.items()}
     return means | {"updates": done, "phase_seconds": seconds, "rate": done / max(seconds, 1e-9)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import sys
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -12,9 +14,10 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 from PIL import Image
 
-from rem_atari.config import EnvConfig
+from rem_atari.config import Config, EnvConfig
 from rem_atari.envs import MissingExtraError, UnknownGameError, env_name, list_games, make_env
 from rem_atari.envs.atari import NOOP, LifeLossEndsEpisode, NoopStart, SkipFrames
+from rem_atari.run_folder import default_run_path
 
 NO_LIMIT = 10**9
 
@@ -412,13 +415,19 @@ def test_another_environment_is_resized_bounded_and_otherwise_left_alone() -> No
         (EnvConfig(id="ALE/Pong-v5"), "Pong"),
         (EnvConfig(id="package:space/Some_Game-v12"), "Some_Game"),
         (EnvConfig(id="CartPole-v1"), "CartPole"),
+        (EnvConfig(id="MiniGrid-Empty-5x5-v0"), "MiniGrid-Empty-5x5"),
+        (EnvConfig(id="My-very.odd-Game-v0"), "My-very.odd-Game"),
+        (EnvConfig(id="Unversioned"), "Unversioned"),
     ],
 )
 def test_env_name(cfg: EnvConfig, name: str) -> None:
     assert env_name(cfg) == name
 
 
-@pytest.mark.parametrize("cfg", [EnvConfig(game="../up"), EnvConfig(game=""), EnvConfig(id="a/..-v0")])
-def test_env_name_is_safe_in_a_path(cfg: EnvConfig) -> None:
-    with pytest.raises(UnknownGameError, match="no name of a game"):
-        env_name(cfg)
+@pytest.mark.parametrize(
+    "cfg", [EnvConfig(game="../up"), EnvConfig(id="a/..-v0"), EnvConfig(id="MiniGrid-Empty-5x5-v0")]
+)
+def test_whatever_a_game_is_called_its_run_lies_in_runs(cfg: EnvConfig) -> None:
+    path = default_run_path(Config(), env_name(cfg), datetime(2031, 2, 3, 4, 5, 6))
+    assert path.parent == Path("runs")
+    assert path.name.endswith("-paper-0-20310203-040506")

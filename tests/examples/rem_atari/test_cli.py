@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
+import rem_atari.report
 from rem_atari import commands
 from rem_atari.arguments import ReportArguments, TrainArguments, parse_arguments
-from rem_atari.cli import main
+from rem_atari.cli import EXTRA, HELP, main
 from rem_atari.config import Config
-from rem_atari.errors import StoppedError
+from rem_atari.errors import StoppedError, UsageError
 from rem_atari.presets import PRESETS
+from rem_atari.run_folder import create_run_folder
+from rem_atari.training import trainer
+
+PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
 def parse_train(*words: str) -> Config:
@@ -54,10 +70,12 @@ def test_every_kind_of_value_can_be_a_flag() -> None:
     assert config.controller.td_lambda == 0.5
 
 
-def test_a_game_wins_over_the_presets_id_but_not_over_an_id_given() -> None:
+def test_a_game_wins_over_the_presets_id_but_cannot_be_given_with_an_id() -> None:
     assert parse_train("--preset", "catch", "--env.game", "Pong").env.id is None
     assert parse_train("--preset", "catch", "--env.game=Pong").env.game == "Pong"
-    assert parse_train("--env.game", "Pong", "--env.id", "A/B-v0").env.id == "A/B-v0"
+    assert parse_train("--env.game", "Pong", "--env.id", "None").env.id is None
+    with pytest.raises(UsageError, match=r"--env\.game Pong and --env\.id A/B-v0 are two games; give one"):
+        parse_train("--env.game", "Pong", "--env.id", "A/B-v0")
 
 
 def test_report_takes_a_folder() -> None:
@@ -65,9 +83,7 @@ def test_report_takes_a_folder() -> None:
 
 
 def test_help_names_the_commands_and_each_field(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
+    assert main(["--help"]) == 0
     overview = capsys.readouterr().out
     assert all(name in overview for name in ("train", "report", "list", "--preset tiny --env.game Breakout"))
     with pytest.raises(SystemExit) as ended:
@@ -76,6 +92,15 @@ def test_help_names_the_commands_and_each_field(capsys: pytest.CaptureFixture[st
     details = capsys.readouterr().out
     for flag in ("--run", "--env.game", "--device", "--threads", "--world-model.optim.first-updates"):
         assert flag in details
+
+
+def test_no_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"{HELP}\n")
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments([])
+    assert ended.value.code == 2
 
 
 def test_help_loads_neither_torch_nor_the_environments() -> None:
@@ -107,9 +132,14 @@ def test_the_module_runs_as_a_program() -> None:
         (["--evaluation.temperature", "0"], "evaluation.temperature is 0.0, wanted more than 0"),
         (["--controller.optim.batch-size", "0"], "controller.optim.batch_size is 0, wanted at least 1"),
         (["--controller.min-real-frames", "8"], "controller.min_real_frames is 8"),
-        (["--device", "toaster"], "the device 'toaster' cannot be used"),
+        (["--device", "toaster"], "the device 'toaster' cannot be used; wanted cpu or cuda"),
+        (["--device", "meta"], "the device 'meta' cannot be used; wanted cpu or cuda"),
+        (["--device", "mps"], "the device 'mps' cannot be used; wanted cpu or cuda"),
         (["--env.frame-size", "60"], "env.frame_size is 60"),
-        (["--controller.horizon", "1"], "controller.horizon is 1"),
+        (["--controller.horizon", "1"], "controller.horizon is 1, wanted at least 2"),
+        (["--tokenizer.channels"], "tokenizer.channels is empty"),
+        (["--controller.optim.lr", "nan"], "controller.optim.lr is nan, wanted a finite number"),
+        (["--env.game", "Pong", "--env.id", "A/B-v0"], "are two games"),
     ],
 )
 def test_wrong_use_is_explained_before_anything_is_written(
@@ -147,6 +177,13 @@ def test_a_report_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "is not a run folder" in fails_with(capsys, ["report", str(tmp_path)], code=2)
 
 
+def test_a_report_needs_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{")
+    line = fails_with(capsys, ["report", str(tmp_path)], code=2)
+    assert line.startswith(f"rem-atari: {tmp_path / 'config.json'} is not the configuration of a run: ")
+    assert "checkpoints" not in line
+
+
 def test_a_failure_is_one_line_and_debug_adds_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,14 +210,125 @@ def test_a_stop_has_a_code_of_its_own(
     assert "stopped by SIG" in fails_with(capsys, ["list"], code=3)
 
 
-def test_a_missing_package_names_the_extra(
+def terminate(*_: object) -> None:
+    """Send this process a SIGTERM, and be busy until it comes."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+
+
+def test_sigterm_stops_the_report_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_run_folder(tmp_path / "run", PRESETS["debug"])
+    monkeypatch.setattr(rem_atari.report, "write_report", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    assert fails_with(capsys, ["report", str(tmp_path / "run")], code=3) == "rem-atari: stopped by SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_command_inside_another_leaves_its_handler(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "rem_atari.arguments")
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    line = fails_with(capsys, ["train"], code=1)
-    assert "needs the package tyro" in line
+    def run_another_and_terminate() -> None:
+        assert main(["--help"]) == 0
+        terminate()
+
+    monkeypatch.setattr(commands, "list_games", run_another_and_terminate)
+    assert fails_with(capsys, ["list"], code=3) == "rem-atari: stopped by SIGTERM"
+
+
+def test_a_command_runs_in_a_thread_without_handlers() -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["--help"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """A pipe to write to whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["train", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_ends_the_command_quietly(
+    unread: int, words: list[str], unbuffered: str
+) -> None:
+    command = [sys.executable, "-m", "rem_atari", *words]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ran = subprocess.run(command, stdout=unread, stderr=subprocess.PIPE, env=environment, text=True)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+def test_errors_that_nobody_reads_end_the_command_quietly(unread: int) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-m", "rem_atari"]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=unread, env=environment)
+    assert (ran.returncode, ran.stdout) == (141, b"")
+
+
+@contextmanager
+def without(package: str) -> Iterator[None]:
+    """Inside it `package` is not installed, and rem_atari is imported anew."""
+    # torch's own module is one of them because it imports tensorboard only once.
+    roots = ("rem_atari", package, "torch.utils.tensorboard")
+
+    def imported() -> list[str]:
+        return [name for name in sys.modules if any(f"{name}.".startswith(f"{root}.") for root in roots)]
+
+    class Missing(MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    before = {name: sys.modules.pop(name) for name in imported()}
+    finder = Missing()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in imported():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+@pytest.mark.filterwarnings("ignore:.*Overriding environment")
+@pytest.mark.parametrize("package", sorted(EXTRA.keys() - {"numpy"}))
+def test_each_package_of_the_extra_is_missed_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    with without(package):
+        fresh = importlib.import_module("rem_atari.cli")
+        assert fresh.main(["train", "--env.game", "Pong", "--run", str(tmp_path / "run")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"package ({package}|{EXTRA[package]})\b", line)
     assert "pip install 'retpop[atari]'" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_module_that_is_not_of_the_extra_is_a_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        importlib.import_module("matplotlib.no_such_part")
+
+    monkeypatch.setattr(commands, "list_games", fail)
+    assert fails_with(capsys, ["list"], code=1) == "rem-atari: No module named 'matplotlib.no_such_part'"
+
+
+def test_the_extra_is_that_of_the_package() -> None:
+    requirements = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]["atari"]
+    assert sorted(EXTRA.values()) == sorted(re.match(r"[\w-]+", text)[0] for text in requirements)
+    distributions = packages_distributions()
+    assert {name: {each.lower() for each in distributions[name]} for name in EXTRA} == {
+        name: {package} for name, package in EXTRA.items()
+    }
 
 
 def test_list_prints_games(capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,11 +338,24 @@ def test_list_prints_games(capsys: pytest.CaptureFixture[str]) -> None:
     assert games == sorted(games)
 
 
+def test_the_report_is_announced_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    announced: list[str] = []
+
+    def write_report(run: Path) -> Path:
+        announced.extend(capsys.readouterr().err.splitlines())
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: None)
+    monkeypatch.setattr(rem_atari.report, "write_report", write_report)
+    assert main(["train", "--preset", "debug", "--run", str(tmp_path / "run")]) == 1
+    assert announced == [f"run folder: {tmp_path / 'run'}", "writing the report"]
+
+
 def test_a_report_that_fails_keeps_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import rem_atari.report
-
     def fail(run: Path) -> Path:
         raise ZeroDivisionError("no frames")
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rem_atari.collector import STEPS_A_ROLLOUT, CollectStats, RealEnv, collect, collect_random
+from rem_atari import collector
+from rem_atari.collector import CollectStats, RealEnv, collect, collect_random
 from rem_atari.config import ControllerConfig
 from rem_atari.envs.catch import Catch
 from rem_atari.envs.vector import GameReturn, VectorEnv
+from rem_atari.errors import StoppedError
 from rem_atari.models.controller import Carry, Controller
 from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.presets import PRESETS
@@ -89,6 +91,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def nothing(steps: int) -> None:
+    """An `after_step` that lets the collection go on."""
+
+
 def play(
     env: RealEnv,
     controller: Controller,
@@ -98,7 +104,20 @@ def play(
     seed: int | torch.Generator = 0,
 ) -> tuple[CollectStats, Carry]:
     source = generator(seed) if isinstance(seed, int) else seed
-    return collect(env, controller, carry, steps=steps, temperature=1.0, epsilon=0.3, generator=source)
+    return collect(
+        env,
+        controller,
+        carry,
+        steps=steps,
+        temperature=1.0,
+        epsilon=0.3,
+        generator=source,
+        after_step=nothing,
+    )
+
+
+def play_random(env: RealEnv, *, steps: int) -> CollectStats:
+    return collect_random(env, steps=steps, generator=generator(), after_step=nothing)
 
 
 def assert_recorded_what_was_played(replay: SpyReplay, num_envs: int) -> None:
@@ -126,7 +145,7 @@ def test_collect_records_frames_acted_on_and_actions_taken(tokenizer: Tokenizer)
 
 def test_collect_random_records_in_the_same_way(tokenizer: Tokenizer) -> None:
     env, replay = make(tokenizer, num_envs=3)
-    stats = collect_random(env, steps=300, generator=generator())
+    stats = play_random(env, steps=300)
     assert stats.steps == replay.num_steps == 300
     assert_recorded_what_was_played(replay, 3)
     actions = [replay.actions(index) for index in range(3)]
@@ -235,31 +254,57 @@ def test_metrics() -> None:
 def test_steps_are_rounded_up_to_all_environments(tokenizer: Tokenizer) -> None:
     env, replay = make(tokenizer, num_envs=3)
     assert play(env, SpyController(tokenizer), steps=7)[0].steps == 9
-    assert collect_random(env, steps=7, generator=generator()).steps == 9
+    assert play_random(env, steps=7).steps == 9
     assert replay.num_steps == 18
 
 
-def test_time_bound(tokenizer: Tokenizer) -> None:
-    env, _ = make(tokenizer)
+@pytest.mark.parametrize("who", ["controller", "nobody"])
+def test_each_step_is_told_and_the_clock_looked_at_after_it(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """The clock moves a second a step of two environments."""
+    env, replay = make(tokenizer)
     controller = SpyController(tokenizer)
+    told: list[int] = []
+    monkeypatch.setattr(collector.time, "monotonic", lambda: float(len(told)))
 
-    def collect_for(seconds: float | None) -> int:
-        stats, _ = collect(
+    def collect_for(seconds: float | None) -> CollectStats:
+        told.clear()
+        bounds = {"steps": 100, "generator": generator(), "after_step": told.append, "max_seconds": seconds}
+        if who == "nobody":
+            return collect_random(env, **bounds)
+        return collect(env, controller, None, temperature=1.0, epsilon=0.0, **bounds)[0]
+
+    assert collect_for(3.0).steps == 6
+    assert told == [2, 2, 2]
+    assert collect_for(0.0).steps == 2
+    assert collect_for(1e6).steps == collect_for(None).steps == 100
+    assert sum(told) == 100
+    assert replay.num_steps == 208
+
+
+def test_a_collection_can_be_stopped_and_keeps_what_it_has(tokenizer: Tokenizer) -> None:
+    env, replay = make(tokenizer)
+
+    def stop(steps: int) -> None:
+        raise StoppedError("enough")
+
+    for start in (
+        lambda: collect_random(env, steps=100, generator=generator(), after_step=stop),
+        lambda: collect(
             env,
-            controller,
+            SpyController(tokenizer),
             None,
             steps=100,
             temperature=1.0,
             epsilon=0.0,
             generator=generator(),
-            max_seconds=seconds,
-        )
-        return stats.steps
-
-    assert collect_for(0.0) == 2 * STEPS_A_ROLLOUT
-    assert collect_for(1e6) == collect_for(None) == 100
-    assert collect_random(env, steps=100, generator=generator(), max_seconds=0.0).steps == 2
-    assert collect_random(env, steps=100, generator=generator(), max_seconds=1e6).steps == 100
+            after_step=stop,
+        ),
+    ):
+        with pytest.raises(StoppedError):
+            start()
+    assert replay.num_steps == 4
 
 
 def test_playing_without_a_replay(tokenizer: Tokenizer) -> None:
@@ -271,11 +316,11 @@ def test_playing_without_a_replay(tokenizer: Tokenizer) -> None:
 def test_a_full_replay_is_an_error_or_ends_the_recording(tokenizer: Tokenizer) -> None:
     env, _ = make(tokenizer, capacity=7)
     with pytest.raises(ReplayFullError, match="capacity is 7"):
-        collect_random(env, steps=20, generator=generator())
+        play_random(env, steps=20)
     replay = SpyReplay(7)
     env = RealEnv(catch_envs(), tokenizer, replay, stop_recording_when_full=True)
     env.reset()
-    assert collect_random(env, steps=20, generator=generator()).steps == 20
+    assert play_random(env, steps=20).steps == 20
     assert replay.num_steps == 6  # a step of all environments or none
     assert_recorded_what_was_played(replay, 2)
     batch = replay.sample_segments(100, 3, min_real=3)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import operator
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 
 import rem_atari
 from rem_atari.config import Config
 from rem_atari.config_io import from_dict
+from rem_atari.errors import UsageError
 from rem_atari.presets import PRESETS
+from rem_atari.training.setup import ABOVE_ZERO, AT_MOST_ONE, SMALLEST, check_config
 
 PACKAGE = Path(rem_atari.__file__).parent
 
@@ -118,3 +124,65 @@ def test_every_field_is_read() -> None:
             tree = ast.parse(path.read_text())
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert [path for path, _ in all_fields(Config) if path.split(".")[-1] not in read] == []
+
+
+def change(path: str, value: object) -> Config:
+    """The debug preset with one field changed; a tuple gets `value` as its last entry."""
+    data = as_json(PRESETS["debug"])
+    old = reduce(operator.getitem, path.split("."), data)
+    return Config.from_dict(put(data, path, [*old[:-1], value] if isinstance(old, list) else value))
+
+
+def numbers() -> list[str]:
+    """Dotted paths of the fields that are numbers, or None, or tuples of numbers."""
+    types = {path: field_type(path) for path, _ in all_fields(Config)}
+    return [path for path, kind in types.items() if re.search(r"\b(int|float)\b", kind)]
+
+
+def field_type(path: str) -> str:
+    """The type of the field at a dotted path, as text."""
+    *parents, name = path.split(".")
+    owner = reduce(lambda cls, parent: get_type_hints(cls)[parent], parents, Config)
+    return str(get_type_hints(owner)[name])
+
+
+LIMITS = (
+    [(path, smallest - 1, f"at least {smallest}") for path, smallest in SMALLEST.items()]
+    + [(path, 0, "more than 0") for path in ABOVE_ZERO]
+    + [(path, 1.01, "at most 1") for path in AT_MOST_ONE]
+    + [(path, -1, "wanted") for path in numbers()]
+    + [
+        (path, float(bad), "finite")
+        for path in numbers()
+        if "float" in field_type(path)
+        for bad in ("nan", "inf")
+    ]
+)
+
+
+@pytest.mark.parametrize(("path", "value", "wanted"), LIMITS)
+def test_a_number_out_of_its_range_is_refused(path: str, value: float, wanted: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{path} is {value}(\.0)?, wanted .*") as refused:
+        check_config(change(path, value))
+    assert wanted in str(refused.value)
+
+
+@pytest.mark.parametrize(("path", "smallest"), [*SMALLEST.items(), *((path, 1) for path in AT_MOST_ONE)])
+def test_a_number_at_its_limit_is_taken(path: str, smallest: int) -> None:
+    check_config(change(path, smallest))
+
+
+def test_a_device_that_fails_is_explained_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: invalid device ordinal\nCompile with TORCH_USE_CUDA_DSA.")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(UsageError, match=r"^the device 'cuda:9' cannot be used: .* invalid device ordinal$"):
+        check_config(change("device", "cuda:9"))
+
+
+def test_defaults_are_as_published_but_for_two_fields() -> None:
+    published, default = PRESETS["paper"], Config()
+    better = replace(published.controller, burn_in_actions=True, mask_after_end=True)
+    assert published != default
+    assert replace(published, controller=better) == default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,25 @@ def test_random_play_on_catch_catches_one_ball_in_six(agent: Agent) -> None:
     result = evaluate_random(agent, config_with(num_envs=8), episodes=400, seed=0, after_step=nothing)
     assert set(result.lengths) == {5}
     assert result.metrics()["mean_return"] == pytest.approx(2 / 6 - 1, abs=0.12)
+
+
+@pytest.mark.parametrize("play", [evaluate, evaluate_random])
+def test_games_are_closed_even_if_they_do_not_start(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, play: Callable[..., object]
+) -> None:
+    closed: list[int] = []
+
+    class Broken(Marathon):
+        def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+            raise RuntimeError("no ROM")
+
+        def close(self) -> None:
+            closed.append(1)
+
+    monkeypatch.setattr(evaluation, "make_env", lambda config, *, training: Broken((1,)))
+    with pytest.raises(RuntimeError, match="no ROM"):
+        play(agent, config_with(num_envs=2), episodes=2, seed=0, after_step=nothing)
+    assert len(closed) == 2
 
 
 def test_an_evaluation_can_be_stopped(agent: Agent) -> None:

@@ -29,8 +29,9 @@ from rem_atari.report.contents import Report
 from rem_atari.report.dreams import make_scenes
 from rem_atari.report.figures import DIFFERENCE_CEILING, difference_image, filmstrip, save_imagination
 from rem_atari.report.films import Film, FilmStep, Scene
+from rem_atari.report.load import action_names
 from rem_atari.report.page import render
-from rem_atari.report.probe import foreground_of, predict_sequences, token_pairs
+from rem_atari.report.probe import predict_sequences, token_pairs
 from rem_atari.run_folder import RunFolder, create_run_folder
 
 DEBUG = PRESETS["debug"]
@@ -96,7 +97,8 @@ def write_run(path: Path, *, config: Config = DEBUG, finished: bool = True, held
     run = create_run_folder(path, config)
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in metric_lines(finished=finished)))
     model = {name: value.detach() for name, value in make_agent().state_dict().items()}
-    save_checkpoint(run.checkpoints, Checkpoint(step=2, model=model, optimizer={}, state={}), keep=1)
+    state = {"action_names": list(NAMES)}
+    save_checkpoint(run.checkpoints, Checkpoint(step=2, model=model, optimizer={}, state=state), keep=1)
     fill_replay(run.replay, episodes=16, seed=1)
     if heldout:
         fill_replay(run.heldout, episodes=heldout, seed=2)
@@ -264,6 +266,31 @@ def test_weights_of_another_configuration_are_left_out(tmp_path: Path) -> None:
     assert "the newest ones do not fit the configuration" in page
 
 
+def test_no_module_that_a_configuration_names_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rem_atari_trap.py").write_text("raise SystemExit('the trap was sprung')")
+    monkeypatch.syspath_prepend(tmp_path)
+    env = replace(DEBUG.env, id="rem_atari_trap:My-Game.2-v0")
+    page = write_report(write_run(tmp_path / "run", config=replace(DEBUG, env=env)).path)
+    text = page.read_text(encoding="utf-8")
+    assert "<title>REM on My-Game.2: debug, seed 0</title>" in text
+    assert "&quot;1: stay&quot;" in text or "&quot;1: left&quot;" in text or "&quot;1: right&quot;" in text
+
+
+@pytest.mark.parametrize("state", [{}, {"action_names": None}, {"action_names": ["left"]}])
+def test_actions_without_a_name_for_each_are_numbered(state: dict) -> None:
+    assert action_names(state, 2) == ["action 0", "action 1"]
+
+
+def test_settings_are_compared_with_the_published_agents() -> None:
+    page = render(make_report(config=PRESETS["paper"]), [])
+    assert "<th>Paper</th>" in page
+    assert '<tr class="set">' not in page
+    changed = replace(PRESETS["paper"], controller=replace(PRESETS["paper"].controller, burn_in_actions=True))
+    page = render(make_report(config=changed), [])
+    assert page.count('<tr class="set">') == 1
+    assert '<td class="faint"><code>False</code></td>' in page
+
+
 def test_very_few_held_out_frames(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", heldout=0)
     replay = Replay((SIDE, SIDE, 3), 1, folder=run.heldout, seed=0)
@@ -341,15 +368,6 @@ def test_captions_say_what_happened_and_what_chance_it_had() -> None:
     assert film.caption(1) == ("1: left", "")
     assert film.caption(2) == ("2: stay, reward −1, episode over", "reward −1 70%, +1 10%; end 90%")
     assert film.caption(7) == film.caption(2)
-
-
-def test_foreground_is_what_differs_from_the_background() -> None:
-    frames = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
-    frames[0, 0, 0, 2] = 11  # one channel is enough, and 10 levels are not
-    frames[0, 1, 1] = 10
-    background = torch.zeros(2, 2, 3, dtype=torch.uint8)
-    np.testing.assert_array_equal(foreground_of(frames, background)[0], [[True, False], [False, False]])
-    assert foreground_of(background[None], frames[0])[0, 0, 0]  # darker counts as much as brighter
 
 
 @pytest.fixture(scope="module")

@@ -228,6 +228,7 @@ def test_verdict_needs_two_standard_errors(mean: float, error: float | None, exp
 
 def test_throughput_divides_all_work_by_all_time() -> None:
     lines = [
+        {"phase": "collect_random", "seconds": 1.0, "steps": 60, "phase_seconds": 0.5},
         {"phase": "collect", "seconds": 2.0, "steps": 100, "phase_seconds": 1.0},
         {"phase": "tokenizer", "epoch": 0, "seconds": 5.0, "updates": 10, "phase_seconds": 2.0},
         {"phase": "tokenizer", "epoch": 1, "seconds": 10.0, "updates": 20, "phase_seconds": 4.0},
@@ -235,10 +236,11 @@ def test_throughput_divides_all_work_by_all_time() -> None:
     for line in lines:
         line.setdefault("epoch", 0)
     rows = {row.phase: row for row in throughput(lines)}
-    assert list(rows) == ["collect", "tokenizer", "other"]
+    assert list(rows) == ["collect_random", "collect", "tokenizer", "other"]
     assert (rows["tokenizer"].amount, rows["tokenizer"].rate) == (30.0, 5.0)
     assert (rows["collect"].rate, rows["collect"].unit) == (100.0, "steps")
-    assert rows["other"].seconds == pytest.approx(3.0)
+    assert (rows["collect_random"].rate, rows["collect_random"].unit) == (120.0, "steps")
+    assert rows["other"].seconds == pytest.approx(2.5)
     assert sum(row.share for row in rows.values()) == pytest.approx(1.0)
     assert throughput([]) == []
 
@@ -247,6 +249,22 @@ def test_charts_leave_out_what_has_no_point_and_count_epochs_from_one() -> None:
     assert charts_of([]) == []
     (chart,) = charts_of([{"phase": "tokenizer", "epoch": 0, "loss": 3.0}])
     assert (chart.title, chart.drawn[0].x, chart.drawn[0].y) == ("Tokenizer loss", [1.0], [3.0])
+
+
+def test_the_curve_of_collecting_shows_the_policys_games_alone() -> None:
+    returns = {"epoch": 0, "mean_game_return": 1.0}
+    lines = [
+        returns | {"phase": "collect_random", "env_steps": 50},
+        returns | {"phase": "collect", "env_steps": 80},
+    ]
+    (chart,) = charts_of(lines)
+    assert [(series.name, series.x) for series in chart.drawn] == [("while collecting", [80.0])]
+
+
+def test_the_imagined_return_is_not_called_a_discounted_one() -> None:
+    (chart,) = charts_of([{"phase": "controller", "epoch": 0, "imagined_return": 3.0}])
+    assert "λ" not in chart.title
+    assert chart.drawn[0].name == "undiscounted sum"
 
 
 @pytest.mark.parametrize("values", [[0.0], [3.0], [-2.0, -2.0], [0.1, 0.7], [1e-9, 2e-9], [5, 12_345]])

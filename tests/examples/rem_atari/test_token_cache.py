@@ -58,6 +58,17 @@ def test_same_as_encoding_every_frame(replay: Replay, tokenizer: CountingTokeniz
                 assert torch.equal(getattr(cached, entry.name), getattr(direct, entry.name))
 
 
+def test_selecting_takes_the_same_sequences_of_everything(
+    replay: Replay, tokenizer: CountingTokenizer
+) -> None:
+    batch = replay.sample_sequences(6, 5, min_real=1)
+    chosen = batch.select([4, 1])
+    tokens, chosen_tokens = tokenize(batch, tokenizer), tokenize(batch, tokenizer).select(slice(2, 4))
+    for whole, part, order in ((batch, chosen, [4, 1]), (tokens, chosen_tokens, [2, 3])):
+        for entry in fields(whole):
+            assert torch.equal(getattr(part, entry.name), getattr(whole, entry.name)[order])
+
+
 def test_a_frame_is_encoded_once(replay: Replay, tokenizer: CountingTokenizer) -> None:
     cache = TokenCache(replay, tokenizer)
     rows: set[int] = set()

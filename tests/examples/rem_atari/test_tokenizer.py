@@ -66,6 +66,25 @@ def test_shapes(frame_size, grid):
     assert decoded.dtype == torch.uint8
 
 
+def test_a_single_frame_needs_no_batch():
+    tokenizer = small_tokenizer()
+    frames = some_frames(2)
+    tokens = tokenizer.encode(frames)
+    assert torch.equal(tokenizer.encode(frames[1]), tokens[1])
+    assert torch.equal(tokenizer.decode(tokens[1]), tokenizer.decode(tokens)[1])
+    with pytest.raises(ValueError, match=r"wanted torch\.uint8 \(B, 8, 8, 3\)"):
+        tokenizer.loss(frames[0], background=None)
+
+
+def test_foreground_is_what_differs_from_the_background():
+    frames = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    frames[0, 0, 0, 2] = 11  # one channel is enough, and 10 levels are not
+    frames[0, 1, 1] = 10
+    background = torch.zeros(2, 2, 3, dtype=torch.uint8)
+    assert tokenizer_module.foreground_of(frames, background)[0].tolist() == [[True, False], [False, False]]
+    assert tokenizer_module.foreground_of(background, frames[0])[0, 0]  # darker counts as much as brighter
+
+
 def test_a_token_is_the_nearest_code():
     tokenizer = small_tokenizer()
     nn.init.normal_(tokenizer.codebook.weight)
@@ -169,8 +188,11 @@ def test_the_foreground_counts_more():
 
 def test_no_foreground_gives_no_foreground_error():
     frames = some_frames(1).expand(2, -1, -1, -1)
-    _, metrics = small_tokenizer().loss(frames, background=frames[0])
-    assert metrics["foreground_error"] == 0
+    tokenizer = small_tokenizer(foreground_weight=3.0)
+    loss, metrics = tokenizer.loss(frames, background=frames[0])
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in tokenizer.parameters())
+    assert metrics["foreground_error"].isnan(), "0 would be a perfect score"
     assert "foreground_error" not in small_tokenizer().loss(frames, background=None)[1]
 
 

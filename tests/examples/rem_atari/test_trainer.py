@@ -91,11 +91,12 @@ def test_each_phase_of_each_epoch_has_a_line_of_metrics(trained: tuple[Path, Age
     phases = ["collect", "tokenizer", "world_model", "controller", "evaluate"]
     assert [(line["epoch"], line["phase"]) for line in lines] == [
         (0, "random"),
-        (0, "collect"),
+        (0, "collect_random"),
         *((0, phase) for phase in phases),
         *((1, phase) for phase in phases),
     ]
     wanted = {
+        "collect_random": {"episodes", "steps", "entropy", "rate"},
         "collect": {"episodes", "steps", "entropy", "rate"},
         "tokenizer": {"loss", "reconstruction", "foreground_error", "codes_used", "grad_norm", "frozen"},
         "world_model": {"loss", "tokens", "reward", "end", "token_accuracy", "grad_norm", "updates"},
@@ -108,12 +109,16 @@ def test_each_phase_of_each_epoch_has_a_line_of_metrics(trained: tuple[Path, Age
     assert [line["updates"] for line in lines if line["phase"] == "tokenizer"] == [4, 2]
     evaluations = [line for line in lines if line["phase"] == "evaluate"]
     assert [(line["episodes"], line["final"]) for line in evaluations] == [(3, 0), (5, 1)]
-    assert [line["env_steps"] for line in lines if line["phase"] == "collect"] == [64, 96, 128]
+    collections = [line for line in lines if line["phase"].startswith("collect")]
+    assert [line["env_steps"] for line in collections] == [64, 96, 128]
+    assert [line["steps"] for line in collections] == [64, 32, 32]
 
 
 def test_progress_has_a_line_for_each_phase(trained: tuple[Path, Agent, str]) -> None:
     lines = [line for line in trained[2].splitlines() if line.startswith("epoch ")]
     assert len(lines) == 12
+    assert lines[1].startswith("epoch 1/2  collect random: 64 steps in ")
+    assert lines[2].startswith("epoch 1/2  collect: 32 steps in ")
     assert lines[-1].startswith("epoch 2/2  evaluate: 5 episodes in ")
     assert lines[-1].endswith(" about 0:00 left")
 
@@ -137,7 +142,8 @@ def test_the_checkpoint_holds_the_agent_as_it_ended(trained: tuple[Path, Agent, 
     assert torch.equal(decisions[0].logits, decisions[1].logits)
     assert checkpoint.state["epoch"] == 2
     assert checkpoint.state["updates"] == {"tokenizer": 6, "world_model": 4, "controller": 4}
-    assert checkpoint.step == 128 + 6 + 4 + 4
+    assert checkpoint.state["action_names"] == ["left", "stay", "right"]
+    assert checkpoint.step == 2 + 128 + 6 + 4 + 4
     assert len(list_checkpoints(folder / "checkpoints")) == 2
 
 
@@ -209,6 +215,40 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_3(
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+@pytest.mark.parametrize(("at_step", "epoch"), [(10, 0), (64 + 10, 0), (64 + 32 + 10, 1)])
+def test_a_signal_stops_a_collection_between_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int, epoch: int
+) -> None:
+    """Two environments: the step under way is finished, in both of them, and kept."""
+    append = Replay.append
+
+    def interrupt(replay: Replay, *row: object) -> None:
+        append(replay, *row)
+        if replay.num_steps == at_step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Replay, "append", interrupt)
+    run = tmp_path / "run"
+    assert main(["train", "--preset", "debug", "--run", str(run)]) == 3
+    assert Replay.load(run / "replay").num_steps == at_step
+    assert load_checkpoint(run / "checkpoints").state["epoch"] == epoch
+
+
+def test_an_epoch_that_only_evaluates_has_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    idle = {
+        name: replace(part, optim=replace(part.optim, updates_per_epoch=0, first_updates=None))
+        for name, part in (
+            ("tokenizer", DEBUG.tokenizer),
+            ("world_model", DEBUG.world_model),
+            ("controller", DEBUG.controller),
+        )
+    }
+    train(replace(DEBUG, schedule=replace(DEBUG.schedule, collect_epochs=1), **idle), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    assert load_checkpoint(folder).state["epoch"] == 2
+    assert len(list_checkpoints(folder)) == 2
+
+
 def test_a_second_signal_is_not_held_back() -> None:
     with StopRequest():
         os.kill(os.getpid(), signal.SIGINT)
@@ -276,12 +316,15 @@ def test_only_the_world_model_spares_biases_norms_and_embeddings_the_decay(tmp_p
     assert set(decays["tokenizer"].values()) == set(decays["controller"].values()) == {0.01}
 
 
-def make_tokenizer_phase(warnings: list[str], **changes: object) -> TokenizerPhase:
+def make_tokenizer_phase(warnings: list[str], *, shade: int = 30, **changes: object) -> TokenizerPhase:
+    """A phase on eight frames, each `shade` brighter than the one before."""
     config = replace(DEBUG.tokenizer, **changes)
     tokenizer = Tokenizer(config, DEBUG.env.frame_size)
     replay = Replay((24, 24, 3), 8, seed=0)
     for step in range(8):
-        replay.append(0, torch.full((24, 24, 3), 30 * step, dtype=torch.uint8).numpy(), 0, 0.0, False, False)
+        replay.append(
+            0, torch.full((24, 24, 3), shade * step, dtype=torch.uint8).numpy(), 0, 0.0, False, False
+        )
     component = Component("tokenizer", tokenizer, config.optim)
     tokens = TokenCache(replay, tokenizer)
     return TokenizerPhase(
@@ -312,6 +355,36 @@ def test_a_freeze_waits_for_the_foreground_error() -> None:
 def test_a_tokenizer_that_never_trained_does_not_freeze() -> None:
     phase = make_tokenizer_phase([], freeze_epoch=0, freeze_foreground_error=100.0)
     assert phase.prepare(0)
+
+
+def test_a_tokenizer_that_saw_no_foreground_does_not_freeze_but_warns() -> None:
+    torch.manual_seed(0)
+    warnings: list[str] = []
+    phase = make_tokenizer_phase(warnings, shade=0, freeze_epoch=1, freeze_foreground_error=100.0)
+    assert phase.prepare(0)
+    assert math.isnan(phase.update()["foreground_error"])
+    assert phase.prepare(1), "an error that nothing was measured on is not a low one"
+    assert not phase.is_over
+    assert "none of the pixels that it trained on differed from the median frame" in warnings[0]
+
+
+def test_updates_without_foreground_leave_the_running_error_as_it_is() -> None:
+    torch.manual_seed(0)
+    phase = make_tokenizer_phase([], freeze_epoch=1)
+    assert phase.prepare(0)
+    phase.update()
+    before = phase.foreground_error
+    assert before is not None
+    phase._track(math.nan)
+    assert phase.foreground_error == before
+
+
+def test_without_a_freeze_the_foreground_error_is_not_waited_for() -> None:
+    torch.manual_seed(0)
+    phase = make_tokenizer_phase([], freeze_epoch=None)
+    assert phase.prepare(0)
+    phase.update()
+    assert phase.foreground_error is None
 
 
 def test_codes_start_from_data_once() -> None:
@@ -354,6 +427,18 @@ def test_updates_are_averaged_and_counted() -> None:
     )
     assert (means["loss"], means["share"], means["updates"]) == (3.0, 0.5, 3)
     assert len(calls) == 3
+
+
+def test_what_an_update_could_not_measure_is_left_out_of_the_mean() -> None:
+    errors = iter([1.0, math.nan, 3.0])
+    means = run_updates(
+        lambda: {"error": torch.tensor(next(errors)), "never": math.nan},
+        count=3,
+        max_seconds=None,
+        after_update=lambda: None,
+    )
+    assert means["error"] == 2.0
+    assert math.isnan(means["never"])
 
 
 def test_updates_end_when_the_time_is_up_but_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,17 @@ def in_turn(*envs: gymnasium.Env) -> VectorEnv:
     return VectorEnv(lambda: next(waiting), len(envs), seed=0)
 
 
+def test_action_names_are_the_games_or_numbers() -> None:
+    assert VectorEnv(Catch, 1, seed=0).action_names == ["left", "stay", "right"]
+    assert in_turn(Countdown(2)).action_names == ["action 0", "action 1"]
+
+    class Misnamed(Countdown):
+        def get_action_meanings(self) -> list[str]:
+            return ["the only one of two"]
+
+    assert in_turn(Misnamed(2)).action_names == ["action 0", "action 1"]
+
+
 def test_ended_episodes_restart_at_once_and_others_go_on() -> None:
     env = in_turn(Countdown(2), Countdown(3, cut=True))
     assert (env.num_envs, env.num_actions) == (2, 2)
