@@ -14,13 +14,19 @@ class UnknownGameError(ValueError):
     """No game, or no gymnasium environment, goes by the name that was given."""
 
 
+PACKAGES = ("ale_py", "gymnasium", "numpy", "PIL")
+"""What of the extra the environments import."""
+
+
 @contextmanager
 def needs_atari_extra() -> Iterator[None]:
     """Turn a failed import inside the block into a MissingExtraError that says what to install."""
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise  # a mistake of ours, and no package would mend it
         raise MissingExtraError(
-            f"The environments need the package {error.name or 'gymnasium'}, which is not installed: "
+            f"The environments need the package {error.name}, which is not installed: "
             "pip install 'retpop[atari]'"
         ) from error
