@@ -66,10 +66,9 @@ def test_tiny_is_an_atari_agent_bounded_by_time() -> None:
 
 
 def test_tiny_finishes_within_five_minutes_on_the_slowest_machine() -> None:
-    """A minute is left for what has no bound: building, checkpoints, the report."""
+    """The rest of the five minutes is for what has no bound: building, checkpoints, the report."""
     bounds = [work.max_seconds for work in plan_run(PRESETS["tiny"])]
     assert all(bound is not None for bound in bounds)
-    # Of five minutes; the rest is for phases that overshoot, the start and the report.
     assert sum(bounds) <= 255
 
 
