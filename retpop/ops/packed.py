@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retpop.ops import torch_backend
 from retpop.ops.checks import check_bounds
-from retpop.ops.decay_powers import DecayPowers, decayed
+from retpop.ops.decay_powers import Across, DecayPowers, advance
 
 
 class ChunkPlan(NamedTuple):
@@ -166,13 +166,13 @@ def _scan(
     to_end = rearrange(powers.gamma_to(left), "h n l -> n h l 1")
     k = k.masked_fill(~filled[None, :, :, None, None], 0)
     added = torch_backend.block_additions(k, v, to_end).squeeze(0)
-    value, rest = (rearrange(x, "h n -> n h 1 1") for x in powers.across(plan.lengths))
+    whole, rest = (rearrange(x, "h n -> n h 1 1") for x in powers.across(plan.lengths))
     state = state[plan.order]
     before = []
     for chunks in plan.steps:
         active = state[: chunks.shape[0]]
         before.append(active)
-        after = decayed(active, (value[chunks], rest[chunks])) + added[chunks]
+        after = advance(active, Across(whole[chunks], rest[chunks]), added[chunks])
         state = torch.cat((after, state[chunks.shape[0] :]))
     starts = torch.cat(before)[torch.cat(plan.steps).argsort()]
     return starts, state[plan.order.argsort()]

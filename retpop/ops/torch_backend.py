@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from retpop.ops.decay_powers import BlockPowers, DecayPowers, decayed
+from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance
 from retpop.ops.dtypes import state_dtype
 
 DEFAULT_CHUNK_SIZE = 64
@@ -100,7 +100,7 @@ def block_states(
             # `where`, not a product: 0 * NaN would carry a NaN over into the next episode.
             state = torch.where(reset[:, n, None, None, None], torch.zeros_like(state), state)
         states.append(state)
-        state = decayed(state, tables.across) + added_by_block
+        state = advance(state, tables.across, added_by_block)
     return [*states, state]
 
 
@@ -200,9 +200,9 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tens
     return torch.stack(outs, dim=1), state
 
 
-def step(k: Tensor, v: Tensor, state: Tensor, across: tuple[Tensor, Tensor]) -> Tensor:
+def step(k: Tensor, v: Tensor, state: Tensor, across: Across) -> Tensor:
     """The state after one more token of keys and values (B, H, D): γ S + kᵀ v."""
-    return torch.addcmul(decayed(state, across), k.unsqueeze(-1), v.unsqueeze(-2))
+    return advance(state, across, k.unsqueeze(-1) * v.unsqueeze(-2))
 
 
 def read(q: Tensor, state: Tensor, scale: float) -> Tensor:
