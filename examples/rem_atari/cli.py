@@ -18,11 +18,13 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-from rem_atari.errors import StoppedError, UsageError
+from rem_atari.errors import RunWarning, StoppedError, UsageError, describe_os_error
 
 DONE, FAILED, WRONG_USE, STOPPED = 0, 1, 2, 3
 UNREAD = 128 + 13
@@ -34,11 +36,17 @@ usage: rem-atari COMMAND ...
 REM: a world-model agent for Atari that learns to play in its own imagination.
 
 commands:
-  train    train an agent on a game, evaluate it, and write a report
-  report   write a run's report anew
-  list     list the Atari games that can be played
+  train      train an agent on a game, evaluate it, and write a report
+  resume     go on with a run that was stopped
+  evaluate   play whole games with a trained agent: scores and films
+  record     film the game, its reconstruction and the imagination side by side
+  report     write a run's report anew
+  scores     aggregate runs over games and seeds, beside the published agents
+  benchmark  measure this machine: how long would a run take?
+  weights    fetch the weights of the perceptual loss, once
+  list       list the games and the presets
 
-`rem-atari COMMAND --help` shows a command's flags.
+`rem-atari COMMAND --help` shows a command's flags, an example, and what it writes.
 Try: rem-atari train --preset tiny --env.game Breakout
 
 exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal
@@ -46,18 +54,25 @@ exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal
 The commands need the packages of an extra: pip install 'retpop[atari]'"""
 """The overview. It is no work of tyro's, so that it answers where the extra is not installed."""
 
-EXTRA = {
-    "ale_py": "ale-py",
-    "gymnasium": "gymnasium",
-    "matplotlib": "matplotlib",
-    "numpy": "numpy",
-    "PIL": "pillow",
-    "rich": "rich",
-    "safetensors": "safetensors",
-    "tensorboard": "tensorboard",
-    "tyro": "tyro",
+EXTRAS = {
+    "atari": {
+        "ale_py": "ale-py",
+        "gymnasium": "gymnasium",
+        "imageio_ffmpeg": "imageio-ffmpeg",
+        "matplotlib": "matplotlib",
+        "numpy": "numpy",
+        "PIL": "pillow",
+        "rich": "rich",
+        "safetensors": "safetensors",
+        "tensorboard": "tensorboard",
+        "tyro": "tyro",
+    },
+    "scores": {
+        "pandas": "pandas",
+        "rliable": "rliable",
+    },
 }
-"""Packages of the extra ``atari``, by the names that they are imported by."""
+"""Packages of the extras, by the names that they are imported by."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        with _sigterm_interrupts():
+        with _sigterm_interrupts(), _plain_warnings():
             try:
                 return _run_explained(words)
             finally:
@@ -115,8 +130,13 @@ def _run(words: list[str]) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRA:
-        return f"the package {EXTRA[error.name]} is needed and not installed: pip install 'retpop[atari]'"
+    if isinstance(error, ModuleNotFoundError):
+        for extra, packages in EXTRAS.items():
+            if error.name in packages:
+                package = packages[error.name]
+                return f"the package {package} is needed and not installed: pip install 'retpop[{extra}]'"
+    if isinstance(error, OSError) and error.strerror:
+        return describe_os_error(error)
     return str(error) or type(error).__name__
 
 
@@ -138,6 +158,24 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside it our own warnings are lines for the user; others still name the code that they come from."""
+    with warnings.catch_warnings():
+        by_default = warnings.showwarning
+        # Each time it happens, not once for each place in the code.
+        warnings.filterwarnings("always", category=RunWarning)
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, RunWarning):
+                print(f"rem-atari: warning: {message}", file=sys.stderr, flush=True)
+            else:
+                by_default(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -9,9 +9,19 @@ fields' docstrings call off in the paper.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rem_atari.config_io import from_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinAtarConfig:
+    """MinAtar's games (an `env.id` such as MinAtar/Breakout-v1); the defaults are its own."""
+
+    sticky_actions: float = 0.1
+    """Chance that a step repeats the action before instead of the one that was chosen."""
+    difficulty_ramping: bool = True
+    """Whether a game grows harder as it goes on, where it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +31,12 @@ class EnvConfig:
     game: str = "Breakout"
     """ALE game, by its name in ale-py, for example Breakout or MsPacman. Not used with an `id`."""
     id: str | None = None
-    """Any gymnasium id with pixel observations and discrete actions, for example rem_atari/Catch-v0. It is
-    played as it is: `game`, `frame_skip` and `noop_max` are not used. None: the ALE game `game`."""
+    """Any gymnasium id with pixels and discrete actions, for example MinAtar/Breakout-v1, or
+    my_module:MyGame-v0, which imports my_module first. Pixels are RGB observations, or else rendered
+    pictures. `game`, `frame_skip` and `noop_max` are not used. None: the ALE game `game`."""
+    action_repeat: int = 1
+    """With an `id`: steps of the environment that one action lasts; their rewards are added up, and the last
+    frame is shown."""
     frame_size: int = 64
     """Height and width of a frame in pixels."""
     frame_skip: int = 4
@@ -35,6 +49,13 @@ class EnvConfig:
     """Evaluation: raw frames (with an `id`, steps) after which a game is truncated."""
     num_envs: int = 1
     """Environments stepped side by side while collecting."""
+    processes: bool = False
+    """Run each environment in a process of its own: one that crashes or hangs is replaced, and several work at
+    the same time. Costs about 0.4 ms a step; without it only an environment that raises is replaced."""
+    timeout_seconds: float = 5.0
+    """With `processes`: an environment that takes longer to answer counts as dead."""
+    minatar: MinAtarConfig = field(default_factory=MinAtarConfig)
+    """What only MinAtar's games have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +99,10 @@ class TokenizerConfig:
     commitment_weight: float = 1.0
     """Weight of MSE(z, sg z_q), which moves the encoder."""
     perceptual_weight: float = 1.0
-    """Weight of LPIPS; needs its weights on disk. 0 leaves it out."""
+    """Weight of LPIPS, whose own weights `rem-atari weights` fetches once. 0 leaves it out."""
+    lpips_weights: str | None = None
+    """File with the weights of LPIPS: safetensors or a torch state dict, VGG16 by torchvision's names. None:
+    the file that `rem-atari weights` has fetched."""
     foreground_weight: float = 0.0
     """Extra weight in the pixel error of pixels that differ from the median frame. Off in the paper."""
     init_from_data: bool = False
@@ -116,7 +140,13 @@ class WorldModelConfig:
     context_blocks: int = 2
     """First blocks of a sequence that carry no loss."""
     own_token_embedding: bool = False
-    """Embed observation tokens with a table of the world model's own, not the codebook. Off in the paper."""
+    """Embed observation tokens with a table of the world model's own, not the codebook. Off in the paper,
+    where it is an ablation ("separate embeddings")."""
+    pop: bool = True
+    """Predict all tokens of an observation in one pass. False (an ablation of the paper): one after another,
+    each from those before it, at a pass a token."""
+    shared_prediction_token: bool = False
+    """One prediction token for all places of an observation, not one each. An ablation of the paper."""
     position_in_block: bool = False
     """Add a learned embedding of a token's place in its block. Off in the paper."""
     optim: OptimConfig = field(
@@ -129,22 +159,31 @@ class WorldModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerConfig:
-    """The actor-critic in token space, trained in imagination."""
+    """The actor-critic, trained in imagination."""
 
+    space: Literal["tokens", "pixels"] = "tokens"
+    """What it sees of an observation: the codes of its tokens, or the frame that the tokenizer decodes from
+    them (an ablation of the paper)."""
     channels: tuple[int, int] = (128, 64)
-    """Channels of the two convolutions over the square of codes."""
+    """In token space: channels of the two convolutions over the square of codes."""
     hidden_dim: int = 512
-    """Width of the linear layer after them."""
+    """In token space: width of the linear layer after them."""
+    pixel_channels: tuple[int, ...] = (32, 32, 64, 64)
+    """In pixel space: channels of the convolutions, each of which halves the frame."""
+    cell: Literal["lstm", "gru"] = "lstm"
+    """The recurrent cell."""
     lstm_dim: int = 512
-    """Width of the LSTM cell."""
+    """Width of the recurrent cell."""
+    action_input: bool = True
+    """Feed the actions taken to the recurrent cell. Without: an ablation of the paper."""
     normalize_codes: bool = False
     """Divide the codes by their standard deviation before the first convolution. Off in the paper."""
     burn_in: int = 20
-    """Frames of a segment that warm up the LSTM, without gradient; the segment has one more."""
+    """Frames of a segment that warm up the cell, without gradient; the segment has one more."""
     min_real_frames: int = 3
     """A segment has at least this many real frames; the rest is padding on the left."""
     burn_in_actions: bool = True
-    """Feed the actions of the burn-in to the LSTM too. The published agent does not."""
+    """Feed the actions of the burn-in to the cell too. The published agent does not."""
     horizon: int = 9
     """Observations of an imagined episode, the one it starts from included: the world model takes horizon - 1
     steps. The loss covers all observations but the last, whose value is the bootstrap."""
@@ -186,6 +225,8 @@ class ScheduleConfig:
     """Epochs between checkpoints; the last epoch is always saved."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are deleted."""
+    keep_best: bool = False
+    """Keep the checkpoint of the evaluation with the highest mean return too, as checkpoints/best-..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +258,17 @@ class Config:
     """A whole run."""
 
     preset: str = "paper"
-    """Preset that the settings start from: debug, tiny, catch or paper. Every other flag overrides it."""
+    """Preset that the settings start from: debug, tiny, catch, minatar or paper. Other flags override it."""
     seed: int = 0
     """Seed of everything random: weights, environments, replay, actions."""
     device: str = "cpu"
-    """torch device: cpu or cuda."""
+    """torch device: cpu, cuda or mps (which is not tested)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: the networks' training passes run under autocast, weights and losses stay float32. Faster on a
+    GPU; on a CPU measure first (`rem-atari benchmark`): at small sizes it is slower."""
+    compile: bool = False
+    """Compile the networks with torch.compile: the first updates take minutes, those after them less time.
+    Off in the presets for a CPU, whose runs are too short for it."""
     threads: int = 0
     """CPU threads torch uses; 0 leaves torch's own choice."""
     env: EnvConfig = field(default_factory=EnvConfig)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -19,8 +19,8 @@ def from_dict(cls: type[T], data: dict[str, Any], *, path: str = "") -> T:
     Lists become tuples where the field is a tuple, and an integer is taken where the field is a float.
 
     Args:
-        cls: the dataclass wanted; its fields may be bool, int, float, str, None, tuples of these,
-            unions of these and dataclasses.
+        cls: the dataclass wanted; its fields may be bool, int, float, str, None, Literal, tuples
+            of these, unions of these and dataclasses.
         data: one entry per field, no more and no fewer.
         path: dotted path of `data` inside the whole, for messages.
     Raises:
@@ -47,6 +47,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return from_dict(hint, value, path=path)  # type: ignore[arg-type]
     if get_origin(hint) in (Union, types.UnionType):
         return _convert_union(hint, value, path)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{path} is {value!r}, wanted {_name(hint)}")
+        return value
     if get_origin(hint) is tuple:
         return _convert_tuple(hint, value, path)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -84,4 +88,6 @@ def _convert_tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
 def _name(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_name(alternative) for alternative in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(value) for value in get_args(hint))
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -35,7 +35,7 @@ def controller_loss(
 
     Source: arXiv 2402.05643, with the loss of IRIS (arXiv 2209.00588, appendix B).
     """
-    env = ImaginedEnv(agent.world_model, agent.tokenizer, generator)
+    env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
     carry, observation = start_imagination(env, agent, segments)
     trajectory, carry, observation = rollout(
         env, agent.controller, carry, observation, cfg.horizon - 1, generator=generator
@@ -53,10 +53,10 @@ def start_imagination(env: ImaginedEnv, agent: Agent, segments: SequenceTokens) 
     long as in training.
 
     Returns:
-        The controller's carry and the codes (B, K, E) of the last frames.
+        The controller's carry, and what it sees of the last frames (`Agent.show`).
     """
-    past_codes = agent.tokenizer.embed(segments.tokens[:, :-1])
-    carry = agent.controller.burn_in(past_codes, segments.actions[:, :-1], segments.mask[:, :-1])
+    past = agent.show(segments.tokens[:, :-1])
+    carry = agent.controller.burn_in(past, segments.actions[:, :-1], segments.mask[:, :-1])
     if segments.tokens.shape[1] == 1:
         return carry, env.reset(segments.tokens[:, -1])
     observation = env.reset(

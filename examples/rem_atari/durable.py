@@ -1,31 +1,85 @@
-"""Writing files so that a crash leaves either the old content or the new, never half of one."""
+"""Writing files so that a crash leaves either the old content or the new, never half of one.
+
+Whatever fails names the file that it failed for: the operating system tells that only of a file that cannot
+be opened, not of one that a full disk cuts short.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and wait until its content is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a new file and wait until its content is on the disk.
+
+    Raises:
+        FileExistsError: there is something at `path`, if only a link: none is ever written through.
+        OSError: it cannot be written; what there is of it is deleted.
+    """
+    with _naming(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder (created, renamed, deleted) are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with _naming(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` under a temporary name beside `path`, then rename it to `path`."""
+    """Write `data` under a temporary name beside `path`, then rename it to `path`.
+
+    Raises:
+        OSError: it cannot be written; what was at `path` is still there.
+    """
     temporary = path.with_name(f".{path.name}.writing")
+    temporary.unlink(missing_ok=True)  # what a crash left behind
     write_durably(temporary, data)
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def publish_file(temporary: Path, path: Path) -> None:
+    """Give a file that somebody else has written its final name, once its content is on the disk.
+
+    Raises:
+        OSError: it cannot be done; what was at `path` is still there.
+    """
+    with _naming(path):
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an OSError inside the block the path, if it names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class RunError(Exception):
     """A run cannot go on; the message is the one sentence shown to the user (exit code 1)."""
@@ -17,3 +19,23 @@ class NonFiniteError(RunError):
 
 class StoppedError(RunError):
     """A signal asked the run to stop (exit code 3)."""
+
+
+class RunWarning(RuntimeWarning):
+    """Something went wrong and the run goes on; the message is the one sentence shown to the user."""
+
+
+class EnvironmentDiedError(RunError):
+    """An environment raised, died or did not answer in time."""
+
+
+def describe_os_error(error: OSError) -> str:
+    """What the operating system refused, and for which file, as one sentence for the user.
+
+    A full disk gets a word more: what was there before is still whole, and there is something to do about it.
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"cannot write {where}{reason}; nothing that was saved before is lost: make room and try again"
+    return f"{where}{reason}"

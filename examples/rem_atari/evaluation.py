@@ -6,9 +6,12 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import gymnasium
+import numpy as np
 import torch
 from gymnasium.wrappers import TimeLimit
 
@@ -16,7 +19,7 @@ from rem_atari.agent import Agent
 from rem_atari.collector import RealEnv
 from rem_atari.config import Config
 from rem_atari.envs import make_env
-from rem_atari.envs.vector import GameReturn, VectorEnv
+from rem_atari.envs.vector import GameReturn, VectorEnv, VectorStep
 from rem_atari.replay import Replay
 from rem_atari.rollout import rollout
 
@@ -63,6 +66,39 @@ class EvaluationResult:
         return metrics
 
 
+def playing_conditions(
+    config: Config, *, temperature: float | None = None, num_envs: int | None = None
+) -> Config:
+    """A run's configuration for playing whole games with its agent, without a bound on steps or time.
+
+    Args:
+        config: the run's.
+        temperature: of the actions; None: the run's own for evaluations.
+        num_envs: environments side by side; None: as in the run's own evaluations.
+    """
+    evaluation = replace(
+        config.evaluation,
+        temperature=config.evaluation.temperature if temperature is None else temperature,
+        num_envs=config.evaluation.num_envs if num_envs is None else num_envs,
+        max_steps=None,
+        max_seconds=None,
+    )
+    # The perceptual loss is for training: its weights are not needed here.
+    return replace(config, evaluation=evaluation, tokenizer=replace(config.tokenizer, perceptual_weight=0.0))
+
+
+class GameWatcher(Protocol):
+    """Sees the games of an evaluation while they are played."""
+
+    def see(self, frames: np.ndarray, step: VectorStep) -> None:
+        """A step: the frames that were acted on, (E, S, S, 3) uint8, and what the environments answered."""
+        ...
+
+    def count(self, game: GameReturn) -> None:
+        """A game that ended in the step seen last, and that counts."""
+        ...
+
+
 def evaluate(
     agent: Agent,
     config: Config,
@@ -70,6 +106,7 @@ def evaluate(
     episodes: int,
     seed: int,
     heldout: Replay | None = None,
+    watcher: GameWatcher | None = None,
     after_step: Callable[[int], None],
 ) -> EvaluationResult:
     """Let the agent play whole games, with the preprocessing and the temperature of the evaluation.
@@ -80,11 +117,20 @@ def evaluate(
         episodes: games to play, at least 1.
         seed: seed of the environments and of the actions.
         heldout: records the games' steps until it is full; None: nothing is recorded.
+        watcher: sees every step and every game that counts; None: nobody does.
         after_step: called after each step with the number of games that ended in it; may raise to stop.
     """
     generator = torch.Generator(config.device).manual_seed(seed)
-    envs = _make_envs(config, episodes, seed)
-    real_env = RealEnv(envs, agent.tokenizer, heldout, device=config.device, stop_recording_when_full=True)
+    envs = make_test_envs(config, episodes, seed)
+    real_env = _WatchedEnv(
+        envs,
+        agent.tokenizer,
+        heldout,
+        device=config.device,
+        show=agent.show,
+        stop_recording_when_full=True,
+    )
+    real_env.watcher = watcher
     with closing(real_env) as env:
         observation = env.reset()
         carry = agent.controller.initial_carry(env.num_envs)
@@ -97,7 +143,7 @@ def evaluate(
                 env, agent.controller, carry, observation, 1, temperature=temperature, generator=generator
             )
 
-        return _play(env, step, episodes, config.evaluation.max_seconds, after_step)
+        return _play(env, step, episodes, config.evaluation.max_seconds, after_step, watcher)
 
 
 def evaluate_random(
@@ -105,7 +151,7 @@ def evaluate_random(
 ) -> EvaluationResult:
     """Play whole games at random, under the conditions of :func:`evaluate`; arguments as there."""
     generator = torch.Generator().manual_seed(seed)
-    envs = _make_envs(config, episodes, seed)
+    envs = make_test_envs(config, episodes, seed)
     with closing(RealEnv(envs, agent.tokenizer, None, device=config.device)) as env:
         env.reset()
 
@@ -113,6 +159,19 @@ def evaluate_random(
             env.play(torch.randint(env.num_actions, (env.num_envs,), generator=generator).numpy())
 
         return _play(env, step, episodes, config.evaluation.max_seconds, after_step)
+
+
+class _WatchedEnv(RealEnv):
+    """A RealEnv whose steps a watcher sees, if there is one."""
+
+    watcher: GameWatcher | None = None
+
+    def play(self, actions: np.ndarray) -> VectorStep:
+        acted_on = self.frames
+        step = super().play(actions)
+        if self.watcher is not None:
+            self.watcher.see(acted_on, step)
+        return step
 
 
 def share_episodes(episodes: int, num_envs: int) -> list[int]:
@@ -127,6 +186,7 @@ def _play(
     episodes: int,
     max_seconds: float | None,
     after_step: Callable[[int], None],
+    watcher: GameWatcher | None = None,
 ) -> EvaluationResult:
     """Step until the games are played or the time is up.
 
@@ -143,6 +203,8 @@ def _play(
             return False
         wanted[game.env_index] -= 1
         games.append(game)
+        if watcher is not None:
+            watcher.count(game)
         return True
 
     while any(wanted) and (max_seconds is None or time.monotonic() - started < max_seconds):
@@ -152,10 +214,18 @@ def _play(
     return EvaluationResult(tuple(games), unfinished, time.monotonic() - started)
 
 
-def _make_envs(config: Config, episodes: int, seed: int) -> VectorEnv:
-    def make() -> gymnasium.Env:
-        env = make_env(config.env, training=False)
-        steps = config.evaluation.max_steps
-        return env if steps is None else TimeLimit(env, steps)
+def make_test_envs(config: Config, episodes: int, seed: int) -> VectorEnv:
+    """Environments with the preprocessing of a test; no more of them than `episodes`."""
+    return VectorEnv(
+        partial(_make_env, config),
+        min(config.evaluation.num_envs, episodes),
+        seed=seed,
+        processes=config.env.processes,
+        timeout=config.env.timeout_seconds,
+    )
 
-    return VectorEnv(make, min(config.evaluation.num_envs, episodes), seed=seed)
+
+def _make_env(config: Config) -> gymnasium.Env:
+    env = make_env(config.env, training=False)
+    steps = config.evaluation.max_steps
+    return env if steps is None else TimeLimit(env, steps)

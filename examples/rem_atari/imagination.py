@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from rem_atari.models.tokenizer import Tokenizer
-from rem_atari.models.world_model import WorldModel
+from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.rollout import TokenStep
-from rem_atari.sampling import sample_categorical
 from retpop import RetNetState
 
 
 class ImaginedEnv:
     """B imagined episodes side by side (a `rollout.TokenEnv`).
 
-    A step is one pass of the world model: it reads the observation and the action, and gives the reward, the
-    end and the next observation, each drawn from the model's distribution. An episode that has ended is not
+    In a step the world model reads the observation and the action, and gives the reward, the end and the next
+    observation, each drawn from its distribution; with POP that is one pass. An episode that has ended is not
     restarted; it goes on meaninglessly, and whoever learns from it leaves out what follows the end. Nothing
     here has a gradient, and nothing waits for the device.
 
-    The tokens of an observation are drawn independently of each other (that is what makes POP fast), so where
-    the world can go one way or another a drawn frame may show both or neither.
+    With POP the tokens of an observation are drawn independently of each other (that is what makes it fast),
+    so where the world can go one way or another a drawn frame may show both or neither.
 
     Args:
         world_model: in eval mode.
         tokenizer: gives the codes of the tokens.
         generator: source of the draws, on the models' device.
+        show: what the controller sees of tokens, as `Agent.show`; None: their codes.
 
     Raises:
         ValueError: the world model is in training mode, in which dropout would garble what it imagines.
     """
 
-    def __init__(self, world_model: WorldModel, tokenizer: Tokenizer, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        world_model: BaseWorldModel,
+        tokenizer: Tokenizer,
+        generator: torch.Generator,
+        show: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if world_model.training:
             raise ValueError("ImaginedEnv: world_model is in training mode; call world_model.eval() first.")
         self.num_actions = world_model.action_embedding.num_embeddings
         self._world_model = world_model
         self._tokenizer = tokenizer
         self._generator = generator
+        self._show = tokenizer.embed if show is None else show
         self._state: RetNetState | None = None
         self._tokens: Tensor | None = None
 
@@ -70,7 +79,7 @@ class ImaginedEnv:
             context_mask: (B,) bool, False where a row has no context (it is padding); None: all have.
 
         Returns:
-            The codes of `tokens`, (B, K, E).
+            What the controller sees of `tokens`: their codes, (B, K, E), unless `show` says otherwise.
 
         Raises:
             ValueError: only one of context tokens and actions is given.
@@ -83,17 +92,17 @@ class ImaginedEnv:
             state = self._world_model.take_in(context_tokens, context_actions, self._tokenizer.codes)
             if context_mask is not None:
                 state = state.reset(~context_mask)
-        self._state, self._tokens = state, tokens
-        return self._tokenizer.embed(tokens)
+        self._state = self._world_model.begin(tokens, self._tokenizer.codes, state)
+        self._tokens = tokens
+        return self._show(tokens)
 
     @torch.no_grad()
     def step(self, actions: Tensor) -> TokenStep:
         """Imagine what follows the actions (B,) int64; rewards are -1, 0 or 1."""
-        answer = self._world_model.step(self.tokens, actions, self._tokenizer.codes, self._state)
-        rewards = sample_categorical(answer.reward_logits, self._generator) - 1
-        ended = sample_categorical(answer.end_logits, self._generator).bool()
-        self._tokens = sample_categorical(answer.token_logits, self._generator)
-        self._state = answer.state
-        never = torch.zeros_like(ended)
-        codes = self._tokenizer.embed(self._tokens)
-        return TokenStep(codes, rewards.float(), ended, truncated=never, restarted=never)
+        answer = self._world_model.imagine(
+            self.tokens, actions, self._tokenizer.codes, self._state, self._generator
+        )
+        self._tokens, self._state = answer.tokens, answer.state
+        never = torch.zeros_like(answer.ended)
+        shown = self._show(answer.tokens)
+        return TokenStep(shown, answer.rewards.float(), answer.ended, truncated=never, restarted=never)

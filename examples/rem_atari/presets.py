@@ -1,13 +1,14 @@
 """Named configurations: what ``rem-atari train --preset NAME`` starts from; flags override them.
 
-======  ==================  ==============================================================================
-name    time, 2 CPU cores   what for
-======  ==================  ==============================================================================
-debug   seconds             runs every phase on Catch at toy sizes; learns nothing
-tiny    at most 4 minutes   the whole agent on a real Atari game at a size a CPU bears; learns little
-catch   about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
-paper   days; wants a GPU   the published agent
-======  ==================  ==============================================================================
+=======  ==================  ==============================================================================
+name     time, 2 CPU cores   what for
+=======  ==================  ==============================================================================
+debug    seconds             runs every phase on Catch at toy sizes; learns nothing
+tiny     at most 4 minutes   the whole agent on a real Atari game at a size a CPU bears; learns little
+catch    about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
+minatar  half an hour        MinAtar's Breakout in pixels (extra: minatar); sound settings, not tuned yet
+paper    days; wants a GPU   the published agent
+=======  ==================  ==============================================================================
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rem_atari.config import (
 )
 
 CATCH_ID = "rem_atari/Catch-v0"
+MINATAR_ID = "MinAtar/Breakout-v1"
 
 PAPER = Config(
     preset="paper",
@@ -97,6 +99,50 @@ CATCH = Config(
         epochs=13, collect_epochs=13, steps_per_epoch=192, random_steps=2_400, checkpoint_every=4
     ),
     evaluation=EvaluationConfig(every=4, episodes=40, final_episodes=200, random_episodes=200),
+)
+
+MINATAR = Config(
+    preset="minatar",
+    threads=1,
+    # Two by two cells to a token. A game that is played well has no end of its own.
+    env=EnvConfig(id=MINATAR_ID, frame_size=40, max_raw_frames=2_500, eval_max_raw_frames=2_500, num_envs=8),
+    tokenizer=replace(
+        _SMALL_TOKENIZER,
+        codebook_size=64,
+        freeze_epoch=25,
+        optim=OptimConfig(
+            lr=2e-3, weight_decay=0.01, clip_norm=10.0, batch_size=32, updates_per_epoch=15, first_updates=300
+        ),
+    ),
+    world_model=replace(
+        _SMALL_WORLD_MODEL,
+        sequence_blocks=10,
+        optim=OptimConfig(
+            lr=2e-3,
+            weight_decay=0.05,
+            clip_norm=100.0,
+            batch_size=16,
+            updates_per_epoch=50,
+            first_updates=300,
+        ),
+    ),
+    controller=replace(
+        _SMALL_CONTROLLER,
+        channels=(32, 32),
+        burn_in=6,
+        horizon=10,
+        gamma=0.97,
+        entropy_weight=0.02,
+        optim=OptimConfig(
+            lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=64, updates_per_epoch=25, start_epoch=3
+        ),
+    ),
+    schedule=ScheduleConfig(
+        epochs=100, collect_epochs=100, steps_per_epoch=512, random_steps=1_600, checkpoint_every=10
+    ),
+    evaluation=EvaluationConfig(
+        every=25, episodes=40, final_episodes=100, temperature=1.0, random_episodes=100
+    ),
 )
 
 TINY = Config(
@@ -217,5 +263,5 @@ DEBUG = Config(
     evaluation=EvaluationConfig(every=1, episodes=3, final_episodes=5, num_envs=2, random_episodes=4),
 )
 
-PRESETS: dict[str, Config] = {preset.preset: preset for preset in (DEBUG, TINY, CATCH, PAPER)}
+PRESETS: dict[str, Config] = {preset.preset: preset for preset in (DEBUG, TINY, CATCH, MINATAR, PAPER)}
 """The presets by name."""

@@ -31,7 +31,8 @@ class TimeLeft:
 
     def __init__(self, plan: Sequence[Work]) -> None:
         self._waiting = list(plan)
-        self._pace: dict[str, float] = {}
+        self.pace: dict[str, float] = {}
+        """Seconds a unit of each phase that was measured."""
 
     def begin(self, epoch: int, phase: str) -> None:
         """Take this work, and whatever was planned before it, off what is waiting."""
@@ -47,16 +48,16 @@ class TimeLeft:
     def measure(self, phase: str, units: int, seconds: float) -> None:
         """Note the phase's pace, from `units` done in `seconds`."""
         if units > 0:
-            self._pace[phase] = seconds / units
+            self.pace[phase] = seconds / units
 
     def describe(self, phase: str, units: int) -> str:
         """The time left as text: for `units` more of the phase that is running, and for all that is waiting.
 
         "about" it is; "at least", where a phase is waiting that was never measured.
         """
-        total, complete = units * self._pace.get(phase, 0.0), phase in self._pace
+        total, complete = units * self.pace.get(phase, 0.0), phase in self.pace
         for work in self._waiting:
-            pace = self._pace.get(work.phase)
+            pace = self.pace.get(work.phase)
             bounds = [] if work.max_seconds is None else [work.max_seconds]
             if pace is not None:
                 bounds.append(work.units * pace)
@@ -79,13 +80,22 @@ class Progress(ABC):
         self._phase = ""
         self._units = 0
         self._done = 0
+        self._done_before = 0
         self._started = 0.0
 
     @contextmanager
-    def phase(self, epoch: int, phase: str, units: int) -> Iterator[None]:
-        """Show a phase while it runs; `units` is how much it is expected to do."""
+    def phase(self, epoch: int, phase: str, units: int, *, done: int = 0) -> Iterator[None]:
+        """Show a phase while it runs.
+
+        Args:
+            epoch: the epoch, from 0.
+            phase: its name.
+            units: how much it is expected to do.
+            done: how much of that was done before the run was resumed.
+        """
         self.time_left.begin(epoch, phase)
-        self._phase, self._units, self._done, self._started = phase, units, 0, time.monotonic()
+        self._phase, self._units, self._started = phase, units, time.monotonic()
+        self._done = self._done_before = done
         self._begin(f"epoch {epoch + 1}/{self.epochs}  {phase.replace('_', ' ')}")
         yield
         # What was left undone was cut by the time bound: nothing of it remains.
@@ -125,8 +135,9 @@ class Progress(ABC):
     def _measure(self) -> tuple[str, str]:
         """Rate of the running phase and time left of the run, as text."""
         seconds = max(time.monotonic() - self._started, 1e-9)
-        self.time_left.measure(self._phase, self._done, seconds)
-        rate = f"{self._done / seconds:.1f} {UNITS[self._phase]}/s"
+        done = self._done - self._done_before
+        self.time_left.measure(self._phase, done, seconds)
+        rate = f"{done / seconds:.1f} {UNITS[self._phase]}/s"
         return rate, self.time_left.describe(self._phase, max(self._units - self._done, 0))
 
 

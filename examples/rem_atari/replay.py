@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rem_atari.errors import RunError
-from rem_atari.replay_shards import Rows, find_shards, has_shards, read_shard, write_shard
+from rem_atari.replay_shards import Rows, ShardEntry, find_shards, has_shards, read_shard, write_shard
 
 NONE = -1
 """The row that is none: beyond an episode's edge, and padding."""
@@ -85,11 +85,13 @@ class Replay:
         self._before = np.zeros(capacity + 1, dtype=np.int64)
         self._after = np.zeros(capacity + 1, dtype=np.int64)
         self._before[NONE] = self._after[NONE] = NONE
-        self._place = np.zeros(capacity, dtype=np.int64)  # steps of the episode before this row
+        # Steps of the episode before this row; NONE for a row that was lost, which is never sampled.
+        self._place = np.zeros(capacity, dtype=np.int64)
         self._open: dict[int, int] = {}  # environment -> last row of its open episode
         self._num_episodes = 0
         self._folder = folder
         self._num_shards = 0
+        self._shards: list[ShardEntry] = []
         self._num_flushed = 0
         self._cut_rows: list[int] = []  # flushed rows that were truncated since the last flush
         self._generator = np.random.default_rng(seed)
@@ -102,16 +104,19 @@ class Replay:
         frame_shape: tuple[int, ...] | None = None,
         capacity: int | None = None,
         seed: int = 0,
+        entries: Sequence[ShardEntry] | None = None,
     ) -> Replay:
         """The replay whose shards lie in `folder`, as it was at its last flush, open episodes included.
 
-        The state of the sampling is not in the shards: see `sampling_state`.
+        The state of the sampling is not in the shards: see `sampling_state`. Rows that were lost keep their
+        place and count as steps, but are never sampled; episodes that lost rows end, truncated, before them.
 
         Args:
             folder: the shards' folder; later flushes go on there.
             frame_shape: (S, S, 3); None: what the shards say, so that there must be one.
             capacity: rows there is room for; None: as many as there are.
             seed: seed of the sampling.
+            entries: what `shards` said of them; None: whoever loads will not ask `shards`.
 
         Raises:
             ReplayCorruptError: a shard cannot be read, or one is missing; the message names it.
@@ -126,7 +131,7 @@ class Replay:
             raise ValueError(
                 f"Replay.load(): frames in {folder} are {shards[0].frame_shape}; wanted {shape}."
             )
-        num_rows = sum(shard.num_rows for shard in shards)
+        num_rows = sum(shard.num_rows + shard.lost_rows for shard in shards)
         replay = cls(shape, max(num_rows, 1) if capacity is None else capacity, seed=seed)
         if num_rows > replay.capacity:
             raise ReplayFullError(
@@ -134,7 +139,10 @@ class Replay:
             )
         for shard in shards:
             replay._take_in(*read_shard(shard))
+            if shard.lost_rows > 0:
+                replay._pass_over(shard.lost_rows)
         replay._folder, replay._num_shards = folder, len(shards)
+        replay._shards = list(entries) if entries is not None else []
         return replay
 
     @property
@@ -161,6 +169,17 @@ class Replay:
     def frame_shape(self) -> tuple[int, ...]:
         """Shape of a frame, (S, S, 3)."""
         return self._rows.frames.shape[1:]
+
+    @property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        """The shards on disk, oldest first, for a checkpoint.
+
+        Raises:
+            RuntimeError: the replay was loaded without their entries.
+        """
+        if len(self._shards) != self._num_shards:
+            raise RuntimeError("Replay.shards: the replay was loaded without entries, so they are not known.")
+        return tuple(self._shards)
 
     def append(
         self, env_index: int, frame: np.ndarray, action: int, reward: float, terminated: bool, truncated: bool
@@ -195,17 +214,22 @@ class Replay:
         self._rows.truncated[row] = truncated
         self._link(row)
 
-    def cut(self) -> None:
-        """End every open episode as truncated: its environment was restarted, and no step follows.
+    def cut(self, env_index: int | None = None) -> None:
+        """End an open episode as truncated: its environment was restarted, and no step follows.
 
         To be called when environments are started anew, or the next episode would be taken for the open one's
         continuation.
+
+        Args:
+            env_index: the environment that was restarted; None: all of them.
         """
-        for row in self._open.values():
+        for index in list(self._open) if env_index is None else [env_index]:
+            row = self._open.pop(index, NONE)
+            if row == NONE:
+                continue
             self._rows.truncated[row] = True
             if row < self._num_flushed:
                 self._cut_rows.append(row)
-        self._open.clear()
 
     def ready(self, min_real: int) -> bool:
         """Whether some episode has `min_real` steps, so that there is something to sample."""
@@ -254,8 +278,11 @@ class Replay:
         """
         if self._size == 0:
             raise ValueError("Replay.median_frame(): the replay is empty.")
-        count = min(self._size, MEDIAN_SAMPLE)
-        chosen = np.linspace(0, self._size - 1, count).round().astype(np.int64)
+        stored = np.flatnonzero(self._place[: self._size] != NONE)
+        if len(stored) == 0:
+            raise ValueError("Replay.median_frame(): every stored row was lost.")
+        count = min(len(stored), MEDIAN_SAMPLE)
+        chosen = stored[np.linspace(0, len(stored) - 1, count).round().astype(np.int64)]
         return torch.from_numpy(np.partition(self._rows.frames[chosen], count // 2, axis=0)[count // 2])
 
     def flush(self) -> Path | None:
@@ -269,11 +296,12 @@ class Replay:
         if self._folder is None or (self._size == self._num_flushed and not self._cut_rows):
             return None
         rows = self._rows.view(self._num_flushed, self._size)
-        path = write_shard(self._folder, self._num_shards, self._num_flushed, rows, self._cut_rows)
+        entry = write_shard(self._folder, self._num_shards, self._num_flushed, rows, self._cut_rows)
+        self._shards.append(entry)
         self._num_shards += 1
         self._num_flushed = self._size
         self._cut_rows = []
-        return path
+        return self._folder / entry.name
 
     def sampling_state(self) -> dict[str, Any]:
         """The state of the sampling's random numbers, plain JSON data."""
@@ -302,12 +330,24 @@ class Replay:
     def _take_in(self, rows: Rows, cut_rows: np.ndarray) -> None:
         """Repeat what happened between two flushes. Cuts of flushed rows came before the new rows."""
         for row in cut_rows:
+            if self._place[row] == NONE:
+                continue  # it was lost, and with it all that was open then
             self._rows.truncated[row] = True
             self._open.pop(int(self._rows.env_indices[row]), None)
         start = self._size
         self._rows.view(start, start + len(rows)).copy_from(rows)
         for row in range(start, start + len(rows)):
             self._link(row)
+        self._num_flushed = self._size
+
+    def _pass_over(self, num_rows: int) -> None:
+        """Leave room for rows that were lost. What was open before them ends there: who knows how it went."""
+        for row in self._open.values():
+            self._rows.truncated[row] = True
+        self._open.clear()
+        lost = slice(self._size, self._size + num_rows)
+        self._before[lost] = self._after[lost] = self._place[lost] = NONE
+        self._size += num_rows
         self._num_flushed = self._size
 
     def _draw(self, n: int, min_real: int) -> np.ndarray:

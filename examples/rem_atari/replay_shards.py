@@ -4,10 +4,14 @@
 so on. A shard holds the columns of `Rows` and `cut_rows`: rows of *earlier* shards whose episodes were given
 up after those were written, and which are truncated from here on. A shard is complete or absent: it is
 written under another name, synced and renamed. Files of other names are none of ours and are left alone.
+
+A shard that was lost (see :mod:`rem_atari.replay_recovery`) is replaced by one without rows whose header says
+how many there were, so that the rows after it keep their numbers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass, fields
@@ -78,21 +82,50 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class ShardEntry:
+    """What a checkpoint notes of a shard, to know it again.
+
+    Attributes:
+        name: the file's name.
+        num_bytes: its size.
+        sha256: its digest, hexadecimal.
+        num_rows: rows in it.
+    """
+
+    name: str
+    num_bytes: int
+    sha256: str
+    num_rows: int
+
+
+@dataclass(frozen=True)
 class ShardFile:
-    """A shard's whereabouts and size, from its name and header."""
+    """A shard's whereabouts and size, from its name and header; `lost_rows` are those of a lost one."""
 
     path: Path
     first_row: int
     num_rows: int
+    lost_rows: int
     frame_shape: tuple[int, ...]
 
 
 def has_shards(folder: Path) -> bool:
     """Whether anything in `folder` bears a shard's name; False if there is no such folder."""
-    return bool(_named_shards(folder))
+    return bool(named_shards(folder))
 
 
-def write_shard(folder: Path, number: int, first_row: int, rows: Rows, cut_rows: list[int]) -> Path:
+def delete_shards(folder: Path) -> None:
+    """Delete the shards in `folder`, for a record that is begun anew."""
+    for path in named_shards(folder).values():
+        path.unlink()
+
+
+def shard_name(number: int) -> str:
+    """The file name of shard `number`, counted from 0."""
+    return f"shard-{number:08d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, first_row: int, rows: Rows, cut_rows: list[int]) -> ShardEntry:
     """Write shard `number` of the replay in `folder`, which is created if need be.
 
     Args:
@@ -106,14 +139,30 @@ def write_shard(folder: Path, number: int, first_row: int, rows: Rows, cut_rows:
         FileExistsError: there is such a shard already.
         OSError: it could not be written; there is no such shard then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"shard-{number:08d}.safetensors"
-    if os.path.lexists(path):
-        raise FileExistsError(f"The replay shard {path} exists already; shards are never rewritten.")
     tensors = {name: np.ascontiguousarray(column) for name, column in rows.columns().items()}
     tensors["cut_rows"] = np.array(cut_rows, dtype=np.int64)
-    replace_file(path, save(tensors, metadata={"format": FORMAT, "first_row": str(first_row)}))
-    return path
+    return _write_new(folder, number, tensors, {"first_row": str(first_row)}, num_rows=len(rows))
+
+
+def write_lost_shard(
+    folder: Path, number: int, first_row: int, lost_rows: int, frame_shape: tuple[int, ...]
+) -> ShardEntry:
+    """Write what stands for shard `number`, whose `lost_rows` rows are gone; otherwise as `write_shard`."""
+    tensors = Rows.allocate(0, frame_shape).columns() | {"cut_rows": np.zeros(0, dtype=np.int64)}
+    header = {"first_row": str(first_row), "lost_rows": str(lost_rows)}
+    return _write_new(folder, number, tensors, header, num_rows=lost_rows)
+
+
+def _write_new(
+    folder: Path, number: int, tensors: dict[str, np.ndarray], header: dict[str, str], *, num_rows: int
+) -> ShardEntry:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / shard_name(number)
+    if os.path.lexists(path):
+        raise FileExistsError(f"The replay shard {path} exists already; shards are never rewritten.")
+    data = save(tensors, metadata={"format": FORMAT, **header})
+    replace_file(path, data)
+    return ShardEntry(path.name, len(data), hashlib.sha256(data).hexdigest(), num_rows)
 
 
 def find_shards(folder: Path) -> list[ShardFile]:
@@ -124,14 +173,14 @@ def find_shards(folder: Path) -> list[ShardFile]:
     """
     shards: list[ShardFile] = []
     first_row = 0
-    for number, path in sorted(_named_shards(folder).items()):
+    for number, path in sorted(named_shards(folder).items()):
         if number != len(shards):
             raise ReplayCorruptError(f"The replay shard shard-{len(shards):08d} is missing in {folder}.")
         shard = _read_header(path)
         if shard.first_row != first_row or shard.frame_shape != (shards or [shard])[0].frame_shape:
             raise ReplayCorruptError(f"The replay shard {path} does not continue the shards before it.")
         shards.append(shard)
-        first_row += shard.num_rows
+        first_row += shard.num_rows + shard.lost_rows
     return shards
 
 
@@ -154,12 +203,21 @@ def read_shard(shard: ShardFile) -> tuple[Rows, np.ndarray]:
     return rows, cut_rows
 
 
-def _named_shards(folder: Path) -> dict[int, Path]:
+def named_shards(folder: Path) -> dict[int, Path]:
     """Everything in `folder` with a shard's name, by number."""
     if not folder.is_dir():
         return {}
     matches = ((path, _SHARD_NAME.fullmatch(path.name)) for path in folder.iterdir())
     return {int(match[1]): path for path, match in matches if match}
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is a shard by its header; its name and its rows are not looked at."""
+    try:
+        _read_header(path)
+    except ReplayCorruptError:
+        return False
+    return True
 
 
 def _read_header(path: Path) -> ShardFile:
@@ -173,14 +231,15 @@ def _read_header(path: Path) -> ShardFile:
             found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise ReplayCorruptError(f"The replay shard {path} cannot be read: {error}") from error
-    first_row = metadata.get("first_row", "")
-    if metadata.get("format") != FORMAT or not re.fullmatch(r"[0-9]{1,18}", first_row):
+    first_row, lost_rows = metadata.get("first_row", ""), metadata.get("lost_rows", "0")
+    numbers_are_numbers = re.fullmatch(r"[0-9]{1,18}", first_row) and re.fullmatch(r"[0-9]{1,7}", lost_rows)
+    if metadata.get("format") != FORMAT or not numbers_are_numbers:
         raise ReplayCorruptError(f"The replay shard {path} is not in the format {FORMAT}.")
     _, (num_rows, *frame_shape) = found.get("frames", ("", (0,)))
     _, num_cuts = found.get("cut_rows", ("", (0,)))
     if found != _expected(num_rows, tuple(frame_shape), num_cuts):
         raise ReplayCorruptError(f"The replay shard {path} holds other tensors than it should: {found}.")
-    return ShardFile(path, int(first_row), num_rows, tuple(frame_shape))
+    return ShardFile(path, int(first_row), num_rows, int(lost_rows), tuple(frame_shape))
 
 
 def _expected(

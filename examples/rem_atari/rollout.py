@@ -17,15 +17,16 @@ class TokenStep:
     """What B environments answer to one action each.
 
     Attributes:
-        codes: the observations to act on next, (B, K, E); already the new episode's first where `restarted`.
+        seen: the observations to act on next, as the controller sees them (`Agent.show`: codes (B, K, E)
+            unless it is in pixel space); already the new episode's first where `restarted`.
         rewards: rewards of the actions, (B,) float32.
         ended: episodes that came to an end of their own, (B,) bool; no value lies beyond them.
         truncated: episodes cut short from outside, (B,) bool.
-        restarted: rows whose `codes` begin a new episode, (B,) bool. A real environment restarts what ended
+        restarted: rows whose `seen` begins a new episode, (B,) bool. A real environment restarts what ended
             or was truncated; an imagined one never restarts.
     """
 
-    codes: Tensor
+    seen: Tensor
     rewards: Tensor
     ended: Tensor
     truncated: Tensor
@@ -33,7 +34,7 @@ class TokenStep:
 
 
 class TokenEnv(Protocol):
-    """B environments side by side whose observations are codes: the real game, or the world model."""
+    """B environments side by side that a controller can act in: the real game, or the world model."""
 
     @property
     def num_actions(self) -> int:
@@ -107,7 +108,7 @@ def rollout(
         env: B environments.
         controller: who acts; its mode (train or eval) is the caller's.
         carry: the controller's memory of what came before; `Controller.initial_carry` at the start.
-        observation: codes to act on first, (B, K, E).
+        observation: what to act on first, as `TokenStep.seen`.
         steps: steps to take, at least 1.
         temperature: temperature of the actions.
         epsilon: chance of a uniformly random action, drawn for each environment.
@@ -128,7 +129,7 @@ def rollout(
         carry = controller.observe_action(actions, decision.carry)
         answer = env.step(actions)
         carry = reset_carry(carry, answer.restarted)
-        observation = answer.codes
+        observation = answer.seen
         logits.append(decision.logits)
         values.append(decision.value)
         taken.append(actions)

@@ -1,4 +1,4 @@
-"""Environments: Atari games with Atari 100K's preprocessing, Catch, and any gymnasium game made of pixels.
+"""Environments: Atari games with Atari 100K's preprocessing, MinAtar, Catch, any gymnasium game with pixels.
 
 Whatever the game, observations are frames, Box uint8 (S, S, 3) with S = `EnvConfig.frame_size`, and actions
 are Discrete. An episode is what the agent stores; a *game* may span several (Atari's lives). Where they
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 
-from rem_atari.envs.errors import MissingExtraError, UnknownGameError, needs_atari_extra
+from rem_atari.envs.errors import MissingExtraError, UnknownGameError, needs_extra
 
-with needs_atari_extra():
+with needs_extra("atari"):
     import gymnasium
     from gymnasium.wrappers import TimeLimit
 
     from rem_atari.envs.atari import list_games, make_atari, register_games
-    from rem_atari.envs.frames import ResizeFrames, check_pixel_env
+    from rem_atari.envs.gym_pixels import RepeatAction, make_gym_pixels, show_frames
+    from rem_atari.envs.minatar import NAMESPACE as MINATAR
+    from rem_atari.envs.minatar import make_minatar
 
 from rem_atari.config import EnvConfig
 
@@ -28,9 +30,10 @@ gymnasium.register(id="rem_atari/Catch-v0", entry_point="rem_atari.envs.catch:Ca
 def make_env(cfg: EnvConfig, *, training: bool) -> gymnasium.Env:
     """The environment that `cfg` describes.
 
-    `cfg.id` names any gymnasium environment with pixels; without it, `cfg.game` names an Atari game
-    (`atari.make_atari`). An environment named by id is played as it is, without frame skip or no-ops: only
-    its frames are resized where their size differs, and the bound on raw frames holds for its steps.
+    `cfg.id` names MinAtar's games or any gymnasium environment with pixels; without it, `cfg.game` names an
+    Atari game (`atari.make_atari`). An environment named by id is played as it is, without no-ops or a
+    maximum over frames: its actions may be repeated, its frames are resized where their size differs, and the
+    bound on raw frames holds for its steps.
 
     Args:
         cfg: the game and its preprocessing.
@@ -38,28 +41,30 @@ def make_env(cfg: EnvConfig, *, training: bool) -> gymnasium.Env:
 
     Raises:
         UnknownGameError: there is no such game or id; the message names close ones.
-        MissingExtraError: the extra ``atari`` is not installed.
+        MissingExtraError: the extra that the game needs is not installed.
         ValueError: observations or actions are of a kind that the agent does not take.
     """
     if cfg.id is None:
         return make_atari(cfg, training=training)
     if cfg.id.startswith("ALE/"):
         register_games()
-    try:
-        env = gymnasium.make(cfg.id)
-    except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv, ModuleNotFoundError) as error:
-        raise UnknownGameError(f"There is no gymnasium environment {cfg.id!r}: {error}") from error
-    check_pixel_env(env, cfg.id)
-    if env.observation_space.shape != (cfg.frame_size, cfg.frame_size, 3):
-        env = ResizeFrames(env, cfg.frame_size)
-    return TimeLimit(env, cfg.max_raw_frames if training else cfg.eval_max_raw_frames)
+    if cfg.id.startswith(MINATAR):
+        env = make_minatar(cfg.id, cfg.minatar, frame_size=cfg.frame_size)
+    else:
+        env = make_gym_pixels(cfg.id)
+    env = TimeLimit(env, cfg.max_raw_frames if training else cfg.eval_max_raw_frames)
+    if cfg.action_repeat > 1:
+        env = RepeatAction(env, cfg.action_repeat)
+    return show_frames(env, cfg.frame_size)
 
 
 def env_name(cfg: EnvConfig) -> str:
-    """The game's short name, for titles: Breakout, or Catch for rem_atari/Catch-v0.
+    """The game's short name, for titles: Breakout, Catch for rem_atari/Catch-v0, MinAtar-Breakout for
+    MinAtar's.
 
     Any character may be in it: whoever names a file after the game replaces what a path cannot bear.
     """
     if cfg.id is None:
         return cfg.game
-    return re.sub(r"-v\d+$", "", cfg.id.split(":")[-1].split("/")[-1])
+    name = re.sub(r"-v\d+$", "", cfg.id.split(":")[-1].split("/")[-1])
+    return f"MinAtar-{name}" if cfg.id.startswith(MINATAR) else name

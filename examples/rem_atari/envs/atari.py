@@ -25,7 +25,7 @@ import gymnasium
 import numpy as np
 
 from rem_atari.config import EnvConfig
-from rem_atari.envs.errors import UnknownGameError, needs_atari_extra
+from rem_atari.envs.errors import UnknownGameError, needs_extra
 from rem_atari.envs.frames import frame_space, resize_frame
 
 NOOP = 0
@@ -41,7 +41,7 @@ def register_games() -> None:
     Raises:
         MissingExtraError: ale-py is not installed.
     """
-    with needs_atari_extra():
+    with needs_extra("atari"):
         import ale_py
     # The emulator greets with a banner on stderr otherwise.
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -129,6 +129,13 @@ class NoopStart(gymnasium.Wrapper):
                 frame, info = self.env.reset(options=options)
         return frame, info
 
+    def get_resume_state(self) -> Info:
+        """Nothing: the no-ops are drawn from the game's own `np_random`, and over when `reset` returns."""
+        return {}
+
+    def set_resume_state(self, state: Info) -> None:
+        """Take nothing."""
+
 
 class SkipFrames(gymnasium.Wrapper):
     """Repeat an action for `skip` raw frames and show the maximum of the last two, each resized first.
@@ -161,6 +168,13 @@ class SkipFrames(gymnasium.Wrapper):
                 break
         shown = np.maximum.reduce([resize_frame(frame, self._size) for frame in last_two])
         return shown, total, terminated, truncated, info
+
+    def get_resume_state(self) -> Info:
+        """Nothing: no frame is kept between steps."""
+        return {}
+
+    def set_resume_state(self, state: Info) -> None:
+        """Take nothing."""
 
 
 class LifeLossEndsEpisode(gymnasium.Wrapper):
@@ -202,3 +216,12 @@ class LifeLossEndsEpisode(gymnasium.Wrapper):
         self._lives = info["lives"]
         self._game_goes_on = False
         return frame, {**info, "game_over": game_over, "reset_reward": float(reward)}
+
+    def get_resume_state(self) -> Info:
+        """The lives seen last, and whether the next `reset` goes on with the game."""
+        return {"lives": self._lives, "game_goes_on": self._game_goes_on}
+
+    def set_resume_state(self, state: Info) -> None:
+        """Go on from a `get_resume_state`."""
+        self._lives = int(state["lives"])
+        self._game_goes_on = bool(state["game_goes_on"])

@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Discrete
 
+from rem_atari.envs.env_state import random_state, set_random_state
 from rem_atari.envs.frames import frame_space
 
 LEFT, STAY, RIGHT = 0, 1, 2
@@ -74,6 +75,17 @@ class Catch(gymnasium.Env[np.ndarray, int]):
     def get_action_meanings(self) -> list[str]:
         """What the actions do, as ale-py's environments tell it."""
         return ["LEFT", "STAY", "RIGHT"]
+
+    def get_resume_state(self) -> dict[str, Any]:
+        """Where ball and paddle are, and the random numbers."""
+        ball = [self._ball_row, self._ball_column]
+        return {"ball": ball, "paddle": self._paddle, "random": random_state(self)}
+
+    def set_resume_state(self, state: dict[str, Any]) -> None:
+        """Go on from a `get_resume_state`."""
+        self._ball_row, self._ball_column = (int(cell) for cell in state["ball"])
+        self._paddle = int(state["paddle"])
+        set_random_state(self, state["random"])
 
     def _frame(self) -> np.ndarray:
         cells = np.zeros((self._cells, self._cells, 3), dtype=np.uint8)

@@ -7,26 +7,26 @@ from contextlib import contextmanager
 
 
 class MissingExtraError(ImportError):
-    """A package of the extra ``atari`` is not installed."""
+    """A package of an extra, ``atari`` or ``minatar``, is not installed."""
 
 
 class UnknownGameError(ValueError):
     """No game, or no gymnasium environment, goes by the name that was given."""
 
 
-PACKAGES = ("ale_py", "gymnasium", "numpy", "PIL")
-"""What of the extra the environments import."""
+PACKAGES = {"atari": ("ale_py", "gymnasium", "numpy", "PIL"), "minatar": ("minatar",)}
+"""What of each extra the environments import."""
 
 
 @contextmanager
-def needs_atari_extra() -> Iterator[None]:
+def needs_extra(extra: str) -> Iterator[None]:
     """Turn a failed import inside the block into a MissingExtraError that says what to install."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
+        if error.name not in PACKAGES[extra]:
             raise  # a mistake of ours, and no package would mend it
         raise MissingExtraError(
             f"The environments need the package {error.name}, which is not installed: "
-            "pip install 'retpop[atari]'"
+            f"pip install 'retpop[{extra}]'"
         ) from error

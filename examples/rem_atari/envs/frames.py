@@ -6,7 +6,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box
 from PIL import Image
 
 
@@ -24,20 +24,11 @@ def frame_space(size: int) -> Box:
     return Box(low=0, high=255, shape=(size, size, 3), dtype=np.uint8)
 
 
-def check_pixel_env(env: gymnasium.Env, name: str) -> None:
-    """Check that `env` shows RGB images and takes discrete actions; `name` is for the message.
-
-    Raises:
-        ValueError: the observations are not Box uint8 (H, W, 3), or the actions not Discrete from 0.
-    """
-    seen, actions = env.observation_space, env.action_space
-    is_image = (
-        isinstance(seen, Box) and seen.dtype == np.uint8 and len(seen.shape) == 3 and seen.shape[2] == 3
+def is_picture_space(space: gymnasium.Space) -> bool:
+    """Whether observations of `space` are RGB images, Box uint8 (H, W, 3)."""
+    return (
+        isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3
     )
-    if not is_image:
-        raise ValueError(f"{name}: the observation space is {seen}; wanted RGB images, Box uint8 (H, W, 3).")
-    if not isinstance(actions, Discrete) or actions.start != 0:
-        raise ValueError(f"{name}: the action space is {actions}; wanted Discrete, counting from 0.")
 
 
 class ResizeFrames(gymnasium.ObservationWrapper[np.ndarray, Any, np.ndarray]):
@@ -51,3 +42,10 @@ class ResizeFrames(gymnasium.ObservationWrapper[np.ndarray, Any, np.ndarray]):
     def observation(self, observation: np.ndarray) -> np.ndarray:
         """The image `observation` (H, W, 3), resized."""
         return resize_frame(observation, self._size)
+
+    def get_resume_state(self) -> dict[str, Any]:
+        """Nothing: each image is resized on its own."""
+        return {}
+
+    def set_resume_state(self, state: dict[str, Any]) -> None:
+        """Take nothing."""

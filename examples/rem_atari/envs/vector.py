@@ -1,13 +1,26 @@
-"""Several environments side by side, stepped one after another."""
+"""Several environments side by side, in this process or in one each, and what happens when one dies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
+
+from rem_atari.envs.host import EnvHost, EnvStep, LocalHost, SingleEnv, describe_exception
+from rem_atari.envs.process import ProcessHost
+from rem_atari.errors import EnvironmentDiedError, RunWarning
+
+MOST_DEATHS = 3
+"""So often an environment may die within `DEATH_WINDOW` steps; with one death more the run stops."""
+
+DEATH_WINDOW = 1_000
+"""Steps over which an environment's deaths are counted."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,8 @@ class VectorStep:
         rewards: raw rewards, (E,) float32.
         terminated: the episode ended of itself (for Atari in training: also with a life), (E,) bool.
         truncated: the episode was cut short, (E,) bool.
+        lost: the environment died and another one has taken its place, (E,) bool. Nobody knows what the
+            action did: the reward is 0, and the episode counts as truncated before it.
         game_returns: the games that ended in this step; a life loss ends none.
     """
 
@@ -41,63 +56,92 @@ class VectorStep:
     rewards: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    lost: np.ndarray
     game_returns: list[GameReturn]
 
 
-def number_actions(num_actions: int) -> list[str]:
-    """Names of actions that have none: "action 0" and so on."""
-    return [f"action {index}" for index in range(num_actions)]
-
-
 class VectorEnv:
-    """E environments of one kind, stepped serially; an ended episode restarts at once.
+    """E environments of one kind, stepped side by side; an ended episode restarts at once.
 
     A game's return counts all its lives: it is reported when the environment's ``info["game_over"]`` says so
     (see `atari.LifeLossEndsEpisode`), or, where there is no such entry, when the episode ends. A truncation
     always ends the game.
 
+    An environment that raises is replaced by a new one, and the run goes on: see `VectorStep.lost`. Its game
+    is given up and not reported. With `processes` the same holds for one that crashes or does not answer.
+
     Args:
-        make: builds one environment.
+        make: builds one environment; with `processes` it must be picklable.
         num_envs: E.
         seed: what the environments' own seeds, all different, are derived from; used by the first `reset`.
+            The d-th environment that takes the place of number i is seeded from (seed, i, d).
+        processes: run each environment in a process of its own.
+        timeout: with `processes`: seconds that an environment may take to answer before it counts as dead.
 
     Raises:
         ValueError: `num_envs` is below 1.
     """
 
-    def __init__(self, make: Callable[[], gymnasium.Env], num_envs: int, *, seed: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[], gymnasium.Env],
+        num_envs: int,
+        *,
+        seed: int,
+        processes: bool = False,
+        timeout: float = 5.0,
+    ) -> None:
         if num_envs < 1:
             raise ValueError(f"VectorEnv: num_envs is {num_envs}; it must be at least 1.")
-        self._envs = [make() for _ in range(num_envs)]
+        if processes:
+            # What cannot be built at all shall fail as it would here, not as a death in another process.
+            with closing(SingleEnv(make())) as env:
+                self._num_actions, self._action_names = env.describe()
+        self._make_host: Callable[[], EnvHost] = (
+            partial(ProcessHost, make, timeout=timeout) if processes else partial(LocalHost, make)
+        )
+        self._hosts: list[EnvHost] = [self._make_host() for _ in range(num_envs)]
+        if not processes:
+            self._hosts[0].start("describe")
+            self._num_actions, self._action_names = self._hosts[0].finish()
+        self._seed = seed
         self._seeds: list[int | None] = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
         self._returns = [0.0] * num_envs
         self._lengths = [0] * num_envs
+        self._steps = 0
+        self._deaths = [0] * num_envs
+        self._recent_deaths: list[list[int]] = [[] for _ in range(num_envs)]
         self._is_started = False
 
     @property
     def num_envs(self) -> int:
         """Number of environments E."""
-        return len(self._envs)
+        return len(self._hosts)
 
     @property
     def num_actions(self) -> int:
         """Number of actions A; an action is an integer in [0, A)."""
-        return int(self._envs[0].action_space.n)
+        return self._num_actions
 
     @property
     def action_names(self) -> list[str]:
         """The game's names of its actions in lower case, or "action 0" and so on where it has none."""
-        meanings = getattr(self._envs[0].unwrapped, "get_action_meanings", list)
-        names = [str(meaning).lower() for meaning in meanings()]
-        return names if len(names) == self.num_actions else number_actions(self.num_actions)
+        return list(self._action_names)
 
     def reset(self) -> np.ndarray:
         """Start every environment anew and return the frames to act on, (E, S, S, 3) uint8.
 
         The first call seeds the environments; later ones go on with their random numbers. Games that were
         under way are given up and not reported.
+
+        Raises:
+            EnvironmentDiedError: an environment died too often.
         """
-        frames = [env.reset(seed=seed)[0] for env, seed in zip(self._envs, self._seeds, strict=True)]
+        for host, seed in zip(self._hosts, self._seeds, strict=True):
+            host.start("reset", seed)
+        frames, dead = self._finish_all()
+        for index, frame in self._replace(dead).items():
+            frames[index] = frame
         self._seeds = [None] * self.num_envs
         self._returns = [0.0] * self.num_envs
         self._lengths = [0] * self.num_envs
@@ -110,19 +154,27 @@ class VectorEnv:
         Raises:
             RuntimeError: `reset` was not called yet.
             ValueError: the number of actions is not E.
+            EnvironmentDiedError: an environment died too often.
         """
         if not self._is_started:
             raise RuntimeError("VectorEnv.step() before the first reset().")
         if len(actions) != self.num_envs:
             raise ValueError(f"VectorEnv.step(): {len(actions)} actions for {self.num_envs} environments.")
-        game_returns: list[GameReturn] = []
-        steps = [self._step_one(index, int(action), game_returns) for index, action in enumerate(actions)]
-        frames, rewards, terminated, truncated = zip(*steps, strict=True)
+        self._steps += 1
+        for host, action in zip(self._hosts, actions, strict=True):
+            host.start("step", int(action))
+        steps, dead = self._finish_all()
+        game_returns = [
+            game for index, step in enumerate(steps) if step is not None for game in self._count(index, step)
+        ]
+        for index, frame in self._replace(dead).items():
+            steps[index] = _lost_step(frame)
         return VectorStep(
-            frames=np.stack(frames),
-            rewards=np.array(rewards, dtype=np.float32),
-            terminated=np.array(terminated, dtype=bool),
-            truncated=np.array(truncated, dtype=bool),
+            frames=np.stack([step.frame for step in steps]),
+            rewards=np.array([step.reward for step in steps], dtype=np.float32),
+            terminated=np.array([step.terminated for step in steps], dtype=bool),
+            truncated=np.array([step.truncated for step in steps], dtype=bool),
+            lost=np.array([index in dead for index in range(self.num_envs)], dtype=bool),
             game_returns=game_returns,
         )
 
@@ -131,33 +183,140 @@ class VectorEnv:
         counts = zip(self._returns, self._lengths, strict=True)
         return [GameReturn(index, total, length) for index, (total, length) in enumerate(counts)]
 
+    def resume_states(self) -> list[dict[str, Any] | None]:
+        """Each environment's state for `resume`, plain JSON data.
+
+        None stands for one that cannot be saved: its kind says nothing of its state, or it has died, which
+        the next `step` sees to.
+        """
+        for host in self._hosts:
+            host.start("save")
+        states, _ = self._finish_all()
+        counts = zip(states, self._returns, self._lengths, self._deaths, strict=True)
+        return [
+            None if state is None else {"env": state, "return": total, "length": length, "deaths": deaths}
+            for state, total, length, deaths in counts
+        ]
+
+    def resume(self, states: Sequence[dict[str, Any] | None], *, seed: int) -> list[np.ndarray | None]:
+        """Go on, in place of the first `reset`, where environments of the same make stood.
+
+        Args:
+            states: what `resume_states` said of them.
+            seed: what the seeds of those that could not be saved, and start anew, are derived from.
+        Returns:
+            The first frames of those that start anew, (S, S, 3) uint8; None for the others.
+        Raises:
+            ValueError: the states are those of other environments.
+        """
+        if len(states) != self.num_envs:
+            raise ValueError(f"VectorEnv.resume(): {len(states)} states for {self.num_envs} environments.")
+        seeds = np.random.SeedSequence(seed).generate_state(self.num_envs).tolist()
+        for index, (host, state) in enumerate(zip(self._hosts, states, strict=True)):
+            if state is None:
+                host.start("reset", seeds[index])
+                continue
+            host.start("load", state["env"])
+            self._returns[index], self._lengths[index] = float(state["return"]), int(state["length"])
+            self._deaths[index] = int(state["deaths"])
+        frames, dead = self._finish_all()
+        for index, error in dead.items():
+            raise ValueError(f"environment {index} cannot go on from its saved state: {error}")
+        self._seeds = [None] * self.num_envs
+        self._is_started = True
+        return frames
+
     def close(self) -> None:
         """Close every environment."""
-        for env in self._envs:
-            env.close()
+        for host in self._hosts:
+            host.begin_close()
+        for host in self._hosts:
+            host.close()
 
-    def _step_one(
-        self, index: int, action: int, game_returns: list[GameReturn]
-    ) -> tuple[np.ndarray, float, bool, bool]:
-        """Step one environment, restart it if its episode ended; ended games are added to `game_returns`."""
-        env = self._envs[index]
-        frame, reward, terminated, truncated, info = env.step(action)
-        self._returns[index] += float(reward)
+    def _finish_all(self) -> tuple[list[Any], dict[int, EnvironmentDiedError]]:
+        """The answers, None where there is none, and why there is none."""
+        answers: list[Any] = [None] * self.num_envs
+        dead: dict[int, EnvironmentDiedError] = {}
+        for index, host in enumerate(self._hosts):
+            try:
+                answers[index] = host.finish()
+            except EnvironmentDiedError as error:
+                dead[index] = error
+        return answers, dead
+
+    def _replace(self, dead: dict[int, EnvironmentDiedError]) -> dict[int, np.ndarray]:
+        """Put new environments in the place of dead ones, again where these die too: their first frames."""
+        frames: dict[int, np.ndarray] = {}
+        while dead:
+            for index, error in dead.items():
+                self._note_death(index, error)
+            dead = self._start_anew(list(dead), frames)
+        return frames
+
+    def _start_anew(
+        self, indices: list[int], frames: dict[int, np.ndarray]
+    ) -> dict[int, EnvironmentDiedError]:
+        """Start new environments side by side, add their first frames to `frames`; those that died again."""
+        dead: dict[int, EnvironmentDiedError] = {}
+        for index in indices:
+            self._hosts[index].discard()
+            try:
+                self._hosts[index] = self._make_host()
+            except Exception as error:
+                dead[index] = EnvironmentDiedError(describe_exception(error))
+                continue
+            sequence = np.random.SeedSequence(self._seed, spawn_key=(index, self._deaths[index]))
+            self._hosts[index].start("reset", int(sequence.generate_state(1)[0]))
+        for index in indices:
+            if index not in dead:
+                try:
+                    frames[index] = self._hosts[index].finish()
+                except EnvironmentDiedError as error:
+                    dead[index] = error
+        return dead
+
+    def _note_death(self, index: int, error: EnvironmentDiedError) -> None:
+        """Give up an environment's game and say so; raise if it has died too often."""
+        self._returns[index], self._lengths[index] = 0.0, 0
+        self._deaths[index] += 1
+        recent = [step for step in self._recent_deaths[index] if step > self._steps - DEATH_WINDOW]
+        self._recent_deaths[index] = [*recent, self._steps]
+        if len(recent) >= MOST_DEATHS:
+            raise EnvironmentDiedError(
+                f"environment {index} died {len(recent) + 1} times within {DEATH_WINDOW} steps; the last time"
+                f" {error}"
+            ) from error
+        warnings.warn(
+            f"environment {index} died: {error}; a new one takes its place, and its open episode ends as"
+            f" truncated (death {self._deaths[index]})",
+            RunWarning,
+            stacklevel=2,
+        )
+
+    def _count(self, index: int, step: EnvStep) -> Iterator[GameReturn]:
+        """Count one environment's step and what came on the way to its next life: the games that ended."""
+        self._returns[index] += step.reward
         self._lengths[index] += 1
-        if info.get("game_over", terminated) or truncated:
-            game_returns.append(self._end_game(index))
-        if terminated or truncated:
-            frame, info = env.reset()
-            self._count_reset(index, info, game_returns)
-        return frame, float(reward), bool(terminated), bool(truncated)
-
-    def _count_reset(self, index: int, info: dict[str, Any], game_returns: list[GameReturn]) -> None:
-        """Count what happened on the way from one life to the next."""
-        self._returns[index] += info.get("reset_reward", 0.0)
-        if info.get("game_over", False):
-            game_returns.append(self._end_game(index))
+        if step.game_over:
+            yield self._end_game(index)
+        self._returns[index] += step.restart_reward
+        if step.restart_game_over:
+            yield self._end_game(index)
 
     def _end_game(self, index: int) -> GameReturn:
         game = GameReturn(index, self._returns[index], self._lengths[index])
         self._returns[index], self._lengths[index] = 0.0, 0
         return game
+
+
+def _lost_step(frame: np.ndarray) -> EnvStep:
+    """What stands for the answer of an environment that died; `frame` is the first of its successor."""
+    return EnvStep(
+        frame=frame,
+        reward=0.0,
+        terminated=False,
+        truncated=True,
+        game_over=False,
+        restart_reward=0.0,
+        restart_game_over=False,
+    )

@@ -1,7 +1,8 @@
-"""The controller: an actor-critic with a memory, which sees observations as codes."""
+"""The controller: an actor-critic with a memory, which sees observations as codes or as images."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch.nn import functional
 
 from rem_atari.config import ControllerConfig
 
-Carry = tuple[Tensor, Tensor]
-"""The LSTM's hidden and cell state, (B, lstm_dim) each: all that the controller remembers."""
+Carry = tuple[Tensor, ...]
+"""All that the controller remembers, (B, lstm_dim) each: an LSTM's hidden and cell state, a GRU's hidden."""
 
 
 class Decision(NamedTuple):
@@ -31,31 +32,35 @@ class Decision(NamedTuple):
 
 def reset_carry(carry: Carry, restarted: Tensor) -> Carry:
     """The carry with the rows in `restarted` (B,) bool back at its start, which is zero."""
-    hidden, cell = carry
     rows = restarted[:, None]
-    return hidden.masked_fill(rows, 0.0), cell.masked_fill(rows, 0.0)
+    return tuple(part.masked_fill(rows, 0.0) for part in carry)
 
 
 class Controller(nn.Module):
-    """Two convolutions and a linear layer over the square of codes, an LSTM cell, linear actor and critic.
+    """Convolutions over what it sees, a recurrent cell, linear actor and critic.
 
-    The LSTM takes two steps for each step of the environment: one on the observation, after which actor and
-    critic read its hidden state, and one on the embedding of the action that was taken. Weights start as
-    torch initialises them.
+    In token space it sees an observation as the square of its codes: two convolutions and a linear layer. In
+    pixel space (an ablation of the paper) it sees the frame that the tokenizer decodes: convolutions that
+    each halve it. The cell, an LSTM's or a GRU's, takes two steps for each step of the environment: one on
+    the observation, after which actor and critic read its hidden state, and one on the embedding of the
+    action that was taken (unless `action_input` is off). Weights start as torch initialises them.
 
     Args:
         cfg: sizes and what the memory is fed.
         grid: side of the square of tokens; an observation has grid² codes.
         code_dim: dimension of a code.
+        frame_size: side of a frame in pixels.
         num_actions: number of actions.
 
     Raises:
-        ValueError: the configured horizon leaves no step to learn from.
+        ValueError: the horizon leaves no step to learn from, or a frame is too small for the convolutions.
 
-    Source: arXiv 2402.05643, the controller in token space (4,586,707 parameters with 18 actions).
+    Source: arXiv 2402.05643; in token space 4,586,707 parameters with 18 actions.
     """
 
-    def __init__(self, cfg: ControllerConfig, *, grid: int, code_dim: int, num_actions: int) -> None:
+    def __init__(
+        self, cfg: ControllerConfig, *, grid: int, code_dim: int, frame_size: int, num_actions: int
+    ) -> None:
         super().__init__()
         if cfg.horizon < 2:
             raise ValueError(
@@ -64,72 +69,113 @@ class Controller(nn.Module):
             )
         self.grid = grid
         self.num_actions = num_actions
+        self.sees_pixels = cfg.space == "pixels"
         self.normalize_codes = cfg.normalize_codes
         self.burn_in_actions = cfg.burn_in_actions
-        first, second = cfg.channels
-        self.cnn = nn.Sequential(
-            nn.Conv2d(code_dim, first, kernel_size=3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(first, second, kernel_size=3, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(second * grid * grid, cfg.hidden_dim),
-            nn.SiLU(),
-        )
-        self.action_embedding = nn.Embedding(num_actions, cfg.hidden_dim)
-        self.lstm = nn.LSTMCell(cfg.hidden_dim, cfg.lstm_dim)
+        if self.sees_pixels:
+            self.cnn, width = _pixel_cnn(cfg.pixel_channels, frame_size)
+        else:
+            self.cnn, width = _code_cnn(cfg, code_dim, grid), cfg.hidden_dim
+        self.action_embedding = nn.Embedding(num_actions, width) if cfg.action_input else None
+        self.lstm = CELLS[cfg.cell](width, cfg.lstm_dim)
         self.actor = nn.Linear(cfg.lstm_dim, num_actions)
         self.critic = nn.Linear(cfg.lstm_dim, 1)
 
     def initial_carry(self, batch_size: int) -> Carry:
         """The memory at the start of `batch_size` episodes: zeros."""
-        zeros = self.critic.weight.new_zeros(batch_size, self.lstm.hidden_size)
-        return zeros, zeros.clone()
+        shape = (batch_size, self.lstm.hidden_size)
+        parts = 2 if isinstance(self.lstm, nn.LSTMCell) else 1
+        return tuple(self.critic.weight.new_zeros(shape) for _ in range(parts))
 
-    def features(self, codes: Tensor) -> Tensor:
-        """What the LSTM is fed for observations: codes (..., K, E) to (..., hidden_dim).
+    def features(self, seen: Tensor) -> Tensor:
+        """What the cell is fed for observations: (..., hidden_dim), or in pixel space (..., flattened image).
 
         Observations do not depend on each other here, so any number of steps may go in at once.
+
+        Args:
+            seen: codes (..., K, E), or in pixel space images (..., 3, S, S) about [-1, 1].
         """
-        leading = codes.shape[:-2]
+        if self.sees_pixels:
+            return self.cnn(seen.flatten(0, -4)).unflatten(0, seen.shape[:-3])
+        leading = seen.shape[:-2]
         if self.normalize_codes:
-            codes = codes / (codes.std(dim=(-2, -1), keepdim=True) + 1e-6)
-        squares = rearrange(codes.flatten(0, -3), "n (h w) e -> n e h w", h=self.grid)
+            seen = seen / (seen.std(dim=(-2, -1), keepdim=True) + 1e-6)
+        squares = rearrange(seen.flatten(0, -3), "n (h w) e -> n e h w", h=self.grid)
         return self.cnn(squares).unflatten(0, leading)
 
     def decide(self, features: Tensor, carry: Carry) -> Decision:
         """Take in an observation's `features` (B, hidden_dim) and judge the situation."""
-        hidden, cell = self.lstm(features, carry)
-        return Decision(self.actor(hidden), self.critic(hidden).squeeze(-1), (hidden, cell))
+        carry = self._remember(features, carry)
+        # float32 also under autocast: losses and returns are computed from these.
+        return Decision(self.actor(carry[0]).float(), self.critic(carry[0]).squeeze(-1).float(), carry)
 
-    def forward(self, codes: Tensor, carry: Carry) -> Decision:
-        """Take in an observation (B, K, E) and judge the situation."""
-        return self.decide(self.features(codes), carry)
+    def forward(self, seen: Tensor, carry: Carry) -> Decision:
+        """Take in an observation, as `features` sees it with one leading dimension, and judge it."""
+        return self.decide(self.features(seen), carry)
 
     def observe_action(self, actions: Tensor, carry: Carry) -> Carry:
-        """Take in the actions (B,) that were taken."""
-        return self.lstm(self.action_embedding(actions), carry)
+        """Take in the actions (B,) that were taken, if the memory is fed actions at all."""
+        if self.action_embedding is None:
+            return carry
+        return self._remember(self.action_embedding(actions), carry)
 
     @torch.no_grad()
-    def burn_in(self, codes: Tensor, actions: Tensor, mask: Tensor) -> Carry:
+    def burn_in(self, seen: Tensor, actions: Tensor, mask: Tensor) -> Carry:
         """The memory after T past steps, without gradient.
 
         The convolutions see all steps at once; only the LSTM goes through them one after another.
 
         Args:
-            codes: observations, (B, T, K, E); T may be 0.
+            seen: observations as `features` sees them, (B, T, ...); T may be 0.
             actions: the actions taken, (B, T) int64; unused unless the configuration feeds them.
             mask: (B, T) bool, False where a step is padding: it leaves the memory as it is.
         """
-        carry = self.initial_carry(codes.shape[0])
-        features = self.features(codes)
-        for step in range(codes.shape[1]):
-            after = self.lstm(features[:, step], carry)
+        carry = self.initial_carry(seen.shape[0])
+        features = self.features(seen)
+        for step in range(seen.shape[1]):
+            after = self._remember(features[:, step], carry)
             if self.burn_in_actions:
                 after = self.observe_action(actions[:, step], after)
             real = mask[:, step, None]
-            carry = torch.where(real, after[0], carry[0]), torch.where(real, after[1], carry[1])
+            carry = tuple(torch.where(real, new, old) for new, old in zip(after, carry, strict=True))
         return carry
+
+    def _remember(self, features: Tensor, carry: Carry) -> Carry:
+        """One step of the cell."""
+        if isinstance(self.lstm, nn.LSTMCell):
+            return self.lstm(features, carry)
+        return (self.lstm(features, *carry),)
+
+
+CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
+
+
+def _code_cnn(cfg: ControllerConfig, code_dim: int, grid: int) -> nn.Sequential:
+    """From a square of codes to hidden_dim features."""
+    first, second = cfg.channels
+    return nn.Sequential(
+        nn.Conv2d(code_dim, first, kernel_size=3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(first, second, kernel_size=3, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(second * grid * grid, cfg.hidden_dim),
+        nn.SiLU(),
+    )
+
+
+def _pixel_cnn(channels: tuple[int, ...], frame_size: int) -> tuple[nn.Sequential, int]:
+    """From an image to its flattened features, and their number; every convolution halves the image."""
+    side = frame_size >> len(channels)
+    if side == 0:
+        raise ValueError(
+            f"controller.pixel_channels has {len(channels)} entries, each of which halves the image, but"
+            f" env.frame_size is {frame_size}; wanted a frame of at least {1 << len(channels)} pixels."
+        )
+    layers: list[nn.Module] = []
+    for before, after in pairwise((3, *channels)):
+        layers += [nn.Conv2d(before, after, kernel_size=3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten()), channels[-1] * side * side
 
 
 def entropy(logits: Tensor) -> Tensor:

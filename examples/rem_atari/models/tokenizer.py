@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import TokenizerConfig
+from rem_atari.models.lpips import Lpips
 
 FOREGROUND_THRESHOLD = 10
 """A pixel is foreground where a channel is more than so many levels (of 255) from the background."""
@@ -87,11 +88,22 @@ class Tokenizer(nn.Module):
         frames = _in_parts(lambda part: _to_bytes(self._reconstruct(self.embed(part))), rows)
         return unpack(frames, leading, "* height width channel")[0]
 
+    @torch.no_grad()
+    def images(self, tokens: Tensor) -> Tensor:
+        """What tokens decode to: int64 (..., K) to float32 (..., 3, S, S) about [-1, 1], without gradient."""
+        rows, leading = pack([tokens], "* token")
+        images = _in_parts(
+            lambda part: rearrange(self._reconstruct(self.embed(part)), "b h w c -> b c h w"), rows
+        )
+        return unpack(images, leading, "* channel height width")[0]
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Codes of tokens: int64 (..., K) to (..., K, E), without gradient into the codebook."""
         return functional.embedding(tokens, self.codes)
 
-    def loss(self, frames: Tensor, *, background: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, frames: Tensor, *, background: Tensor | None, perceptual: Lpips | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss on a batch of frames.
 
         The decoder sees the nearest codes; its gradient passes them straight through to the encoder. The
@@ -101,19 +113,20 @@ class Tokenizer(nn.Module):
             frames: uint8 (B, S, S, 3).
             background: uint8 (S, S, 3), what of a frame never changes (the median frame). Pixels that differ
                 from it count 1 + foreground_weight times in the reconstruction. None: all count once.
+            perceptual: the network of the perceptual loss; None without it, where perceptual_weight is 0.
 
         Returns:
             The loss, and the metrics as scalars without gradient: loss, reconstruction (mean squared error of
             all pixels, unweighted, frames in [-1, 1]), codebook, commitment, codes_used (distinct codes in
-            the batch) and, with a background, foreground_error (mean squared error of the foreground's
-            pixels; NaN if there are none).
+            the batch); with a background, foreground_error (mean squared error of the foreground's pixels;
+            NaN if there are none); with a perceptual network, perceptual (mean distance of LPIPS).
 
         Raises:
-            ValueError: the frames have another shape, the perceptual loss is asked for (it is not here yet),
-                or a foreground weight comes without a background.
+            ValueError: the frames have another shape, or a perceptual or foreground weight comes without the
+                network or the background that it needs.
         """
         self._check_frames("loss", frames, leading="B")
-        self._check_loss_settings(background)
+        self._check_loss_settings(background, perceptual)
         output = self._encoder_output(frames)
         with torch.no_grad():
             tokens = self._nearest(output)
@@ -125,14 +138,11 @@ class Tokenizer(nn.Module):
         codebook = functional.mse_loss(nearest, output.detach())
         commitment = functional.mse_loss(output, nearest.detach())
         passed_through = output + (nearest - output).detach()
-        errors = (self._reconstruct(passed_through) - _to_floats(frames)).square()
-        weighted, pixel_metrics = self._pixel_losses(errors, frames, background)
-        loss = (
-            self.cfg.reconstruction_weight * weighted
-            + self.cfg.codebook_weight * codebook
-            + self.cfg.commitment_weight * commitment
+        image_loss, image_metrics = self._image_loss(
+            self._reconstruct(passed_through), frames, background, perceptual
         )
-        metrics = {"loss": loss, "codebook": codebook, "commitment": commitment, **pixel_metrics}
+        loss = image_loss + self.cfg.codebook_weight * codebook + self.cfg.commitment_weight * commitment
+        metrics = {"loss": loss, "codebook": codebook, "commitment": commitment, **image_metrics}
         metrics["codes_used"] = (used > 0).sum().float()
         return loss, {name: metric.detach() for name, metric in metrics.items()}
 
@@ -171,18 +181,32 @@ class Tokenizer(nn.Module):
 
     def _encoder_output(self, frames: Tensor) -> Tensor:
         """What the encoder says of each patch: uint8 (B, S, S, 3) to (B, K, E)."""
-        # A view: channels stay last in memory, which trains a fifth faster on a CPU than a copy would.
-        images = rearrange(_to_floats(frames), "b h w c -> b c h w")
-        return rearrange(self.to_code(self.encoder(images)), "b e h w -> b (h w) e")
+        images = _to_images(_to_floats(frames))
+        return rearrange(self.to_code(self.encoder(images)).float(), "b e h w -> b (h w) e")
 
     def _reconstruct(self, codes: Tensor) -> Tensor:
         """Frames of codes: (B, K, E) to (B, S, S, 3) about [-1, 1]."""
         squares = rearrange(codes, "b (h w) e -> b e h w", h=self.grid)
-        return rearrange(self.decoder(self.from_code(squares)), "b c h w -> b h w c")
+        return rearrange(self.decoder(self.from_code(squares)).float(), "b c h w -> b h w c")
 
     def _nearest(self, outputs: Tensor) -> Tensor:
         """Index of the code nearest to each encoder output: (B, K, E) to int64 (B, K)."""
-        return _distances(outputs.flatten(0, 1), self.codes).argmin(dim=-1).unflatten(0, outputs.shape[:2])
+        # In bfloat16 the distances to neighbouring codes would often be equal.
+        with torch.autocast(outputs.device.type, enabled=False):
+            distances = _distances(outputs.flatten(0, 1), self.codes)
+        return distances.argmin(dim=-1).unflatten(0, outputs.shape[:2])
+
+    def _image_loss(
+        self, reconstructed: Tensor, frames: Tensor, background: Tensor | None, perceptual: Lpips | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is lost of the frames in their reconstruction (B, S, S, 3), weighted; the metrics of it."""
+        wanted = _to_floats(frames)
+        weighted, metrics = self._pixel_losses((reconstructed - wanted).square(), frames, background)
+        loss = self.cfg.reconstruction_weight * weighted
+        if perceptual is not None:
+            metrics["perceptual"] = perceptual(_to_images(reconstructed), _to_images(wanted)).mean()
+            loss = loss + self.cfg.perceptual_weight * metrics["perceptual"]
+        return loss, metrics
 
     def _pixel_losses(
         self, errors: Tensor, frames: Tensor, background: Tensor | None
@@ -207,11 +231,11 @@ class Tokenizer(nn.Module):
                 f"wanted torch.uint8 ({leading}, {', '.join(map(str, wanted))})."
             )
 
-    def _check_loss_settings(self, background: Tensor | None) -> None:
-        if self.cfg.perceptual_weight > 0:
+    def _check_loss_settings(self, background: Tensor | None, perceptual: Lpips | None) -> None:
+        if self.cfg.perceptual_weight > 0 and perceptual is None:
             raise ValueError(
-                f"tokenizer.perceptual_weight is {self.cfg.perceptual_weight}; the perceptual loss (LPIPS) "
-                "is not available yet. Set it to 0 to train without."
+                f"Tokenizer.loss(): perceptual is None but tokenizer.perceptual_weight is "
+                f"{self.cfg.perceptual_weight}; give the network of the perceptual loss (LPIPS)."
             )
         if self.cfg.foreground_weight > 0 and background is None:
             raise ValueError(
@@ -260,6 +284,12 @@ def _norm(channels: int, groups: int) -> tuple[nn.Module, nn.Module]:
 def _to_floats(frames: Tensor) -> Tensor:
     """Bytes 0..255 to [-1, 1]."""
     return frames.float() / 127.5 - 1
+
+
+def _to_images(frames: Tensor) -> Tensor:
+    """(B, S, S, 3) to (B, 3, S, S)."""
+    # A view: channels stay last in memory, which trains a fifth faster on a CPU than a copy would.
+    return rearrange(frames, "b h w c -> b c h w")
 
 
 def _to_bytes(images: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
-"""The POP world model: a RetNet that reads observations and actions and predicts what comes next."""
+"""The POP world model: a RetNet that reads observations and actions and predicts what comes next.
+
+What it shares with the model that writes token by token (`models.token_by_token`) is in `BaseWorldModel`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -11,6 +15,7 @@ from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
 from rem_atari.models.sequence_tokens import SequenceTokens
+from rem_atari.sampling import sample_categorical
 from retpop import RetNetConfig, RetNetDecoder, RetNetState
 
 REWARD_CLASSES = 3
@@ -50,12 +55,28 @@ class SequenceLogits(NamedTuple):
     ends: Tensor
 
 
-class WorldModel(nn.Module):
-    """Predicts rewards, ends and next observations, all tokens of an observation in one pass (POP).
+class Imagined(NamedTuple):
+    """What a world model dreams up after observations and actions.
 
-    A block is the K tokens of an observation and the action taken on it. The main stream of the decoder reads
-    blocks; its output at the action token gives reward and end. K learned prediction embeddings, started from
-    the state before a block, give that block's K observation tokens.
+    Attributes:
+        rewards: signs of the rewards, -1, 0 or 1, (B,) int64.
+        ended: the episode ended, (B,) bool.
+        tokens: the next observations, (B, K) int64.
+        state: the memory to imagine on from.
+    """
+
+    rewards: Tensor
+    ended: Tensor
+    tokens: Tensor
+    state: RetNetState
+
+
+class BaseWorldModel(nn.Module, ABC):
+    """A RetNet decoder over blocks, and heads for observation tokens, rewards and ends.
+
+    A block is the K tokens of an observation and the action taken on it. The decoder reads blocks; its output
+    at the action token gives reward and end. How the K tokens of a next observation are found is what
+    subclasses are about.
 
     Observation tokens are embedded with the tokenizer's codebook, which every method is handed and into which
     no gradient flows, or, with `own_token_embedding`, with a table of the model's own (the codebook handed in
@@ -72,8 +93,6 @@ class WorldModel(nn.Module):
     Raises:
         ValueError: the codes do not fit the decoder's width and the model has no table of its own, or the
             context leaves no block to learn from.
-
-    Source: arXiv 2402.05643; 4,628,997 parameters at the published size with 18 actions.
     """
 
     def __init__(
@@ -87,7 +106,7 @@ class WorldModel(nn.Module):
         self.context_blocks = cfg.context_blocks
         self.token_embedding = nn.Embedding(codebook_size, width) if cfg.own_token_embedding else None
         self.action_embedding = nn.Embedding(num_actions, width)
-        self.prediction_embedding = nn.Embedding(num_tokens, width)
+        self.prediction_embedding = self._make_prediction_embedding(cfg)
         self.position_embedding = nn.Embedding(self.block_size, width) if cfg.position_in_block else None
         self.decoder = RetNetDecoder(
             RetNetConfig(
@@ -104,11 +123,7 @@ class WorldModel(nn.Module):
         self.reward_head = _head(width, REWARD_CLASSES)
         self.end_head = _head(width, 2)
 
-    def init_state(self, batch_size: int) -> RetNetState:
-        """The memory before `batch_size` sequences have begun."""
-        weight = self.action_embedding.weight
-        return self.decoder.init_state(batch_size, device=weight.device, dtype=weight.dtype)
-
+    @abstractmethod
     def forward(
         self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
     ) -> SequenceLogits:
@@ -120,16 +135,34 @@ class WorldModel(nn.Module):
             codebook: the tokenizer's codes, (V, E).
             skip_blocks: leave out the predictions of so many first blocks.
         """
-        predicting = self._prediction_tokens(tokens.shape[0], tokens.shape[1])
-        read, predicted, _ = self.decoder.pop(
-            self._embed_blocks(tokens, actions, codebook), predicting, block_size=self.block_size
-        )
-        at_action = read.unflatten(1, (-1, self.block_size))[:, skip_blocks:, -1]
-        return SequenceLogits(
-            tokens=self.token_head(predicted[:, skip_blocks:]),
-            rewards=self.reward_head(at_action),
-            ends=self.end_head(at_action),
-        )
+
+    @abstractmethod
+    def begin(self, tokens: Tensor, codebook: Tensor, state: RetNetState) -> RetNetState:
+        """The memory that `imagine` wants at observations (B, K), from the one before them."""
+
+    @abstractmethod
+    def imagine(
+        self,
+        tokens: Tensor,
+        actions: Tensor,
+        codebook: Tensor,
+        state: RetNetState,
+        generator: torch.Generator,
+    ) -> Imagined:
+        """Draw what follows observations and actions.
+
+        Args:
+            tokens: the observations, (B, K) int64.
+            actions: the actions taken on them, (B,) int64.
+            codebook: the tokenizer's codes, (V, E).
+            state: from `begin` at these observations, or from the `imagine` that gave them.
+            generator: source of the draws, on the model's device.
+        """
+
+    def init_state(self, batch_size: int) -> RetNetState:
+        """The memory before `batch_size` sequences have begun."""
+        weight = self.action_embedding.weight
+        return self.decoder.init_state(batch_size, device=weight.device, dtype=weight.dtype)
 
     def loss(self, batch: SequenceTokens, codebook: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss: the sum of the cross-entropies of tokens, rewards and ends.
@@ -189,6 +222,75 @@ class WorldModel(nn.Module):
         _, state = self.decoder(self._embed_blocks(tokens, actions, codebook), state)
         return state
 
+    def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding | None:
+        """Prediction tokens, where the model has any."""
+        return None
+
+    def _embed_blocks(self, tokens: Tensor, actions: Tensor, codebook: Tensor) -> Tensor:
+        """Observations (B, N, K) and actions (B, N) as the main stream's input, (B, N·(K+1), width)."""
+        observations = self._embed_tokens(tokens, codebook)
+        blocks = torch.cat([observations, self.action_embedding(actions)[:, :, None]], dim=2)
+        return rearrange(self._place(blocks, 0), "b n l e -> b (n l) e")
+
+    def _embed_tokens(self, tokens: Tensor, codebook: Tensor) -> Tensor:
+        table = codebook.detach() if self.token_embedding is None else self.token_embedding.weight
+        return functional.embedding(tokens, table)
+
+    def _place(self, embedded: Tensor, first: int) -> Tensor:
+        """Add to (..., n, width) the embeddings of places `first` .. `first + n - 1` of a block, if any."""
+        if self.position_embedding is None:
+            return embedded
+        return embedded + self.position_embedding.weight[first : first + embedded.shape[-2]]
+
+
+class WorldModel(BaseWorldModel):
+    """Predicts rewards, ends and next observations, all tokens of an observation in one pass (POP).
+
+    K learned prediction embeddings (or, with `shared_prediction_token`, one that stands in all K places),
+    started from the state before a block, give that block's K observation tokens.
+
+    Args:
+        cfg, num_tokens, code_dim, codebook_size, num_actions: as `BaseWorldModel`.
+
+    Source: arXiv 2402.05643; 4,628,997 parameters at the published size with 18 actions.
+    """
+
+    def forward(
+        self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
+    ) -> SequenceLogits:
+        """See `BaseWorldModel.forward`."""
+        predicting = self._prediction_tokens(tokens.shape[0], tokens.shape[1])
+        read, predicted, _ = self.decoder.pop(
+            self._embed_blocks(tokens, actions, codebook), predicting, block_size=self.block_size
+        )
+        at_action = read.unflatten(1, (-1, self.block_size))[:, skip_blocks:, -1]
+        return SequenceLogits(
+            tokens=self.token_head(predicted[:, skip_blocks:]),
+            rewards=self.reward_head(at_action),
+            ends=self.end_head(at_action),
+        )
+
+    def begin(self, tokens: Tensor, codebook: Tensor, state: RetNetState) -> RetNetState:
+        """The memory before the observations, as it is: `imagine` reads them with their actions."""
+        return state
+
+    def imagine(
+        self,
+        tokens: Tensor,
+        actions: Tensor,
+        codebook: Tensor,
+        state: RetNetState,
+        generator: torch.Generator,
+    ) -> Imagined:
+        """Draw what follows observations and actions, in one pass; the tokens independently of each other."""
+        step = self.step(tokens, actions, codebook, state)
+        return Imagined(
+            rewards=sample_categorical(step.reward_logits, generator) - 1,
+            ended=sample_categorical(step.end_logits, generator).bool(),
+            tokens=sample_categorical(step.token_logits, generator),
+            state=step.state,
+        )
+
     def step(self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: RetNetState) -> WorldModelStep:
         """Read one block and predict what follows it, in one pass of the decoder.
 
@@ -220,18 +322,13 @@ class WorldModel(nn.Module):
         _, predicted, _ = self.decoder.pop(nothing, predicting, state, block_size=self.block_size)
         return self.token_head(predicted[:, 0])
 
-    def _embed_blocks(self, tokens: Tensor, actions: Tensor, codebook: Tensor) -> Tensor:
-        """Observations (B, N, K) and actions (B, N) as the main stream's input, (B, N·(K+1), width)."""
-        table = codebook.detach() if self.token_embedding is None else self.token_embedding.weight
-        observations = functional.embedding(tokens, table)
-        blocks = torch.cat([observations, self.action_embedding(actions)[:, :, None]], dim=2)
-        if self.position_embedding is not None:
-            blocks = blocks + self.position_embedding.weight
-        return rearrange(blocks, "b n l e -> b (n l) e")
+    def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding:
+        return nn.Embedding(1 if cfg.shared_prediction_token else self.num_tokens, cfg.embed_dim)
 
     def _prediction_tokens(self, batch_size: int, blocks: int) -> Tensor:
         """The prediction stream's input, the same for every block: (B, blocks, K, width)."""
-        return self.prediction_embedding.weight.expand(batch_size, blocks, -1, -1)
+        weight = self.prediction_embedding.weight
+        return weight.expand(batch_size, blocks, self.num_tokens, weight.shape[-1])
 
 
 def reward_classes(rewards: Tensor) -> Tensor:
@@ -245,7 +342,7 @@ def _head(width: int, classes: int) -> nn.Sequential:
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy and accuracy over the targets (...) other than NO_LOSS; 0 if there are none."""
-    logits, targets = logits.flatten(0, -2), targets.flatten()
+    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
     counted = (targets != NO_LOSS).sum().clamp(min=1)
     total = functional.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="sum")
     correct = (logits.detach().argmax(dim=-1) == targets).sum()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +49,7 @@ class Report:
         codebook: use of the codes on held-out frames, or None.
         scenes: imagined films; empty where none could be made.
         heldout_frames: number of held-out frames measured.
+        evaluation: what `rem-atari evaluate` found out, see `evaluation_files.newest_summary`, or None.
     """
 
     game: str
@@ -60,3 +63,4 @@ class Report:
     codebook: CodebookUse | None
     scenes: list[Scene]
     heldout_frames: int
+    evaluation: Mapping[str, Any] | None = None

@@ -101,7 +101,7 @@ def _dream_freely(
 ) -> _Dream:
     """Imagine episodes in which the controller acts, its memory warmed up on the context."""
     env, codes = _start(agent, batch, context, generator)
-    past = agent.tokenizer.embed(batch.tokens[:, :context])
+    past = agent.show(batch.tokens[:, :context])
     carry = agent.controller.burn_in(past, batch.actions[:, :context], batch.mask[:, :context])
     steps = batch.tokens.shape[1] - 1 - context
     played, _, _ = rollout(
@@ -113,8 +113,8 @@ def _dream_freely(
 def _start(
     agent: Agent, batch: SequenceTokens, context: int, generator: torch.Generator
 ) -> tuple[_RecordingEnv, Tensor]:
-    """An imagined environment at step `context` of every row, and the codes of its observations."""
-    env = ImaginedEnv(agent.world_model, agent.tokenizer, generator)
+    """An imagined environment at step `context` of every row, and what the controller sees of it."""
+    env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
     start = batch.tokens[:, context]
     codes = env.reset(start, batch.tokens[:, :context], batch.actions[:, :context])
     return _RecordingEnv(env, start), codes

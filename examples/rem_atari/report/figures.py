@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from rem_atari.durable import replace_file
 from rem_atari.report.charts import LOG_RATIO, Chart
 from rem_atari.report.films import Film, Scene
 
@@ -66,7 +67,9 @@ def save_reconstructions(path: Path, frames: NDArray[np.uint8], redrawn: NDArray
         draw.text((GAP, top + 5), label, fill=INK, font=ImageFont.truetype(FONT, 12))
         for column, image in enumerate(images):
             picture.paste(_scaled(image), (GAP + column * (side + GAP), top + HEADING))
-    picture.save(path)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    replace_file(path, buffer.getvalue())
 
 
 def save_curves(path: Path, charts: Sequence[Chart]) -> None:
@@ -89,7 +92,9 @@ def save_curves(path: Path, charts: Sequence[Chart]) -> None:
         _draw_chart(axes, chart)
     for axes in grid[len(charts) :]:
         axes.remove()
-    figure.savefig(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    replace_file(path, buffer.getvalue())
 
 
 def _draw_chart(axes: Axes, chart: Chart) -> None:
@@ -116,7 +121,11 @@ def save_imagination(path: Path, scenes: Sequence[Scene]) -> None:
     pictures = [_draw_moment(scenes, step) for step in range(length + 1)]
     durations = [STEP_MILLISECONDS] * length + [LAST_STEP_MILLISECONDS]
     quantized = [picture.quantize(256, dither=Image.Dither.NONE) for picture in pictures]
-    quantized[0].save(path, save_all=True, append_images=quantized[1:], duration=durations, loop=0)
+    buffer = io.BytesIO()
+    quantized[0].save(
+        buffer, format="GIF", save_all=True, append_images=quantized[1:], duration=durations, loop=0
+    )
+    replace_file(path, buffer.getvalue())
 
 
 def _draw_moment(scenes: Sequence[Scene], step: int) -> Image.Image:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rem_atari.agent import Agent
 from rem_atari.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from rem_atari.config import Config
-from rem_atari.envs.vector import number_actions
+from rem_atari.envs.host import number_actions
 from rem_atari.errors import RunError
 from rem_atari.replay import Replay
 from rem_atari.report.history import MetricLine

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.models.world_model import WorldModel, reward_classes
+from rem_atari.models.world_model import BaseWorldModel, reward_classes
 from rem_atari.report.analysis import TokenPredictions, TokenScores, score_tokens
 
 SEQUENCES_AT_ONCE = 16
@@ -46,7 +46,7 @@ def token_pairs(batch: SequenceTokens) -> tuple[NDArray[np.int64], NDArray[np.in
 
 @torch.no_grad()
 def predict_sequences(
-    world_model: WorldModel, codebook: Tensor, batch: SequenceTokens, *, first: int
+    world_model: BaseWorldModel, codebook: Tensor, batch: SequenceTokens, *, first: int
 ) -> tuple[Evidence, Evidence]:
     """What the world model, given the real past, says of next frames and of rewards.
 

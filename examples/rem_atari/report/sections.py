@@ -15,6 +15,7 @@ from rem_atari.report.history import PhaseThroughput, returns_of, throughput, to
 from rem_atari.report.summary import (
     comparisons_sentence,
     epochs_begun,
+    evaluation_sentence,
     returns_sentence,
     warnings_of,
     what_ran,
@@ -33,7 +34,8 @@ def header(report: Report) -> str:
 <h1>REM on {escape(report.game)}</h1>
 <p class="faint">preset {escape(config.preset)} · seed {config.seed} · {escape(versions)}</p>
 <p class="lede">{escape(what_ran(report))}</p>
-<p>{escape(returns_sentence(report))} {escape(comparisons_sentence(report))}</p>
+<p>{escape(returns_sentence(report))} {escape(evaluation_sentence(report))}
+{escape(comparisons_sentence(report))}</p>
 {notes}
 <dl class="figures">{_key_figures(report)}</dl>
 </header>"""

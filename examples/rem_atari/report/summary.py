@@ -5,6 +5,7 @@ from __future__ import annotations
 from rem_atari.report.contents import Report
 from rem_atari.report.history import (
     Returns,
+    is_number,
     last_value,
     returns_of,
     total_seconds,
@@ -65,6 +66,20 @@ def returns_text(returns: Returns) -> str:
     error = "" if returns.standard_error is None else f" ± {number(returns.standard_error, 2)}"
     unfinished = f", {returns.unfinished} of them cut off by the clock" if returns.unfinished else ""
     return f"{number(returns.mean)}{error} ({count(returns.episodes, 'episode')}{unfinished})"
+
+
+def evaluation_sentence(report: Report) -> str:
+    """What `rem-atari evaluate` found out, if it was asked."""
+    found = report.evaluation
+    if found is None:
+        return ""
+    error, normalised = found.get("standard_error"), found.get("human_normalised")
+    text = (
+        f"In {count(int(found['episodes']), 'whole game')} that rem-atari evaluate played with checkpoint"
+        f" {int(found['step'])} at temperature {found['temperature']:g}, the mean return was"
+        f" {number(found['mean_return'])}{f' ± {number(error, 2)}' if is_number(error) else ''}"
+    )
+    return f"{text}, human-normalised {number(normalised)}." if is_number(normalised) else f"{text}."
 
 
 def comparisons_sentence(report: Report) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from rem_atari.durable import replace_file
 from rem_atari.envs import env_name
+from rem_atari.evaluation_files import newest_summary
 from rem_atari.presets import PRESETS
 from rem_atari.report.charts import charts_of
 from rem_atari.report.colophon import train_command
@@ -26,6 +27,7 @@ PURPOSES = {
     "checkpoints": "weights, optimisers and counters, with checksums",
     "replay": "the experience trained on, in append-only shards",
     "heldout": "steps of the last evaluation, never trained on",
+    "evaluation": "whole games played by `rem-atari evaluate`: scores, episodes, films",
     "media/curves.png": "the curves of this page",
     "media/reconstructions.png": "frames beside their reconstructions",
     "media/imagination.gif": "the imagined films",
@@ -94,6 +96,7 @@ def gather(data: RunData) -> Report:
         codebook=None if frames is None else frames.codebook,
         scenes=scenes,
         heldout_frames=0 if data.heldout is None else data.heldout.num_steps,
+        evaluation=newest_summary(data.folder),
     )
 
 

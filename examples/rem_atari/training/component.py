@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rem_atari.config import OptimConfig
 from rem_atari.errors import NonFiniteError
+from rem_atari.training.updates import Metrics
 
 
 class Component:
@@ -19,38 +20,61 @@ class Component:
         module: the module that trains.
         config: learning rate, weight decay, clipping.
         groups: parameter groups with weight decays of their own; None: all parameters, `config`'s decay.
+        precision: "float32", or "bfloat16" for losses computed under autocast.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, config: OptimConfig, groups: list[dict[str, Any]] | None = None
+        self,
+        name: str,
+        module: nn.Module,
+        config: OptimConfig,
+        groups: list[dict[str, Any]] | None = None,
+        precision: str = "float32",
     ) -> None:
         self.name = name
         self.module = module
         self.config = config
         self.updates = 0
+        self._precision = precision
         parameters = list(module.parameters()) if groups is None else groups
         self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
-    def apply(self, loss: Tensor) -> Tensor:
+    def autocast(self) -> torch.autocast:
+        """The context to compute a loss in, and nothing but a loss."""
+        device = next(self.module.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16")
+
+    def apply(self, loss: Tensor, metrics: Metrics) -> Metrics:
         """One update: gradient of the loss, clipped to the global norm, and an AdamW step.
 
+        Whether everything is finite is asked once, of one number, so that a GPU is waited for once an update:
+        a gradient that is not finite anywhere makes the norm of all of them so.
+
+        Args:
+            loss: a scalar.
+            metrics: what else was measured on the batch, for the message.
         Returns:
-            The gradient's norm before clipping, a scalar.
+            The metrics, and ``grad_norm``: the gradient's norm before clipping.
         Raises:
-            NonFiniteError: the loss or a gradient is not finite; the weights stay as they are.
+            NonFiniteError: the loss, a gradient or their norm is not finite; the weights stay as they are.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         if not torch.isfinite(loss.detach() + norm):
+            numbers = {
+                "gradient norm": norm,
+                **{name: value for name, value in metrics.items() if name != "loss"},
+            }
+            listed = ", ".join(f"{name} {float(value):.6g}" for name, value in numbers.items())
             raise NonFiniteError(
                 f"update {self.updates} of the {self.name.replace('_', ' ')} was not applied, because it"
-                f" is not finite: loss {loss.item()}, gradient norm {norm.item()}"
+                f" is not finite: loss {loss.item():.6g}, {listed}"
             )
         self.optimizer.step()
         self.updates += 1
-        return norm
+        return {**metrics, "grad_norm": norm}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's tensors by name: ``<component>.<parameter number>.<slot>``."""
@@ -62,11 +86,22 @@ class Component:
         }
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Give the optimiser back its :meth:`optimizer_tensors`; those of other components are ignored."""
+        """Give the optimiser back its :meth:`optimizer_tensors`; those of other components are ignored.
+
+        Raises:
+            ValueError: they are those of other parameters.
+        """
+        groups = self.optimizer.state_dict()["param_groups"]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             component, index, slot = name.split(".")
-            if component == self.name:
-                state.setdefault(int(index), {})[slot] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
+            if component != self.name:
+                continue
+            # torch takes whatever it is given here, and fails, or worse does not, at the next step.
+            if slot != "step" and tensor.shape != parameters[int(index)].shape:
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)}, not {tuple(parameters[int(index)].shape)}"
+                )
+            state.setdefault(int(index), {})[slot] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -50,14 +50,19 @@ class ControllerPhase(TrainingPhase):
         """Whether the replay holds an episode long enough."""
         return self.has_episode(self._replay, self._config.min_real_frames)
 
+    def changed_on_the_way(self) -> list[torch.Tensor]:
+        """Which rows have tokens."""
+        return [self._tokens.known]
+
     def update(self) -> Metrics:
         """One update on a batch of segments."""
         batch = self._replay.sample_segments(
             self._config.optim.batch_size, self._config.burn_in + 1, min_real=self._config.min_real_frames
         )
         segments = self._tokens.tokenize(batch)
-        loss, metrics = controller_loss(self._agent, segments, self._config, self._generator)
-        return metrics | {"grad_norm": self.component.apply(loss)}
+        with self.component.autocast():
+            loss, metrics = controller_loss(self._agent, segments, self._config, self._generator)
+        return self.component.apply(loss, metrics)
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Imagined frames a second."""

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from rem_atari.replay import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.updates import Metrics
@@ -32,6 +34,13 @@ class TrainingPhase(ABC):
     def prepare(self, epoch: int) -> bool:
         """Get ready for an epoch's updates; False: there are none in this epoch, the phase rests."""
 
+    def go_on(self) -> None:
+        """Get ready for the rest of an epoch's updates, of which some were made before the run was resumed.
+
+        Nothing, unless `prepare` finds something out that no checkpoint holds.
+        """
+        return
+
     @abstractmethod
     def update(self) -> Metrics:
         """Make one update, on a batch of its own, and say what it measured."""
@@ -43,6 +52,14 @@ class TrainingPhase(ABC):
     def state(self) -> dict[str, Any]:
         """What the phase remembers from epoch to epoch, plain JSON data; nothing unless a phase does."""
         return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        return
+
+    def changed_on_the_way(self) -> list[Tensor]:
+        """What `update` may change of the agent before its step is applied, so that it can be undone."""
+        return []
 
     def has_episode(self, replay: Replay, min_real: int) -> bool:
         """Whether an episode of `min_real` steps can be sampled; warns where not."""

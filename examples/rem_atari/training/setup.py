@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from rem_atari.agent import Agent
@@ -15,7 +17,9 @@ from rem_atari.config import Config
 from rem_atari.envs import make_env
 from rem_atari.envs.vector import VectorEnv
 from rem_atari.errors import UsageError
+from rem_atari.models.lpips import Lpips
 from rem_atari.training.seeding import derive_seed
+from rem_atari.weights import find_weights, load_perceptual
 
 AT_LEAST_ONE = (
     "env.frame_size",
@@ -23,6 +27,7 @@ AT_LEAST_ONE = (
     "env.noop_max",
     "env.max_raw_frames",
     "env.eval_max_raw_frames",
+    "env.action_repeat",
     "env.num_envs",
     "tokenizer.channels",
     "tokenizer.codebook_size",
@@ -56,9 +61,14 @@ AT_LEAST_ONE = (
 SMALLEST = dict.fromkeys(AT_LEAST_ONE, 1) | {"controller.horizon": 2}
 """Smallest values allowed, by the field's dotted path; of a number that is not listed it is 0."""
 
-ABOVE_ZERO = ("controller.temperature", "evaluation.temperature")
+ABOVE_ZERO = ("controller.temperature", "env.timeout_seconds", "evaluation.temperature")
 
-AT_MOST_ONE = ("controller.gamma", "controller.td_lambda", "controller.epsilon")
+AT_MOST_ONE = (
+    "controller.gamma",
+    "controller.td_lambda",
+    "controller.epsilon",
+    "env.minatar.sticky_actions",
+)
 
 
 @dataclass(frozen=True)
@@ -68,33 +78,47 @@ class TrainingParts:
     Attributes:
         envs: the environments that collect experience.
         agent: with fresh weights, on the configured device.
+        perceptual: the network of the tokenizer's perceptual loss; None where it trains without.
     """
 
     envs: VectorEnv
     agent: Agent
+    perceptual: Lpips | None
 
 
 @contextmanager
 def prepare_training(config: Config) -> Iterator[TrainingParts]:
     """Check a configuration and build a run's parts; the environments are closed at the end.
 
-    Sets torch's thread count and its global seed, from which the weights and dropout are drawn.
+    Sets torch's thread count and the global seeds: torch's, from which the weights and dropout are drawn, and
+    numpy's and Python's, which nothing here draws from, but an environment might.
 
     Raises:
         UsageError: a value is out of its range, values do not fit each other, or the game is unknown.
     """
     check_config(config)
+    perceptual = load_perceptual(config.tokenizer, config.device)
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     torch.manual_seed(derive_seed(config.seed, "torch"))
+    np.random.seed(derive_seed(config.seed, "numpy") % 2**32)
+    random.seed(derive_seed(config.seed, "python"))
     try:
         make = partial(make_env, config.env, training=True)
-        envs = VectorEnv(make, config.env.num_envs, seed=derive_seed(config.seed, "environments"))
+        envs = VectorEnv(
+            make,
+            config.env.num_envs,
+            seed=derive_seed(config.seed, "environments"),
+            processes=config.env.processes,
+            timeout=config.env.timeout_seconds,
+        )
         agent = Agent.from_config(config, envs.num_actions).to(config.device)
+        if config.compile:
+            agent.compile_networks()
     except ValueError as error:
         raise UsageError(str(error)) from error
     try:
-        yield TrainingParts(envs, agent)
+        yield TrainingParts(envs, agent, perceptual)
     finally:
         envs.close()
 
@@ -114,12 +138,8 @@ def check_config(config: Config) -> None:
             f"controller.min_real_frames is {config.controller.min_real_frames}, but a segment has only"
             f" controller.burn_in + 1 = {config.controller.burn_in + 1} frames"
         )
-    if config.tokenizer.perceptual_weight > 0:
-        raise UsageError(
-            "the perceptual loss (LPIPS) is not available yet;"
-            " --tokenizer.perceptual-weight 0 trains without it"
-        )
-    _check_device(config.device)
+    check_device(config.device)
+    find_weights(config.tokenizer)
 
 
 def _numbers(part: object, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -148,13 +168,21 @@ def _check_number(path: str, number: float) -> None:
     raise UsageError(f"{path} is {number}, wanted {wanted}")
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Check that torch can use the device.
+
+    Raises:
+        UsageError: it is of another kind, or not there.
+    """
     try:
         kind = torch.device(name).type
     except RuntimeError:
         kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"the device {name!r} cannot be used; wanted cpu or cuda")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"the device {name!r} cannot be used; wanted cpu, cuda or mps")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        # What torch itself says of it is a page long.
+        raise UsageError(f"the device {name!r} cannot be used: torch finds no such GPU on this machine")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

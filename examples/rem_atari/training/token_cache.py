@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from rem_atari.models.sequence_tokens import SequenceTokens
@@ -23,11 +25,40 @@ class TokenCache:
         self.tokenizer = tokenizer
         shape = (replay.capacity, tokenizer.num_tokens)
         self._tokens = torch.zeros(shape, dtype=torch.int32, device=tokenizer.codes.device)
-        self._known = torch.zeros(replay.capacity, dtype=torch.bool)
+        self.known = torch.zeros(replay.capacity, dtype=torch.bool)
+        """The rows that have tokens, (capacity,)."""
 
     def clear(self) -> None:
         """Forget all tokens: the tokenizer has changed."""
-        self._known.zero_()
+        self.known.zero_()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The rows that have tokens, and these, for a checkpoint.
+
+        To encode the frames anew would not do: a frame's tokens may depend, by a rounding error, on the
+        batch that it was encoded in.
+        """
+        rows = self.known.nonzero().squeeze(1)
+        return {"rows": rows, "tokens": self._tokens[rows.to(self._tokens.device)].cpu()}
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what :meth:`tensors` said, in place of all that is known.
+
+        Raises:
+            ValueError: these are no tokens of this tokenizer, or rows that the replay has no room for.
+        """
+        rows, tokens = tensors["rows"], tensors["tokens"]
+        if tokens.shape != (len(rows), self.tokenizer.num_tokens) or rows.ndim != 1:
+            raise ValueError(f"the cached tokens are {tuple(tokens.shape)} for {tuple(rows.shape)} rows")
+        for name, values, bound in (
+            ("row", rows, len(self.known)),
+            ("token", tokens, self.tokenizer.codebook_size),
+        ):
+            if len(rows) > 0 and not 0 <= int(values.min()) <= int(values.max()) < bound:
+                raise ValueError(f"a cached {name} is not below {bound}")
+        self.clear()
+        self._tokens[rows.to(self._tokens.device)] = tokens.to(self._tokens)
+        self.known[rows] = True
 
     def tokenize(self, batch: SequenceBatch) -> SequenceTokens:
         """A batch from the replay, on the tokenizer's device, as tokens; those of padding are 0."""
@@ -38,7 +69,7 @@ class TokenCache:
 
     def _encode(self, batch: SequenceBatch) -> None:
         """Encode those of the batch's frames that have no tokens yet, each once."""
-        new = (batch.mask & ~self._known[batch.rows]).flatten().nonzero().squeeze(1)
+        new = (batch.mask & ~self.known[batch.rows]).flatten().nonzero().squeeze(1)
         rows, order = batch.rows.flatten()[new].sort()
         first = torch.ones_like(rows, dtype=torch.bool)
         first[1:] = rows[1:] != rows[:-1]
@@ -47,4 +78,4 @@ class TokenCache:
         rows, device = rows[first], self._tokens.device
         frames = batch.frames.flatten(0, 1)[new[order[first]]].to(device)
         self._tokens[rows.to(device)] = self.tokenizer.encode(frames).int()
-        self._known[rows] = True
+        self.known[rows] = True

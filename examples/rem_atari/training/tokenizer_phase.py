@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rem_atari.config import TokenizerConfig
+from rem_atari.models.lpips import Lpips
 from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.replay import Replay
 from rem_atari.training.component import Component
@@ -38,6 +39,7 @@ class TokenizerPhase(TrainingPhase):
         config: the freeze, the care for codes.
         generator: source of draws, on the tokenizer's device.
         warn: told when a freeze that is due is not granted.
+        perceptual: the network of the perceptual loss, if the configuration asks for it.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class TokenizerPhase(TrainingPhase):
         config: TokenizerConfig,
         generator: torch.Generator,
         warn: Callable[[str], None],
+        perceptual: Lpips | None = None,
     ) -> None:
         super().__init__(component, warn)
         self.frozen = False
@@ -59,6 +62,7 @@ class TokenizerPhase(TrainingPhase):
         self._tokens = tokens
         self._config = config
         self._generator = generator
+        self._perceptual = perceptual
         self._background: torch.Tensor | None = None
 
     @property
@@ -73,8 +77,12 @@ class TokenizerPhase(TrainingPhase):
             self._freeze_if_it_may()
         if self.frozen:
             return False
-        self._background = self._replay.median_frame().to(self._tokenizer.codes.device)
+        self.go_on()
         return True
+
+    def go_on(self) -> None:
+        """Find the background, which is the same as long as nothing new is collected."""
+        self._background = self._replay.median_frame().to(self._tokenizer.codes.device)
 
     def update(self) -> Metrics:
         """One update on a batch of frames."""
@@ -85,12 +93,15 @@ class TokenizerPhase(TrainingPhase):
             self._tokenizer.initialize_codebook(frames, self._generator)
         elif updates > 0 and updates % RESTART_EVERY == 0 and self._config.restart_dead_codes:
             self._tokenizer.restart_dead_codes(frames, self._generator)
-        loss, metrics = self._tokenizer.loss(frames, background=self._background)
-        norm = self.component.apply(loss)
+        with self.component.autocast():
+            loss, metrics = self._tokenizer.loss(
+                frames, background=self._background, perceptual=self._perceptual
+            )
+        metrics = self.component.apply(loss, metrics)
         self._tokens.clear()
         if self._config.freeze_epoch is not None:
             self._track(float(metrics["foreground_error"]))
-        return metrics | {"grad_norm": norm}
+        return metrics
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Whether it is frozen, 0 or 1."""
@@ -99,6 +110,16 @@ class TokenizerPhase(TrainingPhase):
     def state(self) -> dict[str, Any]:
         """The freeze and what it is judged by."""
         return {"frozen": self.frozen, "foreground_error": self.foreground_error}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.frozen = bool(state["frozen"])
+        error = state["foreground_error"]
+        self.foreground_error = None if error is None else float(error)
+
+    def changed_on_the_way(self) -> list[torch.Tensor]:
+        """The codebook and the counts of its codes: new and restarted codes are set before the step."""
+        return [self._tokenizer.codebook.weight, self._tokenizer.uses]
 
     def _freeze_if_it_may(self) -> None:
         """Freeze if the foreground error is known to be low enough, else warn."""

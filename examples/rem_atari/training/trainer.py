@@ -4,240 +4,289 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rem_atari.checkpoint import Checkpoint, save_checkpoint
-from rem_atari.collector import CollectStats, RealEnv, collect, collect_random
+from rem_atari.collector import collect, collect_random
 from rem_atari.config import Config
-from rem_atari.errors import NonFiniteError, StoppedError
+from rem_atari.errors import EnvironmentDiedError, NonFiniteError, StoppedError
 from rem_atari.evaluation import EvaluationResult, evaluate, evaluate_random
 from rem_atari.metrics import MetricsLog, MetricValue
-from rem_atari.models.controller import Carry
-from rem_atari.models.parameter_groups import parameter_groups
 from rem_atari.progress import Progress
 from rem_atari.replay import Replay
+from rem_atari.replay_shards import delete_shards
 from rem_atari.run_folder import RunFolder
-from rem_atari.training.component import Component
-from rem_atari.training.controller_phase import ControllerPhase
+from rem_atari.training.assembly import assemble
 from rem_atari.training.phase import TrainingPhase
-from rem_atari.training.schedule import evaluation_episodes, replay_capacity, steps_in_epoch, updates_in_epoch
+from rem_atari.training.resume import LogState, describe_machine, explain_differences, reopen_replay
+from rem_atari.training.schedule import evaluation_episodes, steps_in_epoch, updates_in_epoch
 from rem_atari.training.seeding import derive_seed
 from rem_atari.training.setup import TrainingParts
 from rem_atari.training.signals import StopRequest
-from rem_atari.training.token_cache import TokenCache
-from rem_atari.training.tokenizer_phase import TokenizerPhase
-from rem_atari.training.updates import run_updates
-from rem_atari.training.world_model_phase import WorldModelPhase
+from rem_atari.training.updates import Metrics, run_updates
 
 
 class Trainer:
-    """One training run, from fresh weights to the last evaluation.
+    """One training run, from fresh weights or a checkpoint to the last evaluation.
+
+    What a checkpoint does not hold of a folder's files (metrics, experience) is cut off: the run writes it
+    again, exactly as it was.
 
     Args:
         config: the run's configuration, checked.
-        run: its folder, new.
+        run: its folder.
         parts: environments and agent.
         progress: shown to the user.
         stop: asked between steps whether to stop.
+        checkpoint: where to go on from; None: from the beginning.
+
+    Raises:
+        CheckpointError: the checkpoint is not one of this run.
     """
 
     def __init__(
-        self, config: Config, run: RunFolder, parts: TrainingParts, progress: Progress, stop: StopRequest
+        self,
+        config: Config,
+        run: RunFolder,
+        parts: TrainingParts,
+        progress: Progress,
+        stop: StopRequest,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self._config = config
         self._run = run
-        self._agent = parts.agent.eval()
         self._action_names = parts.envs.action_names
         self._progress = progress
         self._stop = stop
-        self._replay = self._make_replay("replay", replay_capacity(config), run.replay)
-        self._env = RealEnv(parts.envs, parts.agent.tokenizer, self._replay, device=config.device)
-        self._carry: Carry | None = None
-        self._actions = self._generator("actions")
-        self.phases = self._make_phases()
+        self._is_new = checkpoint is None
+        replay, notes = reopen_replay(config, run, checkpoint, progress.say)
+        self._state = assemble(config, parts, replay, progress.say)
+        self.phases = self._state.phases
         """The components' turns, in order, by name."""
-        self._metrics = MetricsLog(run.metrics, run.tensorboard)
+        log = LogState.of(checkpoint)
+        if checkpoint is not None:
+            self._load(checkpoint, notes, log)
+        self._metrics = MetricsLog(run.metrics, run.tensorboard, keep=log.metric_lines, seconds=log.seconds)
 
     def run(self) -> None:
-        """Train through all epochs.
+        """Train through all epochs that are left.
 
         Raises:
             StoppedError: a signal asked for it; a checkpoint has been saved.
             NonFiniteError: a loss or gradient was not finite; the state before it has been saved.
+            EnvironmentDiedError: an environment died too often; the state before that has been saved.
         """
-        epoch = 0
         try:
-            self._begin()
-            for epoch in range(self._config.schedule.epochs):
-                self._run_epoch(epoch)
-        except (StoppedError, NonFiniteError):
-            self._save(epoch)
+            if self._is_new:
+                self._state.env.reset()
+            while self._state.epoch < self._config.schedule.epochs:
+                self._run_phase()
+        except (StoppedError, NonFiniteError, EnvironmentDiedError):
+            self._save()
+            self._write_interrupted()
             raise
         finally:
             self._metrics.close()
 
-    def _begin(self) -> None:
-        """Before the first epoch: random play for comparison, random experience to start from."""
-        self._env.reset()
+    def _run_phase(self) -> None:
+        """Run the phase that is due, or the rest of it; then save, if it's time to."""
+        state, schedule = self._state, self._config.schedule
+        is_best = False
+        match state.phase:
+            case "random":
+                self._play_at_random()
+            case "collect_random" | "collect":
+                self._collect(state.phase)
+            case "evaluate":
+                is_best = self._evaluate()
+            case _:
+                self._train(self.phases[state.phase])
+        begun = state.epoch
+        state.next_phase()
+        if state.epoch == begun:
+            return
+        keep_this = is_best and schedule.keep_best
+        if state.epoch % schedule.checkpoint_every == 0 or state.epoch == schedule.epochs or keep_this:
+            self._save(best=keep_this)
+
+    def _play_at_random(self) -> None:
+        """Before the first epoch: random play for comparison."""
         episodes = self._config.evaluation.random_episodes
-        if episodes > 0:
-            seed = derive_seed(self._config.seed, "random")
-            with self._progress.phase(0, "random", episodes):
-                result = evaluate_random(
-                    self._agent, self._config, episodes=episodes, seed=seed, after_step=self._advance
-                )
-            self._write("random", 0, result.metrics())
-        steps = self._config.schedule.random_steps
-        if steps > 0:
-            generator = torch.Generator().manual_seed(derive_seed(self._config.seed, "random steps"))
-            bound = self._config.schedule.collect_max_seconds
-            with self._progress.phase(0, "collect_random", steps):
-                stats = collect_random(
-                    self._env, steps=steps, generator=generator, after_step=self._advance, max_seconds=bound
-                )
-            self._keep_collected("collect_random", 0, stats)
+        if episodes == 0 or self._state.epoch > 0:
+            return
+        seed = derive_seed(self._config.seed, "random")
+        with self._progress.phase(0, "random", episodes):
+            result = evaluate_random(
+                self._state.agent, self._config, episodes=episodes, seed=seed, after_step=self._advance
+            )
+        self._write("random", result.metrics())
 
-    def _run_epoch(self, epoch: int) -> None:
-        self._collect(epoch)
-        for phase in self.phases.values():
-            self._train(phase, epoch)
-        self._evaluate(epoch)
-        schedule = self._config.schedule
-        if (epoch + 1) % schedule.checkpoint_every == 0 or epoch == schedule.epochs - 1:
-            self._save(epoch + 1)
-
-    def _collect(self, epoch: int) -> None:
-        steps = steps_in_epoch(self._config, epoch)
+    def _collect(self, phase: str) -> None:
+        """Random experience before the first epoch, the agent's own in every one."""
+        state, config = self._state, self._config
+        if phase == "collect":
+            steps = steps_in_epoch(config, state.epoch)
+        else:
+            steps = config.schedule.random_steps if state.epoch == 0 else 0
         if steps == 0:
             return
-        with self._progress.phase(epoch, "collect", steps):
-            stats, self._carry = collect(
-                self._env,
-                self._agent.controller,
-                self._carry,
-                steps=steps,
-                temperature=self._config.controller.temperature,
-                epsilon=self._config.controller.epsilon,
-                generator=self._actions,
-                after_step=self._advance,
-                max_seconds=self._config.schedule.collect_max_seconds,
-            )
-        self._keep_collected("collect", epoch, stats)
-
-    def _keep_collected(self, phase: str, epoch: int, stats: CollectStats) -> None:
-        self._replay.flush()
-        self._write(phase, epoch, stats.metrics())
-
-    def _train(self, phase: TrainingPhase, epoch: int) -> None:
-        component = phase.component
-        updates = updates_in_epoch(component.config, epoch, first=component.updates == 0)
-        if updates == 0:
-            return
-        means = {"updates": 0.0, "phase_seconds": 0.0, "rate": 0.0}
-        if phase.prepare(epoch):
-            component.module.train()
-            with self._progress.phase(epoch, component.name, updates):
-                means = run_updates(
-                    phase.update,
-                    count=updates,
-                    max_seconds=component.config.max_seconds,
-                    after_update=self._advance,
+        state.units = steps if state.units is None else state.units
+        bounds = {
+            "steps": state.units,
+            "generator": state.random["random steps" if phase == "collect_random" else "actions"],
+            "after_step": self._advance,
+            "max_seconds": config.schedule.collect_max_seconds,
+        }
+        with self._progress.phase(state.epoch, phase, state.units, done=state.collection.steps):
+            if phase == "collect_random":
+                collect_random(state.env, state.collection, **bounds)
+            else:
+                temperature, epsilon = config.controller.temperature, config.controller.epsilon
+                collect(
+                    state.env,
+                    state.agent.controller,
+                    state.collection,
+                    temperature=temperature,
+                    epsilon=epsilon,
+                    **bounds,
                 )
-            component.module.eval()
-        elif phase.is_over:
-            self._progress.time_left.drop(component.name)
-        self._write(component.name, epoch, means | phase.more_metrics(means))
+        state.replay.flush()
+        self._write(phase, state.collection.metrics())
 
-    def _evaluate(self, epoch: int) -> None:
-        episodes = evaluation_episodes(self._config, epoch)
+    def _train(self, phase: TrainingPhase) -> None:
+        state, component = self._state, phase.component
+        if state.units is None:
+            updates = updates_in_epoch(component.config, state.epoch, first=component.updates == 0)
+            if updates == 0:
+                return
+            if not phase.prepare(state.epoch):
+                if phase.is_over:
+                    self._progress.time_left.drop(component.name)
+                means = {"updates": 0.0, "phase_seconds": 0.0, "rate": 0.0}
+                self._write(component.name, means | phase.more_metrics(means))
+                return
+            state.units = updates
+        else:
+            phase.go_on()
+        component.module.train()
+        with self._progress.phase(state.epoch, component.name, state.units, done=state.updates.done):
+            run_updates(
+                lambda: self._update(phase),
+                state.updates,
+                count=state.units,
+                max_seconds=component.config.max_seconds,
+                after_update=self._advance,
+            )
+        component.module.eval()
+        means = state.updates.means()
+        self._write(component.name, means | phase.more_metrics(means))
+
+    def _update(self, phase: TrainingPhase) -> Metrics:
+        """One update; where it is not applied, nothing has happened, so that it can be looked at again."""
+        random = self._state.random.snapshot()
+        kept = [(tensor, tensor.detach().clone()) for tensor in phase.changed_on_the_way()]
+        try:
+            return phase.update()
+        except NonFiniteError:
+            self._state.random.restore(random)
+            with torch.no_grad():
+                for tensor, before in kept:
+                    tensor.copy_(before)
+            raise
+
+    def _evaluate(self) -> bool:
+        """Evaluate if it's time to; whether the mean return is the best so far."""
+        state = self._state
+        episodes = evaluation_episodes(self._config, state.epoch)
         if episodes == 0:
-            return
-        final = epoch == self._config.schedule.epochs - 1
+            return False
+        final = state.epoch == self._config.schedule.epochs - 1
         heldout = self._make_heldout() if final else None
-        with self._progress.phase(epoch, "evaluate", episodes):
+        with self._progress.phase(state.epoch, "evaluate", episodes):
             result = evaluate(
-                self._agent,
+                state.agent,
                 self._config,
                 episodes=episodes,
-                seed=derive_seed(self._config.seed, "evaluation", epoch),
+                seed=derive_seed(self._config.seed, "evaluation", state.epoch),
                 heldout=heldout,
                 after_step=self._advance,
             )
         if heldout is not None:
             heldout.flush()
-        self._write("evaluate", epoch, result.metrics() | {"final": int(final)})
-        self._progress.say(_describe(result, epoch))
+        metrics = result.metrics()
+        self._write("evaluate", metrics | {"final": int(final)})
+        self._progress.say(_describe(result, state.epoch))
+        mean = metrics.get("mean_return")
+        is_best = mean is not None and (state.best_return is None or mean > state.best_return)
+        if is_best:
+            state.best_return = mean
+        return is_best
 
     def _make_heldout(self) -> Replay | None:
         steps = self._config.evaluation.heldout_steps
-        return self._make_replay("heldout", steps, self._run.heldout) if steps > 0 else None
+        if steps == 0:
+            return None
+        # Those of an evaluation that was interrupted, or that a longer run made no longer the last.
+        delete_shards(self._run.heldout)
+        side = self._config.env.frame_size
+        seed = derive_seed(self._config.seed, "heldout")
+        return Replay((side, side, 3), steps, folder=self._run.heldout, seed=seed)
 
     def _advance(self, units: int = 1) -> None:
         """The running phase has done so much more; between two of its steps a signal may stop the run."""
         self._progress.advance(units)
         self._stop.check()
 
-    def _write(self, phase: str, epoch: int, values: Mapping[str, MetricValue]) -> None:
-        self._metrics.write(phase, epoch=epoch, env_steps=self._replay.num_steps, values=values)
+    def _write(self, phase: str, values: Mapping[str, MetricValue]) -> None:
+        state = self._state
+        self._metrics.write(phase, epoch=state.epoch, env_steps=state.replay.num_steps, values=values)
 
-    def _save(self, epoch: int) -> None:
-        """Save a checkpoint; `epoch` epochs are complete."""
-        self._replay.flush()
-        components = [phase.component for phase in self.phases.values()]
-        optimizer: dict[str, torch.Tensor] = {}
-        for component in components:
-            optimizer |= component.optimizer_tensors()
-        updates = {component.name: component.updates for component in components}
-        state: dict[str, Any] = {
-            "epoch": epoch,
-            "env_steps": self._replay.num_steps,
-            "updates": updates,
-            "num_actions": self._env.num_actions,
+    def _write_interrupted(self) -> None:
+        """A line for the part that was done of the phase under way. When the run goes on, it is cut off."""
+        state = self._state
+        if state.units is None:
+            return
+        part = state.updates.means() if state.phase in self.phases else state.collection.metrics()
+        self._write(state.phase, part | {"interrupted": 1})
+
+    def _save(self, *, best: bool = False) -> None:
+        """Save a checkpoint; what it refers to is on the disk before it."""
+        state, schedule = self._state, self._config.schedule
+        state.replay.flush()
+        self._metrics.sync()
+        more = {
+            "num_actions": state.env.num_actions,
             "action_names": self._action_names,
-            "phases": {name: phase.state() for name, phase in self.phases.items()},
+            "metric_lines": self._metrics.num_lines,
+            "seconds": self._metrics.seconds,
+            "pace": self._progress.time_left.pace,
+            "machine": describe_machine(self._config.device),
         }
-        # A number that grows with all that a run does, so that no two states share a name; epochs count too,
-        # because one may do nothing but evaluate.
-        step = epoch + self._replay.num_steps + sum(updates.values())
-        checkpoint = Checkpoint(step, self._agent.state_dict(), optimizer, state)
-        save_checkpoint(self._run.checkpoints, checkpoint, keep=self._config.schedule.keep_checkpoints)
-
-    def _make_phases(self) -> dict[str, TrainingPhase]:
-        config, agent, replay = self._config, self._agent, self._replay
-        groups = parameter_groups(agent.world_model, config.world_model.optim.weight_decay)
-        tokenizer = Component("tokenizer", agent.tokenizer, config.tokenizer.optim)
-        world_model = Component("world_model", agent.world_model, config.world_model.optim, groups)
-        controller = Component("controller", agent.controller, config.controller.optim)
-        codes, imagination, warn = (
-            self._generator("codes"),
-            self._generator("imagination"),
-            self._progress.say,
+        shards: list[Path] = [self._run.replay / entry.name for entry in state.replay.shards]
+        save_checkpoint(
+            self._run.checkpoints,
+            state.checkpoint(more),
+            keep=schedule.keep_checkpoints,
+            shards=shards,
+            best=best,
         )
-        tokens = TokenCache(replay, agent.tokenizer)
-        phases = (
-            TokenizerPhase(agent.tokenizer, tokenizer, replay, tokens, config.tokenizer, codes, warn),
-            WorldModelPhase(
-                agent.world_model,
-                world_model,
-                replay,
-                tokens,
-                config.world_model,
-                warn,
-            ),
-            ControllerPhase(agent, controller, replay, tokens, config.controller, imagination, warn),
-        )
-        return {phase.component.name: phase for phase in phases}
 
-    def _make_replay(self, purpose: str, capacity: int, folder: Path) -> Replay:
-        side = self._config.env.frame_size
-        seed = derive_seed(self._config.seed, purpose)
-        return Replay((side, side, 3), capacity, folder=folder, seed=seed)
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        """A generator of its own for one purpose, on the run's device."""
-        return torch.Generator(self._config.device).manual_seed(derive_seed(self._config.seed, purpose))
+    def _load(self, checkpoint: Checkpoint, notes: list[str], log: LogState) -> None:
+        """Go on from a checkpoint, and say what is not as it was."""
+        seed = derive_seed(self._config.seed, "environments", checkpoint.step)
+        for index in self._state.load(checkpoint, seed=seed):
+            notes.append(
+                f"environment {index} could not be saved: it starts anew, and its open episode ends as"
+                " truncated"
+            )
+        for note in notes:
+            self._progress.say(f"warning: {note}")
+        self._state.notes += notes
+        difference = explain_differences(log.machine, describe_machine(self._config.device))
+        if difference is not None:
+            self._progress.say(difference)
+        self._progress.time_left.pace.update(log.pace)
 
 
 def _describe(result: EvaluationResult, epoch: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from rem_atari.config import WorldModelConfig
 from rem_atari.models.world_model import WorldModel
 from rem_atari.replay import Replay
@@ -46,10 +48,16 @@ class WorldModelPhase(TrainingPhase):
         """Whether the replay holds an episode long enough."""
         return self.has_episode(self._replay, self._min_real)
 
+    def changed_on_the_way(self) -> list[torch.Tensor]:
+        """Which rows have tokens."""
+        return [self._tokens.known]
+
     def update(self) -> Metrics:
         """One update on a batch of sequences."""
         batch = self._replay.sample_sequences(
             self._config.optim.batch_size, self._config.sequence_blocks, min_real=self._min_real
         )
-        loss, metrics = self._world_model.loss(self._tokens.tokenize(batch), self._tokens.tokenizer.codes)
-        return metrics | {"grad_norm": self.component.apply(loss)}
+        sequences = self._tokens.tokenize(batch)
+        with self.component.autocast():
+            loss, metrics = self._world_model.loss(sequences, self._tokens.tokenizer.codes)
+        return self.component.apply(loss, metrics)

@@ -363,22 +363,6 @@ def test_unknown_id(name: str) -> None:
         make_env(EnvConfig(id=name), training=True)
 
 
-def test_an_id_without_pixels_or_discrete_actions_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"CartPole-v1: the observation space is .*uint8"):
-        make_env(EnvConfig(id="CartPole-v1"), training=True)
-    gymnasium.register("rem_atari_tests/Steered-v0", entry_point=Steered)
-    with pytest.raises(ValueError, match=r"Steered-v0: the action space is .*Discrete"):
-        make_env(EnvConfig(id="rem_atari_tests/Steered-v0"), training=True)
-
-
-class Steered(ScriptedGame):
-    """Pixels, but a steering wheel."""
-
-    def __init__(self) -> None:
-        super().__init__(5)
-        self.action_space = Box(-1, 1, (1,), np.float32)
-
-
 class Wide(ScriptedGame):
     """Another image than the agent's, in a game that never ends."""
 
@@ -413,6 +397,7 @@ def test_another_environment_is_resized_bounded_and_otherwise_left_alone() -> No
         (EnvConfig(game="MsPacman"), "MsPacman"),
         (EnvConfig(id="rem_atari/Catch-v0"), "Catch"),
         (EnvConfig(id="ALE/Pong-v5"), "Pong"),
+        (EnvConfig(id="MinAtar/Breakout-v1"), "MinAtar-Breakout"),
         (EnvConfig(id="package:space/Some_Game-v12"), "Some_Game"),
         (EnvConfig(id="CartPole-v1"), "CartPole"),
         (EnvConfig(id="MiniGrid-Empty-5x5-v0"), "MiniGrid-Empty-5x5"),

@@ -21,14 +21,22 @@ from pathlib import Path
 import pytest
 
 import rem_atari.report
-from rem_atari import commands
 from rem_atari.arguments import ReportArguments, TrainArguments, parse_arguments
-from rem_atari.cli import EXTRA, HELP, main
+from rem_atari.cli import EXTRAS, HELP, main
+from rem_atari.commands import listing
 from rem_atari.config import Config
 from rem_atari.errors import StoppedError, UsageError
 from rem_atari.presets import PRESETS
 from rem_atari.run_folder import create_run_folder
 from rem_atari.training import trainer
+
+COMMANDS = (
+    *("train", "resume", "evaluate", "record", "report"),
+    *("scores", "benchmark", "weights", "list"),
+)
+
+TRAINED_WITH = EXTRAS["atari"].keys() - {"numpy", "imageio_ffmpeg"}
+"""Packages that training needs; of numpy nothing would be left, and films are made by other commands."""
 
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
@@ -85,7 +93,8 @@ def test_report_takes_a_folder() -> None:
 def test_help_names_the_commands_and_each_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    assert all(name in overview for name in ("train", "report", "list", "--preset tiny --env.game Breakout"))
+    assert all(f"\n  {name} " in overview for name in COMMANDS)
+    assert "--preset tiny --env.game Breakout" in overview
     with pytest.raises(SystemExit) as ended:
         main(["train", "--help"])
     assert ended.value.code == 0
@@ -118,7 +127,9 @@ def test_the_module_runs_as_a_program() -> None:
         [sys.executable, "-m", "rem_atari", "train", "--preset", "huge"], capture_output=True, text=True
     )
     assert ran.returncode == 2
-    assert ran.stderr == "rem-atari: there is no preset 'huge'; there are debug, tiny, catch, paper.\n"
+    assert (
+        ran.stderr == "rem-atari: there is no preset 'huge'; there are debug, tiny, catch, minatar, paper.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,14 +138,14 @@ def test_the_module_runs_as_a_program() -> None:
         (["--preset", "tini"], "there is no preset 'tini'; did you mean tiny?"),
         (["--env.game", "Brekout"], "did you mean Breakout"),
         (["--env.id", "Nowhere/Nothing-v9"], "Nowhere/Nothing-v9"),
-        (["--preset", "paper"], "--tokenizer.perceptual-weight 0 trains without it"),
+        (["--preset", "paper"], "`rem-atari weights` fetches them once, --tokenizer.lpips-weights PATH"),
         (["--seed", "-1"], "seed is -1, wanted at least 0"),
         (["--evaluation.temperature", "0"], "evaluation.temperature is 0.0, wanted more than 0"),
         (["--controller.optim.batch-size", "0"], "controller.optim.batch_size is 0, wanted at least 1"),
         (["--controller.min-real-frames", "8"], "controller.min_real_frames is 8"),
-        (["--device", "toaster"], "the device 'toaster' cannot be used; wanted cpu or cuda"),
-        (["--device", "meta"], "the device 'meta' cannot be used; wanted cpu or cuda"),
-        (["--device", "mps"], "the device 'mps' cannot be used; wanted cpu or cuda"),
+        (["--device", "toaster"], "the device 'toaster' cannot be used; wanted cpu, cuda or mps"),
+        (["--device", "meta"], "the device 'meta' cannot be used; wanted cpu, cuda or mps"),
+        (["--device", "mps"], "the device 'mps' cannot be used: torch finds no such GPU on this machine"),
         (["--env.frame-size", "60"], "env.frame_size is 60"),
         (["--controller.horizon", "1"], "controller.horizon is 1, wanted at least 2"),
         (["--tokenizer.channels"], "tokenizer.channels is empty"),
@@ -143,8 +154,13 @@ def test_the_module_runs_as_a_program() -> None:
     ],
 )
 def test_wrong_use_is_explained_before_anything_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    sentence: str,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # without the weights of the preset paper
     line = fails_with(capsys, ["train", "--run", str(tmp_path / "run"), *words], code=2)
     assert line.startswith("rem-atari: ")
     assert sentence in line
@@ -170,7 +186,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     words = ["train", "--preset", "debug", "--run", str(tmp_path / "file" / "run")]
-    assert "cannot create the run folder" in fails_with(capsys, words, code=2)
+    assert "cannot create or lock the run folder" in fails_with(capsys, words, code=2)
 
 
 def test_a_report_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,10 +203,10 @@ def test_a_report_needs_a_configuration(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_failure_is_one_line_and_debug_adds_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(arguments: object) -> None:
         raise RuntimeError("the disk\n  is on fire")
 
-    monkeypatch.setattr(commands, "list_games", fail)
+    monkeypatch.setattr(listing, "list_everything", fail)
     assert main(["list"]) == 1
     assert capsys.readouterr().err == "rem-atari: the disk is on fire\n"
     assert main(["list", "--debug"]) == 1
@@ -203,10 +219,10 @@ def test_a_failure_is_one_line_and_debug_adds_the_traceback(
 def test_a_stop_has_a_code_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
 ) -> None:
-    def stop() -> None:
+    def stop(arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(commands, "list_games", stop)
+    monkeypatch.setattr(listing, "list_everything", stop)
     assert "stopped by SIG" in fails_with(capsys, ["list"], code=3)
 
 
@@ -229,11 +245,11 @@ def test_sigterm_stops_the_report_too(
 def test_a_command_inside_another_leaves_its_handler(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_another_and_terminate() -> None:
+    def run_another_and_terminate(arguments: object) -> None:
         assert main(["--help"]) == 0
         terminate()
 
-    monkeypatch.setattr(commands, "list_games", run_another_and_terminate)
+    monkeypatch.setattr(listing, "list_everything", run_another_and_terminate)
     assert fails_with(capsys, ["list"], code=3) == "rem-atari: stopped by SIGTERM"
 
 
@@ -299,7 +315,7 @@ def without(package: str) -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:.*Overriding environment")
-@pytest.mark.parametrize("package", sorted(EXTRA.keys() - {"numpy"}))
+@pytest.mark.parametrize("package", sorted(TRAINED_WITH))
 def test_each_package_of_the_extra_is_missed_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:
@@ -307,7 +323,7 @@ def test_each_package_of_the_extra_is_missed_before_training(
         fresh = importlib.import_module("rem_atari.cli")
         assert fresh.main(["train", "--env.game", "Pong", "--run", str(tmp_path / "run")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(rf"package ({package}|{EXTRA[package]})\b", line)
+    assert re.search(rf"package ({package}|{EXTRAS['atari'][package]})\b", line)
     assert "pip install 'retpop[atari]'" in line
     assert not (tmp_path / "run").exists()
 
@@ -315,27 +331,58 @@ def test_each_package_of_the_extra_is_missed_before_training(
 def test_a_missing_module_that_is_not_of_the_extra_is_a_bug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(arguments: object) -> None:
         importlib.import_module("matplotlib.no_such_part")
 
-    monkeypatch.setattr(commands, "list_games", fail)
+    monkeypatch.setattr(listing, "list_everything", fail)
     assert fails_with(capsys, ["list"], code=1) == "rem-atari: No module named 'matplotlib.no_such_part'"
 
 
-def test_the_extra_is_that_of_the_package() -> None:
-    requirements = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]["atari"]
-    assert sorted(EXTRA.values()) == sorted(re.match(r"[\w-]+", text)[0] for text in requirements)
+@pytest.mark.parametrize("extra", sorted(EXTRAS))
+def test_an_extra_is_that_of_the_package(extra: str) -> None:
+    requirements = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"][extra]
+    names = {re.match(r"[\w-]+", text)[0] for text in requirements} - {"retpop"}  # "retpop[atari]" is no package
+    assert sorted(EXTRAS[extra].values()) == sorted(names)
     distributions = packages_distributions()
-    assert {name: {each.lower() for each in distributions[name]} for name in EXTRA} == {
-        name: {package} for name, package in EXTRA.items()
+    assert {name: {each.lower() for each in distributions[name]} for name in EXTRAS[extra]} == {
+        name: {package} for name, package in EXTRAS[extra].items()
     }
 
 
-def test_list_prints_games(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_package_names_its_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    with without("rliable"):
+        fresh = importlib.import_module("rem_atari.cli")
+        assert fresh.main(["scores"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("the package rliable is needed and not installed: pip install 'retpop[scores]'")
+
+
+def test_list_shows_presets_and_games(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    words = shown.split()
+    assert PRESETS.keys() <= set(words)
+    assert {"Breakout*", "MsPacman*", "Tetris", "rem_atari/Catch-v0"} <= set(words)
+    assert words.count("Breakout*") == 1
+    assert listing.PURPOSES.keys() == PRESETS.keys()
+
+
+def test_list_is_bare_where_a_script_asks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "presets"]) == 0
+    assert capsys.readouterr().out.splitlines() == list(PRESETS)
+    assert main(["list", "games"]) == 0
     games = capsys.readouterr().out.splitlines()
-    assert {"Breakout", "MsPacman"} <= set(games)
-    assert games == sorted(games)
+    assert {"--env.game Breakout", "--env.game MsPacman", "--env.id rem_atari/Catch-v0"} <= set(games)
+    for flags in (games[0], games[-1]):
+        assert parse_train(*flags.split()).env != parse_train().env
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"rem-atari {command}" in capsys.readouterr().out
 
 
 def test_the_report_is_announced_before_it_is_written(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rem_atari import collector
-from rem_atari.collector import CollectStats, RealEnv, collect, collect_random
+from rem_atari.collector import Collection, RealEnv, collect, collect_random
 from rem_atari.config import ControllerConfig
 from rem_atari.envs.catch import Catch
 from rem_atari.envs.vector import GameReturn, VectorEnv
@@ -67,7 +68,9 @@ class SpyController(Controller):
 
     def __init__(self, tokenizer: Tokenizer, cfg: ControllerConfig = DEBUG.controller) -> None:
         torch.manual_seed(1)
-        super().__init__(cfg, grid=tokenizer.grid, code_dim=tokenizer.code_dim, num_actions=3)
+        super().__init__(
+            cfg, grid=tokenizer.grid, code_dim=tokenizer.code_dim, frame_size=FRAME, num_actions=3
+        )
         self.told: list[Tensor] = []
         self.seen: list[Tensor] = []
 
@@ -102,22 +105,26 @@ def play(
     *,
     steps: int,
     seed: int | torch.Generator = 0,
-) -> tuple[CollectStats, Carry]:
+) -> Collection:
     source = generator(seed) if isinstance(seed, int) else seed
-    return collect(
+    collection = Collection(carry)
+    collect(
         env,
         controller,
-        carry,
+        collection,
         steps=steps,
         temperature=1.0,
         epsilon=0.3,
         generator=source,
         after_step=nothing,
     )
+    return collection
 
 
-def play_random(env: RealEnv, *, steps: int) -> CollectStats:
-    return collect_random(env, steps=steps, generator=generator(), after_step=nothing)
+def play_random(env: RealEnv, *, steps: int) -> Collection:
+    collection = Collection()
+    collect_random(env, collection, steps=steps, generator=generator(), after_step=nothing)
+    return collection
 
 
 def assert_recorded_what_was_played(replay: SpyReplay, num_envs: int) -> None:
@@ -137,7 +144,7 @@ def assert_recorded_what_was_played(replay: SpyReplay, num_envs: int) -> None:
 def test_collect_records_frames_acted_on_and_actions_taken(tokenizer: Tokenizer) -> None:
     env, replay = make(tokenizer, num_envs=3)
     controller = SpyController(tokenizer)
-    stats, _ = play(env, controller, steps=60)
+    stats = play(env, controller, steps=60)
     assert stats.steps == replay.num_steps == 60
     assert_recorded_what_was_played(replay, 3)
     assert torch.stack(controller.told).T.tolist() == [replay.actions(index) for index in range(3)]
@@ -167,9 +174,9 @@ def test_step_answers_in_tokens(tokenizer: Tokenizer) -> None:
     for time in range(1, 11):
         answer = env.step(torch.tensor([0, 2]))
         torch.testing.assert_close(
-            answer.codes, tokenizer.embed(tokenizer.encode(torch.from_numpy(env.frames)))
+            answer.seen, tokenizer.embed(tokenizer.encode(torch.from_numpy(env.frames)))
         )
-        assert answer.codes.shape == (2, tokenizer.num_tokens, tokenizer.code_dim)
+        assert answer.seen.shape == (2, tokenizer.num_tokens, tokenizer.code_dim)
         assert answer.rewards.dtype == torch.float32
         over = time % 5 == 0
         assert answer.ended.tolist() == answer.restarted.tolist() == [over, over]
@@ -205,7 +212,7 @@ def test_two_collections_equal_one_and_nothing_is_lost_between(tokenizer: Tokeni
     env, replay = make(tokenizer)
     source, controller, carry = generator(), SpyController(tokenizer), None
     for steps in (6, 40, 42):  # none of them ends where an episode does
-        _, carry = play(env, controller, carry, steps=steps, seed=source)
+        carry = play(env, controller, carry, steps=steps, seed=source).carry
     for index in range(2):
         assert replay.actions(index) == whole.actions(index)
         for one, other in zip(replay.given[index], whole.given[index], strict=True):
@@ -215,7 +222,7 @@ def test_two_collections_equal_one_and_nothing_is_lost_between(tokenizer: Tokeni
 def test_collecting_takes_no_gradient(tokenizer: Tokenizer) -> None:
     env, _ = make(tokenizer)
     controller = SpyController(tokenizer)
-    _, carry = play(env, controller, steps=4)
+    carry = play(env, controller, steps=4).carry
     assert not any(part.requires_grad for part in carry)
     assert not env.observe().requires_grad
 
@@ -225,35 +232,37 @@ def test_statistics(tokenizer: Tokenizer) -> None:
     controller = SpyController(tokenizer)
     torch.nn.init.zeros_(controller.actor.weight)
     torch.nn.init.zeros_(controller.actor.bias)
-    stats, _ = play(env, controller, steps=54)
-    assert stats.entropy == pytest.approx(math.log(3))
+    stats = play(env, controller, steps=54)
+    assert stats.metrics()["entropy"] == pytest.approx(math.log(3))
     assert stats.episodes == len(stats.games) == 10
     rewards = [row.reward for index in range(2) for row in replay.given[index]]
     assert sum(game.raw_return for game in stats.games) == sum(rewards)
     assert all(game.length == 5 for game in stats.games)
     # The next collection counts its own games, those that began before it included.
-    stats, _ = play(env, controller, steps=6)
+    stats = play(env, controller, steps=6)
     assert stats.episodes == len(stats.games) == 2
     assert [game.length for game in stats.games] == [5, 5]
 
 
 def test_metrics() -> None:
-    games = (GameReturn(0, 3.0, 5), GameReturn(1, 6.0, 5))
-    stats = CollectStats(steps=40, episodes=4, games=games, entropy=0.5, seconds=2.0)
-    assert stats.metrics() == {
-        "steps": 40,
-        "episodes": 4,
-        "entropy": 0.5,
-        "phase_seconds": 2.0,
-        "rate": 20.0,
-        "mean_game_return": 4.5,
-    }
-    assert "mean_game_return" not in replace(stats, games=()).metrics()
+    games = [GameReturn(0, 3.0, 5), GameReturn(1, 6.0, 5)]
+    collection = Collection(steps=40, episodes=4, games=games, total_entropy=20.0, seconds=2.0)
+    metrics = {"steps": 40, "episodes": 4, "entropy": 0.5, "phase_seconds": 2.0, "rate": 20.0}
+    assert collection.metrics() == metrics | {"mean_game_return": 4.5}
+    collection.games.clear()
+    assert collection.metrics() == metrics
+
+
+def test_a_collection_survives_as_json() -> None:
+    games = [GameReturn(0, 3.0, 5), GameReturn(1, 6.1, 5)]
+    collection = Collection(steps=40, episodes=4, games=games, total_entropy=0.1 + 0.2, seconds=2.0)
+    again = Collection.from_state(json.loads(json.dumps(collection.state())), None)
+    assert again == collection
 
 
 def test_steps_are_rounded_up_to_all_environments(tokenizer: Tokenizer) -> None:
     env, replay = make(tokenizer, num_envs=3)
-    assert play(env, SpyController(tokenizer), steps=7)[0].steps == 9
+    assert play(env, SpyController(tokenizer), steps=7).steps == 9
     assert play_random(env, steps=7).steps == 9
     assert replay.num_steps == 18
 
@@ -268,12 +277,15 @@ def test_each_step_is_told_and_the_clock_looked_at_after_it(
     told: list[int] = []
     monkeypatch.setattr(collector.time, "monotonic", lambda: float(len(told)))
 
-    def collect_for(seconds: float | None) -> CollectStats:
+    def collect_for(seconds: float | None) -> Collection:
         told.clear()
+        collection = Collection()
         bounds = {"steps": 100, "generator": generator(), "after_step": told.append, "max_seconds": seconds}
         if who == "nobody":
-            return collect_random(env, **bounds)
-        return collect(env, controller, None, temperature=1.0, epsilon=0.0, **bounds)[0]
+            collect_random(env, collection, **bounds)
+        else:
+            collect(env, controller, collection, temperature=1.0, epsilon=0.0, **bounds)
+        return collection
 
     assert collect_for(3.0).steps == 6
     assert told == [2, 2, 2]
@@ -283,34 +295,42 @@ def test_each_step_is_told_and_the_clock_looked_at_after_it(
     assert replay.num_steps == 208
 
 
-def test_a_collection_can_be_stopped_and_keeps_what_it_has(tokenizer: Tokenizer) -> None:
-    env, replay = make(tokenizer)
+@pytest.mark.parametrize("who", ["controller", "nobody"])
+def test_a_collection_that_was_stopped_goes_on_as_if_it_had_not_been(tokenizer: Tokenizer, who: str) -> None:
+    """Stopped after every step: the same steps, the same numbers, the same memory as in one go."""
 
     def stop(steps: int) -> None:
         raise StoppedError("enough")
 
-    for start in (
-        lambda: collect_random(env, steps=100, generator=generator(), after_step=stop),
-        lambda: collect(
-            env,
-            SpyController(tokenizer),
-            None,
-            steps=100,
-            temperature=1.0,
-            epsilon=0.0,
-            generator=generator(),
-            after_step=stop,
-        ),
-    ):
+    def go(env: RealEnv, collection: Collection, source: torch.Generator, after_step: Callable) -> None:
+        common = {"steps": 54, "generator": source, "after_step": after_step}
+        if who == "nobody":
+            collect_random(env, collection, **common)
+        else:
+            controller = SpyController(tokenizer)
+            collect(env, controller, collection, temperature=1.0, epsilon=0.3, **common)
+
+    whole_env, whole_replay = make(tokenizer)
+    whole = Collection()
+    go(whole_env, whole, generator(), nothing)
+    env, replay = make(tokenizer)
+    collection, source = Collection(), generator()
+    while collection.steps < 54:
+        before = collection.steps
         with pytest.raises(StoppedError):
-            start()
-    assert replay.num_steps == 4
+            go(env, collection, source, stop)
+        assert collection.steps == replay.num_steps == before + 2
+    assert collection.state() | {"seconds": 0} == whole.state() | {"seconds": 0}
+    if who == "controller":
+        assert all(torch.equal(one, other) for one, other in zip(collection.carry, whole.carry, strict=True))
+    for index in range(2):
+        assert replay.actions(index) == whole_replay.actions(index)
 
 
 def test_playing_without_a_replay(tokenizer: Tokenizer) -> None:
     env = RealEnv(catch_envs(), tokenizer, None)
     env.reset()
-    assert play(env, SpyController(tokenizer), steps=10)[0].steps == 10
+    assert play(env, SpyController(tokenizer), steps=10).steps == 10
 
 
 def test_a_full_replay_is_an_error_or_ends_the_recording(tokenizer: Tokenizer) -> None:

@@ -15,7 +15,8 @@ SMALL = ControllerConfig(channels=(4, 4), hidden_dim=8, lstm_dim=6)
 
 def small_controller(**changes) -> Controller:
     torch.manual_seed(0)
-    return Controller(ControllerConfig(**{**vars(SMALL), **changes}), grid=2, code_dim=3, num_actions=4)
+    cfg = ControllerConfig(**{**vars(SMALL), **changes})
+    return Controller(cfg, grid=2, code_dim=3, frame_size=16, num_actions=4)
 
 
 def some_codes(*shape: int) -> torch.Tensor:
@@ -23,7 +24,7 @@ def some_codes(*shape: int) -> torch.Tensor:
 
 
 def test_the_published_size_has_the_published_number_of_parameters():
-    controller = Controller(ControllerConfig(), grid=8, code_dim=256, num_actions=18)
+    controller = Controller(ControllerConfig(), grid=8, code_dim=256, frame_size=64, num_actions=18)
     assert sum(parameter.numel() for parameter in controller.parameters()) == 4_586_707
 
 

@@ -16,7 +16,8 @@ from gymnasium.spaces import Box, Discrete
 from rem_atari import evaluation
 from rem_atari.agent import Agent
 from rem_atari.config import Config, EnvConfig
-from rem_atari.errors import StoppedError
+from rem_atari.envs.vector import GameReturn, VectorStep
+from rem_atari.errors import EnvironmentDiedError, RunWarning, StoppedError
 from rem_atari.evaluation import evaluate, evaluate_random, share_episodes
 from rem_atari.presets import PRESETS
 from rem_atari.replay import Replay
@@ -165,19 +166,53 @@ def test_random_play_on_catch_catches_one_ball_in_six(agent: Agent) -> None:
 def test_games_are_closed_even_if_they_do_not_start(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, play: Callable[..., object]
 ) -> None:
+    built: list[int] = []
     closed: list[int] = []
 
     class Broken(Marathon):
+        def __init__(self) -> None:
+            super().__init__((1,))
+            built.append(1)
+
         def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
             raise RuntimeError("no ROM")
 
         def close(self) -> None:
             closed.append(1)
 
-    monkeypatch.setattr(evaluation, "make_env", lambda config, *, training: Broken((1,)))
-    with pytest.raises(RuntimeError, match="no ROM"):
+    monkeypatch.setattr(evaluation, "make_env", lambda config, *, training: Broken())
+    with pytest.warns(RunWarning), pytest.raises(EnvironmentDiedError, match="no ROM"):
         play(agent, config_with(num_envs=2), episodes=2, seed=0, after_step=nothing)
-    assert len(closed) == 2
+    assert len(closed) == len(built) >= 2
+
+
+@pytest.mark.usefixtures("marathon")
+def test_a_watcher_sees_every_step_and_the_games_that_count(agent: Agent) -> None:
+    class Watcher:
+        def __init__(self) -> None:
+            self.lengths: list[int] = []
+            self.steps = [0, 0, 0]
+            self.newest: list[GameReturn] = []
+
+        def see(self, frames: np.ndarray, step: VectorStep) -> None:
+            # Marathon draws the number of the step within its game.
+            for index, frame in enumerate(frames):
+                assert (frame == self.steps[index]).all()
+                self.steps[index] += 1
+            for game in step.game_returns:
+                assert self.steps[game.env_index] == game.length
+                self.steps[game.env_index] = 0
+            self.newest = step.game_returns
+
+        def count(self, game: GameReturn) -> None:
+            assert game in self.newest
+            self.lengths.append(game.length)
+
+    watcher = Watcher()
+    config = config_with(num_envs=3)
+    result = evaluate(agent, config, episodes=8, seed=0, watcher=watcher, after_step=nothing)
+    assert watcher.lengths == result.lengths
+    assert len(watcher.lengths) == 8
 
 
 def test_an_evaluation_can_be_stopped(agent: Agent) -> None:

@@ -66,13 +66,13 @@ def test_steps_have_the_shapes_of_an_environment():
     assert torch.equal(codes, agent.tokenizer.embed(segments.tokens[:, -1]))
     for _ in range(20):
         step = env.step(segments.actions[:, -1])
-        assert step.codes.shape == (4, K, 8)
+        assert step.seen.shape == (4, K, 8)
         assert set(step.rewards.tolist()) <= {-1.0, 0.0, 1.0}
         assert step.rewards.dtype == torch.float32
         assert step.ended.dtype == torch.bool
         assert not step.restarted.any()
         assert not step.truncated.any()
-        assert not step.codes.requires_grad
+        assert not step.seen.requires_grad
     assert env.num_actions == ACTIONS
 
 
@@ -89,7 +89,7 @@ def test_rewards_ends_and_tokens_come_from_the_heads(reward, end):
     assert (step.rewards == reward).all()
     assert (step.ended == end).all()
     assert (env.tokens == 5).all()
-    assert torch.equal(step.codes, agent.tokenizer.embed(env.tokens))
+    assert torch.equal(step.seen, agent.tokenizer.embed(env.tokens))
 
 
 def test_imagination_is_repeated_by_its_seed():

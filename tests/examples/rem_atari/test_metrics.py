@@ -55,3 +55,34 @@ def test_tensorboard_gets_the_numbers_by_phase_and_epoch(tmp_path: Path) -> None
     assert events.Tags()["scalars"] == ["collect/rate"]
     points = [(point.step, point.value) for point in events.Scalars("collect/rate")]
     assert points == [(0, pytest.approx(0.0)), (1, pytest.approx(2.0)), (2, pytest.approx(4.0))]
+
+
+def test_a_log_that_goes_on_keeps_the_lines_it_is_told_to_and_writes_tensorboard_anew(tmp_path: Path) -> None:
+    """One of them is nobody's metrics, and the last one is cut short."""
+    path, tensorboard = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    log = MetricsLog(path, tensorboard)
+    for epoch in range(4):
+        log.write("collect", epoch=epoch, env_steps=0, values={"steps": epoch, "returns": [1.0]})
+    log.close()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], "a note\n", *lines[1:]]) + '{"half')
+    log = MetricsLog(path, tensorboard, keep=3, seconds=1000.0)
+    assert path.read_text() == "".join([lines[0], "a note\n", lines[1]])
+    assert log.num_lines == 3
+    log.write("collect", epoch=7, env_steps=0, values={"steps": 7})
+    log.sync()
+    log.close()
+    assert json.loads(path.read_text().splitlines()[-1])["seconds"] >= 1000.0
+    events = EventAccumulator(str(tensorboard)).Reload()
+    assert events.Tags()["scalars"] == ["collect/steps"]
+    assert [(point.step, point.value) for point in events.Scalars("collect/steps")] == [
+        (0, 0),
+        (1, 1),
+        (7, 7),
+    ]
+
+
+def test_a_log_with_fewer_lines_than_it_should_have_goes_on_with_those(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", keep=5)
+    assert log.num_lines == 0
+    log.close()

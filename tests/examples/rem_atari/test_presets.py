@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def differences(ours: Any, theirs: Any, path: str = "") -> dict[str, Any]:
 
 
 def test_presets_know_their_names() -> None:
-    assert list(PRESETS) == ["debug", "tiny", "catch", "paper"]
+    assert list(PRESETS) == ["debug", "tiny", "catch", "minatar", "paper"]
     assert all(preset.preset == name for name, preset in PRESETS.items())
 
 
@@ -39,7 +40,7 @@ def test_paper_is_the_defaults_with_the_published_defects() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["debug", "tiny", "catch"])
+@pytest.mark.parametrize("name", ["debug", "tiny", "catch", "minatar"])
 def test_cpu_presets_can_be_trained(name: str) -> None:
     config = PRESETS[name]
     check_config(config)
@@ -47,7 +48,8 @@ def test_cpu_presets_can_be_trained(name: str) -> None:
     assert sum(parameter.numel() for parameter in agent.parameters()) < 1_000_000
 
 
-def test_paper_needs_the_perceptual_loss() -> None:
+def test_paper_needs_the_perceptual_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UsageError, match=r"--tokenizer\.perceptual-weight 0 trains without"):
         check_config(PRESETS["paper"])
 
@@ -72,10 +74,12 @@ def test_tiny_finishes_within_five_minutes_on_the_slowest_machine() -> None:
     assert sum(bounds) <= 255
 
 
-@pytest.mark.parametrize("name", ["debug", "catch"])
-def test_catch_presets_are_decided_by_counts_alone(name: str) -> None:
+@pytest.mark.parametrize("name", ["debug", "catch", "minatar"])
+def test_presets_for_small_games_are_decided_by_counts_alone(name: str) -> None:
     """No bound on time, so that a seed gives one result."""
     config = PRESETS[name]
-    assert config.env.id == "rem_atari/Catch-v0"
-    assert config.env.frame_size == 24
+    if name == "minatar":
+        assert (config.env.id, config.env.frame_size) == ("MinAtar/Breakout-v1", 40)
+    else:
+        assert (config.env.id, config.env.frame_size) == ("rem_atari/Catch-v0", 24)
     assert {path for path in differences(config, Config()) if path.endswith("max_seconds")} == set()

@@ -98,3 +98,15 @@ def test_a_phase_that_fails_says_nothing_of_being_done() -> None:
     with pytest.raises(KeyError), progress.phase(0, "collect", 100):
         raise KeyError
     assert stream.getvalue() == ""
+
+
+def test_what_was_done_before_a_run_was_resumed_counts_but_not_for_the_rate() -> None:
+    stream = io.StringIO()
+    with make_progress(PLAN, 2, stream) as progress:
+        with progress.phase(0, "collect", 100, done=90):
+            progress.advance(10)
+        assert progress.time_left.pace["collect"] > 0
+        seconds = progress.time_left.pace["collect"] * 10
+        line = stream.getvalue()
+        assert "collect: 100 steps in " in line
+        assert f" ({10 / seconds:.1f} steps/s), " in line

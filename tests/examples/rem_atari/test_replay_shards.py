@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from saved_runs import SavedRun
 
 from rem_atari.replay import Replay, ReplayFullError
 from rem_atari.replay_shards import ReplayCorruptError
@@ -251,3 +253,38 @@ def test_load_checks_what_it_is_asked_for(tmp_path: Path) -> None:
         Replay.load(tmp_path / "replay", frame_shape=(4, 4, 3))
     with pytest.raises(ReplayFullError, match="9 rows; its capacity is 8"):
         Replay.load(tmp_path / "replay", capacity=8)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory is in use")
+def test_memory_is_taken_as_rows_arrive_and_not_by_sampling_or_flushing(tmp_path: Path) -> None:
+    """There is room for the paper's 100,000 frames, 1.2 gigabytes; 2,000 of them take 25 megabytes."""
+    before = resident_bytes()
+    replay = Replay((64, 64, 3), 100_000, folder=tmp_path, seed=0)
+    frame = np.full((64, 64, 3), 7, dtype=np.uint8)
+    for row in range(2_000):
+        replay.append(0, frame, 0, 0.0, row % 100 == 99, False)
+    replay.flush()
+    filled = resident_bytes()
+    assert 20e6 < filled - before < 60e6
+    for _ in range(100):
+        replay.sample_sequences(16, 10, min_real=1)
+        replay.sample_segments(16, 10, min_real=1)
+        replay.flush()
+    assert resident_bytes() - filled < 20e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory is in use")
+def test_saving_again_and_again_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    run = SavedRun(tmp_path)
+    for _ in range(5):
+        run.save_next()
+    before = resident_bytes()
+    for _ in range(40):
+        run.save_next()
+    assert resident_bytes() - before < 10e6
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3, "the last two and the best one"

@@ -42,6 +42,7 @@ class RecordingController(Controller):
             ControllerConfig(channels=(4, 4), hidden_dim=8, lstm_dim=6),
             grid=2,
             code_dim=3,
+            frame_size=16,
             num_actions=ACTIONS,
         )
         self.told: list[Tensor] = []

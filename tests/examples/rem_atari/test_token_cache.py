@@ -91,3 +91,41 @@ def test_an_update_of_the_tokenizer_clears_it(replay: Replay, tokenizer: Countin
     after = cache.tokenize(batch).tokens
     assert torch.equal(after, tokenize(batch, tokenizer).tokens)
     assert not torch.equal(after, before), "an update that changes no token shows nothing"
+
+
+def test_the_cache_goes_on_from_a_checkpoint(replay: Replay, tokenizer: CountingTokenizer) -> None:
+    """What was known is known, and is not encoded again."""
+    cache, other = TokenCache(replay, tokenizer), TokenCache(replay, tokenizer)
+    assert cache.tensors()["rows"].tolist() == []
+    other.load_tensors(cache.tensors())
+    batch = replay.sample_sequences(2, 5, min_real=5)
+    expected = cache.tokenize(batch).tokens
+    other.tokenize(replay.sample_sequences(9, 5, min_real=1))
+    other.load_tensors(cache.tensors())
+    assert other.tensors()["rows"].tolist() == sorted(set(batch.rows.flatten().tolist()))
+    before = tokenizer.encoded
+    assert torch.equal(other.tokenize(batch).tokens, expected)
+    assert tokenizer.encoded == before
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"rows": torch.tensor([30])}, "a cached row is not below 30"),
+        ({"rows": torch.tensor([-1])}, "a cached row is not below 30"),
+        (
+            {"tokens": torch.full((1, 9), CONFIG.codebook_size, dtype=torch.int32)},
+            "a cached token is not below",
+        ),
+        ({"tokens": torch.zeros(1, 8, dtype=torch.int32)}, r"the cached tokens are \(1, 8\) for \(1,\) rows"),
+        ({"rows": torch.tensor([[1]])}, "the cached tokens are"),
+    ],
+)
+def test_tensors_that_are_none_of_a_cache_are_refused(
+    replay: Replay, tokenizer: CountingTokenizer, change: dict[str, torch.Tensor], complaint: str
+) -> None:
+    good = {"rows": torch.tensor([1]), "tokens": torch.zeros(1, 9, dtype=torch.int32)}
+    cache = TokenCache(replay, tokenizer)
+    cache.load_tensors(good)
+    with pytest.raises(ValueError, match=complaint):
+        cache.load_tensors(good | change)

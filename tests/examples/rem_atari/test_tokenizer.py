@@ -186,6 +186,32 @@ def test_the_foreground_counts_more():
     assert differs[0].sum() == 1
 
 
+class StandIn(nn.Module):
+    """In LPIPS's place: the mean absolute difference of two images."""
+
+    def forward(self, images, targets):
+        assert images.shape == targets.shape == (2, 3, 8, 8)
+        return (images - targets).abs().mean(dim=(1, 2, 3))
+
+
+def test_the_perceptual_loss_compares_reconstructions_with_frames():
+    frames = some_frames(2)
+    without, with_it = small_tokenizer(), small_tokenizer(perceptual_weight=3.0)
+    with torch.no_grad():
+        decoded = without._reconstruct(without.embed(without.encode(frames)))
+    distance = (decoded - tokenizer_module._to_floats(frames)).abs().mean()
+    loss, metrics = without.loss(frames, background=None)
+    perceptual_loss, perceptual_metrics = with_it.loss(frames, background=None, perceptual=StandIn())
+    torch.testing.assert_close(perceptual_metrics["perceptual"], distance)
+    torch.testing.assert_close(perceptual_loss - loss, 3 * distance)
+    torch.testing.assert_close(perceptual_metrics["loss"], perceptual_loss.detach())
+    assert perceptual_metrics["reconstruction"] == metrics["reconstruction"]
+    assert "perceptual" not in metrics
+    (perceptual_loss - loss).backward()
+    assert with_it.decoder[0].weight.grad.abs().sum() > 0
+    assert with_it.encoder[0].weight.grad.abs().sum() > 0
+
+
 def test_no_foreground_gives_no_foreground_error():
     frames = some_frames(1).expand(2, -1, -1, -1)
     tokenizer = small_tokenizer(foreground_weight=3.0)
@@ -272,7 +298,7 @@ def test_wrong_settings_and_frames_are_named():
         small_tokenizer().encode(some_frames(2).float())
     with pytest.raises(ValueError, match=r"\(2, 6, 6, 3\)"):
         small_tokenizer().loss(some_frames(2, size=6), background=None)
-    with pytest.raises(ValueError, match=r"perceptual_weight is 1\.0"):
+    with pytest.raises(ValueError, match=r"perceptual is None but tokenizer\.perceptual_weight is 1\.0"):
         small_tokenizer(perceptual_weight=1.0).loss(some_frames(1), background=None)
     with pytest.raises(ValueError, match="median frame"):
         small_tokenizer(foreground_weight=1.0).loss(some_frames(1), background=None)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +14,19 @@ from torch import nn
 
 from rem_atari import run_folder
 from rem_atari.agent import Agent
-from rem_atari.checkpoint import list_checkpoints, load_checkpoint
+from rem_atari.checkpoint import find_best, list_checkpoints, load_checkpoint, read_checkpoint
 from rem_atari.cli import main
 from rem_atari.config import Config, OptimConfig
-from rem_atari.errors import NonFiniteError
+from rem_atari.envs.vector import GameReturn
+from rem_atari.errors import StoppedError
+from rem_atari.evaluation import EvaluationResult
 from rem_atari.metrics import read_metrics
-from rem_atari.models.controller import Controller
 from rem_atari.models.tokenizer import Tokenizer
-from rem_atari.models.world_model import WorldModel
 from rem_atari.presets import PRESETS
 from rem_atari.progress import make_progress
 from rem_atari.replay import Replay
 from rem_atari.run_folder import create_run_folder
+from rem_atari.training import trainer as trainer_module
 from rem_atari.training import updates as updates_module
 from rem_atari.training.component import Component
 from rem_atari.training.schedule import plan_run, replay_capacity, updates_in_epoch
@@ -37,7 +36,7 @@ from rem_atari.training.signals import StopRequest
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.tokenizer_phase import TokenizerPhase
 from rem_atari.training.trainer import Trainer
-from rem_atari.training.updates import run_updates
+from rem_atari.training.updates import Metrics, Updates, run_updates
 
 DEBUG = PRESETS["debug"]
 OPTIM = OptimConfig(lr=0.1, weight_decay=0.5, clip_norm=1.0, batch_size=1, updates_per_epoch=1)
@@ -173,65 +172,24 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(
     assert measured(folder) == measured(tmp_path / "again")
 
 
-@pytest.mark.parametrize("module", [Tokenizer, WorldModel, Controller])
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_state_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: type[nn.Module]
-) -> None:
-    """The second update of a component meets a NaN: one is applied, and saved."""
-    apply, calls = Component.apply, {"count": 0}
+def test_the_checkpoint_of_the_best_evaluation_is_kept_apart(tmp_path: Path) -> None:
+    """The first of three is the best; there are checkpoints only at the end, but for the best."""
+    returns = iter([0.5, 0.25, 0.5])
+    schedule = replace(DEBUG.schedule, epochs=3, keep_best=True, checkpoint_every=9, keep_checkpoints=1)
 
-    def poison(component: Component, loss: torch.Tensor) -> torch.Tensor:
-        calls["count"] += isinstance(component.module, module)
-        is_second = isinstance(component.module, module) and calls["count"] == 2
-        return apply(component, loss * math.nan if is_second else loss)
+    def fixed_return(*arguments: object, **options: object) -> EvaluationResult:
+        return EvaluationResult((GameReturn(0, next(returns), 5),), 0, 1.0)
 
-    monkeypatch.setattr(Component, "apply", poison)
-    with pytest.raises(NonFiniteError, match=r"update 1 of the .* was not applied.*loss nan"):
-        train(DEBUG, tmp_path / "run")
-    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints")
-    name = {Tokenizer: "tokenizer", WorldModel: "world_model", Controller: "controller"}[module]
-    assert checkpoint.state["updates"][name] == 1
-    assert checkpoint.state["epoch"] == 0
-    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.model.values())
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_exits_with_3(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
-) -> None:
-    apply = Component.apply
-
-    def interrupt(component: Component, loss: torch.Tensor) -> torch.Tensor:
-        if component.name == "world_model" and component.updates == 1:
-            os.kill(os.getpid(), number)
-        return apply(component, loss)
-
-    monkeypatch.setattr(Component, "apply", interrupt)
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    run = tmp_path / "run"
-    assert main(["train", "--preset", "debug", "--run", str(run)]) == 3
-    assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().err.splitlines()[-1]
-    assert load_checkpoint(run / "checkpoints").state["updates"]["world_model"] == 2
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-@pytest.mark.parametrize(("at_step", "epoch"), [(10, 0), (64 + 10, 0), (64 + 32 + 10, 1)])
-def test_a_signal_stops_a_collection_between_two_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int, epoch: int
-) -> None:
-    """Two environments: the step under way is finished, in both of them, and kept."""
-    append = Replay.append
-
-    def interrupt(replay: Replay, *row: object) -> None:
-        append(replay, *row)
-        if replay.num_steps == at_step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Replay, "append", interrupt)
-    run = tmp_path / "run"
-    assert main(["train", "--preset", "debug", "--run", str(run)]) == 3
-    assert Replay.load(run / "replay").num_steps == at_step
-    assert load_checkpoint(run / "checkpoints").state["epoch"] == epoch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "evaluate", fixed_return)
+        train(replace(DEBUG, schedule=schedule), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    found = find_best(folder)
+    assert found is not None
+    assert read_checkpoint(found[1], found[0]).state["epoch"] == 1
+    state = load_checkpoint(folder).state
+    assert (state["epoch"], state["best_return"]) == (3, 0.5)
+    assert len(list_checkpoints(folder)) == 1
 
 
 def test_an_epoch_that_only_evaluates_has_a_checkpoint_of_its_own(tmp_path: Path) -> None:
@@ -249,37 +207,18 @@ def test_an_epoch_that_only_evaluates_has_a_checkpoint_of_its_own(tmp_path: Path
     assert len(list_checkpoints(folder)) == 2
 
 
-def test_a_second_signal_is_not_held_back() -> None:
-    with StopRequest():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def make_component(optim: OptimConfig = OPTIM) -> Component:
     layer = nn.Linear(2, 1, bias=False)
     nn.init.ones_(layer.weight)
     return Component("layer", layer, optim)
 
 
-@pytest.mark.parametrize(
-    "make_loss", [lambda weight: weight.sum() * math.inf, lambda weight: (0 * weight).sqrt().sum()]
-)
-def test_an_update_that_is_not_finite_changes_nothing(
-    make_loss: Callable[[torch.Tensor], torch.Tensor],
-) -> None:
-    """The second loss is finite, 0; its gradient is not."""
-    component = make_component()
-    with pytest.raises(NonFiniteError, match="update 0 of the layer"):
-        component.apply(make_loss(component.module.weight))
-    assert torch.equal(component.module.weight, torch.ones(1, 2))
-    assert component.updates == 0
-
-
 def test_gradients_are_clipped_to_the_norm_and_weights_decayed() -> None:
     component = make_component()
-    norm = component.apply((30 * component.module.weight[:, 0] + 40 * component.module.weight[:, 1]).sum())
-    assert norm.item() == pytest.approx(50.0)
+    weight = component.module.weight
+    metrics = component.apply((30 * weight[:, 0] + 40 * weight[:, 1]).sum(), {"share": 0.5})
+    assert metrics["grad_norm"].item() == pytest.approx(50.0)
+    assert metrics["share"] == 0.5
     assert component.module.weight.grad.norm().item() == pytest.approx(1.0)
     # AdamW's first step is lr in each direction; the decay takes lr * weight_decay of the weight.
     assert torch.allclose(component.module.weight, torch.full((1, 2), 1 - 0.1 * 0.5 - 0.1), atol=1e-5)
@@ -288,11 +227,11 @@ def test_gradients_are_clipped_to_the_norm_and_weights_decayed() -> None:
 def test_an_optimiser_goes_on_from_its_tensors() -> None:
     first, second = make_component(), make_component()
     for _ in range(3):
-        first.apply(first.module.weight.square().sum())
+        first.apply(first.module.weight.square().sum(), {})
     second.module.load_state_dict(first.module.state_dict())
     second.load_optimizer_tensors(first.optimizer_tensors() | {"other.0.step": torch.tensor(9.0)})
     for component in (first, second):
-        component.apply(component.module.weight.square().sum())
+        component.apply(component.module.weight.square().sum(), {})
     assert torch.equal(first.module.weight, second.module.weight)
 
 
@@ -416,27 +355,46 @@ def test_too_little_experience_makes_a_phase_wait_with_a_warning(tmp_path: Path)
     assert line["updates"] == 0
 
 
+def make_updates(update: Callable[[], Metrics], *, count: int, max_seconds: float | None = None) -> Updates:
+    updates = Updates()
+    run_updates(update, updates, count=count, max_seconds=max_seconds, after_update=lambda: None)
+    return updates
+
+
 def test_updates_are_averaged_and_counted() -> None:
     losses = iter([1.0, 2.0, 6.0])
-    calls: list[int] = []
-    means = run_updates(
-        lambda: {"loss": torch.tensor(next(losses)), "share": 0.5},
-        count=3,
-        max_seconds=None,
-        after_update=lambda: calls.append(1),
-    )
+    means = make_updates(lambda: {"loss": torch.tensor(next(losses)), "share": 0.5}, count=3).means()
     assert (means["loss"], means["share"], means["updates"]) == (3.0, 0.5, 3)
-    assert len(calls) == 3
+
+
+def test_updates_that_were_stopped_go_on_as_if_they_had_not_been() -> None:
+    """Stopped after each, and taken over into a checkpoint's tensors and back."""
+    losses = iter([0.1, 0.2, math.nan, 0.4])
+
+    def stop() -> None:
+        raise StoppedError("enough")
+
+    updates = Updates()
+    for done in range(1, 5):
+        with pytest.raises(StoppedError):
+            run_updates(
+                lambda: {"loss": torch.tensor(next(losses))},
+                updates,
+                count=4,
+                max_seconds=None,
+                after_update=stop,
+            )
+        assert updates.done == done
+        again = Updates(updates.done, updates.seconds)
+        again.load_tensors(updates.tensors())
+        updates = again
+    run_updates(lambda: {}, updates, count=4, max_seconds=None, after_update=stop)
+    assert updates.means()["loss"] == torch.tensor([0.1, 0.2, 0.4]).mean().item()
 
 
 def test_what_an_update_could_not_measure_is_left_out_of_the_mean() -> None:
     errors = iter([1.0, math.nan, 3.0])
-    means = run_updates(
-        lambda: {"error": torch.tensor(next(errors)), "never": math.nan},
-        count=3,
-        max_seconds=None,
-        after_update=lambda: None,
-    )
+    means = make_updates(lambda: {"error": torch.tensor(next(errors)), "never": math.nan}, count=3).means()
     assert means["error"] == 2.0
     assert math.isnan(means["never"])
 
@@ -449,9 +407,13 @@ def test_updates_end_when_the_time_is_up_but_one_is_made(monkeypatch: pytest.Mon
         return {}
 
     monkeypatch.setattr(updates_module.time, "monotonic", lambda: clock["now"])
-    bounded = run_updates(update, count=100, max_seconds=5.0, after_update=lambda: None)
+    bounded = make_updates(update, count=100, max_seconds=5.0).means()
     assert (bounded["updates"], bounded["phase_seconds"], bounded["rate"]) == (3, 6.0, 0.5)
-    assert run_updates(update, count=100, max_seconds=0.0, after_update=lambda: None)["updates"] == 1
+    assert make_updates(update, count=100, max_seconds=0.0).done == 1
+    # Time that was spent before the run was resumed counts.
+    updates = Updates(done=1, seconds=4.0)
+    run_updates(update, updates, count=100, max_seconds=5.0, after_update=lambda: None)
+    assert (updates.done, updates.seconds) == (2, 6.0)
 
 
 def test_the_schedule_of_a_component() -> None:

@@ -1,0 +1,61 @@
+"""What the subcommands do: a module for each, imported when it is called; so ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from rem_atari.arguments import (
+    Arguments,
+    BenchmarkArguments,
+    EvaluateArguments,
+    ListArguments,
+    RecordArguments,
+    ReportArguments,
+    ResumeArguments,
+    ScoresArguments,
+    TrainArguments,
+    WeightsArguments,
+)
+
+
+def run_command(arguments: Arguments) -> None:
+    """Run the subcommand that the arguments belong to.
+
+    Raises:
+        RunError: it failed, was used wrongly, or was stopped; see :mod:`rem_atari.errors`.
+    """
+    match arguments:
+        case TrainArguments():
+            from rem_atari.commands.train import train
+
+            train(arguments)
+        case ResumeArguments():
+            from rem_atari.commands.resume import resume
+
+            resume(arguments)
+        case EvaluateArguments():
+            from rem_atari.commands.evaluate import evaluate
+
+            evaluate(arguments)
+        case RecordArguments():
+            from rem_atari.commands.record import record
+
+            record(arguments)
+        case ReportArguments():
+            from rem_atari.commands.report import report
+
+            report(arguments)
+        case ScoresArguments():
+            from rem_atari.commands.scores import scores
+
+            scores(arguments)
+        case BenchmarkArguments():
+            from rem_atari.commands.benchmark import benchmark
+
+            benchmark(arguments)
+        case WeightsArguments():
+            from rem_atari.commands.weights import weights
+
+            weights(arguments)
+        case ListArguments():
+            from rem_atari.commands.listing import list_everything
+
+            list_everything(arguments)

@@ -1,0 +1,174 @@
+"""``rem-atari evaluate RUN``: whole games, and what they say about the agent."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rem_atari.arguments import EvaluateArguments
+from rem_atari.commands.counting import counting, tell
+from rem_atari.config import Config
+from rem_atari.durable import replace_file
+from rem_atari.envs import env_name
+from rem_atari.errors import UsageError
+from rem_atari.evaluation import EvaluationResult, playing_conditions
+from rem_atari.evaluation import evaluate as play_games
+from rem_atari.evaluation_files import EPISODES_FILE, SUMMARY_FILE
+from rem_atari.game_films import BestAndWorst, GameFilm
+from rem_atari.published import human_normalised, reference_scores
+from rem_atari.trained import TrainedAgent, load_trained
+from rem_atari.training.seeding import derive_seed
+from rem_atari.training.setup import check_config
+from rem_atari.video import check_video_path, enlarge, save_video
+
+FILM_PIXELS = 256
+"""Side of a film at least."""
+
+ATARI_FPS, OTHER_FPS = 15.0, 5.0
+"""Of an Atari game every fourth frame of 60 a second is seen; small games have no speed of their own."""
+
+
+def evaluate(arguments: EvaluateArguments) -> None:
+    """Play the games, write what came of them, and say it in a few lines.
+
+    Raises:
+        UsageError: a value is out of its range, or there is no such run, checkpoint or device.
+        CheckpointError: no checkpoint can be used.
+    """
+    if arguments.episodes < 1:
+        raise UsageError(f"--episodes is {arguments.episodes}, wanted at least 1")
+    if arguments.seed < 0:
+        raise UsageError(f"--seed is {arguments.seed}, wanted at least 0")
+    trained = load_trained(arguments.run, step=arguments.step, device=arguments.device, say=tell)
+    config = playing_conditions(
+        trained.config, temperature=arguments.temperature, num_envs=arguments.num_envs
+    )
+    check_config(config)
+    folder = _make_folder(arguments.out or trained.run.evaluation / f"step-{trained.step:08d}")
+    films = BestAndWorst() if arguments.videos else None
+    if films is not None:
+        check_video_path(folder / "best.mp4")
+    with counting("playing", arguments.episodes, "games") as advance:
+        result = play_games(
+            trained.agent,
+            config,
+            episodes=arguments.episodes,
+            seed=derive_seed(arguments.seed, "evaluate"),
+            watcher=films,
+            after_step=lambda ended: advance(ended) if ended else None,
+        )
+    summary = summarise(result, trained, config, seed=arguments.seed)
+    replace_file(folder / EPISODES_FILE, episodes_csv(result, config).encode())
+    if films is not None:
+        _save_films(folder, films, config)
+    replace_file(folder / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    print(describe(summary))
+    print(f"written: {', '.join(str(path) for path in sorted(folder.iterdir()))}")
+
+
+def _make_folder(folder: Path) -> Path:
+    """Make the folder for the results before anything is played for nothing."""
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link; --out names the folder that it leads to")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {folder}: {error.strerror or error}; --out names another"
+        ) from error
+    return folder
+
+
+def summarise(
+    result: EvaluationResult, trained: TrainedAgent, config: Config, *, seed: int
+) -> dict[str, Any]:
+    """An evaluation as JSON data."""
+    returns = result.returns
+    error = statistics.stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else None
+    mean = statistics.fmean(returns)
+    game = None if config.env.id is not None else config.env.game
+    reference = None if game is None else reference_scores(game)
+    return {
+        "game": env_name(config.env),
+        "env": {"game": game, "id": config.env.id},
+        "run": str(trained.run.path),
+        "preset": config.preset,
+        "training_seed": config.seed,
+        "step": trained.step,
+        "epoch": trained.epoch,
+        "epochs": config.schedule.epochs,
+        "env_steps": trained.env_steps,
+        "episodes": len(returns),
+        "mean_return": mean,
+        "standard_error": error,
+        "median_return": statistics.median(returns),
+        "min_return": min(returns),
+        "max_return": max(returns),
+        "mean_length": statistics.fmean(result.lengths),
+        "human_normalised": None if game is None else human_normalised(game, mean),
+        "random_score": None if reference is None else reference[0],
+        "human_score": None if reference is None else reference[1],
+        "temperature": config.evaluation.temperature,
+        "seed": seed,
+        "num_envs": min(config.evaluation.num_envs, len(returns)),
+        "max_raw_frames": config.env.eval_max_raw_frames,
+        "device": config.device,
+        "seconds": result.seconds,
+        "versions": {"retpop": version("retpop"), "torch": str(torch.__version__)},
+    }
+
+
+def episodes_csv(result: EvaluationResult, config: Config) -> str:
+    """A line for each game, in the order in which they ended."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["episode", "environment", "return", "steps", "human_normalised"])
+    for number, game in enumerate(result.games):
+        normalised = human_normalised(config.env.game, game.raw_return) if config.env.id is None else None
+        cell = "" if normalised is None else f"{normalised:.6g}"
+        writer.writerow([number, game.env_index, f"{game.raw_return:g}", game.length, cell])
+    return text.getvalue()
+
+
+def film_fps(config: Config) -> float:
+    """Steps of the agent that a film shows in a second."""
+    return ATARI_FPS if config.env.id is None else OTHER_FPS
+
+
+def _save_films(folder: Path, films: BestAndWorst, config: Config) -> None:
+    """Films of the best and the worst game, which are one where only one was played."""
+    found: list[tuple[str, GameFilm | None]] = [("best", films.best)]
+    if films.worst is not films.best:
+        found.append(("worst", films.worst))
+    for name, film in found:
+        if film is not None:
+            tell(f"filming the {name} game: return {film.game.raw_return:g}, {film.game.length} steps")
+            frames = (enlarge(frame, FILM_PIXELS) for frame in film)
+            save_video(folder / f"{name}.mp4", frames, film_fps(config))
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """The few lines that a reader looks for."""
+    epochs = "" if summary["epoch"] is None else f", epoch {summary['epoch']} of {summary['epochs']}"
+    error = "" if summary["standard_error"] is None else f" ± {summary['standard_error']:.2f}"
+    lines = [
+        f"{summary['game']}, checkpoint {summary['step']}{epochs}:"
+        f" {summary['episodes']} games at temperature {summary['temperature']:g}",
+        f"mean return {summary['mean_return']:.2f}{error} (standard error), median"
+        f" {summary['median_return']:g}, from {summary['min_return']:g} to {summary['max_return']:g}",
+    ]
+    if summary["human_normalised"] is not None:
+        lines.append(
+            f"human-normalised score {summary['human_normalised']:.3f}"
+            f" (0 is random play, {summary['random_score']:g}; 1 a human, {summary['human_score']:g})"
+        )
+    return "\n".join(lines)

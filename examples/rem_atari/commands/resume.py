@@ -1,0 +1,82 @@
+"""``rem-atari resume RUN``: go on with a run that was stopped, exactly where it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import TypeVar
+
+from rem_atari.arguments import ResumeArguments
+from rem_atari.commands.counting import tell
+from rem_atari.commands.train import conclude, run_and_report
+from rem_atari.config import Config
+from rem_atari.durable import replace_file
+from rem_atari.errors import UsageError
+from rem_atari.run_folder import RunFolder, hold_run_folder, open_run_folder
+
+Part = TypeVar("Part")
+
+ONLY_RAISED = ("epochs", "collect_epochs")
+"""Of `ScheduleConfig`: what was planned is done in any case; there can only be more of it."""
+
+
+def resume(arguments: ResumeArguments) -> None:
+    """Go on from the newest whole checkpoint; a run that is finished gets its report if that is missing.
+
+    Raises:
+        UsageError: there is no run, it is in use, or a change is not allowed.
+        RunError: it cannot go on, or was stopped again.
+    """
+    from rem_atari.training.resume import epochs_complete, newest_checkpoint
+    from rem_atari.training.setup import prepare_training
+
+    run = open_run_folder(arguments.run)
+    with hold_run_folder(run.path):
+        saved = run.load_config()
+        config = change_config(saved, arguments)
+        checkpoint = newest_checkpoint(run, tell)
+        if epochs_complete(checkpoint) >= config.schedule.epochs:
+            _say_finished(run, config)
+            return
+        with prepare_training(config) as parts:
+            if config != saved:
+                replace_file(run.config, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+            if checkpoint is None:
+                tell("the run was stopped before its first checkpoint: it starts from its beginning")
+            else:
+                tell(f"going on from checkpoint {checkpoint.step}")
+            run_and_report(config, run, parts, checkpoint)
+
+
+def change_config(config: Config, arguments: ResumeArguments) -> Config:
+    """A run's configuration with the changes that are asked for.
+
+    Raises:
+        UsageError: what can only be raised is lowered.
+    """
+    for name in ONLY_RAISED:
+        wanted, planned = getattr(arguments.schedule, name), getattr(config.schedule, name)
+        if wanted is not None and wanted < planned:
+            raise UsageError(
+                f"schedule.{name} is {wanted}, and the run was begun with {planned}: it can only be raised"
+            )
+    return replace(
+        config,
+        threads=config.threads if arguments.threads is None else arguments.threads,
+        schedule=_changed(config.schedule, arguments.schedule),
+        evaluation=_changed(config.evaluation, arguments.evaluation),
+    )
+
+
+def _changed(part: Part, changes: object) -> Part:
+    """A part of the configuration with those fields of `changes` that are given."""
+    named = {field.name: getattr(changes, field.name) for field in fields(changes)}  # type: ignore[arg-type]
+    return replace(part, **{name: value for name, value in named.items() if value is not None})  # type: ignore[type-var]
+
+
+def _say_finished(run: RunFolder, config: Config) -> None:
+    epochs = config.schedule.epochs
+    print(f"the run is finished: {epochs} of {epochs} epochs; --schedule.epochs N makes it longer")
+    if not (run.path / "report.html").is_file():
+        tell("writing the report")
+        conclude(run)

@@ -1,0 +1,77 @@
+"""``rem-atari train``: train, evaluate, write the report."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from rem_atari.arguments import TrainArguments
+from rem_atari.commands.report import explain_unwritten
+from rem_atari.config import Config
+from rem_atari.errors import RunError
+from rem_atari.run_folder import RunFolder, create_run_folder, default_run_path, hold_run_folder
+
+if TYPE_CHECKING:
+    from rem_atari.checkpoint import Checkpoint
+    from rem_atari.training.setup import TrainingParts
+
+
+def train(arguments: TrainArguments) -> None:
+    """Train, evaluate, write the report, and say where it is."""
+    # All of it before the folder is made: a package that only the report needs must not be missed later.
+    import rem_atari.report
+    import rem_atari.training.trainer  # noqa: F401
+    from rem_atari.envs import env_name
+    from rem_atari.training.setup import prepare_training
+
+    config = arguments.config
+    path = arguments.run or default_run_path(config, env_name(config.env), datetime.now())
+    with prepare_training(config) as parts, hold_run_folder(path):
+        run = create_run_folder(path, config)
+        run_and_report(config, run, parts)
+
+
+def run_and_report(
+    config: Config, run: RunFolder, parts: TrainingParts, checkpoint: Checkpoint | None = None
+) -> None:
+    """Train from the beginning or a checkpoint to the end, write the report, and say where it is."""
+    from rem_atari.progress import make_progress
+    from rem_atari.training.schedule import plan_run
+    from rem_atari.training.signals import StopRequest
+    from rem_atari.training.trainer import Trainer
+
+    progress = make_progress(plan_run(config), config.schedule.epochs, sys.stderr)
+    progress.say(f"run folder: {run.path}")
+    with progress, StopRequest() as stop:
+        Trainer(config, run, parts, progress, stop, checkpoint).run()
+    progress.say("writing the report")
+    conclude(run)
+
+
+def conclude(run: RunFolder) -> None:
+    """Write the report of a run whose training is done, and say what came of it.
+
+    Raises:
+        RunError: the report could not be written.
+    """
+    from rem_atari.metrics import read_metrics
+    from rem_atari.report import write_report
+
+    try:
+        page = write_report(run.path)
+    except Exception as error:
+        raise RunError(f"{explain_unwritten(run, error)}; its checkpoints and metrics are there") from error
+    print(_summary(read_metrics(run.metrics)))
+    print(f"report: {page}")
+
+
+def _summary(lines: list[dict]) -> str:
+    """The agent's mean return beside random play's."""
+    last = {line["phase"]: line for line in lines if line["phase"] in ("evaluate", "random")}
+    parts = [
+        f"{name} {last[phase]['mean_return']:.2f} over {last[phase]['episodes']} episodes"
+        for phase, name in (("evaluate", "agent"), ("random", "random play"))
+        if phase in last and last[phase].get("mean_return") is not None
+    ]
+    return f"mean return: {', '.join(parts) or 'no game was played'}"

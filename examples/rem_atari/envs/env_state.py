@@ -1,0 +1,130 @@
+"""An environment's state as plain JSON data, so that a game goes on exactly where another process left it.
+
+An environment is a stack of layers, the wrappers and the game itself, and each layer saves what is its own:
+
+- a layer of this package, or any environment of yours, by two methods: ``get_resume_state() -> dict``, plain
+  JSON data, and ``set_resume_state(state)``, which a fresh instance gets before any ``reset``;
+- a game of the Arcade Learning Environment by its emulator's snapshot, random numbers included;
+- gymnasium's own wrappers by the attributes listed in `WRAPPER_ATTRIBUTES`.
+
+A stack with any other layer cannot be saved: a layer that is not known may hold anything.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+
+State = dict[str, Any]
+"""Plain JSON data."""
+
+WRAPPER_ATTRIBUTES: dict[type[gymnasium.Wrapper], tuple[str, ...]] = {
+    OrderEnforcing: ("_has_reset",),
+    PassiveEnvChecker: (),
+    TimeLimit: ("_elapsed_steps",),
+}
+"""Of gymnasium's wrappers that change nothing but these attributes while a game is played."""
+
+MOST_SNAPSHOT_BYTES = 1_000_000
+"""An emulator's snapshot has about 15,000; whatever is far above that is none."""
+
+
+def save_env(env: gymnasium.Env) -> State | None:
+    """The state of an environment with all its wrappers; None where one of its layers cannot be saved."""
+    layers = []
+    for layer in _layers(env):
+        state = _save_layer(layer)
+        if state is None:
+            return None
+        layers.append({"layer": type(layer).__name__, "state": state})
+    return {"layers": layers}
+
+
+def load_env(env: gymnasium.Env, state: State) -> None:
+    """Bring a fresh environment, not reset yet, to where `save_env` saw another one of its make.
+
+    Raises:
+        ValueError: the state is of an environment that is made in another way.
+    """
+    layers = list(_layers(env))
+    names = [type(layer).__name__ for layer in layers]
+    saved = [entry["layer"] for entry in state["layers"]]
+    if saved != names:
+        raise ValueError(f"the saved environment consists of {saved}, this one of {names}")
+    for layer, entry in zip(layers, state["layers"], strict=True):
+        _load_layer(layer, entry["state"])
+
+
+def random_state(env: gymnasium.Env) -> State:
+    """The state of an environment's own random numbers, `np_random`."""
+    return dict(env.np_random.bit_generator.state)
+
+
+def set_random_state(env: gymnasium.Env, state: State) -> None:
+    """Give an environment's random numbers back their `random_state`."""
+    # A generator of its own, not the one that a reset without a seed would draw from the system.
+    env.np_random = np.random.Generator(np.random.PCG64())
+    env.np_random.bit_generator.state = state
+
+
+def _layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
+    """The wrappers from the outside in, and the game."""
+    while isinstance(env, gymnasium.Wrapper):
+        yield env
+        env = env.env
+    yield env
+
+
+def _save_layer(layer: gymnasium.Env) -> State | None:
+    if hasattr(type(layer), "get_resume_state"):
+        return layer.get_resume_state()
+    if type(layer) in WRAPPER_ATTRIBUTES:
+        return {name: getattr(layer, name) for name in WRAPPER_ATTRIBUTES[type(layer)]}
+    if _is_emulated(layer):
+        snapshot = layer.ale.cloneState(include_rng=True).serialize()
+        return {"random": random_state(layer), "snapshot": base64.b64encode(snapshot).decode("ascii")}
+    return None
+
+
+def _load_layer(layer: gymnasium.Env, state: State) -> None:
+    if hasattr(type(layer), "set_resume_state"):
+        layer.set_resume_state(state)
+    elif type(layer) in WRAPPER_ATTRIBUTES:
+        for name in WRAPPER_ATTRIBUTES[type(layer)]:
+            setattr(layer, name, state[name])
+        _spare_checks(layer)
+    elif _is_emulated(layer):
+        _load_snapshot(layer, state)
+    else:
+        raise ValueError(f"an environment with the layer {type(layer).__name__} cannot be loaded")
+
+
+def _spare_checks(layer: gymnasium.Wrapper) -> None:
+    """A checker compares a game's first steps with its reset, which the process before has seen to."""
+    if isinstance(layer, PassiveEnvChecker):
+        for name in vars(layer):
+            if name.startswith("checked_"):
+                setattr(layer, name, True)
+
+
+def _is_emulated(layer: gymnasium.Env) -> bool:
+    """Whether it's the Arcade Learning Environment; asked without importing what may not be installed."""
+    return f"{type(layer).__module__}.{type(layer).__qualname__}" == "ale_py.env.AtariEnv"
+
+
+def _load_snapshot(layer: gymnasium.Env, state: State) -> None:
+    import ale_py
+
+    snapshot = base64.b64decode(state["snapshot"], validate=True)
+    if len(snapshot) > MOST_SNAPSHOT_BYTES:
+        raise ValueError(f"the emulator's snapshot has {len(snapshot)} bytes, at most {MOST_SNAPSHOT_BYTES}")
+    try:
+        layer.ale.restoreState(ale_py.ALEState(snapshot))
+    except (RuntimeError, SystemError) as error:  # nanobind has no better name for what the emulator throws
+        raise ValueError(f"the emulator does not take the snapshot: {error}") from error
+    set_random_state(layer, state["random"])

@@ -1,0 +1,96 @@
+"""The world model without POP: it writes the tokens of a next observation one after another.
+
+This is the ablation that shows what POP is for: the same decoder and heads, K passes for an imagined
+observation instead of one. Token i of an observation is predicted from everything before it, the tokens
+0 .. i-1 of the same observation included, so its draws agree with each other, which POP's do not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rem_atari.config import WorldModelConfig
+from rem_atari.models.world_model import BaseWorldModel, Imagined, SequenceLogits
+from rem_atari.sampling import sample_categorical
+from retpop import RetNetState
+
+
+class TokenByTokenWorldModel(BaseWorldModel):
+    """Predicts every token from the output at the token before it, as a language model does.
+
+    The memory that it imagines from has seen all but the last token of the current observation: that token
+    and the action are read together, and every drawn token but the last is read to draw the next.
+
+    Args:
+        cfg: sizes; nothing stands before the first block of a sequence, so `context_blocks` is at least 1.
+        num_tokens, code_dim, codebook_size, num_actions: as `BaseWorldModel`.
+
+    Raises:
+        ValueError: as `BaseWorldModel`, or there is no context.
+
+    Source: arXiv 2402.05643, section 4 (the ablation "no POP"); IRIS, arXiv 2209.00588.
+    """
+
+    def __init__(
+        self, cfg: WorldModelConfig, *, num_tokens: int, code_dim: int, codebook_size: int, num_actions: int
+    ) -> None:
+        if cfg.context_blocks < 1:
+            raise ValueError(
+                "world_model.context_blocks is 0; with world_model.pop off it must be at least 1, because"
+                " nothing stands before the first token of a sequence that could predict it."
+            )
+        super().__init__(
+            cfg,
+            num_tokens=num_tokens,
+            code_dim=code_dim,
+            codebook_size=codebook_size,
+            num_actions=num_actions,
+        )
+
+    def forward(
+        self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 1
+    ) -> SequenceLogits:
+        """See `BaseWorldModel.forward`; at least one block must be left out."""
+        if skip_blocks < 1:
+            raise ValueError(
+                f"TokenByTokenWorldModel(): skip_blocks is {skip_blocks}; it must be at least 1, because"
+                " nothing predicts the first token of a sequence."
+            )
+        read, _ = self.decoder(self._embed_blocks(tokens, actions, codebook))
+        first = skip_blocks * self.block_size
+        # The output at a token speaks of the token after it; the one before an action speaks of no token.
+        before = read[:, first - 1 : -1].unflatten(1, (-1, self.block_size))[:, :, : self.num_tokens]
+        at_action = read.unflatten(1, (-1, self.block_size))[:, skip_blocks:, -1]
+        return SequenceLogits(
+            tokens=self.token_head(before),
+            rewards=self.reward_head(at_action),
+            ends=self.end_head(at_action),
+        )
+
+    def begin(self, tokens: Tensor, codebook: Tensor, state: RetNetState) -> RetNetState:
+        """The memory after all but the last token of the observations (B, K)."""
+        _, state = self.decoder(self._place(self._embed_tokens(tokens[:, :-1], codebook), 0), state)
+        return state
+
+    def imagine(
+        self,
+        tokens: Tensor,
+        actions: Tensor,
+        codebook: Tensor,
+        state: RetNetState,
+        generator: torch.Generator,
+    ) -> Imagined:
+        """Draw what follows observations and actions: reward and end, then token by token."""
+        last = self._embed_tokens(tokens[:, -1:], codebook)
+        action = self.action_embedding(actions)[:, None]
+        out, state = self.decoder(self._place(torch.cat((last, action), dim=1), self.num_tokens - 1), state)
+        at_action = out[:, -1]
+        rewards = sample_categorical(self.reward_head(at_action), generator) - 1
+        ended = sample_categorical(self.end_head(at_action), generator).bool()
+        drawn = [sample_categorical(self.token_head(at_action), generator)]
+        for place in range(self.num_tokens - 1):
+            embedded = self._embed_tokens(drawn[-1][:, None], codebook)
+            out, state = self.decoder(self._place(embedded, place), state)
+            drawn.append(sample_categorical(self.token_head(out[:, -1]), generator))
+        return Imagined(rewards, ended, torch.stack(drawn, dim=1), state)

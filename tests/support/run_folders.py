@@ -1,0 +1,65 @@
+"""Folders of runs as a training leaves them, made in a moment: fresh weights, no training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rem_atari.agent import Agent
+from rem_atari.checkpoint import Checkpoint, save_checkpoint
+from rem_atari.config import Config
+from rem_atari.presets import PRESETS
+from rem_atari.run_folder import RunFolder, create_run_folder
+
+DEBUG = replace(PRESETS["debug"], threads=0)
+"""Without a say on torch's threads, which belong to the whole test run."""
+
+
+def make_run(
+    path: Path, config: Config = DEBUG, *, steps: tuple[int, ...] = (42,), epoch: int = 2
+) -> RunFolder:
+    """A run on a game of three actions with a checkpoint at each step, the last one after `epoch` epochs."""
+    run = create_run_folder(path, config)
+    for place, step in enumerate(steps):
+        torch.manual_seed(step)
+        agent = Agent.from_config(config, num_actions=3)
+        complete = epoch - (len(steps) - 1 - place)
+        state = {"epoch": complete, "env_steps": 10 * step, "action_names": ["left", "stay", "right"]}
+        save_checkpoint(run.checkpoints, Checkpoint(step, agent.state_dict(), {}, state), keep=len(steps))
+    return run
+
+
+def make_scored_run(
+    path: Path, game: str, score: float, *, seed: int = 0, epochs: int = 2, **evaluation: Any
+) -> RunFolder:
+    """A finished Atari run whose evaluation at the end of training had this mean return."""
+    whole = {"max_steps": None, "max_seconds": None} | evaluation
+    config = replace(
+        PRESETS["paper"],
+        seed=seed,
+        env=replace(PRESETS["paper"].env, game=game),
+        schedule=replace(PRESETS["paper"].schedule, epochs=epochs),
+        evaluation=replace(PRESETS["paper"].evaluation, **whole),
+    )
+    run = create_run_folder(path, config)
+    line = {"epoch": epochs - 1, "phase": "evaluate", "final": 1, "mean_return": score, "episodes": 100}
+    run.metrics.write_text(json.dumps(line) + "\n")
+    return run
+
+
+def add_evaluation(run: RunFolder, step: int, **changes: Any) -> Path:
+    """What `rem-atari evaluate` leaves for a checkpoint, as far as others read it."""
+    summary = {"step": step, "epoch": 2, "episodes": 50, "mean_return": 1.0, "temperature": 0.5} | changes
+    path = run.evaluation / f"step-{step:08d}" / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(summary))
+    return path
+
+
+def files_in(folder: Path) -> set[str]:
+    """Every file below a folder, by its path from there."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
