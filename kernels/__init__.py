@@ -1,5 +1,5 @@
-"""Triton kernels of retpop, installed as ``retpop.kernels``.
+"""Triton kernels of retpop, installed as ``retpop.kernels``; README.md in this folder is about them.
 
-This folder holds the ``@triton.jit`` functions and their launchers: tensors in, tensors out. It has no
-kernels yet; :mod:`retpop.ops` runs the pure-torch backend until they land.
+``@triton.jit`` functions and their launchers: tensors in, tensors out. `retpop.ops` imports these modules
+when an operation first needs them, so that the library works where Triton is missing.
 """

@@ -162,6 +162,7 @@ print(json.dumps([sorted(before), sorted(sys.modules)]))
     loaded = {name for name in after - before if name.split(".")[0] in extras}
     assert not loaded
     assert "triton" not in after
+    assert not any(inside(name, "retpop.kernels") for name in after)
 
 
 def test_it_works_where_triton_is_missing() -> None:

@@ -50,8 +50,8 @@ class EnvConfig:
     num_envs: int = 1
     """Environments stepped side by side while collecting."""
     processes: bool = False
-    """Run each environment in a process of its own: one that crashes or hangs is replaced, and several work at
-    the same time. Costs about 0.4 ms a step; without it only an environment that raises is replaced."""
+    """Run each environment in a process of its own: one that crashes or hangs is replaced, and several work
+    at the same time. Costs about 0.4 ms a step; without it only an environment that raises is replaced."""
     timeout_seconds: float = 5.0
     """With `processes`: an environment that takes longer to answer counts as dead."""
     minatar: MinAtarConfig = field(default_factory=MinAtarConfig)
@@ -264,8 +264,8 @@ class Config:
     device: str = "cpu"
     """torch device: cpu, cuda or mps (which is not tested)."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: the networks' training passes run under autocast, weights and losses stay float32. Faster on a
-    GPU; on a CPU measure first (`rem-atari benchmark`): at small sizes it is slower."""
+    """bfloat16: the networks' training passes run under autocast, weights and losses stay float32. Faster on
+    a GPU; on a CPU measure first (`rem-atari benchmark`): at small sizes it is slower."""
     compile: bool = False
     """Compile the networks with torch.compile: the first updates take minutes, those after them less time.
     Off in the presets for a CPU, whose runs are too short for it."""

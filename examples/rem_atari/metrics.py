@@ -45,7 +45,11 @@ class MetricsLog:
         for old in tensorboard.glob("events.out.tfevents.*"):
             old.unlink()
         self._file = path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(tensorboard))
+        try:
+            self._writer = SummaryWriter(str(tensorboard))
+        except OSError:
+            self._file.close()
+            raise
         # When a point that is written again was measured, as if the run had never paused.
         start = time.time() - seconds
         for line in lines:

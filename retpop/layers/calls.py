@@ -10,35 +10,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from retpop.ops import triton_backend
 from retpop.ops.decay_powers import DecayPowers
 from retpop.ops.dispatch import BackendName
 from retpop.ops.packed import Packing
-from retpop.ops.pop import run_pop
+from retpop.ops.pop import run_pop_rows
 from retpop.ops.retention import run_retention
-from retpop.position import Rotation
+from retpop.position import Rotation, rotate
 
 
-@dataclass(frozen=True)
-class SequenceCall:
-    """Retention over a sequence, or over packed sequences.
+@dataclass(frozen=True, kw_only=True)
+class AnyCall:
+    """What both kinds of call have.
 
     Attributes:
         powers: the decays, and the powers of γ as they are needed.
         rotation: of every token, or None without rotary positions.
-        mode, chunk_size: as in `retpop.retention`.
-        packing: the packed sequences, or None.
         backend: the backend that was chosen.
     """
 
     powers: DecayPowers
     rotation: Rotation | None
+    backend: BackendName
+
+    def turn(self, qk: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys, side by side in the heads of (B, T, 2H, Dk), turned by their tokens' rotation."""
+        if self.rotation is not None and kind is not None and self.backend != "triton":
+            qk = rotate(qk, self.rotation, kind)
+        q, k = qk.chunk(2, dim=2)
+        if self.rotation is not None and kind is not None and self.backend == "triton":
+            return triton_backend.rotated(q, k, self.rotation, kind)
+        return q, k
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceCall(AnyCall):
+    """Retention over a sequence, or over packed sequences.
+
+    Attributes:
+        mode, chunk_size: as in `retpop.retention`.
+        packing: the packed sequences, or None.
+    """
+
     mode: str
     chunk_size: int | None
     packing: Packing | None
-    backend: BackendName
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retention of (B, T, H, D): outputs (B, T, H, Dv) and the state after them."""
@@ -55,50 +73,34 @@ class SequenceCall:
         )
 
 
-@dataclass(frozen=True)
-class PopCall:
+@dataclass(frozen=True, kw_only=True)
+class PopCall(AnyCall):
     """POP over a row of T sequence tokens and, behind them, P·M prediction tokens.
 
     Attributes:
-        powers: the decays, and the powers of γ as they are needed.
-        rotation: of every token of the row, or None without rotary positions.
-        length: T.
         predictions: (P, M).
         block_size, offset, reset: as in `retpop.pop_retention`.
-        backend: the backend that was chosen.
     """
 
-    powers: DecayPowers
-    rotation: Rotation | None
-    length: int
     predictions: tuple[int, int]
     block_size: int
     offset: int
     reset: Tensor | None
-    backend: BackendName
-
-    def join(self, x: Tensor, x_pred: Tensor) -> Tensor:
-        """One row of (B, T, ...) and (B, P, M, ...): (B, T + P·M, ...)."""
-        return torch.cat((x, x_pred.flatten(1, 2)), dim=1)
-
-    def split(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """The two parts of a row: (B, T, ...) and (B, P, M, ...)."""
-        return row[:, : self.length], row[:, self.length :].unflatten(1, self.predictions)
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """POP of rows (B, T + P·M, H, D): outputs (B, T + P·M, H, Dv) and the state after the sequence."""
-        (q, q_pred), (k, k_pred), (v, v_pred) = self.split(q), self.split(k), self.split(v)
-        out, pred, state = run_pop(
-            (q, k, v),
-            (q_pred, k_pred, v_pred),
+        return run_pop_rows(
+            q,
+            k,
+            v,
             self.powers,
+            predictions=self.predictions,
             block_size=self.block_size,
             offset=self.offset,
             state=state,
             reset=self.reset,
             backend=self.backend,
         )
-        return self.join(out, pred), state
 
 
 Call = SequenceCall | PopCall

@@ -13,6 +13,7 @@ from retpop.layers.calls import Call
 from retpop.layers.norm import residual_norm
 from retpop.layers.prepare import Owner, check_construction, prepare_pop, prepare_sequence
 from retpop.layers.retention import empty_state
+from retpop.ops.rows import join_row, split_row
 from retpop.state import RetNetState
 
 
@@ -121,8 +122,8 @@ class RetNetDecoder(nn.Module):
             reset=reset,
             backend=backend,
         )
-        row, kv = self._run(call.join(x, x_pred), state, call)
-        return *call.split(row), RetNetState(kv, position)
+        row, kv = self._run(join_row(x, x_pred), state, call)
+        return *split_row(row, call.predictions), RetNetState(kv, position)
 
     def init_state(
         self,

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retpop.config import RetNetConfig
+from retpop.layers.feed_forward import ACTIVATIONS
+from retpop.ops import triton_backend
+from retpop.ops.dispatch import BackendName
 
 
 def residual_norm(
@@ -61,6 +64,15 @@ class HeadNorm(nn.Module):
         if self.weight is not None:
             x = x * self.weight
         return x if self.bias is None else x + self.bias
+
+    def gated(self, x: Tensor, gate: Tensor, activation: str, backend: BackendName) -> Tensor:
+        """``activation`` of the gate, times x normalised; both are (..., H, Dv).
+
+        The Triton backend does it in one pass for "silu"; other activations are torch operations there too.
+        """
+        if backend == "triton" and activation == "silu":
+            return triton_backend.gated_norm(x, gate, self.weight, self.bias, self.kind, self.eps)
+        return ACTIVATIONS[activation](gate) * self(x)
 
     def extra_repr(self) -> str:
         """The kind and epsilon, for ``print(model)``."""

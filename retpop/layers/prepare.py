@@ -11,11 +11,12 @@ from retpop.arguments import check_tensor
 from retpop.config import RetNetConfig
 from retpop.layers.calls import PopCall, SequenceCall
 from retpop.ops import checks
-from retpop.ops.autocast import autocast_is_on
+from retpop.ops.autocast import autocast_is_on, dtype_after
 from retpop.ops.decay_powers import DecayPowers, default_scale
-from retpop.ops.dispatch import choose_backend
+from retpop.ops.dispatch import BackendName, choose_backend
 from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
 from retpop.ops.packed import Packing
+from retpop.ops.triton_backend import Inputs
 from retpop.position import (
     Rotation,
     boundary_positions,
@@ -59,10 +60,11 @@ def prepare_sequence(
     """The call that runs ``x`` (B, T, E) as a sequence, and the positions (B,) after it."""
     _check_tokens(owner, "x", x, "BTE")
     checks.check_mode(owner.where, mode, chunk_size)
+    chosen = _choose(owner, x, backend)
     packing = None
     if cu_seqlens is not None:
         checks.check_cu_seqlens(owner.where, cu_seqlens, "x", x)
-        packing = Packing(owner.where, cu_seqlens, x.shape[1])
+        packing = Packing(owner.where, cu_seqlens, x.shape[1], on_host=chosen != "triton")
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(owner, state, rows)
     start = None if state is None else state.position
@@ -79,7 +81,7 @@ def prepare_sequence(
         mode=mode,
         chunk_size=chunk_size,
         packing=packing,
-        backend=choose_backend(owner.where, backend)[0],
+        backend=chosen,
     )
     return call, after
 
@@ -113,14 +115,19 @@ def prepare_pop(
     call = PopCall(
         powers=_powers(owner),
         rotation=_rotation(owner, torch.cat((main.flatten(1), pred.flatten(1)), dim=1)),
-        length=length,
         predictions=(num_predictions, size),
         block_size=block_size,
         offset=offset,
         reset=reset,
-        backend=choose_backend(owner.where, backend)[0],
+        backend=_choose(owner, x, backend),
     )
     return call, boundaries[:, -1].expand(batch).clone()
+
+
+def _choose(owner: Owner, x: Tensor, backend: str) -> BackendName:
+    cfg = owner.cfg
+    inputs = Inputs(x.device, dtype_after(x.device, x.dtype), cfg.head_key_dim, cfg.head_value_dim)
+    return choose_backend(owner.where, backend, inputs)[0]
 
 
 def _powers(owner: Owner) -> DecayPowers:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retpop.config import RetNetConfig
 from retpop.decay import resolve_decay
 from retpop.layers.calls import Call
-from retpop.layers.feed_forward import ACTIVATIONS
 from retpop.layers.norm import HeadNorm
 from retpop.layers.prepare import Owner, check_construction, prepare_pop, prepare_sequence
 from retpop.ops.dtypes import state_dtype
-from retpop.position import rotary_frequencies, rotate
+from retpop.ops.rows import join_row, split_row
+from retpop.position import rotary_frequencies
 from retpop.state import RetNetState
 
 
@@ -144,21 +143,20 @@ class MultiScaleRetention(nn.Module):
             reset=reset,
             backend=backend,
         )
-        row, kv = self.mix(call.join(x, x_pred), None if state is None else state.kv[0], call)
-        return *call.split(row), RetNetState(kv.unsqueeze(0), position)
+        row, kv = self.mix(join_row(x, x_pred), None if state is None else state.kv[0], call)
+        return *split_row(row, call.predictions), RetNetState(kv.unsqueeze(0), position)
 
     def mix(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """The layer itself, of a call that has been prepared: (B, T, E) and a state to the same two."""
         key_dim, _, value_dim, _ = self.widths
         qk, v, gate = self.qkvg_proj(x).split((2 * key_dim, value_dim, value_dim), dim=-1)
-        qk = rearrange(qk, "b t (h d) -> b t h d", d=self.cfg.head_key_dim)
-        if call.rotation is not None and self.cfg.position is not None:
-            qk = rotate(qk, call.rotation, self.cfg.position)
-        q, k = qk.chunk(2, dim=2)
-        v = rearrange(v, "b t (h d) -> b t h d", h=self.cfg.num_heads)
+        heads = 2 * self.cfg.num_heads
+        q, k = call.turn(qk.unflatten(-1, (heads, self.cfg.head_key_dim)), self.cfg.position)
+        v, gate = (t.unflatten(-1, (self.cfg.num_heads, self.cfg.head_value_dim)) for t in (v, gate))
         out, kv = call.retain(q, k, v, kv)
-        out = self.head_norm(F.dropout(out, self.cfg.dropout, self.training)).flatten(-2)
-        return self.out_proj(ACTIVATIONS[self.cfg.gate_activation](gate) * out), kv
+        out = F.dropout(out, self.cfg.dropout, self.training)
+        out = self.head_norm.gated(out, gate, self.cfg.gate_activation, call.backend)
+        return self.out_proj(out.flatten(-2)), kv
 
     def init_state(
         self,

@@ -14,14 +14,14 @@ def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
     float64 stays, as in torch's own autocast. States and decays do not pass through here: they keep the
     precision that retention needs.
     """
-    device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
-    if not autocast_is_on(device):
-        return inputs
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in inputs
-    )
+    return tuple(x.to(dtype_after(x.device, x.dtype)) if isinstance(x, Tensor) else x for x in inputs)
+
+
+def dtype_after(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that `cast_inputs` gives to inputs of ``dtype`` on ``device``."""
+    if not autocast_is_on(device.type) or not dtype.is_floating_point or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(device.type)
 
 
 def autocast_is_on(device: str) -> bool:

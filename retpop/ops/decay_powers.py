@@ -53,23 +53,31 @@ class DecayPowers:
         """Take log-decays (H,), the output's scale c, and the dtype that states have."""
         self.log_decay = log_decay.to(dtype).clamp(min=_LOG_ZERO)
         self.scale = scale
-        self._blocks: dict[int, BlockPowers] = {}
+        # Pairs, not a dict: hashing a length would tie a compiled graph to that very length.
+        self._blocks: list[tuple[int, BlockPowers]] = []
 
     def block(self, length: int) -> BlockPowers:
         """The powers for a block of ``length`` tokens."""
-        if length not in self._blocks:
-            steps = torch.arange(length, device=self.log_decay.device)
-            falling = self.gamma_to(length - 1 - steps)  # γ^(L-1), ..., γ, 1
-            # Row i of `within` is the window of this strip that begins at place L - 1 - i:
-            # L powers are computed, and L² only copied.
-            strip = torch.nn.functional.pad(self.scale * falling, (0, length - 1))
-            self._blocks[length] = BlockPowers(
-                within=strip.unfold(1, length, 1).flip(1),
-                from_start=self.scale * self.gamma_to(steps + 1).unsqueeze(-1),
-                to_end=falling.unsqueeze(-1),
-                across=self.across(steps.new_tensor([[length]])),
-            )
-        return self._blocks[length]
+        for known, powers in self._blocks:
+            if known == length:
+                return powers
+        powers = self._powers(length)
+        self._blocks.append((length, powers))
+        return powers
+
+    def _powers(self, length: int) -> BlockPowers:
+        steps = torch.arange(length, device=self.log_decay.device)
+        falling = self.gamma_to(length - 1 - steps)  # γ^(L-1), ..., γ, 1
+        # Row i of `within` is the window of this strip that begins at place L - 1 - i: L powers are computed,
+        # and L² only copied. `strip.unfold(1, length, 1)` would tie a compiled graph to the length.
+        strip = torch.nn.functional.pad(self.scale * falling, (0, length - 1))
+        windows = strip.as_strided((strip.shape[0], length, length), (strip.shape[1], 1, 1))
+        return BlockPowers(
+            within=windows.flip(1),
+            from_start=self.scale * self.gamma_to(steps + 1).unsqueeze(-1),
+            to_end=falling.unsqueeze(-1),
+            across=self.across(steps.new_tensor([[length]])),
+        )
 
     def gamma_to(self, exponents: Tensor) -> Tensor:
         """γ^n for integers n >= 0 of any shape (...): (H, ...)."""

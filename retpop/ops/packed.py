@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from retpop.arguments import values_are_free
 from retpop.ops import torch_backend
 from retpop.ops.checks import check_bounds
 from retpop.ops.decay_powers import Across, DecayPowers, advance
@@ -40,23 +41,40 @@ class ChunkPlan(NamedTuple):
 
 
 class Packing:
-    """The boundaries of packed sequences, on the host, and the plans made from them.
+    """The boundaries of packed sequences, and the plans for them that the torch backend makes on the host.
 
-    Made once a call: a decoder hands one to all of its layers. Reading the boundaries waits for a GPU.
+    Made once a call: a decoder hands one to all of its layers. Reading the boundaries waits for a GPU; the
+    Triton backend's kernels read them where they are.
     """
 
-    def __init__(self, where: str, cu_seqlens: Tensor, length: int) -> None:
-        """Read the boundaries of sequences that fill ``length`` tokens; ValueError where they do not."""
-        self.bounds: list[int] = cu_seqlens.tolist()
-        self._device = cu_seqlens.device
+    def __init__(self, where: str, cu_seqlens: Tensor, length: int, *, on_host: bool = True) -> None:
+        """Take the boundaries of sequences that fill ``length`` tokens; ``where`` begins messages.
+
+        They are read, and checked, at once if they are wanted ``on_host`` or if reading costs nothing.
+        """
+        self.cu_seqlens = cu_seqlens
+        self._where, self._length = where, length
+        self._bounds: list[int] | None = None
         self._plans: dict[int, ChunkPlan] = {}
-        check_bounds(where, self.bounds, length)
+        if on_host or values_are_free(cu_seqlens):
+            self._read()
+
+    @property
+    def bounds(self) -> list[int]:
+        """The boundaries on the host; ValueError where they do not fit the tokens."""
+        return self._read() if self._bounds is None else self._bounds
 
     def plan(self, chunk_size: int) -> ChunkPlan:
         """How the sequences are cut into chunks of at most ``chunk_size`` tokens."""
         if chunk_size not in self._plans:
-            self._plans[chunk_size] = _plan(self.bounds, chunk_size, self._device)
+            self._plans[chunk_size] = _plan(self.bounds, chunk_size, self.cu_seqlens.device)
         return self._plans[chunk_size]
+
+    def _read(self) -> list[int]:
+        bounds: list[int] = self.cu_seqlens.tolist()
+        check_bounds(self._where, bounds, self._length)
+        self._bounds = bounds
+        return bounds
 
 
 def retention(
@@ -152,21 +170,18 @@ def _chunkwise(
     # Places past a chunk's end hold its last token again, so whatever is there is no worse than the data;
     # they come after all real tokens of their chunk, which causality keeps clean, and add nothing to states.
     q, k, v = (x[0, plan.tokens].unsqueeze(0) for x in (q, k, v))  # (1, chunks, C, H, D)
-    starts, last = _scan(k, v, state, powers, plan, filled)
+    starts, last = scan(k, v, state, powers, plan, filled)
     out = torch_backend.attend(q, k, v, starts.unsqueeze(0), powers.block(width))
     return out[0, filled].unsqueeze(0), last
 
 
-def _scan(
+def scan(
     k: Tensor, v: Tensor, state: Tensor, powers: DecayPowers, plan: ChunkPlan, filled: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The state before every chunk, (chunks, H, Dk, Dv), and after every sequence, (S, H, Dk, Dv)."""
-    places = torch.arange(filled.shape[1], device=k.device)
-    left = (plan.lengths[:, None] - 1 - places).clamp(min=0)
-    to_end = rearrange(powers.gamma_to(left), "h n l -> n h l 1")
     k = k.masked_fill(~filled[None, :, :, None, None], 0)
-    added = torch_backend.block_additions(k, v, to_end).squeeze(0)
-    whole, rest = (rearrange(x, "h n -> n h 1 1") for x in powers.across(plan.lengths))
+    added = torch_backend.block_additions(k, v, to_chunk_end(powers, plan, filled.shape[1])).squeeze(0)
+    whole, rest = across_chunks(powers, plan)
     state = state[plan.order]
     before = []
     for chunks in plan.steps:
@@ -176,3 +191,15 @@ def _scan(
         state = torch.cat((after, state[chunks.shape[0] :]))
     starts = torch.cat(before)[torch.cat(plan.steps).argsort()]
     return starts, state[plan.order.argsort()]
+
+
+def to_chunk_end(powers: DecayPowers, plan: ChunkPlan, width: int) -> Tensor:
+    """What is left of each token at its own chunk's end, (chunks, H, C, 1)."""
+    places = torch.arange(width, device=plan.lengths.device)
+    left = (plan.lengths[:, None] - 1 - places).clamp(min=0)
+    return rearrange(powers.gamma_to(left), "h n l -> n h l 1")
+
+
+def across_chunks(powers: DecayPowers, plan: ChunkPlan) -> Across:
+    """What is left of a state after each chunk, two of (chunks, H, 1, 1)."""
+    return Across(*(rearrange(x, "h n -> n h 1 1") for x in powers.across(plan.lengths)))

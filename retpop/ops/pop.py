@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from retpop.ops import reference, torch_backend
+from retpop.ops import reference, torch_backend, triton_backend
 from retpop.ops.autocast import cast_inputs, without_autocast
 from retpop.ops.checks import check_pop
 from retpop.ops.decay_powers import DecayPowers, default_scale
 from retpop.ops.dispatch import BackendName, choose_backend
 from retpop.ops.dtypes import state_dtype
+from retpop.ops.rows import join_row, split_row
+from retpop.ops.triton_backend import Inputs
 
 
 def pop_retention(
@@ -79,6 +81,8 @@ def pop_retention(
         scale=scale,
         reset=reset,
     )
+    inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
+    chosen, _ = choose_backend("pop_retention()", backend, inputs)
     powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype))
     return run_pop(
         (q, k, v),
@@ -88,7 +92,7 @@ def pop_retention(
         offset=offset,
         state=state,
         reset=reset,
-        backend=choose_backend("pop_retention()", backend)[0],
+        backend=chosen,
     )
 
 
@@ -121,7 +125,8 @@ def run_pop(
                 scale=powers.scale,
                 reset=reset,
             )
-        return torch_backend.pop_retention(
+        run = triton_backend.pop_retention if backend == "triton" else torch_backend.pop_retention
+        return run(
             q,
             k,
             v,
@@ -134,3 +139,44 @@ def run_pop(
             state=state,
             reset=reset,
         )
+
+
+def run_pop_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    powers: DecayPowers,
+    *,
+    predictions: tuple[int, int],
+    block_size: int,
+    offset: int,
+    state: Tensor | None,
+    reset: Tensor | None,
+    backend: BackendName,
+) -> tuple[Tensor, Tensor]:
+    """`run_pop` of rows (B, T + P·M, H, D), see `retpop.ops.rows`: a row of outputs, and the final state."""
+    if backend == "triton":
+        q, k, v = cast_inputs(q, k, v)
+        return triton_backend.pop_rows(
+            q,
+            k,
+            v,
+            powers,
+            predictions=predictions,
+            block_size=block_size,
+            offset=offset,
+            state=state,
+            reset=reset,
+        )
+    (q, q_pred), (k, k_pred), (v, v_pred) = (split_row(x, predictions) for x in (q, k, v))
+    out, pred, state = run_pop(
+        (q, k, v),
+        (q_pred, k_pred, v_pred),
+        powers,
+        block_size=block_size,
+        offset=offset,
+        state=state,
+        reset=reset,
+        backend=backend,
+    )
+    return join_row(out, pred), state

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from retpop.ops import packed, reference, torch_backend
+from retpop.ops import packed, reference, torch_backend, triton_backend
 from retpop.ops.autocast import cast_inputs, without_autocast
 from retpop.ops.checks import check_retention
 from retpop.ops.decay_powers import DecayPowers, default_scale
 from retpop.ops.dispatch import BackendName, choose_backend
 from retpop.ops.dtypes import state_dtype
+from retpop.ops.triton_backend import Inputs
 
 
 def retention(
@@ -39,7 +40,8 @@ def retention(
         state: (B, H, Dk, Dv), float32 (float64 with float64 inputs), carried from what came before, or None
             for the start of a sequence.
         scale: c; None: Dk^-0.5.
-        chunk_size: tokens in a chunk of the chunkwise mode, a power of two, at least 16; None: 64.
+        chunk_size: tokens in a chunk of the chunkwise mode, a power of two, at least 16; None: 64. It is the
+            torch backend's; the Triton backend's kernels choose their chunks by the GPU.
         cu_seqlens: boundaries of S sequences packed into one row, (S + 1,), int32 or int64, from 0 to T. B is
             then 1 and states are (S, H, Dk, Dv); an empty sequence's state passes through.
         backend: "auto", "torch", "triton" or "reference"; see `retpop.explain_backend`.
@@ -66,6 +68,11 @@ def retention(
         chunk_size=chunk_size,
         cu_seqlens=cu_seqlens,
     )
+    inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
+    chosen, _ = choose_backend("retention()", backend, inputs)
+    packing = None
+    if cu_seqlens is not None:
+        packing = packed.Packing("retention()", cu_seqlens, q.shape[1], on_host=chosen != "triton")
     powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype))
     return run_retention(
         q,
@@ -75,8 +82,8 @@ def retention(
         mode=mode,
         state=state,
         chunk_size=chunk_size,
-        packing=None if cu_seqlens is None else packed.Packing("retention()", cu_seqlens, q.shape[1]),
-        backend=choose_backend("retention()", backend)[0],
+        packing=packing,
+        backend=chosen,
     )
 
 
@@ -100,6 +107,8 @@ def run_retention(
             return reference.retention(
                 q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds
             )
+        if backend == "triton":
+            return triton_backend.retention(q, k, v, powers, state=state, packing=packing)
         if packing is not None:
             return packed.retention(
                 q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, packing=packing

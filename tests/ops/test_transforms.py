@@ -18,6 +18,9 @@ from retention_cases import (
     normal,
 )
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import retpop
 
 PAIRS = ("q", "k", "v", "state")
 POP_PAIRS = ("q", "k", "v", "q_pred", "k_pred", "v_pred", "state")
@@ -123,6 +126,20 @@ def test_compiled_without_a_graph_break(mode: str, T: int) -> None:
     actual, expected = (function(*inputs_of(case, PAIRS)) for function in (compiled, run))
     assert_same_results(actual, expected, 1e-12)
     assert_same_gradients(gradients(actual, case.leaves()), gradients(expected, case.leaves()), 1e-11)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_parallel_form_compiles_once_for_all_lengths_but_the_first() -> None:
+    counter = CompileCounterWithBackend("eager")
+    log_decay = retpop.retnet_decay(2)
+    compiled = torch.compile(
+        lambda q: retpop.retention(q, q, q, log_decay, mode="parallel"), fullgraph=True, backend=counter
+    )
+    for length in (20, 7, 33):
+        q = normal(2, length, 2, 4, seed=length, dtype=torch.float32)
+        expected = retpop.retention(q, q, q, log_decay, backend="reference")
+        assert_same_results(compiled(q), expected, 1e-5)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.usefixtures("fresh_compiler")

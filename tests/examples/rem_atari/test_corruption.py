@@ -97,6 +97,7 @@ def test_damage_to_a_checkpoint_is_found_and_the_one_before_is_used(
     damage_and_load(copy(before, tmp_path / "run") / "checkpoints", times, damage)
 
 
+@pytest.mark.slow
 def test_every_bit_of_a_manifest_counts(tmp_path: Path, before: Path) -> None:
     """It has no digest of its own: a flip in it must not match anything else that is there."""
     path = copy(before, tmp_path / "run") / "checkpoints" / "step-00000003"

@@ -24,6 +24,7 @@ from rem_atari.presets import PRESETS
 from rem_atari.replay import Replay
 from rem_atari.report.figures import save_reconstructions
 from rem_atari.run_folder import create_run_folder, hold_run_folder, open_run_folder
+from rem_atari.video import save_video
 
 pytestmark = [
     # TensorBoard writes in a thread, where the error is raised once more.
@@ -189,24 +190,54 @@ def test_a_run_on_a_disk_that_is_full_at_any_time_says_so_and_fails(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_files_that_may_not_grow_are_a_full_disk_that_is_real(tmp_path: Path) -> None:
-    """The system itself refuses: no file may have more than 150,000 bytes, and the optimiser's has."""
-    folder, errors = tmp_path / "run", tmp_path / "errors"
+def with_a_limit_on_files(most: int, work: Callable[[], int], errors: Path) -> int:
+    """The exit code of `work` in a process whose files may not grow beyond `most` bytes."""
     child = os.fork()
     if child == 0:
         try:
-            descriptor = os.open(errors, os.O_CREAT | os.O_WRONLY)
-            os.dup2(descriptor, 2)
-            sys.stderr = sys.__stderr__ = os.fdopen(2, "w")
-            resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-            os._exit(train(folder))
+            os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
+            sys.stderr = os.fdopen(2, "w")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            os._exit(work())
         finally:
             os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_files_that_may_not_grow_are_a_full_disk_that_is_real(tmp_path: Path) -> None:
+    """The system itself refuses; the optimiser's file has more than 150,000 bytes."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    assert with_a_limit_on_files(150_000, lambda: train(folder), errors) == 1
     last = said(errors.read_text())
     assert "optimizer.safetensors: File too large; nothing that was saved before is lost" in last
     assert check_what_is_left(folder) == 0
     assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.gif"])
+def test_a_film_that_is_cut_short_does_not_get_its_name(tmp_path: Path, name: str) -> None:
+    """ffmpeg is ended by the system in the middle of its work."""
+    if name == "film.mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    draw = np.random.default_rng(0)
+    pictures = list(draw.integers(256, size=(60, 64, 64, 3), dtype=np.uint8))
+    folder = tmp_path / "media"
+    save_video(folder / name, pictures[:1], fps=15)
+    before = (folder / name).read_bytes()
+
+    def save() -> int:
+        try:
+            save_video(folder / name, pictures, fps=15)
+        except RunError as error:
+            print(error, file=sys.stderr, flush=True)
+            return 1
+        return 0
+
+    errors = tmp_path / "errors"
+    assert with_a_limit_on_files(50_000, save, errors) == 1
+    assert f"the film {folder / name} cannot be written" in errors.read_text()
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert (folder / name).read_bytes() == before
 
 
 @pytest.mark.slow

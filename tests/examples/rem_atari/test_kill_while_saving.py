@@ -1,4 +1,4 @@
-"""kill -9 while saving: whatever the moment, a whole checkpoint and the whole replay that it knows are there."""
+"""kill -9 while saving: whatever the moment, a whole checkpoint is there, and all the replay it knows."""
 
 from __future__ import annotations
 

@@ -1,0 +1,176 @@
+"""Whether offsets overflow: the ranges of a kernel's integers, followed through its TTIR up to its addresses.
+
+A tensor may have more than 2^31 elements, so an offset that is computed in 32 bits is a fault that no test of
+ordinary size shows. Triton's first intermediate form (TTIR) is short enough to follow by hand: with the grid
+and the integer arguments of a launch at huge shapes (meta tensors take no memory), every integer has a
+range.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from triton._C.libtriton import ir
+from triton.compiler import ASTSource, make_backend
+
+from benchmarks.audit.launches import TARGETS, Compilation
+
+_OPERATION = re.compile(r"^\s*(%[\w, %:]+?) = ([\w.]+)\s?(.*)$")
+_FOR = re.compile(r"(%\w+) = (%\w+) to (%\w+) step (%\w+)(?: iter_args\((.*?)\) ->)?")
+_NAME = re.compile(r"%\w+")
+_SAME = {
+    "extsi",
+    "extui",
+    "trunci",
+    "index_cast",
+    "splat",
+    "expand_dims",
+    "broadcast",
+    "reshape",
+    "trans",
+    "unsplat",
+}
+_LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What is known of an integer: its range, if any, and the overflows that went into it."""
+
+    low: int | None = None
+    high: int | None = None
+    overflows: frozenset[str] = field(default=frozenset())
+
+    @property
+    def known(self) -> bool:
+        return self.low is not None
+
+
+def ttir_of(architecture: str, compilation: Compilation) -> str:
+    """The TTIR of a recorded launch, without compiling any further."""
+    source = ASTSource(
+        compilation.kernel, compilation.signature, compilation.constants, compilation.attributes
+    )
+    target = TARGETS[architecture]
+    backend = make_backend(target)
+    options = backend.parse_options(dict(compilation.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    generators = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, generators, backend.get_module_map(), context)
+    stages: dict = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](module, {}))
+
+
+def overflows(ttir: str, arguments: Mapping[str, int], grid: Sequence[int]) -> list[str]:
+    """The operations in 32 bits that may leave their range and end in an address.
+
+    A product of a value of unknown range counts as an overflow; a sum does not.
+
+    Args:
+        ttir: a kernel's TTIR.
+        arguments: its integer arguments by name.
+        grid: programs along three axes.
+    """
+    values = {f"%{name}": _Value(value, value) for name, value in arguments.items()}
+    found: dict[str, None] = {}  # a set in order
+    for line in ttir.splitlines():
+        line = re.sub(r"\s*loc\(.*$", "", line)
+        operation = _OPERATION.match(line)
+        if operation is None:
+            if "scf.for" in line:
+                _enter_loop(line, values)
+            continue
+        names, name, rest = operation.groups()
+        results = _NAME.findall(names)
+        if name == "scf.for":
+            _enter_loop(rest, values)
+        for result in results:
+            values.pop(result, None)
+        if name == "tt.addptr":
+            offset = values.get(_NAME.findall(rest)[1], _Value())
+            found.update(dict.fromkeys(sorted(offset.overflows)))
+        elif len(results) == 1:
+            values[results[0]] = _evaluate(name, rest, line.strip(), values, grid)
+    return list(found)
+
+
+def _enter_loop(text: str, values: dict[str, _Value]) -> None:
+    """The loop's own variable has the range of its bounds; what it carries is unknown."""
+    loop = _FOR.search(text)
+    if loop is None:
+        return
+    variable, first, end, _, carried = loop.groups()
+    low, high = values.get(first, _Value()), values.get(end, _Value())
+    bounded = low.known and high.known
+    values[variable] = _Value(low.low, max(high.high - 1, low.low)) if bounded else _Value()
+    for name, start in re.findall(r"(%\w+) = (%\w+)", carried or ""):
+        values[name] = _Value(overflows=values.get(start, _Value()).overflows)
+
+
+def _evaluate(name: str, rest: str, line: str, values: Mapping[str, _Value], grid: Sequence[int]) -> _Value:
+    kind = name.split(".")[-1]
+    operands = [values.get(operand, _Value()) for operand in _NAME.findall(rest)]
+    if kind == "constant":
+        number = re.match(r"(?:dense<)?(-?\d+)>? :", rest)
+        return _Value(int(number[1]), int(number[1])) if number else _Value()
+    if kind == "get_program_id":
+        return _Value(0, grid["xyz".index(rest[0])] - 1)
+    if kind == "get_num_programs":
+        return _Value(*[grid["xyz".index(rest[0])]] * 2)
+    if kind == "make_range":
+        start, end = (int(re.search(rf"{word} = (\d+)", rest)[1]) for word in ("start", "end"))
+        return _Value(start, end - 1)
+    if kind in ("load", "cmpi"):
+        return _Value()
+    if kind == "select":
+        operands = operands[1:]
+    inherited = frozenset().union(*(operand.overflows for operand in operands))
+    ends = _range(kind, operands)
+    if not re.search(r"\bi32\b|xi32>", rest.rsplit(":", 1)[-1]):
+        return _Value(*ends, inherited)
+    overflow = kind == "muli" if ends[0] is None else not -_LIMIT <= ends[0] <= ends[1] < _LIMIT
+    if overflow:
+        return _Value(None, None, inherited | {line})
+    return _Value(*ends, inherited)
+
+
+def _range(kind: str, operands: Sequence[_Value]) -> tuple[int, int] | tuple[None, None]:
+    """The range of a result, from those of the operands; unknown if one is, or for other operations."""
+    if not operands or not all(operand.known for operand in operands):
+        return _half_known(kind, operands)
+    ends = [(operand.low, operand.high) for operand in operands]
+    if kind in _SAME:
+        return ends[0]
+    if kind == "select":
+        return min(low for low, _ in ends), max(high for _, high in ends)
+    if len(ends) != 2:
+        return None, None
+    (a, b), (c, d) = ends
+    if kind == "addi":
+        return a + c, b + d
+    if kind == "subi":
+        return a - d, b - c
+    if kind in ("muli", "shli"):
+        corners = [x * (2**y if kind == "shli" else y) for x in (a, b) for y in (c, d)]
+        return min(corners), max(corners)
+    if kind == "minsi":
+        return min(a, c), min(b, d)
+    if kind == "maxsi":
+        return max(a, c), max(b, d)
+    if kind in ("divsi", "divui") and a >= 0 and c > 0:
+        return a // d, b // c
+    if kind in ("remsi", "remui") and a >= 0 and c > 0:
+        return 0, min(b, d - 1)
+    return None, None
+
+
+def _half_known(kind: str, operands: Sequence[_Value]) -> tuple[int, int] | tuple[None, None]:
+    """A remainder is bounded by what divides it, whatever is divided."""
+    if kind in ("remsi", "remui") and len(operands) == 2 and operands[1].known and operands[1].low > 0:
+        return 1 - operands[1].high, operands[1].high - 1
+    return None, None

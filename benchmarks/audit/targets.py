@@ -1,0 +1,207 @@
+"""What the audit holds the kernels to: targets for their speed and promises of reliability, each a named row.
+
+A row has a limit, the worst figure among the audited cases that it covers, and where that stood; a target
+that no audited case covers is left out, so a run over part of the cases judges that part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One promise.
+
+    Attributes:
+        name: what is promised.
+        part: whose rows it covers: "compile", "huge" or "traffic"; empty for all, failures included.
+        covers: which of them.
+        figure: the number that is judged.
+        limit: what it may be at most, or at least if ``at_least``.
+    """
+
+    name: str
+    part: str
+    covers: Callable[[Row], bool]
+    figure: Callable[[Row], float]
+    limit: float
+    at_least: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A target, the worst figure that stands for it and where, and whether it is met."""
+
+    target: Target
+    worst: float
+    where: str
+    met: bool
+
+
+def judge(rows: Iterable[Row]) -> list[Verdict]:
+    """The verdicts on all targets that some row is covered by."""
+    rows = list(rows)
+    verdicts = []
+    for target in TARGETS:
+        covered = [row for row in rows if _judged_by(target, row)]
+        if not covered:
+            continue
+        choose = min if target.at_least else max
+        worst = choose(covered, key=target.figure)
+        figure = target.figure(worst)
+        met = figure >= target.limit if target.at_least else figure <= target.limit
+        verdicts.append(Verdict(target=target, worst=figure, where=where(worst), met=met))
+    return verdicts
+
+
+def _judged_by(target: Target, row: Row) -> bool:
+    """A case that failed has no figures: only the target without a part, which counts failures, covers it."""
+    if not target.part:
+        return target.covers(row)
+    return bool(row["part"] == target.part and not row["failure"] and target.covers(row))
+
+
+def where(row: Row) -> str:
+    """For example "pop_fwd, rem training, bfloat16, sm_90"."""
+    return ", ".join(row[name] for name in ("op", "shape", "dtype", "architecture"))
+
+
+def _is(op: str | None = None, **wanted: object) -> Callable[[Row], bool]:
+    """Rows of an op (any if None) whose fields have the wanted values, or one of them if a tuple is given."""
+
+    def covers(row: Row) -> bool:
+        fields = wanted if op is None else {**wanted, "op": op}
+        return all(
+            row[name] in (value if isinstance(value, tuple) else (value,)) for name, value in fields.items()
+        )
+
+    return covers
+
+
+def _both(*conditions: Callable[[Row], bool]) -> Callable[[Row], bool]:
+    return lambda row: all(condition(row) for condition in conditions)
+
+
+def _ratio(figure: str, floor: str) -> Callable[[Row], float]:
+    return lambda row: float(row[figure] / row[floor])
+
+
+def _small(row: Row) -> bool:
+    return bool(row["head_dim"] <= 64)
+
+
+def _large(row: Row) -> bool:
+    return row["head_dim"] in (128, 256)
+
+
+def _rem(row: Row) -> bool:
+    return str(row["shape"]).startswith("rem")
+
+
+def _named(shape: str) -> Callable[[Row], bool]:
+    return lambda row: str(row["shape"]).startswith(shape)
+
+
+_LOW_PRECISION = ("bfloat16", "float16")
+_DOTS = ("pop_fwd", "retention_fwd")
+
+TARGETS = [
+    Target(
+        name="cases that do not compile or run, faulty accesses included",
+        part="",
+        covers=lambda row: True,
+        figure=lambda row: float(bool(row["failure"])),
+        limit=0,
+    ),
+    *(
+        Target(
+            name=f"POP forward, {shape}: {what}",
+            part="traffic",
+            covers=_both(_is("pop_fwd", architecture="sm_90", dtype="bfloat16"), _named(shape)),
+            figure=figure,
+            limit=limit,
+        )
+        for shape in ("rem training", "rem imagination")
+        for what, figure, limit in (
+            ("bytes over the floor", _ratio("bytes", "floor_bytes"), 1.05),
+            ("flops over the yardstick", _ratio("flops", "yardstick_flops"), 1.3),
+        )
+    ),
+    *(
+        Target(
+            name=f"stack bytes, {heads}, bfloat16, {architecture}",
+            part="compile",
+            covers=_both(_is(architecture=architecture, dtype="bfloat16"), covers),
+            figure=lambda row: row["stack"],
+            limit=limit,
+        )
+        for architecture, limit in (("sm_90", 0), ("sm_80", 64))
+        for heads, covers in (("D <= 64", _small), ("D 128 and 256", _large))
+    ),
+    Target(
+        name="POP forward, REM's shapes, sm_90: KiB of shared memory",
+        part="compile",
+        covers=_both(_is("pop_fwd", architecture="sm_90", dtype="bfloat16"), _rem),
+        figure=lambda row: row["shared"] / 1024,
+        limit=113,
+    ),
+    Target(
+        name="POP forward, REM's shapes, sm_90: warps",
+        part="compile",
+        covers=_both(_is("pop_fwd", architecture="sm_90", dtype="bfloat16"), _rem),
+        figure=lambda row: row["num_warps"],
+        limit=4,
+    ),
+    Target(
+        name="POP forward, REM's shapes, sm_90: async copies in the block loop",
+        part="compile",
+        covers=_both(_is("pop_fwd", architecture="sm_90", dtype="bfloat16"), _rem),
+        figure=lambda row: row["loop_async_copies"],
+        limit=1,
+        at_least=True,
+    ),
+    *(
+        Target(
+            name=f"shared memory over the limit, {architecture}",
+            part="compile",
+            covers=_is(architecture=architecture),
+            figure=_ratio("shared", "shared_limit"),
+            limit=1,
+        )
+        for architecture in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+    ),
+    Target(
+        name="float32 without tf32: tensor-core products on NVIDIA",
+        part="compile",
+        covers=_both(_is(dtype="float32"), lambda row: str(row["architecture"]).startswith("sm_")),
+        figure=lambda row: row["hgmma"] + row["hmma"],
+        limit=0,
+    ),
+    Target(
+        name="16-bit dtypes: tensor-core products in the loop",
+        part="compile",
+        covers=_both(_is(dtype=_LOW_PRECISION, op=_DOTS), lambda row: row["loop_instructions"] > 0),
+        figure=lambda row: row["loop_mma"],
+        limit=1,
+        at_least=True,
+    ),
+    Target(
+        name="offsets that leave 32 bits, above 2^31 elements",
+        part="huge",
+        covers=lambda row: True,
+        figure=lambda row: len(row["overflows"]),
+        limit=0,
+    ),
+    Target(
+        name="grids that CUDA does not launch, above 2^31 elements",
+        part="huge",
+        covers=lambda row: True,
+        figure=lambda row: float(not row["grid_fits"]),
+        limit=0,
+    ),
+]

@@ -1,0 +1,217 @@
+"""Judge the Triton kernels without a GPU: what they compile to, what they move, which targets they meet.
+
+    python -m benchmarks.kernel_audit [--arch sm_90,gfx942] [--op pop_fwd] [--core] [--csv PATH]
+
+Three parts, each in a process of its own (`benchmarks.audit.worker`): every launch of every case compiled
+ahead of time, the TTIR of launches of more than 2^31 elements, and bytes and flops counted in the
+interpreter with the configurations of sm_90. Prints figures and targets; exits with 1 if a target is missed.
+The figures hold for the compiler of one version of Triton, which the CSV names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.audit.cases import OPS
+from benchmarks.audit.targets import Row, Verdict, judge
+
+ROOT = Path(__file__).parent.parent
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+
+HEADING = ("op", "shape", "dtype")
+COMPILED = {
+    "architecture": "arch",
+    "kernel": "kernel",
+    "num_warps": "warps",
+    "num_stages": "stages",
+    "registers": "regs",
+    "stack": "stack",
+    "shared": "shared",
+    "hgmma": "hgmma",
+    "hmma": "hmma",
+    "async_copies": "async",
+    "loop_mma": "mma/loop",
+    "loop_async_copies": "async/loop",
+    "loop_instructions": "sass/loop",
+    "instructions": "sass",
+    "seconds": "cpu s",
+    "failure": "failure",
+}
+COUNTED = {
+    "launches": "launches",
+    "bytes": "bytes",
+    "floor_bytes": "floor",
+    "bytes_ratio": "ratio",
+    "flops": "flops",
+    "yardstick_flops": "yardstick",
+    "flops_ratio": "ratio",
+    "failure": "failure",
+}
+HUGE = {
+    "architecture": "arch",
+    "kernel": "kernel",
+    "grid": "grid",
+    "overflows": "leave 32 bits",
+    "failure": "failure",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the audit; returns the exit status."""
+    options = _parse(arguments)
+    rows = [row for part in ("compile", "huge", "traffic") for row in _run(part, options)]
+    verdicts = judge(rows)
+    _print_all(rows, verdicts)
+    if options.csv is not None:
+        write_csv(options.csv, rows, verdicts)
+    return int(not all(verdict.met for verdict in verdicts))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_audit", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--arch", type=_names(ARCHITECTURES), default=list(ARCHITECTURES), metavar="A,B")
+    parser.add_argument("--op", type=_names(OPS), default=list(OPS), metavar="A,B")
+    parser.add_argument("--core", action="store_true", help="only the cases that `make test` runs")
+    parser.add_argument("--csv", type=Path, help="write all rows to this file")
+    return parser.parse_args(arguments)
+
+
+def _names(known: Sequence[str]) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _run(part: str, options: argparse.Namespace) -> list[Row]:
+    """The rows of one part, from a process of its own; counting and overflows take sm_90's configurations."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if part == "traffic":
+        environment["TRITON_INTERPRET"] = "1"
+    architectures = options.arch if part == "compile" else ["sm_90"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.audit.worker",
+        part,
+        "--arch",
+        *architectures,
+        "--op",
+        *options.op,
+    ]
+    done = subprocess.run(
+        [*command, *(["--core"] if options.core else [])],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    rows = [{"part": part, **json.loads(line)} for line in done.stdout.splitlines()]
+    for row in rows:
+        if part == "traffic" and not row["failure"]:
+            row["bytes_ratio"] = round(row["bytes"] / row["floor_bytes"], 4)
+            row["flops_ratio"] = (
+                round(row["flops"] / row["yardstick_flops"], 4) if row["yardstick_flops"] else ""
+            )
+    return rows
+
+
+def _print_all(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+    for title, part, columns in (
+        ("Compiled ahead of time", "compile", COMPILED),
+        ("Above 2^31 elements", "huge", HUGE),
+        ("Counted in the interpreter, sm_90's configurations, one row of the batch", "traffic", COUNTED),
+    ):
+        heading = {name: name for name in HEADING} | columns
+        body = [[_text(row.get(name, "")) for name in heading] for row in rows if row["part"] == part]
+        print(f"\n{title} (Triton {version('triton')})\n")
+        print_table(list(heading.values()), body)
+    print("\nTargets\n")
+    body = [
+        [
+            "met" if verdict.met else "MISSED",
+            verdict.target.name,
+            f"{'>=' if verdict.target.at_least else '<='} {verdict.target.limit:g}",
+            f"{verdict.worst:.4g}",
+            verdict.where,
+        ]
+        for verdict in verdicts
+    ]
+    print_table(["", "target", "limit", "worst", "where"], body)
+
+
+def print_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """Columns under each other, two spaces apart."""
+    lines = [heading, *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return (
+            " x ".join(map(str, value))
+            if all(isinstance(x, int) for x in value)
+            else "; ".join(map(str, value))
+        )
+    return str(value)
+
+
+def write_csv(path: Path, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+    """All rows, then the targets, each with the versions and the commit that they hold for."""
+    key = {"commit": commit(), "triton": version("triton"), "torch": version("torch")}
+    records = [{**key, **{name: _text(value) for name, value in row.items()}} for row in rows]
+    for verdict in verdicts:
+        judged = {
+            "part": "target",
+            "target": verdict.target.name,
+            "limit": f"{verdict.target.limit:g}",
+            "worst": f"{verdict.worst:.6g}",
+            "where": verdict.where,
+            "verdict": "met" if verdict.met else "missed",
+        }
+        records.append({**key, **judged})
+    names = list(dict.fromkeys(name for record in records for name in record))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def commit() -> str:
+    """The checkout's commit, with "+changes" where files differ from it; "unknown" outside git."""
+    try:
+        name, changes = (
+            subprocess.run(
+                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "kernels", "benchmarks"],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{name}+changes" if changes else name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,564 @@
+"""Block sizes, warps, stages and schedules of every kernel: the one place where they are chosen.
+
+Everything here is a function of shapes, dtype and architecture (and the number of SMs where a schedule is
+chosen), so that it is tested without a GPU. An architecture is a name: "sm_80", "sm_86", "sm_89", "sm_90",
+"sm_100", "sm_120" or "gfx942"; `architecture_of` names a device's own.
+
+How a launcher, these configs and the audit fit together (see `kernels/launch.py`): the launcher asks for a
+config, builds a list of `Launch` values from it (`plan_<op>`), and runs them; the audit calls the same
+`plan_<op>` with meta tensors and an architecture, and compiles and counts what it returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+# Shared memory that one program may take, in KiB.
+SHARED_MEMORY = {
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+}
+
+INTERPRETED = "sm_90"
+"""The architecture whose configs tensors on a CPU (the interpreter) and meta tensors take."""
+
+
+def architecture_of(device: torch.device) -> str:
+    """The architecture of a device: sm_<major><minor>, or AMD's gfx name."""
+    if device.type != "cuda":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def multiprocessors_of(device: torch.device) -> int:
+    """The number of SMs (AMD: compute units) of a device; an H200's where there is no GPU."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def dot_precision(dtype: torch.dtype, architecture: str) -> str:
+    """`tl.dot`'s input_precision: "tf32" where torch itself would use it for float32, else "ieee"."""
+    allowed = torch.get_float32_matmul_precision() != "highest" and architecture.startswith("sm_")
+    return "tf32" if dtype is torch.float32 and allowed else "ieee"
+
+
+def padded(head_dim: int) -> int:
+    """The columns of a tile that holds a head dim: the next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+class RowConfig(NamedTuple):
+    """How `norm_gate` and `rotary`, which hold whole rows of one head dim, cut their work.
+
+    Attributes:
+        rows: rows a program owns.
+        cols: the columns of its tiles.
+        num_warps: warps a program.
+    """
+
+    rows: int
+    cols: int
+    num_warps: int
+
+
+ROW_TILE = 2048
+"""Elements of their tiles: with 4 warps, two 16-byte loads a thread in bfloat16, on any architecture."""
+
+
+def row_config(head_dim: int) -> RowConfig:
+    """Tiles of `ROW_TILE` elements: the smaller the rows, the more of them."""
+    cols = padded(head_dim)
+    return RowConfig(rows=max(1, ROW_TILE // cols), cols=cols, num_warps=4)
+
+
+# ---- pop_fwd ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopConfig:
+    """How `pop_fwd` cuts its work.
+
+    Attributes:
+        tile: tokens of a full tile.
+        cols_v: columns of Dv in a slice.
+        num_warps, num_stages: of a program, and of its pipeline.
+        scale_v: whether v or k takes the powers of γ on the way into the state; see `tiles.chunk_state`.
+        steps: one tile a step, instead of all tiles of a boundary in a line.
+        split: the block states first, and then a program for each boundary.
+    """
+
+    tile: int
+    cols_v: int
+    num_warps: int
+    num_stages: int
+    scale_v: bool = False
+    steps: bool = False
+    split: bool = False
+
+
+LARGEST_KEY_DIM = 256
+"""The largest Dk of `pop_fwd`: a program holds all of it. Dv comes in slices and has no limit."""
+
+LONGEST_LINE = 160
+"""Rows in the tiles of one boundary: with more, a line leaves no room for a second program on an SM."""
+
+FEWEST_SPLIT_BLOCKS = 4
+"""A split reads k and v twice and moves each block's state four times, in three launches."""
+
+SCAN_TILE = (16, 32)
+"""Rows and columns of a state in a program of the scan over blocks: small, as it only waits for memory."""
+
+# (tile, columns of a slice, warps, stages) by architecture, found by compiling REM's shape (DESIGN.md, 6).
+_LINE = {
+    "sm_90": (64, 64, 4, 2),
+    "sm_100": (64, 64, 8, 2),
+    "sm_120": (32, 32, 4, 2),
+    "sm_": (64, 32, 4, 2),
+    "gfx": (64, 64, 4, 2),
+}
+
+# The same by padded Dk, for one tile a step; float32 by its dots' precision.
+_STEPS = {
+    "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
+    "sm_100": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "sm_120": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (16, 32, 8, 2)},
+    "sm_": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+    "gfx": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (16, 32, 8, 2)},
+    "tf32": {64: (32, 64, 4, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+    "ieee": {64: (16, 64, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
+}
+
+
+def tail_rows(length: int, tile: int) -> int:
+    """Rows of the masked tile that holds what is left of a block after its full tiles; 0 if nothing is."""
+    return padded(length % tile) if length % tile else 0
+
+
+def pop_tiles(
+    lengths: tuple[int, int],
+    head_dims: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    architecture: str,
+) -> PopConfig:
+    """The form and the tiles of `pop_fwd` where there are programs enough.
+
+    A line of tiles is for low-precision tokens, head dims of 8, 16, ... 64, and blocks and predictions of
+    about 64 tokens; the rest goes one tile a step, in tiles no longer than the longer of the two.
+
+    Args:
+        lengths: (L, M), tokens in a block and in a prediction.
+        head_dims: (Dk, Dv).
+        dtype: of the tokens.
+        precision: of float32 dots, see `dot_precision`.
+        architecture: of the GPU.
+    """
+    key_dim, value_dim = head_dims
+    if key_dim > LARGEST_KEY_DIM:
+        raise ValueError(f"pop_fwd(): Dk is {key_dim}; the kernel takes at most {LARGEST_KEY_DIM}.")
+    tile, cols_v, num_warps, num_stages = _of(_LINE, architecture)
+    rows = sum(length // tile * tile + tail_rows(length, tile) for length in lengths)
+    wide_copies = key_dim % 8 == value_dim % 8 == 0  # of 16 bytes; narrower ones take more registers
+    steps = dtype is torch.float32 or padded(max(head_dims)) > 64 or rows > LONGEST_LINE or not wide_copies
+    if steps:
+        table = _of(_STEPS, precision if dtype is torch.float32 else architecture)
+        tile, cols_v, num_warps, num_stages = table[max(64, padded(key_dim))]
+        tile = min(tile, padded(max(lengths)))
+        num_stages = num_stages if wide_copies else min(num_stages, 2)
+    return PopConfig(
+        tile=tile,
+        cols_v=min(cols_v, padded(value_dim)),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        scale_v=architecture == "sm_90" and padded(key_dim) > 64 and dtype is not torch.float32,
+        steps=steps,
+    )
+
+
+def pop_config(
+    *,
+    pairs: int,
+    num_blocks: int,
+    lengths: tuple[int, int],
+    head_dims: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    architecture: str,
+    multiprocessors: int,
+) -> PopConfig:
+    """The tiles and the schedule of `pop_fwd` for `pairs` of batch and head, each of `num_blocks` blocks.
+
+    1. Slices of Dv are halved, down to 32 columns, while there are fewer programs (pairs x slices) than
+       multiprocessors.
+    2. One pass, unless half of the multiprocessors still have no program, and there are 4 blocks or more.
+    """
+    config = pop_tiles(lengths, head_dims, dtype, precision, architecture)
+    cols_v = config.cols_v
+    while cols_v > NARROWEST_SLICE and pairs * -(-head_dims[1] // cols_v) < multiprocessors:
+        cols_v //= 2
+    programs = pairs * -(-head_dims[1] // cols_v)
+    split = 2 * programs <= multiprocessors and num_blocks >= FEWEST_SPLIT_BLOCKS
+    return replace(config, cols_v=cols_v, split=split)
+
+
+def _of(table: dict[str, Any], kind: str) -> Any:
+    """A table's entry, or that of the vendor's other architectures."""
+    return table[kind] if kind in table else table["sm_" if kind.startswith("sm_") else "gfx"]
+
+
+# ---- pop_bwd ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """How a reverse sweep of `pop_bwd` or `retention_bwd` cuts its work.
+
+    Attributes:
+        tile: tokens of a tile.
+        cols_v: columns in a slice of Dv (of Dk in the sweep for dk alone, where the two change places).
+        num_warps, num_stages: of a program, and of its pipeline.
+        scale_v: which operand takes the powers of γ on the way into the state; see `tiles.chunk_state`.
+    """
+
+    tile: int
+    cols_v: int
+    num_warps: int
+    num_stages: int
+    scale_v: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopBwdConfig:
+    """The reverse sweeps of `pop_bwd`.
+
+    Attributes:
+        both: the sweep that finds dk and dv at once, or None where it takes one for each.
+        keys, values: the sweep for dk alone, and for dv alone or neither.
+        split: the gradients of the block states first, and then a program for each boundary.
+    """
+
+    both: SweepConfig | None
+    keys: SweepConfig
+    values: SweepConfig
+    split: bool = False
+
+
+# (tile, warps, stages) of a sweep for both, unsliced, up to 64 x 64, found by compiling (DESIGN.md, 6). There is
+# none for float32 "ieee": it would need more registers than there are.
+_BOTH = {
+    "sm_90": (64, 4, 2),
+    "sm_100": (64, 8, 2),
+    "sm_": (32, 4, 2),
+    "gfx": (64, 4, 2),
+    "tf32": (16, 4, 2),
+}
+
+# The same where 64 columns are not all there: masks and narrower copies need registers too.
+_BOTH_MASKED = {**_BOTH, "sm_90": (64, 8, 2), "sm_": (16, 4, 2)}
+
+
+def pop_bwd_config(
+    *,
+    pairs: int,
+    num_blocks: int,
+    lengths: tuple[int, int],
+    head_dims: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    architecture: str,
+    multiprocessors: int,
+) -> PopBwdConfig:
+    """The reverse sweeps of `pop_bwd`; arguments as those of `pop_config`.
+
+    1. One sweep for dk and dv where both head dims are at most 64: unsliced, because dk is a sum over Dv.
+       Else one each: the forward's walk with its tiles and slices, which are narrower where programs are few.
+    2. No split, unless half of the multiprocessors have no program, and there are 4 blocks or more.
+    """
+    if max(head_dims) > LARGEST_KEY_DIM:
+        raise ValueError(
+            f"pop_bwd(): (Dk, Dv) is {head_dims}; the kernels take at most {LARGEST_KEY_DIM} of each."
+        )
+    longest = padded(max(lengths))
+    kind = precision if dtype is torch.float32 else architecture
+    both = None
+    if padded(max(head_dims)) <= 64 and kind != "ieee":
+        masked = padded(max(head_dims)) == 64 and any(dim % 16 for dim in head_dims)
+        tile, num_warps, num_stages = _of(_BOTH_MASKED if masked else _BOTH, kind)
+        if kind == "sm_90" and lengths[1] > tile:
+            num_warps = 8  # a prediction of several tiles holds a second state meanwhile
+        both = SweepConfig(
+            tile=min(tile, longest),
+            cols_v=padded(head_dims[1]),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+
+    def alone(key_dim: int, value_dim: int) -> SweepConfig:
+        tile, cols_v, num_warps, num_stages = _of(_STEPS, kind)[max(64, padded(key_dim))]
+        cols_v = min(cols_v, padded(value_dim))
+        while cols_v > NARROWEST_SLICE and pairs * -(-value_dim // cols_v) < multiprocessors:
+            cols_v //= 2
+        return SweepConfig(
+            tile=min(tile, longest),
+            cols_v=cols_v,
+            num_warps=num_warps,
+            num_stages=min(num_stages, 2),  # a third stage would cost a stack
+            scale_v=kind == "sm_90" and padded(key_dim) > 64,
+        )
+
+    values = alone(*head_dims)
+    programs = pairs if both is not None else pairs * -(-head_dims[1] // values.cols_v)
+    return PopBwdConfig(
+        both=both,
+        keys=alone(*reversed(head_dims)),
+        values=values,
+        split=2 * programs <= multiprocessors and num_blocks >= FEWEST_SPLIT_BLOCKS,
+    )
+
+
+# ---- retention_fwd and retention_step ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionConfig:
+    """How `retention_fwd` cuts its work.
+
+    Attributes:
+        rows: tokens in a chunk.
+        cols_k: columns of a tile that holds all of Dk.
+        cols_v: columns of Dv in a slice.
+        num_warps, num_stages: of a program, and of its pipeline of chunks.
+        scale_v: whether v or k takes the powers of γ on the way into the state; see `tiles.chunk_state`.
+        stretch: tokens that one program walks, a multiple of `rows`; None: whole sequences, in one sweep.
+    """
+
+    rows: int
+    cols_k: int
+    cols_v: int
+    num_warps: int
+    num_stages: int
+    scale_v: bool
+    stretch: int | None = None
+
+
+MAX_KEY_DIM = 256
+"""The largest Dk of `retention_fwd`: a program holds all of it. Dv comes in slices and has no limit."""
+
+NARROWEST_SLICE = 32
+"""Columns of Dv: half the slice means twice the reads of q and k, if mostly from the cache."""
+
+SPLIT_FROM = 2048
+SHORTEST_STRETCH = 256
+FEWEST_STRETCHES = 4
+"""A split reads k and v twice, moves each stretch's state four times and takes three launches: it waits for
+sequences of 2,048 tokens and a cut into 4, and a stretch's tokens outweigh its state."""
+
+MOST_PACKED_IN_A_SPLIT = 511
+"""Each program of a split looks its sequence up among all of them; so many fill a GPU without a split."""
+
+SCAN_COLUMNS = 16
+"""Columns of Dv in a program of the scan over stretches: narrow, because it only waits for memory."""
+
+# (rows, columns of a slice, warps, stages) by padded Dk, found by compiling: no stack in use (DESIGN.md, 6).
+_WGMMA = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}
+_BLACKWELL = {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}
+_MMA = {64: (64, 32, 4, 3), 128: (32, 32, 4, 2), 256: (16, 32, 8, 2)}
+_AMD = {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (16, 32, 8, 2)}
+_TF32 = {64: (32, 32, 4, 3), 128: (32, 32, 4, 2), 256: (16, 32, 8, 2)}
+_IEEE = {64: (16, 32, 4, 3), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)}
+
+
+def retention_tiles(
+    head_dims: tuple[int, int], dtype: torch.dtype, precision: str, architecture: str
+) -> RetentionConfig:
+    """The tiles of `retention_fwd` where there are programs enough: (Dk, Dv) by dtype and architecture."""
+    key_dim, value_dim = head_dims
+    if key_dim > MAX_KEY_DIM:
+        raise ValueError(f"retention_fwd(): Dk is {key_dim}; the kernel takes at most {MAX_KEY_DIM}.")
+    if dtype is torch.float32:
+        table = _TF32 if precision == "tf32" else _IEEE
+    elif architecture == "sm_90":
+        table = _WGMMA
+    elif architecture == "sm_100":
+        table = _BLACKWELL
+    else:
+        table = _MMA if architecture.startswith("sm_") else _AMD
+    rows, cols_v, num_warps, num_stages = table[max(64, padded(key_dim))]
+    return RetentionConfig(
+        rows=rows,
+        cols_k=padded(key_dim),
+        cols_v=min(cols_v, padded(value_dim)),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        scale_v=table is not _MMA and (table is not _TF32 or architecture in ("sm_90", "sm_100")),
+    )
+
+
+def retention_config(
+    *,
+    tokens: int,
+    sequences: int,
+    num_heads: int,
+    head_dims: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    architecture: str,
+    multiprocessors: int,
+) -> RetentionConfig:
+    """The tiles and the schedule of `retention_fwd` for `tokens` tokens of `sequences` sequences together.
+
+    1. Slices of Dv are halved, down to 32 columns, while there are fewer programs (sequences x heads x
+       slices) than multiprocessors.
+    2. One sweep, unless sequences have 2,048 tokens on average and a cut into stretches that aims at two
+       programs a multiprocessor gives each of them 4 or more. A stretch has at least 256 tokens and 4 Dk.
+
+    Packed sequences are judged by their mean length, because their lengths are on the device.
+    """
+    config = retention_tiles(head_dims, dtype, precision, architecture)
+    cols_v = _narrowed(config.cols_v, head_dims[1], sequences * num_heads, multiprocessors)
+    stretch = _stretch(
+        tokens=tokens,
+        sequences=sequences,
+        pairs=num_heads * -(-head_dims[1] // cols_v),
+        rows=config.rows,
+        cols_k=config.cols_k,
+        multiprocessors=multiprocessors,
+    )
+    return replace(config, cols_v=cols_v, stretch=stretch)
+
+
+def _narrowed(cols_v: int, value_dim: int, pairs: int, multiprocessors: int) -> int:
+    """Slices of Dv, halved while there are fewer programs (pairs x slices) than multiprocessors."""
+    while cols_v > NARROWEST_SLICE and pairs * -(-value_dim // cols_v) < multiprocessors:
+        cols_v //= 2
+    return cols_v
+
+
+def _stretch(
+    *, tokens: int, sequences: int, pairs: int, rows: int, cols_k: int, multiprocessors: int
+) -> int | None:
+    """A stretch's tokens by the rule of `retention_config`, with `pairs` programs each; None: one sweep."""
+    wanted = max(1, 2 * multiprocessors // pairs)
+    stretch = max(-(-tokens // wanted), SHORTEST_STRETCH, 4 * cols_k)
+    stretch = -(-stretch // rows) * rows
+    pays = 0 < sequences * max(SPLIT_FROM, FEWEST_STRETCHES * stretch) <= tokens
+    return stretch if pays and sequences <= MOST_PACKED_IN_A_SPLIT else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How `retention_step` cuts a state: tiles of all of Dk by a slice of Dv.
+
+    Attributes:
+        rows: Dk, padded to a power of two.
+        cols: columns of Dv.
+        num_warps: of a program.
+    """
+
+    rows: int
+    cols: int
+    num_warps: int
+
+
+STEP_TILE = 4096
+"""Elements of a state in one program: 16 KiB, with 4 warps 32 registers a thread."""
+
+SECTOR = 8
+"""float32 numbers in the 32 bytes that memory moves at least: no tile is narrower."""
+
+
+def step_config(pairs: int, head_dims: tuple[int, int], multiprocessors: int) -> StepConfig:
+    """Slices of `STEP_TILE` elements, halved (to 8 columns) until there are two programs a multiprocessor.
+
+    Args:
+        pairs: batch times heads.
+        head_dims: (Dk, Dv).
+        multiprocessors: of the GPU.
+    """
+    rows, cols = (max(SECTOR, 1 << (dim - 1).bit_length()) for dim in head_dims)
+    while cols > SECTOR and (
+        rows * cols > STEP_TILE or pairs * -(-head_dims[1] // cols) < 2 * multiprocessors
+    ):
+        cols //= 2
+    return StepConfig(rows=rows, cols=cols, num_warps=max(1, min(4, rows * cols // 1024)))
+
+
+# ---- retention_bwd ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionBwdConfig:
+    """The reverse sweeps of `retention_bwd`.
+
+    Attributes:
+        both: the sweep that finds dk and dv at once, or None where it takes one for each.
+        keys, values: the sweep for dk alone, and for dv alone or neither.
+        stretch: tokens that one program walks; None: whole sequences, in one sweep.
+    """
+
+    both: SweepConfig | None
+    keys: SweepConfig
+    values: SweepConfig
+    stretch: int | None = None
+
+
+def retention_bwd_config(
+    *,
+    tokens: int,
+    sequences: int,
+    num_heads: int,
+    head_dims: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    architecture: str,
+    multiprocessors: int,
+) -> RetentionBwdConfig:
+    """The reverse sweeps of `retention_bwd`; arguments and schedule as those of `retention_config`.
+
+    One sweep for dk and dv where both head dims are at most 64: unsliced, because dk is a sum over Dv. Else
+    one each, which multiply as the forward does, so with its tiles and slices.
+    """
+    if max(head_dims) > MAX_KEY_DIM:
+        raise ValueError(
+            f"retention_bwd(): (Dk, Dv) is {head_dims}; the kernels take at most {MAX_KEY_DIM} of each."
+        )
+    both = None
+    kind = precision if dtype is torch.float32 else architecture
+    if padded(max(head_dims)) <= 64 and kind != "ieee":
+        tile, num_warps, num_stages = _of(_BOTH, kind)
+        both = SweepConfig(tile=tile, cols_v=padded(head_dims[1]), num_warps=num_warps, num_stages=num_stages)
+
+    def alone(key_dim: int, value_dim: int) -> SweepConfig:
+        config = retention_tiles((key_dim, value_dim), dtype, precision, architecture)
+        return SweepConfig(
+            tile=config.rows,
+            cols_v=_narrowed(config.cols_v, value_dim, sequences * num_heads, multiprocessors),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            scale_v=config.scale_v,
+        )
+
+    keys, values = alone(*reversed(head_dims)), alone(*head_dims)
+    slices = 1 if both is not None else -(-head_dims[1] // values.cols_v)
+    sweeps = [keys, values] if both is None else [both]
+    stretch = _stretch(
+        tokens=tokens,
+        sequences=sequences,
+        pairs=num_heads * slices,
+        rows=max(sweep.tile for sweep in sweeps),
+        cols_k=padded(max(head_dims)),
+        multiprocessors=multiprocessors,
+    )
+    return RetentionBwdConfig(both=both, keys=keys, values=values, stretch=stretch)

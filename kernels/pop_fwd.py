@@ -1,0 +1,460 @@
+"""POP, forward: N blocks of L tokens, and P predictions of M tokens that branch off at the block boundaries.
+
+With B_n the state after n blocks, and prediction p starting from B_(p+offset) and leaving no trace:
+
+    o_(n,i) = c q_i ( γ^(i+1) B_n + Σ_{j<=i} γ^(i-j) k_jᵀ v_j )
+    B_(n+1) = γ^L B_n + Σ_j γ^(L-1-j) k_jᵀ v_j,   but 0 where block n+1 starts an episode
+    o_(p,i) = c q_i ( γ^(i+1) B_(p+offset) + Σ_{j<=i} γ^(i-j) k_jᵀ v_j )
+
+A program owns (batch, head, slice of Dv) and walks the blocks with the state in registers: it takes in block
+n, and predicts from B_n, or with an offset from B_(n+1). So no block state goes through memory, and a program
+reads each input once. There are two forms of the walk, and a schedule for small batches; `configs.pop_config`
+chooses:
+
+- line (this file): all tiles of a block and its prediction one after another in the loop's body. A block is
+  full tiles and a masked tail of 16 rows or more (L = 65 is 64 + 16, not 128), each a chunk of its own; so is
+  a prediction. Tile counts are constexprs, there is no `if` and no inner loop, and what is absent is masked
+  to no rows: only so does Triton's pipeliner fetch the next block's tiles with async copies.
+- steps (pop_fwd_steps.py): one tile at a time, whatever L, M and the head dims are.
+- split (pop_fwd_split.py): where batch x heads x slices leave half of the GPU idle, the block states come
+  first, by two small kernels, and then each block is a program of its own, in either form.
+
+In low precision the scores and the state are rounded to the tokens' dtype where they are operands of a dot,
+which keeps the bounds of RELIABILITY.md (about 0.1% each in bfloat16); the state itself stays float32.
+
+Grid: (batch · blocks if split · H · slices of Dv,), slices next to each other, because they read the same q
+and k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from . import tiles
+from .configs import (
+    SCAN_TILE,
+    PopConfig,
+    architecture_of,
+    dot_precision,
+    multiprocessors_of,
+    padded,
+    pop_config,
+    tail_rows,
+)
+from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
+from .pop_fwd_split import block_states_kernel, scan_blocks_kernel
+from .pop_fwd_steps import RUN_TIME, chunk_powers, pass_tile, pop_fwd_steps_kernel, token_stride
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def pop_fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_q_pred,
+    p_k_pred,
+    p_v_pred,
+    p_pred,
+    p_log_decay,
+    p_state,
+    p_reset,
+    p_final,
+    scale,
+    N,
+    L,
+    P,
+    M,
+    offset,
+    num_blocks,
+    stride_q_b: tl.int64,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b: tl.int64,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b: tl.int64,
+    stride_v_t,
+    stride_v_h,
+    stride_out_b: tl.int64,
+    stride_out_t,
+    stride_out_h,
+    stride_q_pred_b: tl.int64,
+    stride_q_pred_p: tl.int64,
+    stride_q_pred_t,
+    stride_q_pred_h,
+    stride_k_pred_b: tl.int64,
+    stride_k_pred_p: tl.int64,
+    stride_k_pred_t,
+    stride_k_pred_h,
+    stride_v_pred_b: tl.int64,
+    stride_v_pred_p: tl.int64,
+    stride_v_pred_t,
+    stride_v_pred_h,
+    stride_pred_b: tl.int64,
+    stride_pred_p: tl.int64,
+    stride_pred_t,
+    stride_pred_h,
+    stride_state_b: tl.int64,
+    stride_state_n: tl.int64,
+    stride_state_h,
+    stride_state_k,
+    stride_reset_b: tl.int64,
+    stride_reset_n: tl.int64,
+    H: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    TILE: tl.constexpr,
+    COLS_K: tl.constexpr,
+    COLS_V: tl.constexpr,
+    FULL_L: tl.constexpr,
+    TAIL_L: tl.constexpr,
+    FULL_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr,
+    UNIT: tl.constexpr,
+    AFTER: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """For each block n: o_(n,i) and B_(n+1), and the o_(p,i) that start from B_(n+AFTER) (formulas above).
+
+    A block is FULL_L tiles and a tail of up to TAIL_L rows, a prediction FULL_M and TAIL_M. Strides of token
+    tensors are counted in UNIT elements; token strides of None are q's, those of predictions their main
+    counterpart's. SPLIT: one block a program, from its own state.
+    """
+    stride_q_t = token_stride(stride_q_t, 0, UNIT)
+    stride_k_t = token_stride(stride_k_t, stride_q_t, UNIT)
+    stride_v_t = token_stride(stride_v_t, stride_q_t, UNIT)
+    stride_out_t = token_stride(stride_out_t, stride_q_t, UNIT)
+    stride_q_pred_t = token_stride(stride_q_pred_t, stride_q_t, UNIT)
+    stride_k_pred_t = token_stride(stride_k_pred_t, stride_k_t, UNIT)
+    stride_v_pred_t = token_stride(stride_v_pred_t, stride_v_t, UNIT)
+    stride_pred_t = token_stride(stride_pred_t, stride_out_t, UNIT)
+    strides = (stride_q_t, stride_k_t, stride_v_t, stride_out_t)
+    strides_pred = (stride_q_pred_t, stride_k_pred_t, stride_v_pred_t, stride_pred_t)
+    COLUMNS: tl.constexpr = (COLS_K, COLS_V, DK, DV)
+
+    SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
+    first_col = (tl.program_id(0) % SLICES) * COLS_V
+    i_bh = tl.program_id(0) // SLICES
+    i_b = i_bh // H
+    i_h = (i_bh % H).to(tl.int64)
+    first = 0
+    last = num_blocks
+    if SPLIT:
+        first = i_b % num_blocks
+        last = first + 1
+        i_b = i_b // num_blocks
+    i_b = i_b.to(tl.int64)
+    p_q += (i_b * stride_q_b + i_h * stride_q_h) * UNIT
+    p_k += (i_b * stride_k_b + i_h * stride_k_h) * UNIT
+    p_v += (i_b * stride_v_b + i_h * stride_v_h) * UNIT
+    p_out += (i_b * stride_out_b + i_h * stride_out_h) * UNIT
+    p_q_pred += (i_b * stride_q_pred_b + i_h * stride_q_pred_h) * UNIT
+    p_k_pred += (i_b * stride_k_pred_b + i_h * stride_k_pred_h) * UNIT
+    p_v_pred += (i_b * stride_v_pred_b + i_h * stride_v_pred_h) * UNIT
+    p_pred += (i_b * stride_pred_b + i_h * stride_pred_h) * UNIT
+
+    if p_state is None:
+        b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
+    else:
+        p_state += i_b * stride_state_b + first * stride_state_n + i_h * stride_state_h
+        b_state = tiles.load_tile(p_state, stride_state_k, DK, first_col, COLS_K, COLS_V, DV)
+    if p_reset is not None:
+        p_reset += i_b * stride_reset_b + first * stride_reset_n
+        starts = tl.load(p_reset, mask=first < N, other=0)
+        b_state = tl.where(starts != 0, 0.0, b_state)
+
+    log_decay = tiles.load_log_decay(p_log_decay, i_h)
+    tail_l = L - FULL_L * TILE
+    if FULL_L + FULL_M > 0:
+        powers = chunk_powers(log_decay, scale, TILE, TILE)
+    if TAIL_L > 0:
+        powers_tail_l = chunk_powers(log_decay, scale, tail_l, TAIL_L)
+    if TAIL_M > 0:
+        powers_tail_m = chunk_powers(log_decay, scale, TAIL_M, TAIL_M)
+
+    for n in range(first, last):
+        if p_reset is not None:
+            # Asked for ahead of its use, so that no one waits for it.
+            p_reset += stride_reset_n
+            starts = tl.load(p_reset, mask=n + 1 < N, other=0)
+        b_branch = b_state
+        for t in tl.static_range(FULL_L):
+            b_state = pass_tile(
+                (p_q, p_k, p_v, p_out),
+                strides,
+                (n * L + t * TILE, N * L, first_col),
+                b_state,
+                powers,
+                n < N,
+                TILE,
+                COLUMNS,
+                PRECISION,
+                SCALE_V,
+                True,
+            )
+        if TAIL_L > 0:
+            b_state = pass_tile(
+                (p_q, p_k, p_v, p_out),
+                strides,
+                (n * L + FULL_L * TILE, tl.minimum(n * L + L, N * L), first_col),
+                b_state,
+                powers_tail_l,
+                n < N,
+                TAIL_L,
+                COLUMNS,
+                PRECISION,
+                SCALE_V,
+                True,
+            )
+        if p_reset is not None:
+            b_state = tl.where(starts != 0, 0.0, b_state)
+        if AFTER:
+            b_branch = b_state
+        i_p = n + AFTER - offset
+        end_row = tl.where((i_p >= 0) & (i_p < P), M, 0)
+        o_p = i_p.to(tl.int64)
+        pointers = (
+            p_q_pred + o_p * stride_q_pred_p * UNIT,
+            p_k_pred + o_p * stride_k_pred_p * UNIT,
+            p_v_pred + o_p * stride_v_pred_p * UNIT,
+            p_pred + o_p * stride_pred_p * UNIT,
+        )
+        for t in tl.static_range(FULL_M):
+            b_branch = pass_tile(
+                pointers,
+                strides_pred,
+                (t * TILE, end_row, first_col),
+                b_branch,
+                powers,
+                True,
+                TILE,
+                COLUMNS,
+                PRECISION,
+                SCALE_V,
+                t < FULL_M - 1 or TAIL_M > 0,
+            )
+        if TAIL_M > 0:
+            pass_tile(
+                pointers,
+                strides_pred,
+                (FULL_M * TILE, end_row, first_col),
+                b_branch,
+                powers_tail_m,
+                True,
+                TAIL_M,
+                COLUMNS,
+                PRECISION,
+                SCALE_V,
+                False,
+            )
+    if p_final is not None:
+        p_final += i_bh.to(tl.int64) * (DK * DV)
+        tiles.store_tile(p_final, b_state, DV, DK, first_col, COLS_K, COLS_V, DV)
+
+
+def plan_pop_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pred: Tensor,
+    k_pred: Tensor,
+    v_pred: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    block_size: int,
+    offset: int,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+    pred: Tensor | None = None,
+    with_final: bool = True,
+    config: PopConfig | None = None,
+    architecture: str | None = None,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
+    """The launches of `pop_fwd`, and the tensors that they fill; B_N is one only `with_final`."""
+    B, T, H, Dk = q.shape
+    P, M = q_pred.shape[1:3]
+    Dv = v.shape[-1]
+    out = torch.empty((B, T, H, Dv), dtype=v.dtype, device=v.device) if out is None else out
+    pred = torch.empty((B, P, M, H, Dv), dtype=v.dtype, device=v.device) if pred is None else pred
+    final = torch.empty((B, H, Dk, Dv), dtype=torch.float32, device=v.device)
+    N = T // block_size
+    L = block_size if N > 0 else 1
+    P, M = (P, M) if P * M > 0 else (0, 0)
+    after = int(P > 0 and offset > 0)  # then no prediction starts at boundary 0
+    num_blocks = max(N, P + offset - after if P > 0 else 0)  # N, or one more that is absent
+    if B == 0 or num_blocks == 0:
+        return [], (out, pred, final.zero_() if state is None else final.copy_(state))
+    architecture = architecture or architecture_of(q.device)
+    precision = dot_precision(q.dtype, architecture)
+    if config is None:
+        config = pop_config(
+            pairs=B * H,
+            num_blocks=N,
+            lengths=(L, M),
+            head_dims=(Dk, Dv),
+            dtype=q.dtype,
+            precision=precision,
+            architecture=architecture,
+            multiprocessors=multiprocessors_of(q.device),
+        )
+    tokens = dict(zip(_TOKENS, (q, k, v, q_pred, k_pred, v_pred), strict=True))
+    tokens = {name: with_contiguous_rows(x) for name, x in tokens.items()} | {"out": out, "pred": pred}
+    state = None if state is None else with_contiguous_rows(state)
+    arguments: dict[str, Any] = {f"p_{name}": x for name, x in tokens.items()}
+    arguments |= {
+        "p_log_decay": log_decay,
+        "p_state": state,
+        "p_reset": reset,
+        "p_final": final if with_final else None,
+        "scale": scale,
+    }
+    arguments |= {"N": N, "L": L, "P": P, "M": M, "offset": offset, "num_blocks": num_blocks, "AFTER": after}
+    arguments |= {"H": H, "DK": Dk, "DV": Dv, "PRECISION": precision} | _tiling(config, Dk, L, M)
+    arguments |= _token_strides(tokens) | named_strides("reset", reset, "bn")
+    arguments |= named_strides("state", state, "bhk") | {"stride_state_n": 0}
+    kernel = pop_fwd_steps_kernel if config.steps else pop_fwd_kernel
+    programs = B * H * cdiv(Dv, config.cols_v)
+    if config.split:
+        states, starts = _plan_states(tokens["k"], tokens["v"], arguments, config)
+        arguments |= {"p_state": starts, "p_final": None} | named_strides("state", starts, "bnhk")
+        launches = [*states, _launch(kernel, (programs * num_blocks,), arguments, config)]
+    else:
+        launches = [_launch(kernel, (programs,), arguments, config)]
+    return launches, (out, pred, final)
+
+
+_TOKENS = ("q", "k", "v", "q_pred", "k_pred", "v_pred")
+
+# Whose token stride a kernel takes for each of the others where it is given None.
+_LIKE = {"k": "q", "v": "q", "out": "q", "q_pred": "q", "k_pred": "k", "v_pred": "v", "pred": "out"}
+
+
+def _tiling(config: PopConfig, Dk: int, L: int, M: int) -> dict[str, int]:
+    tile = config.tile
+    return {
+        "TILE": tile,
+        "COLS_K": padded(Dk),
+        "COLS_V": config.cols_v,
+        "FULL_L": L // tile,
+        "TAIL_L": tail_rows(L, tile),
+        "FULL_M": M // tile,
+        "TAIL_M": tail_rows(M, tile),
+        "ONE_TILE": tile >= M,
+        "SCALE_V": config.scale_v,
+        "SPLIT": config.split,
+    }
+
+
+def _token_strides(tokens: dict[str, Tensor]) -> dict[str, int | None]:
+    """Strides of token tensors in UNIT elements; token strides are None where `_LIKE` finds them equal."""
+    unit = stride_unit(tokens.values())
+    strides: dict[str, int | None] = {"UNIT": unit}
+    for name, x in tokens.items():
+        named = named_strides(name, x, "bpth" if "pred" in name else "bth")
+        strides |= {argument: stride // unit for argument, stride in named.items()}
+    same = [
+        name for name, like in _LIKE.items() if strides[f"stride_{name}_t"] == strides[f"stride_{like}_t"]
+    ]
+    return strides | {f"stride_{name}_t": None for name in same}
+
+
+def _plan_states(
+    k: Tensor, v: Tensor, arguments: dict[str, Any], config: PopConfig
+) -> tuple[list[Launch], Tensor]:
+    """The launches that compute the state before every block, and where: (B, blocks, H, Dk, Dv)."""
+    B, _, H, Dk = k.shape
+    Dv, N = v.shape[-1], arguments["N"]
+    added = k.new_empty((B, N, H, Dk, Dv), dtype=torch.float32)
+    starts = k.new_empty((B, arguments["num_blocks"], H, Dk, Dv), dtype=torch.float32)
+    rows, cols = SCAN_TILE
+    sums = arguments | {"p_added": added} | named_strides("k", k, "bth") | named_strides("v", v, "bth")
+    scan = arguments | {"p_added": added, "p_starts": starts, "ROWS": rows, "COLS": cols}
+    return [
+        _launch(block_states_kernel, (B * N * H * cdiv(Dv, config.cols_v),), sums, config),
+        _launch(scan_blocks_kernel, (B * H * cdiv(Dv, cols), cdiv(Dk, rows)), scan, config),
+    ], starts
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: PopConfig) -> Launch:
+    return Launch(
+        kernel=kernel,
+        grid=grid,
+        arguments={name: arguments[name] for name in kernel.arg_names},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def pop_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pred: Tensor,
+    k_pred: Tensor,
+    v_pred: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    block_size: int,
+    offset: int,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+    pred: Tensor | None = None,
+    config: PopConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """POP of inputs that have been checked.
+
+    Args:
+        q, k: queries and keys of the blocks, (B, T, H, Dk) with T = N · block_size.
+        v: their values, (B, T, H, Dv).
+        q_pred, k_pred: queries and keys of the predictions, (B, P, M, H, Dk).
+        v_pred: their values, (B, P, M, H, Dv).
+        log_decay: ln γ per head, (H,), float32; -inf is γ = 0.
+        state: B_0, (B, H, Dk, Dv), float32, or None for zeros.
+        reset: (B, N), bool, or None: blocks that start an episode.
+        block_size: L.
+        offset: the boundary at which prediction 0 starts.
+        scale: c.
+        out, pred: where to write, (B, T, H, Dv) and (B, P, M, H, Dv) with a contiguous last dim, or None for
+            new tensors. Inputs and outputs may be views of one tensor.
+        config: how to cut the work, or None for `configs.pop_config`.
+
+    Returns:
+        out, pred in v's dtype, and B_N (B, H, Dk, Dv), float32.
+
+    Raises:
+        ValueError: the head dims are too large for this GPU.
+
+    Source: POP, arXiv 2402.05643, section 3.2.
+    """
+    launches, outputs = plan_pop_fwd(
+        q,
+        k,
+        v,
+        q_pred,
+        k_pred,
+        v_pred,
+        log_decay,
+        state,
+        reset,
+        block_size,
+        offset,
+        scale,
+        out=out,
+        pred=pred,
+        config=config,
+    )
+    run(launches, q.device)
+    return outputs

@@ -1,0 +1,253 @@
+"""POP, forward, one tile a step: for any lengths and head dims, where the line of pop_fwd.py is too long.
+
+The tiles of each block come before or after those of its prediction, and one loop goes over all of them. A
+prediction runs on in the state's registers, and the next block takes up the state at its boundary from a
+second set of registers. Formulas: pop_fwd.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import tiles
+
+# Arguments that differ from call to call: none of their values compiles a kernel anew.
+RUN_TIME = ["N", "P", "L", "M", "offset", "num_blocks", "stride_reset_b", "stride_reset_n"]
+
+
+@triton.jit
+def token_stride(stride, other, UNIT: tl.constexpr):
+    """A token stride from one in units, or the other where it is None: equal strides share registers."""
+    return other if stride is None else (stride if UNIT == 1 else tl.cast(stride, tl.int64) * UNIT)
+
+
+@triton.jit
+def chunk_powers(log_decay, scale, length, ROWS: tl.constexpr):
+    """The powers of γ for a chunk of `length` tokens: from_start, within, to_end, whole, rest."""
+    whole, rest = tiles.decay_across(log_decay, length)
+    b_from_start = tiles.decay_from_start(log_decay, scale, ROWS)
+    b_within = tiles.decay_within(log_decay, scale, ROWS)
+    return b_from_start, b_within, tiles.decay_to_end(log_decay, length, ROWS), whole, rest
+
+
+@triton.jit
+def pass_tile(
+    pointers,
+    strides,
+    place,
+    b_state,
+    powers,
+    here,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr,
+    TAKE_IN: tl.constexpr,
+):
+    """Write the outputs of one tile, given the state before it; return the state after it if TAKE_IN.
+
+    Args:
+        pointers, strides: of q, k, v and the output; strides are those of tokens.
+        place: first row, end of the rows that exist, first column of the slice of Dv.
+        b_state: the state before the tile.
+        powers: from `chunk_powers`.
+        here: whether the tile exists; where not, its rows must be masked, and the state stays as it is.
+        COLUMNS: COLS_K, COLS_V, DK, DV.
+    """
+    p_q, p_k, p_v, p_out = pointers
+    stride_q, stride_k, stride_v, stride_out = strides
+    first_row, end_row, first_col = place
+    b_from_start, b_within, b_to_end, whole, rest = powers
+    COLS_K: tl.constexpr = COLUMNS[0]
+    COLS_V: tl.constexpr = COLUMNS[1]
+    DK: tl.constexpr = COLUMNS[2]
+    DV: tl.constexpr = COLUMNS[3]
+    b_q = tiles.load_tile(p_q, stride_q, end_row, 0, ROWS, COLS_K, DK, first_row)
+    b_k = tiles.load_tile(p_k, stride_k, end_row, 0, ROWS, COLS_K, DK, first_row)
+    b_v = tiles.load_tile(p_v, stride_v, end_row, first_col, ROWS, COLS_V, DV, first_row)
+    b_operand, grow = tiles.as_operand(b_state, b_q.dtype)
+    b_out = tiles.chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
+    tiles.store_tile(p_out, b_out, stride_out, end_row, first_col, ROWS, COLS_V, DV, first_row)
+    if TAKE_IN:
+        whole = tl.where(here, whole, 1.0)
+        rest = tl.where(here, rest, 0.0)
+        b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
+    return b_state
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def pop_fwd_steps_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_q_pred,
+    p_k_pred,
+    p_v_pred,
+    p_pred,
+    p_log_decay,
+    p_state,
+    p_reset,
+    p_final,
+    scale,
+    N,
+    L,
+    P,
+    M,
+    offset,
+    num_blocks,
+    stride_q_b: tl.int64,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b: tl.int64,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b: tl.int64,
+    stride_v_t,
+    stride_v_h,
+    stride_out_b: tl.int64,
+    stride_out_t,
+    stride_out_h,
+    stride_q_pred_b: tl.int64,
+    stride_q_pred_p: tl.int64,
+    stride_q_pred_t,
+    stride_q_pred_h,
+    stride_k_pred_b: tl.int64,
+    stride_k_pred_p: tl.int64,
+    stride_k_pred_t,
+    stride_k_pred_h,
+    stride_v_pred_b: tl.int64,
+    stride_v_pred_p: tl.int64,
+    stride_v_pred_t,
+    stride_v_pred_h,
+    stride_pred_b: tl.int64,
+    stride_pred_p: tl.int64,
+    stride_pred_t,
+    stride_pred_h,
+    stride_state_b: tl.int64,
+    stride_state_n: tl.int64,
+    stride_state_h,
+    stride_state_k,
+    stride_reset_b: tl.int64,
+    stride_reset_n: tl.int64,
+    H: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    TILE: tl.constexpr,
+    COLS_K: tl.constexpr,
+    COLS_V: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr,
+    UNIT: tl.constexpr,
+    AFTER: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """For each block n: o_(n,i), B_(n+1), and the o_(p,i) that start from B_(n+AFTER) (see pop_fwd.py).
+
+    Strides are as in `pop_fwd_kernel`. ONE_TILE: a prediction fits into one tile, and simply leaves the state
+    as it was. SPLIT: one block a program, from its own state.
+    """
+    stride_q_t = token_stride(stride_q_t, 0, UNIT)
+    stride_k_t = token_stride(stride_k_t, stride_q_t, UNIT)
+    stride_v_t = token_stride(stride_v_t, stride_q_t, UNIT)
+    stride_out_t = token_stride(stride_out_t, stride_q_t, UNIT)
+    COLUMNS: tl.constexpr = (COLS_K, COLS_V, DK, DV)
+
+    SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
+    first_col = (tl.program_id(0) % SLICES) * COLS_V
+    i_bh = tl.program_id(0) // SLICES
+    i_b = i_bh // H
+    i_h = (i_bh % H).to(tl.int64)
+    first = 0
+    last = num_blocks
+    if SPLIT:
+        first = i_b % num_blocks
+        last = first + 1
+        i_b = i_b // num_blocks
+    i_b = i_b.to(tl.int64)
+    p_q += (i_b * stride_q_b + i_h * stride_q_h) * UNIT
+    p_k += (i_b * stride_k_b + i_h * stride_k_h) * UNIT
+    p_v += (i_b * stride_v_b + i_h * stride_v_h) * UNIT
+    p_out += (i_b * stride_out_b + i_h * stride_out_h) * UNIT
+    p_q_pred += (i_b * stride_q_pred_b + i_h * stride_q_pred_h) * UNIT
+    p_k_pred += (i_b * stride_k_pred_b + i_h * stride_k_pred_h) * UNIT
+    p_v_pred += (i_b * stride_v_pred_b + i_h * stride_v_pred_h) * UNIT
+    p_pred += (i_b * stride_pred_b + i_h * stride_pred_h) * UNIT
+
+    if p_state is None:
+        b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
+    else:
+        p_state += i_b * stride_state_b + first * stride_state_n + i_h * stride_state_h
+        b_state = tiles.load_tile(p_state, stride_state_k, DK, first_col, COLS_K, COLS_V, DV)
+    if p_reset is not None:
+        p_reset += i_b * stride_reset_b + first * stride_reset_n
+        starts = tl.load(p_reset, mask=first < N, other=0)
+        b_state = tl.where(starts != 0, 0.0, b_state)
+
+    log_decay = tiles.load_log_decay(p_log_decay, i_h)
+    b_from_start = tiles.decay_from_start(log_decay, scale, TILE)
+    b_within = tiles.decay_within(log_decay, scale, TILE)
+    tiles_main = tl.cdiv(L, TILE)
+    tiles_pred = tl.cdiv(M, TILE)
+    first_main = 0 if AFTER else tiles_pred
+    first_pred = tiles_main if AFTER else 0
+    n = first
+    t = 0
+    b_boundary = b_state
+    for _ in range((last - first) * (tiles_main + tiles_pred)):
+        if p_reset is not None:
+            m_starts = (t == first_pred) & (n + AFTER < N)
+            starts = tl.load(p_reset + AFTER * stride_reset_n, mask=m_starts, other=0)
+            b_state = tl.where(starts != 0, 0.0, b_state)
+        if not ONE_TILE:
+            b_boundary = tl.where(t == first_pred, b_state, b_boundary)
+            b_state = tl.where(t == first_main, b_boundary, b_state)
+        t_main = t - first_main
+        t_pred = t - first_pred
+        is_pred = (t_pred >= 0) & (t_pred < tiles_pred)
+        i_p = n + AFTER - offset
+        o_p = i_p.to(tl.int64)
+        pointers = (
+            tl.where(is_pred, p_q_pred + o_p * stride_q_pred_p * UNIT, p_q),
+            tl.where(is_pred, p_k_pred + o_p * stride_k_pred_p * UNIT, p_k),
+            tl.where(is_pred, p_v_pred + o_p * stride_v_pred_p * UNIT, p_v),
+            tl.where(is_pred, p_pred + o_p * stride_pred_p * UNIT, p_out),
+        )
+        strides = (
+            tl.where(is_pred, token_stride(stride_q_pred_t, stride_q_t, UNIT), stride_q_t),
+            tl.where(is_pred, token_stride(stride_k_pred_t, stride_k_t, UNIT), stride_k_t),
+            tl.where(is_pred, token_stride(stride_v_pred_t, stride_v_t, UNIT), stride_v_t),
+            tl.where(is_pred, token_stride(stride_pred_t, stride_out_t, UNIT), stride_out_t),
+        )
+        first_row = tl.where(is_pred, t_pred * TILE, n * L + t_main * TILE)
+        end_pred = tl.where((i_p >= 0) & (i_p < P), M, 0)
+        end_row = tl.where(is_pred, end_pred, tl.minimum(n * L + L, N * L))
+        length = tl.maximum(tl.minimum(end_row - first_row, TILE), 0)
+        whole, rest = tiles.decay_across(log_decay, length)
+        b_next = pass_tile(
+            pointers,
+            strides,
+            (first_row, end_row, first_col),
+            b_state,
+            (b_from_start, b_within, tiles.decay_to_end(log_decay, length, TILE), whole, rest),
+            True,
+            TILE,
+            COLUMNS,
+            PRECISION,
+            SCALE_V,
+            True,
+        )
+        b_state = tl.where(is_pred, b_state, b_next) if ONE_TILE else b_next
+        t += 1
+        is_last = t == tiles_main + tiles_pred
+        t = tl.where(is_last, 0, t)
+        n += is_last.to(tl.int32)
+        if p_reset is not None:
+            p_reset += tl.where(is_last, stride_reset_n, 0)
+    if AFTER and not ONE_TILE:
+        b_state = b_boundary
+    if p_final is not None:
+        p_final += i_bh.to(tl.int64) * (DK * DV)
+        tiles.store_tile(p_final, b_state, DV, DK, first_col, COLS_K, COLS_V, DV)

@@ -1,0 +1,401 @@
+"""Chunkwise retention, forward: outputs and final state of plain or packed sequences, by two schedules.
+
+With S the state before a chunk of n tokens:
+
+    o_i = c γ^(i+1) q_i S + Σ_{j<=i} c γ^(i-j) (q_i · k_j) v_j
+    S'  = γ^n S + Σ_j γ^(n-1-j) k_jᵀ v_j
+
+A *stretch* is a run of tokens of a sequence that one program walks, chunk by chunk, with the state in
+registers and the next chunk on its way. A program owns a stretch, a head and a slice of Dv.
+
+One sweep: a stretch is a whole sequence, one launch does it all, and only inputs and outputs move.
+Split: where batch x heads x slices leave much of the GPU idle, sequences are cut into stretches, and there
+are three launches: what each stretch adds to the state (it reads k and v), a scan over stretches, and the
+sweep of every stretch from its own state. `configs.retention_config` chooses; results agree to rounding.
+
+Packed sequences find their bounds on the device, so that nothing is read on the host. How many stretches they
+have is known only there: the grid of a split has room for as many as there can be, and the rest do nothing.
+
+Grid: (stretches · H · slices of Dv,), slices next to each other, because they read the same q and k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .configs import (
+    MOST_PACKED_IN_A_SPLIT,
+    SCAN_COLUMNS,
+    RetentionConfig,
+    architecture_of,
+    dot_precision,
+    multiprocessors_of,
+    retention_config,
+)
+from .launch import Launch, named_strides, run, with_contiguous_rows
+
+# Arguments that differ from call to call: none of their values compiles a kernel anew.
+_RUN_TIME = ["H", "T", "num_sequences", "stretch", "per_sequence"]
+
+
+@triton.jit
+def inside(bound, T):
+    """A boundary of packed sequences as it should be: a wrong one cannot lead outside the T tokens."""
+    return tl.minimum(tl.maximum(bound, 0), T).to(tl.int32)
+
+
+@triton.jit
+def count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES: tl.constexpr):
+    """How many stretches each packed sequence has: at least one, and 0 for places past the last sequence."""
+    o_s = tl.arange(0, SEQUENCES)
+    m_s = o_s < num_sequences
+    b_start = inside(tl.load(p_bounds + o_s, mask=m_s, other=0), T)
+    b_end = inside(tl.load(p_bounds + o_s + 1, mask=m_s, other=0), T)
+    return tl.where(m_s, tl.maximum(tl.cdiv(b_end - b_start, stretch), 1), 0)
+
+
+@triton.jit
+def find_stretch(i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES: tl.constexpr):
+    """Stretch i_n: its sequence, that one's row in the batch, first token, end, whether it ends its sequence.
+
+    SEQUENCES is a power of two above num_sequences in a split of packed sequences, otherwise 0.
+    """
+    i_row = 0
+    here = i_n >= 0
+    if p_bounds is None:
+        i_s = i_n // per_sequence
+        i_row = i_s
+        start = (i_n % per_sequence) * stretch
+        last = T
+    elif SEQUENCES == 0:
+        i_s = i_n
+        start = inside(tl.load(p_bounds + i_s), T)
+        last = inside(tl.load(p_bounds + i_s + 1), T)
+    else:
+        b_count = count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES)
+        m_before = tl.cumsum(b_count, 0) <= i_n
+        i_s = tl.sum(m_before.to(tl.int32), 0)
+        here = i_s < num_sequences
+        i_s = tl.minimum(i_s, num_sequences - 1)
+        i_stretch = i_n - tl.sum(tl.where(m_before, b_count, 0), 0)
+        start = inside(tl.load(p_bounds + i_s), T) + i_stretch * stretch
+        last = inside(tl.load(p_bounds + i_s + 1), T)
+    length = tl.where(here, tl.minimum(last - start, stretch), 0)
+    return i_s, i_row, start, start + length, here & (start + length == last)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def retention_fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_log_decay,
+    p_state,
+    p_bounds,
+    p_out,
+    p_final,
+    scale,
+    H,
+    T,
+    num_sequences,
+    stretch,
+    per_sequence,
+    stride_q_b: tl.int64,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b: tl.int64,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b: tl.int64,
+    stride_v_t,
+    stride_v_h,
+    stride_out_b: tl.int64,
+    stride_out_t,
+    stride_out_h,
+    stride_state_b,
+    stride_state_h,
+    stride_state_k,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS_K: tl.constexpr,
+    COLS_V: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr,
+):
+    """The sweep of one stretch, with p_state the state before each stretch (None: zeros):
+
+        o_i = c γ^(i+1) q_i S + Σ_{j<=i} c γ^(i-j) (q_i · k_j) v_j,   S <- γ^n S + Σ_j γ^(n-1-j) k_jᵀ v_j
+
+    chunk by chunk; the stretch that ends a sequence leaves S in p_final.
+    """
+    SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
+    first_col = (tl.program_id(0) % SLICES) * COLS_V
+    i_nh = tl.program_id(0) // SLICES
+    i_n = i_nh // H
+    i_h = (i_nh % H).to(tl.int64)
+    i_s, i_row, start, end, is_last = find_stretch(
+        i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
+    )
+    if p_bounds is None:
+        p_q += i_row.to(tl.int64) * stride_q_b
+        p_k += i_row.to(tl.int64) * stride_k_b
+        p_v += i_row.to(tl.int64) * stride_v_b
+        p_out += i_row.to(tl.int64) * stride_out_b
+    p_q += i_h * stride_q_h
+    p_k += i_h * stride_k_h
+    p_v += i_h * stride_v_h
+    p_out += i_h * stride_out_h
+
+    if p_state is None:
+        b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
+    else:
+        p_state += i_n.to(tl.int64) * stride_state_b + i_h * stride_state_h
+        rows = tl.where((start < end) | is_last, DK, 0)  # a stretch that is left over has no state
+        b_state = tiles.load_tile(p_state, stride_state_k, rows, first_col, COLS_K, COLS_V, DV)
+    log_decay = tiles.load_log_decay(p_log_decay, i_h)
+    b_within = tiles.decay_within(log_decay, scale, ROWS)
+    b_from_start = tiles.decay_from_start(log_decay, scale, ROWS)
+    for i_t in range(start, end, ROWS):
+        b_q = tiles.load_tile(p_q, stride_q_t, end, 0, ROWS, COLS_K, DK, i_t)
+        b_k = tiles.load_tile(p_k, stride_k_t, end, 0, ROWS, COLS_K, DK, i_t)
+        b_v = tiles.load_tile(p_v, stride_v_t, end, first_col, ROWS, COLS_V, DV, i_t)
+        b_operand, grow = tiles.as_operand(b_state, b_q.dtype)
+        b_out = tiles.chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
+        tiles.store_tile(p_out, b_out, stride_out_t, end, first_col, ROWS, COLS_V, DV, i_t)
+        length = tl.minimum(end - i_t, ROWS)
+        b_to_end = tiles.decay_to_end(log_decay, length, ROWS)
+        whole, rest = tiles.decay_across(log_decay, length)
+        b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
+    p_final += (i_s.to(tl.int64) * H + i_h) * (DK * DV)
+    tiles.store_tile(p_final, b_state, DV, tl.where(is_last, DK, 0), first_col, COLS_K, COLS_V, DV)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def stretch_states_kernel(
+    p_k,
+    p_v,
+    p_log_decay,
+    p_bounds,
+    p_added,
+    H,
+    T,
+    num_sequences,
+    stretch,
+    per_sequence,
+    stride_k_b: tl.int64,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b: tl.int64,
+    stride_v_t,
+    stride_v_h,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS_K: tl.constexpr,
+    COLS_V: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr,
+):
+    """A_m = Σ_j γ^(n-1-j) k_jᵀ v_j, what stretch m of n tokens adds to the state; not for a last one."""
+    SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
+    first_col = (tl.program_id(0) % SLICES) * COLS_V
+    i_nh = tl.program_id(0) // SLICES
+    i_n = i_nh // H
+    i_h = (i_nh % H).to(tl.int64)
+    _, i_row, start, end, is_last = find_stretch(
+        i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
+    )
+    end = tl.where(is_last, start, end)
+    p_k += i_row.to(tl.int64) * stride_k_b + i_h * stride_k_h
+    p_v += i_row.to(tl.int64) * stride_v_b + i_h * stride_v_h
+    log_decay = tiles.load_log_decay(p_log_decay, i_h)
+    b_to_end = tiles.decay_to_end(log_decay, ROWS, ROWS)
+    whole, rest = tiles.decay_across(log_decay, ROWS)
+    b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
+    for i_t in range(start, end, ROWS):  # whole chunks: `stretch` is a multiple of ROWS
+        b_k = tiles.load_tile(p_k, stride_k_t, end, 0, ROWS, COLS_K, DK, i_t)
+        b_v = tiles.load_tile(p_v, stride_v_t, end, first_col, ROWS, COLS_V, DV, i_t)
+        b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
+    p_added += i_nh.to(tl.int64) * (DK * DV)
+    tiles.store_tile(p_added, b_state, DV, tl.where(start < end, DK, 0), first_col, COLS_K, COLS_V, DV)
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
+def scan_states_kernel(
+    p_added,
+    p_log_decay,
+    p_state,
+    p_bounds,
+    p_starts,
+    H,
+    T,
+    num_sequences,
+    stretch,
+    per_sequence,
+    stride_state_b,
+    stride_state_h,
+    stride_state_k,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    COLS_K: tl.constexpr,
+    COLS_V: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):
+    """B_(m+1) = γ^n B_m + A_m over the stretches m of one sequence, of n tokens each; writes every B_m."""
+    SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
+    first_col = (tl.program_id(0) % SLICES) * COLS_V
+    i_sh = tl.program_id(0) // SLICES
+    i_s = i_sh // H
+    i_h = (i_sh % H).to(tl.int64)
+    if p_bounds is None:
+        first = i_s * per_sequence
+        count = per_sequence
+    else:
+        b_count = count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES)
+        o_s = tl.arange(0, SEQUENCES)
+        first = tl.sum(tl.where(o_s < i_s, b_count, 0), 0)
+        count = tl.sum(tl.where(o_s == i_s, b_count, 0), 0)
+        # Wrong bounds, which nobody checks on a GPU, could ask for more stretches than there is room for.
+        count = tl.minimum(count, T // stretch + num_sequences - first)
+    if p_state is None:
+        b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
+    else:
+        p_state += i_s.to(tl.int64) * stride_state_b + i_h * stride_state_h
+        b_state = tiles.load_tile(p_state, stride_state_k, DK, first_col, COLS_K, COLS_V, DV)
+    whole, rest = tiles.decay_across(tiles.load_log_decay(p_log_decay, i_h), stretch)
+    p_added += i_h * (DK * DV)
+    p_starts += i_h * (DK * DV)
+    stride = H.to(tl.int64) * (DK * DV)
+    for i_n in tl.range(first, first + count - 1, num_stages=4):
+        b_added = tiles.load_tile(p_added + i_n * stride, DV, DK, first_col, COLS_K, COLS_V, DV)
+        tiles.store_tile(p_starts + i_n * stride, b_state, DV, DK, first_col, COLS_K, COLS_V, DV)
+        b_state = tiles.advance(b_state, whole, rest, b_added)
+    p_starts += (first + count - 1) * stride
+    tiles.store_tile(p_starts, b_state, DV, DK, first_col, COLS_K, COLS_V, DV)
+
+
+def plan_retention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+    *,
+    config: RetentionConfig | None = None,
+    architecture: str | None = None,
+) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+    """The launches of `retention_fwd`, and the tensors that they fill."""
+    B, T, H, Dk = q.shape
+    Dv = v.shape[-1]
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    out = torch.empty((B, T, H, Dv), dtype=v.dtype, device=v.device)
+    final = torch.empty((sequences, H, Dk, Dv), dtype=torch.float32, device=v.device)
+    if sequences == 0 or T == 0:
+        return [], (out, final.zero_() if state is None else final.copy_(state))
+    architecture = architecture or architecture_of(q.device)
+    precision = dot_precision(q.dtype, architecture)
+    if config is None:
+        config = retention_config(
+            tokens=B * T,
+            sequences=sequences,
+            num_heads=H,
+            head_dims=(Dk, Dv),
+            dtype=q.dtype,
+            precision=precision,
+            architecture=architecture,
+            multiprocessors=multiprocessors_of(q.device),
+        )
+    q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
+    state = None if state is None else with_contiguous_rows(state)
+    bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
+    arguments = {
+        **{"p_q": q, "p_k": k, "p_v": v, "p_log_decay": log_decay.contiguous(), "p_bounds": bounds},
+        **{"p_state": state, "p_out": out, "p_final": final, "scale": scale},
+        **{"H": H, "T": T, "num_sequences": sequences},
+        **{"DK": Dk, "DV": Dv, "ROWS": config.rows, "COLS_K": config.cols_k, "COLS_V": config.cols_v},
+        **{"PRECISION": precision, "SCALE_V": config.scale_v},
+    }
+    for name, tensor, dims in (("q", q, "bth"), ("k", k, "bth"), ("v", v, "bth"), ("out", out, "bth")):
+        arguments |= named_strides(name, tensor, dims)
+    arguments |= named_strides("state", state, "bhk")
+    launches = _one_sweep(arguments, config) if config.stretch is None else _split(arguments, config)
+    return launches, (out, final)
+
+
+def _one_sweep(arguments: dict[str, Any], config: RetentionConfig) -> list[Launch]:
+    arguments |= {"stretch": arguments["T"], "per_sequence": 1, "SEQUENCES": 0}
+    return [_launch(retention_fwd_kernel, arguments["num_sequences"], arguments, config)]
+
+
+def _split(arguments: dict[str, Any], config: RetentionConfig) -> list[Launch]:
+    T, sequences, final = (arguments[name] for name in ("T", "num_sequences", "p_final"))
+    packed = arguments["p_bounds"] is not None
+    per_sequence = triton.cdiv(T, config.stretch)
+    # Each packed sequence may end in a stretch that is not full.
+    stretches = T // config.stretch + sequences if packed else sequences * per_sequence
+    added, starts = (final.new_empty((stretches, *final.shape[1:])) for _ in range(2))
+    arguments |= {
+        **{"stretch": config.stretch, "per_sequence": per_sequence},
+        **{"SEQUENCES": MOST_PACKED_IN_A_SPLIT + 1 if packed else 0},
+        **{"p_added": added, "p_starts": starts},
+    }
+    from_starts = {**arguments, "p_state": starts, **named_strides("state", starts, "bhk")}
+    return [
+        _launch(stretch_states_kernel, stretches, arguments, config),
+        _launch(scan_states_kernel, sequences, {**arguments, "COLS_V": SCAN_COLUMNS}, config),
+        _launch(retention_fwd_kernel, stretches, from_starts, config),
+    ]
+
+
+def _launch(kernel: Any, pieces: int, arguments: dict[str, Any], config: RetentionConfig) -> Launch:
+    """A program for each piece (stretch or sequence), head and slice of Dv."""
+    slices = triton.cdiv(arguments["DV"], arguments["COLS_V"])
+    return Launch(
+        kernel=kernel,
+        grid=(pieces * arguments["H"] * slices,),
+        arguments={name: arguments[name] for name in kernel.arg_names},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def retention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+    *,
+    config: RetentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Retention of T tokens from a state.
+
+    Args:
+        q, k: (B, T, H, Dk), any strides; float32, float16 or bfloat16, as v.
+        v: (B, T, H, Dv).
+        log_decay: ln γ, (H,), float32; -inf for γ = 0.
+        state: (B, H, Dk, Dv) float32 before the first token; None: zeros.
+        scale: c.
+        cu_seqlens: bounds of S sequences packed into one row, (S + 1,), int32 or int64, on the device; states
+            are then (S, H, Dk, Dv), and that of an empty sequence passes through.
+        config: tiles and schedule; None: `configs.retention_config` chooses.
+
+    Returns:
+        out (B, T, H, Dv) in v's dtype, and the state after the last token, float32. Both are new.
+    """
+    launches, outputs = plan_retention_fwd(q, k, v, log_decay, state, scale, cu_seqlens, config=config)
+    run(launches, q.device)
+    return outputs

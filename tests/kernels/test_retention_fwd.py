@@ -1,0 +1,481 @@
+"""`retention_fwd` in Triton's interpreter against the reference, and the choice of its schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from retention_cases import RetentionCase, assert_same_results, normal
+from torch import Tensor
+
+from benchmarks.audit.traffic import audit
+from retpop.kernels.configs import (
+    MOST_PACKED_IN_A_SPLIT,
+    SHARED_MEMORY,
+    RetentionConfig,
+    padded,
+    retention_config,
+    retention_tiles,
+)
+from retpop.kernels.launch import run as run_launches
+from retpop.kernels.retention_fwd import plan_retention_fwd, retention_fwd
+
+LIMIT = 5e-6
+
+# Tokens that a stretch has in a forced split; None is one sweep.
+SCHEDULES = {"sweep": None, "split": 32}
+
+
+def tiles_for(case: RetentionCase, stretch: int | None = None, **changes: int) -> RetentionConfig:
+    """The default tiles of float32, with a schedule."""
+    head_dims = (case.q.shape[-1], case.v.shape[-1])
+    return replace(retention_tiles(head_dims, torch.float32, "ieee", "sm_90"), stretch=stretch, **changes)
+
+
+def run(
+    case: RetentionCase, cu_seqlens: Tensor | None = None, config: RetentionConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """`retention_fwd` of a case; it must leave its inputs as they are, and its accesses are audited."""
+    tensors = [case.q, case.k, case.v, case.log_decay, case.state, cu_seqlens]
+    before = [None if tensor is None else tensor.clone() for tensor in tensors]
+    scale = case.q.shape[-1] ** -0.5
+    with audit():
+        out, state = retention_fwd(
+            case.q, case.k, case.v, case.log_decay, case.state, scale, cu_seqlens, config=config
+        )
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert tensor is None or torch.equal(tensor.nan_to_num(7.0), copy.nan_to_num(7.0))
+    assert (out.dtype, state.dtype) == (case.v.dtype, torch.float32)
+    assert out.is_contiguous()
+    assert state.is_contiguous()
+    return out, state
+
+
+def check(
+    case: RetentionCase,
+    cu_seqlens: Tensor | None = None,
+    config: RetentionConfig | None = None,
+    limits: tuple[float, float] = (LIMIT, LIMIT),
+) -> None:
+    """Compare with the reference in float64."""
+    expected = case.double().run(backend="reference", cu_seqlens=cu_seqlens)
+    assert_same_results(run(case, cu_seqlens, config), expected, *limits)
+
+
+def with_gammas(case: RetentionCase, gammas: list[float]) -> RetentionCase:
+    logs = [math.log(gamma) if gamma else -math.inf for gamma in gammas]
+    return replace(case, log_decay=torch.tensor(logs, dtype=torch.float64).float())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("T", "Dk", "Dv"), [(1, 8, 8), (7, 24, 60), (16, 16, 16), (33, 60, 100), (65, 8, 24), (130, 24, 16)]
+)
+def test_lengths_and_head_dims(T: int, Dk: int, Dv: int, schedule: str) -> None:
+    B, H = (2, 3) if T < 33 else (1, 2)
+    case = RetentionCase.make(B, T, H, Dk, Dv, dtype=torch.float32, seed=T, with_state=T != 65)
+    check(case, config=tiles_for(case, SCHEDULES[schedule]))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_every_size_of_a_chunk(rows: int, schedule: str) -> None:
+    case = RetentionCase.make(1, 130, 1, 24, 24, dtype=torch.float32, seed=rows)
+    stretch = None if schedule == "sweep" else 64
+    for scale_v in (False, True):
+        check(case, config=tiles_for(case, stretch, rows=rows, cols_v=16, scale_v=scale_v))
+
+
+@pytest.mark.parametrize(("Dk", "Dv"), [(128, 128), (256, 8), (8, 256), (100, 24)])
+def test_large_head_dims_with_the_default_config(Dk: int, Dv: int) -> None:
+    check(RetentionCase.make(1, 33, 1, Dk, Dv, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("T", [33, 47, 48])
+def test_any_decay_with_a_partial_chunk(T: int, schedule: str) -> None:
+    case = RetentionCase.make(1, T, 8, 8, 8, dtype=torch.float32)
+    case = with_gammas(case, [0.0, 1e-30, 0.01, 0.1, 0.2, 0.5, 1 - 2**-20, 1.0])
+    check(case, config=tiles_for(case, SCHEDULES[schedule]))
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize(("B", "T"), [(2, 0), (0, 5), (0, 0)])
+def test_nothing_to_do(B: int, T: int, with_state: bool) -> None:
+    case = RetentionCase.make(B, T, 2, 8, 24, dtype=torch.float32, with_state=with_state)
+    out, state = run(case)
+    assert out.shape == (B, T, 2, 24)
+    assert torch.equal(state, case.state if with_state else torch.zeros(B, 2, 8, 24))
+    if B and with_state:
+        assert state.data_ptr() != case.state.data_ptr()
+
+
+def layouts(case: RetentionCase) -> dict[str, RetentionCase]:
+    """The same numbers, where not said otherwise, in other strides."""
+    B, T, H, Dk = case.q.shape
+    one_row = torch.cat((case.q, case.k, case.v), dim=-1)
+    swapped = {name: getattr(case, name).transpose(0, 1).contiguous().transpose(0, 1) for name in "qkv"}
+    by_column = {name: getattr(case, name).mT.contiguous().mT for name in "qkv"}
+    return {
+        "one projection": replace(
+            case, q=one_row[..., :Dk], k=one_row[..., Dk : 2 * Dk], v=one_row[..., 2 * Dk :]
+        ),
+        "time first": replace(case, **swapped),
+        "last dim strided": replace(case, **by_column, state=case.state.mT.contiguous().mT),
+        "heads expanded": replace(case, k=case.k[:, :, :1].expand(B, T, H, Dk)),
+        "batch expanded": replace(case, q=case.q[:1].expand(B, T, H, Dk), v=case.v[:1].expand_as(case.v)),
+        "last dim expanded": replace(case, k=case.k[..., :1].expand(B, T, H, Dk)),
+        "state expanded": replace(case, state=case.state[:1, :1].expand_as(case.state)),
+        "state transposed": replace(case, state=case.state.transpose(0, 1).contiguous().transpose(0, 1)),
+        "decay expanded": replace(case, log_decay=case.log_decay[:1].expand_as(case.log_decay)),
+    }
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("layout", list(layouts(RetentionCase.make(2, 3, 2, 8, 8))))
+def test_layouts(layout: str, schedule: str) -> None:
+    case = layouts(RetentionCase.make(2, 35, 2, 8, 8, dtype=torch.float32))[layout]
+    check(case, config=tiles_for(case, SCHEDULES[schedule]))
+
+
+@pytest.mark.parametrize(
+    ("stretch", "dtype"), [(None, torch.int32), (None, torch.int64), (16, torch.int64), (32, torch.int32)]
+)
+def test_packed_sequences(stretch: int | None, dtype: torch.dtype) -> None:
+    """Empty ones first, between and last; of one token; that end with a stretch and within one."""
+    bounds = torch.tensor([0, 0, 32, 33, 33, 70, 70], dtype=dtype)
+    case = RetentionCase.make(1, 70, 1, 8, 24, dtype=torch.float32, sequences=6)
+    config = tiles_for(case, stretch, cols_v=16)
+    check(case, bounds, config)
+    _, state = run(case, bounds, config)
+    for empty in (0, 3, 5):
+        assert torch.equal(state[empty], case.state[empty])
+
+
+@pytest.mark.parametrize("stretch", [None, 16])
+def test_packed_is_the_same_as_separate(stretch: int | None) -> None:
+    bounds = [0, 20, 21, 60]
+    case = RetentionCase.make(1, 60, 2, 8, 8, dtype=torch.float32, with_state=False, sequences=3)
+    config = tiles_for(case, stretch)
+    out, states = run(case, torch.tensor(bounds), config)
+    separate = [run(case.part(start, stop, None), config=config) for start, stop in pairwise(bounds)]
+    assert torch.equal(out, torch.cat([out for out, _ in separate], dim=1))
+    assert torch.equal(states, torch.cat([state for _, state in separate]))
+
+
+def test_strided_bounds() -> None:
+    case = RetentionCase.make(1, 20, 1, 8, 8, dtype=torch.float32, sequences=2)
+    check(case, torch.tensor([0, 9, 7, 9, 20, 9])[::2])
+
+
+@pytest.mark.parametrize("stretch", [None, 16])
+def test_no_packed_tokens(stretch: int | None) -> None:
+    case = RetentionCase.make(1, 0, 2, 8, 8, dtype=torch.float32, sequences=2)
+    out, state = run(case, torch.tensor([0, 0, 0]), tiles_for(case, stretch))
+    assert out.shape == (1, 0, 2, 8)
+    assert torch.equal(state, case.state)
+    out, state = run(replace(case, state=None), torch.tensor([0]))
+    assert state.shape == (0, 2, 8, 8)
+
+
+@pytest.mark.parametrize("stretch", [None, 16])
+@pytest.mark.parametrize("bounds", [[0, 20, 10_000_000], [-10_000_000, 20, 40]])
+def test_wrong_bounds_lead_nowhere(bounds: list[int], stretch: int | None) -> None:
+    """On a GPU nobody checks their values; outside the tokens nothing is read or written."""
+    case = RetentionCase.make(1, 40, 1, 8, 8, dtype=torch.float32, sequences=2)
+    config = tiles_for(case, stretch)
+    right = run(case, torch.tensor([0, 20, 40]), config)
+    assert_same_results(run(case, torch.tensor(bounds), config), right, 0.0)
+
+
+def test_bounds_that_rise_and_fall_do_not_outgrow_the_scan() -> None:
+    """They ask for 11 stretches; there is room for 40 // 16 + 5."""
+    case = RetentionCase.make(1, 40, 1, 8, 8, dtype=torch.float32, sequences=5)
+    launches, (_, state) = plan_retention_fwd(
+        case.q,
+        case.k,
+        case.v,
+        case.log_decay,
+        case.state,
+        1.0,
+        torch.tensor([0, 40, 0, 40, 0, 40]),
+        config=tiles_for(case, 16),
+    )
+    states, scan, _ = launches
+    run_launches([states], state.device)
+    arguments = dict(scan.arguments)
+    assert arguments["p_starts"].shape[0] == 7
+    arguments["p_starts"] = torch.full((11, 1, 8, 8), 5.0)
+    run_launches([replace(scan, arguments=arguments)], state.device)
+    assert (arguments["p_starts"][7:] == 5.0).all()
+    assert (arguments["p_starts"][:7] != 5.0).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cut", [1, 16, 33])
+def test_a_cut_sequence_with_carried_state_is_the_whole(cut: int, schedule: str) -> None:
+    case = RetentionCase.make(1, 66, 2, 8, 24, dtype=torch.float32)
+    config = tiles_for(case, SCHEDULES[schedule])
+    first, between = run(case.part(0, cut, case.state), config=config)
+    second, last = run(case.part(cut, 66, between), config=config)
+    assert_same_results((torch.cat((first, second), dim=1), last), run(case, config=config), LIMIT)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("at", [0, 17, 63])
+def test_a_later_token_changes_nothing_earlier(at: int, schedule: str) -> None:
+    case = RetentionCase.make(1, 66, 2, 8, 8, dtype=torch.float32)
+    config = tiles_for(case, SCHEDULES[schedule])
+    changed = {name: getattr(case, name).clone() for name in "qkv"}
+    for tensor in changed.values():
+        tensor[:, at] = 9.0
+    before, _ = run(case, config=config)
+    after, _ = run(replace(case, **changed), config=config)
+    assert torch.equal(after[:, :at], before[:, :at])
+    assert not torch.equal(after[:, at], before[:, at])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nan_goes_where_it_belongs_and_nowhere_else(schedule: str) -> None:
+    """From token 20 of one row and head on, in one column of v; masked lanes of a partial chunk hold none."""
+    case = with_gammas(RetentionCase.make(2, 37, 2, 8, 8, dtype=torch.float32), [0.5, 1.0])
+    case.v[1, 20, 1, 3] = math.nan
+    out, state = run(case, config=tiles_for(case, SCHEDULES[schedule]))
+    expected_out = torch.zeros_like(out, dtype=torch.bool)
+    expected_out[1, 20:, 1, 3] = True
+    # The row of its chunk before it: 0 · NaN is NaN, in a matrix product as anywhere.
+    expected_out[1, 16:20, 1, 3] = True
+    assert torch.equal(out.isnan(), expected_out)
+    expected_state = torch.zeros_like(state, dtype=torch.bool)
+    expected_state[1, 1, :, 3] = True
+    assert torch.equal(state.isnan(), expected_state)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_float16(schedule: str) -> None:
+    case = RetentionCase.make(1, 70, 2, 16, 24, dtype=torch.float16)
+    check(case, config=tiles_for(case, SCHEDULES[schedule]), limits=(5e-4, 3.5e-4))
+
+
+def test_a_float16_state_outgrows_float16() -> None:
+    """Slow decays add up to states beyond 65,504, which float16 does not hold; the outputs here it does."""
+    case = with_gammas(RetentionCase.make(1, 70, 2, 16, 16, dtype=torch.float16), [1.0, 1 - 2**-9])
+    case = replace(case, q=case.q * 1e-3, v=case.v + 30, state=case.state * 3e5)
+    check(case, config=tiles_for(case), limits=(5e-4, 3.5e-4))
+    assert run(case)[1].abs().max() > 1e5
+
+
+def longest_lived_state_error(T: int, time_scale: float, config: RetentionConfig) -> float:
+    """RMS error of the final state of one head after T tokens, relative to its RMS."""
+    log_decay = torch.log1p(torch.tensor([-1 / time_scale], dtype=torch.float64)).float()
+    k, v = (normal(1, T, 1, 8, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    case = RetentionCase(q=torch.zeros_like(k), k=k, v=v, log_decay=log_decay, state=None)
+    exact = case.double()
+    weights = (exact.log_decay * torch.arange(T - 1, -1, -1)).exp()
+    expected = torch.einsum("bthk,bthv,t->bhkv", exact.k, exact.v, weights)
+    _, state = run(case, config=config)
+    return ((state - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+def test_a_state_that_lives_long_gathers_no_bias() -> None:
+    """A rounded γ^n would err in one direction at every chunk; here the state lives for 8,192 tokens."""
+    case = RetentionCase.make(1, 1, 1, 8, 8, dtype=torch.float32)
+    assert longest_lived_state_error(8192, 30_000, tiles_for(case, rows=64)) <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stretch", [None, 256])
+@pytest.mark.parametrize("time_scale", [2.0, 37.0, 1000.0, 7000.0, 30_000.0])
+def test_no_bias_with_the_chunks_of_float32(time_scale: float, stretch: int | None) -> None:
+    case = RetentionCase.make(1, 1, 1, 8, 8, dtype=torch.float32)
+    assert longest_lived_state_error(8192, time_scale, tiles_for(case, stretch)) <= LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stretch", [None, 64])
+@pytest.mark.parametrize("T", [1, 7, 63, 64, 65, 130])
+@pytest.mark.parametrize(("Dk", "Dv"), [(8, 8), (24, 60), (60, 24), (100, 128), (64, 64), (256, 16)])
+def test_the_long_matrix(T: int, Dk: int, Dv: int, stretch: int | None) -> None:
+    # One token without a state is q · k alone, which may nearly cancel: no float32 is then right to 5e-6.
+    for with_state, rows in ((True, 16), (T == 1, 64)):
+        case = RetentionCase.make(2, T, 2, Dk, Dv, dtype=torch.float32, seed=T + Dk, with_state=with_state)
+        check(case, config=tiles_for(case, stretch, rows=rows, cols_v=min(64, padded(Dv))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stretch", [None, 128])
+def test_ten_blocks_of_rem(stretch: int | None) -> None:
+    case = RetentionCase.make(2, 650, 4, 64, 64, dtype=torch.float32)
+    check(case, config=tiles_for(case, stretch, rows=64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stretch", [None, 256])
+def test_four_thousand_tokens(stretch: int | None) -> None:
+    case = RetentionCase.make(1, 4096, 6, 16, 16, dtype=torch.float32)
+    check(case, config=tiles_for(case, stretch, rows=64))
+
+
+# ---- The choice of tiles and schedule: plain functions of shapes and of the number of multiprocessors ----
+
+
+def choose(
+    tokens: int,
+    sequences: int,
+    num_heads: int,
+    head_dim: int = 64,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    architecture: str = "sm_90",
+    multiprocessors: int = 132,
+) -> RetentionConfig:
+    return retention_config(
+        tokens=tokens,
+        sequences=sequences,
+        num_heads=num_heads,
+        head_dims=(head_dim, head_dim),
+        dtype=dtype,
+        precision="ieee",
+        architecture=architecture,
+        multiprocessors=multiprocessors,
+    )
+
+
+def test_the_schedule_fills_the_gpu() -> None:
+    full = choose(64 * 4096, sequences=64, num_heads=16)
+    assert (full.stretch, full.cols_v) == (None, 64)
+    narrow = choose(8 * 4096, sequences=8, num_heads=16)  # 128 programs of 64 columns for 132 multiprocessors
+    assert (narrow.stretch, narrow.cols_v) == (None, 32)
+    assert choose(8 * 4096, sequences=8, num_heads=16, multiprocessors=128).cols_v == 64
+
+    split = choose(65_536, sequences=1, num_heads=4)  # 8 programs, so 33 stretches for two a multiprocessor
+    assert split.cols_v == 32
+    assert split.stretch == 2048  # 65,536 / 33, rounded up to chunks of 64
+    assert choose(65_536, sequences=1, num_heads=4, multiprocessors=16).stretch == 16_384
+    assert choose(65_536, sequences=1, num_heads=4, multiprocessors=15).stretch is None  # 3 stretches
+
+
+def test_a_split_waits_for_long_sequences() -> None:
+    assert choose(2047, sequences=1, num_heads=1).stretch is None
+    assert choose(2048, sequences=1, num_heads=1).stretch == 256
+    assert choose(4095, sequences=2, num_heads=1).stretch is None
+    assert choose(4096, sequences=2, num_heads=1).stretch == 256
+    assert choose(4096, sequences=1, num_heads=1, head_dim=256).stretch == 1024
+    assert choose(4095, sequences=1, num_heads=1, head_dim=256).stretch is None
+
+
+def test_a_split_has_a_limit_of_sequences() -> None:
+    most = MOST_PACKED_IN_A_SPLIT
+    assert choose(4096 * most, most, 1, multiprocessors=10_000).stretch is not None
+    assert choose(4096 * (most + 1), most + 1, 1, multiprocessors=10_000).stretch is None
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tiles_fit_the_head_dims(dtype: torch.dtype, architecture: str) -> None:
+    for head_dim in (1, 8, 24, 60, 64, 100, 128, 256):
+        for tokens in (1, 650, 100_000):
+            config = choose(tokens, 1, 2, head_dim, dtype=dtype, architecture=architecture)
+            assert config.cols_k == padded(head_dim)
+            assert 16 <= config.cols_v <= padded(head_dim)
+            assert config.stretch is None or config.stretch % config.rows == 0
+            if dtype is torch.float32:
+                assert config.rows == 16
+
+
+def test_a_key_dim_that_no_program_holds() -> None:
+    q = torch.empty(1, 3, 2, 257, device="meta")
+    with pytest.raises(ValueError, match=r"retention_fwd\(\): Dk is 257; the kernel takes at most 256"):
+        plan_retention_fwd(q, q, q, torch.empty(2, device="meta"), None, 1.0)
+
+
+def test_the_default_is_the_chosen_schedule() -> None:
+    q = torch.empty(1, 65_536, 4, 64, dtype=torch.bfloat16, device="meta")
+    log_decay = torch.empty(4, device="meta")
+    for architecture in ("sm_80", "sm_90", "gfx942"):
+        launches, _ = plan_retention_fwd(q, q, q, log_decay, None, 0.125, architecture=architecture)
+        assert len(launches) == 3
+        short, _ = plan_retention_fwd(*(q[:, :650],) * 3, log_decay, None, 0.125, architecture=architecture)
+        assert len(short) == 1
+        assert short[0].grid == (4 * (64 // short[0].arguments["COLS_V"]),)
+
+
+COMPILED = """
+import json, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from retpop.kernels.launch import run as run_launches
+from retpop.kernels.retention_fwd import plan_retention_fwd
+from retpop.kernels.retention_step import plan_retention_step
+
+def tensor(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def launches(T, B=1, packed=None):
+    q = tensor(B, T, 4, 64)
+    state = tensor(packed or B, 4, 64, 64, dtype=torch.float32)
+    bounds = None if packed is None else tensor(packed + 1, dtype=torch.int32)
+    log_decay = tensor(4, dtype=torch.float32)
+    return plan_retention_fwd(q, q, q, log_decay, state, 0.125, bounds, architecture="sm_90")[0]
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+
+def keys(launches):
+    found = []
+    for launch in launches:
+        kernel = launch.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, options = bind(**launch.arguments, **launch.options)
+        found.append(repr((kernel.__name__, specialization, sorted(options.items()))))
+    return found
+
+kernels = [*launches(4096)[2:], *launches(4096, packed=2)[:2], *plan_retention_step(
+    tensor(2, 4, 64), tensor(2, 4, 64), tensor(2, 4, 64), tensor(4, dtype=torch.float32), None, 1.0)[0]]
+products = [
+    line.strip()
+    for launch in kernels
+    for line in triton.compile(
+        launch.source(), target=GPUTarget("cuda", 90, 32), options=launch.options
+    ).asm["ttir"].splitlines()
+    if "arith.muli" in line and "tensor<" in line and "xi32>" in line
+]
+print(json.dumps({
+    "short": [keys(launches(T)) for T in (1, 65, 130, 2047)],
+    "long": [keys(launches(T)) for T in (2048, 4096, 5003, 2**24)],
+    "packed": [keys(launches(T, packed=S)) for T, S in ((4100, 2), (70_001, 3), (2**24, 8))],
+    "batch": [keys(launches(650, B=B)) for B in (64, 65, 2**15)],
+    "products": products,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list]:
+    """What a process that compiles, as this one does not, finds out about the kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("what", ["short", "long", "packed", "batch"])
+def test_another_length_compiles_nothing_new(what: str, compiled: dict[str, list]) -> None:
+    """Triton keys its kernels by types, divisibility and constants: the keys are the same for every T."""
+    first, *others = compiled[what]
+    assert len(first) == (1 if what in ("short", "batch") else 3)
+    assert all(other == first for other in others)
+
+
+def test_offsets_are_int64(compiled: dict[str, list]) -> None:
+    """A product of two int32 in an offset would wrap around beyond 2^31 elements."""
+    assert compiled["products"] == []

@@ -1,0 +1,112 @@
+"""The explicit gradients behind the Triton ops, in float64, against autograd through the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from retention_cases import (
+    CHUNK,
+    PopCase,
+    RetentionCase,
+    assert_same_gradients,
+    gradients,
+    normal,
+)
+from torch import Tensor
+
+from retpop.ops import torch_backward
+from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.packed import Packing
+
+
+def weights_of(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of the results that `gradients` takes."""
+    return tuple(normal(*result.shape, seed=7 + i) for i, result in enumerate(results))
+
+
+def powers_of(case: RetentionCase | PopCase) -> DecayPowers:
+    return DecayPowers(case.log_decay, case.q.shape[-1] ** -0.5, torch.float64)
+
+
+@pytest.mark.parametrize("T", [0, 1, 7, 16, 37, 48])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_retention(T: int, seed: int) -> None:
+    case = RetentionCase.make(2, T, 3, 4, 5, seed=seed).for_gradients()
+    results = case.run(backend="reference")
+    with torch.no_grad():
+        actual = torch_backward.retention(
+            case.q, case.k, case.v, *weights_of(results), powers_of(case), state=case.state, chunk_size=CHUNK
+        )
+    assert_same_gradients(list(actual), gradients(results, case.leaves()), 1e-12)
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 5, 22, 70], [0, 0], [0, 0, 1], [0, 40], [0, 16, 32, 33]], ids=str)
+def test_packed_retention(bounds: list[int]) -> None:
+    cu_seqlens = torch.tensor(bounds)
+    case = RetentionCase.make(1, bounds[-1], 3, 4, 5, seed=1, sequences=len(bounds) - 1).for_gradients()
+    results = case.run(backend="reference", cu_seqlens=cu_seqlens)
+    with torch.no_grad():
+        actual = torch_backward.packed_retention(
+            case.q,
+            case.k,
+            case.v,
+            *weights_of(results),
+            powers_of(case),
+            state=case.state,
+            chunk_size=CHUNK,
+            packing=Packing("here", cu_seqlens, bounds[-1]),
+        )
+    assert_same_gradients(list(actual), gradients(results, case.leaves()), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("N", "L", "P", "M", "offset", "with_reset"),
+    [
+        (3, 4, 3, 2, 0, True),
+        (3, 4, 2, 5, 2, True),
+        (3, 1, 4, 2, 0, True),
+        (2, 3, 0, 2, 1, True),
+        (2, 3, 2, 0, 1, False),
+        (1, 5, 1, 4, 1, False),
+        (0, 3, 1, 4, 0, False),
+        (0, 3, 0, 0, 0, False),
+    ],
+)
+def test_pop(N: int, L: int, P: int, M: int, offset: int, with_reset: bool) -> None:
+    case = PopCase.make(2, N, L, P, M, 3, 4, 5, offset=offset, with_reset=with_reset, seed=2).for_gradients()
+    results = case.run(backend="reference")
+    with torch.no_grad():
+        main, pred = torch_backward.pop_retention(
+            (case.q, case.k, case.v),
+            (case.q_pred, case.k_pred, case.v_pred),
+            *weights_of(results),
+            powers_of(case),
+            state=case.state,
+            block_size=L,
+            offset=offset,
+            reset=case.reset,
+        )
+    assert_same_gradients([*main[:3], *pred, main.state], gradients(results, case.leaves()), 1e-12)
+
+
+def test_a_nan_does_not_cross_a_reset_backwards() -> None:
+    """The new episode's gradients are NaN; those of the one before it are as if it were not there."""
+    case = PopCase.make(1, 3, 2, 0, 0, 2, 3, 4)
+    reset = torch.tensor([[False, False, True]])
+    empty = case.q_pred, case.k_pred, case.v_pred
+    grads = normal(1, 6, 2, 4, seed=1), case.v_pred, normal(1, 2, 3, 4, seed=2)
+    grads[0][:, 4:] = torch.nan
+    main, _ = torch_backward.pop_retention(
+        (case.q, case.k, case.v),
+        empty,
+        *grads,
+        powers_of(case),
+        state=case.state,
+        block_size=2,
+        offset=0,
+        reset=reset,
+    )
+    for grad in main[:3]:
+        assert grad[:, 4:].isnan().any()
+        assert grad[:, :4].isfinite().all()
+    assert main.state.isfinite().all()
