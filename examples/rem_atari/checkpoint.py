@@ -156,12 +156,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     found = list_checkpoints(folder)
     if not found:
         raise CheckpointError(f"{folder} holds no checkpoint")
+    reasons = []
     for step, path in reversed(found):
         try:
             return read_checkpoint(path, step)
         except CheckpointError as error:
+            reasons.append(str(error))
             warnings.warn(f"checkpoint passed over: {error}", RunWarning, stacklevel=2)
-    raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole")
+    raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole; {reasons[0]}")
 
 
 def read_checkpoint(path: Path, step: int) -> Checkpoint:
@@ -184,7 +186,9 @@ def read_checkpoint(path: Path, step: int) -> Checkpoint:
             state=state,
             training=safetensors.torch.load(content[TRAINING_FILE]),
         )
-    except (OSError, ValueError, KeyError, TypeError, MemoryError, RecursionError, SafetensorError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path} is damaged: {MANIFEST_FILE} has no entry {error}") from error
+    except (OSError, ValueError, TypeError, MemoryError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 

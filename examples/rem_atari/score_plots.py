@@ -60,6 +60,8 @@ def _draw_metric(
         low, high = estimate.interval
         axes.barh(place, high - low, left=low, height=0.6, color=colour, alpha=0.75)
         axes.vlines(estimate.value, place - 0.3, place + 0.3, color="black", linewidth=1.2)
+    # A bar holds the axis to its own ends unless told not to: what lies there would be cut off.
+    axes.use_sticky_edges = False
     axes.set_title(f"{name} ({'lower' if name == METRICS[-1] else 'higher'} is better)", fontsize=10)
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.set_yticks(range(len(results)), [result.agent for result in results] if is_first else None)

@@ -82,7 +82,7 @@ def _read_runs(paths: Sequence[Path]) -> list[RunScore]:
         except NoScoreError as error:
             tell(f"warning: left out: {error}")
     if paths and not found:
-        raise UsageError(f"none of the {len(paths)} runs has a score that could be compared")
+        raise UsageError(f"of {_counted(len(paths), 'run')} none has a score that could be compared")
     return found
 
 
@@ -172,12 +172,16 @@ def _notes(runs: Sequence[RunScore], results: Sequence[Aggregates], name: str) -
             lines.append(f"{name}: one run a game, so nothing is known of how much depends on the seed.")
         elif result.fewest_seeds < FEW_SEEDS:
             lines.append(
-                f"{name}: a game has {result.fewest_seeds} seeds; from fewer than {FEW_SEEDS} an interval is"
-                " too narrow to be believed."
+                f"{name}: a game has only {_counted(result.fewest_seeds, 'seed')}; from fewer than"
+                f" {FEW_SEEDS} an interval is too narrow to be believed."
             )
     lines += [f"{run.path}: {note}." for run in runs for note in run.notes]
     lines += _doubts(runs)
     return lines
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _doubts(runs: Sequence[RunScore]) -> list[str]:

@@ -315,13 +315,6 @@ class WorldModel(BaseWorldModel):
             state=state,
         )
 
-    def predict_first(self, state: RetNetState) -> Tensor:
-        """Logits (B, K, V) of the observation that follows the memory `state`, which stays as it is."""
-        predicting = self._prediction_tokens(state.position.shape[0], 1)
-        nothing = predicting.new_empty(predicting.shape[0], 0, predicting.shape[-1])
-        _, predicted, _ = self.decoder.pop(nothing, predicting, state, block_size=self.block_size)
-        return self.token_head(predicted[:, 0])
-
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding:
         return nn.Embedding(1 if cfg.shared_prediction_token else self.num_tokens, cfg.embed_dim)
 

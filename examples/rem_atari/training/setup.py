@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 
@@ -112,15 +112,21 @@ def prepare_training(config: Config) -> Iterator[TrainingParts]:
             processes=config.env.processes,
             timeout=config.env.timeout_seconds,
         )
-        agent = Agent.from_config(config, envs.num_actions).to(config.device)
-        if config.compile:
-            agent.compile_networks()
     except ValueError as error:
         raise UsageError(str(error)) from error
+    with closing(envs):
+        yield TrainingParts(envs, _build_agent(config, envs.num_actions), perceptual)
+
+
+def _build_agent(config: Config, num_actions: int) -> Agent:
+    """The agent on its device; sizes that do not fit each other raise UsageError."""
     try:
-        yield TrainingParts(envs, agent, perceptual)
-    finally:
-        envs.close()
+        agent = Agent.from_config(config, num_actions).to(config.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if config.compile:
+        agent.compile_networks()
+    return agent
 
 
 def check_config(config: Config) -> None:

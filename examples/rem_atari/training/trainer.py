@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,9 +83,11 @@ class Trainer:
                 self._state.env.reset()
             while self._state.epoch < self._config.schedule.epochs:
                 self._run_phase()
-        except (StoppedError, NonFiniteError, EnvironmentDiedError):
+        except (StoppedError, NonFiniteError, EnvironmentDiedError) as error:
             self._save()
             self._write_interrupted()
+            if isinstance(error, StoppedError):
+                self._progress.say(f"saved; `rem-atari resume {shlex.quote(str(self._run.path))}` goes on")
             raise
         finally:
             self._metrics.close()

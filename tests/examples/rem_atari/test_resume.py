@@ -257,7 +257,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_fails(
     for _, path in list_checkpoints(tmp_path / "run" / "checkpoints"):
         (path / "manifest.json").write_text("{}")
     assert main(["resume", str(tmp_path / "run")]) == 1
-    assert "none of the 1 checkpoints" in capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "none of the 1 checkpoints" in last
+    assert f"{path} is damaged: manifest.json has no entry 'files'" in last
 
 
 ATARI = replace(

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from run_folders import DEBUG, add_evaluation, files_in, make_scored_run
 
+from rem_atari import score_plots
 from rem_atari.cli import main
 from rem_atari.published import (
     atari100k_games,
@@ -136,6 +138,24 @@ def test_without_runs_the_published_agents_are_shown(capsys: pytest.CaptureFixtu
     assert "12 of 26" in shown
 
 
+def test_the_best_and_the_worst_agent_are_not_cut_off_by_the_plot_s_edges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bars may have no width at all."""
+    results = [
+        aggregate(name, {"Pong": [score] * 3}, resamples=5, seed=0)
+        for name, score in (("best", 0.75), ("worst", 0.25))
+    ]
+    figures = []
+    monkeypatch.setattr(score_plots, "replace_file", lambda path, data: None)
+    monkeypatch.setattr(score_plots, "Figure", lambda **size: figures.append(Figure(**size)) or figures[-1])
+    score_plots.plot_scores(tmp_path / "scores.png", results, highlight="best")
+    for axes in figures[0].axes[: len(METRICS)]:
+        low, high = axes.get_xlim()
+        assert low < 0.25
+        assert high > 0.75
+
+
 def test_runs_are_compared_on_their_own_games(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [
         make_scored_run(tmp_path / f"{game}-{seed}", game, score, seed=seed).path
@@ -167,7 +187,7 @@ def test_runs_are_compared_on_their_own_games(tmp_path: Path, capsys: pytest.Cap
 def test_too_few_seeds_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_scored_run(tmp_path / str(seed), "Pong", float(seed), seed=seed).path for seed in range(2)]
     assert "one run a game, so nothing is known of how much depends on the seed" in says(capsys, runs[0])
-    assert "a game has 2 seeds; from fewer than 3 an interval is too narrow" in says(capsys, *runs)
+    assert "a game has only 2 seeds; from fewer than 3 an interval is too narrow" in says(capsys, *runs)
 
 
 def test_what_speaks_against_one_agent_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +209,7 @@ def test_runs_without_a_score_are_left_out_aloud(tmp_path: Path, capsys: pytest.
     assert any(f"{catch} plays rem_atari/Catch-v0" in line for line in lines)
     assert any(f"rem-atari evaluate {new.path} does it" in line for line in lines)
     assert run_scores(catch, new.path) == 2
-    assert "none of the 2 runs has a score" in capsys.readouterr().err
+    assert "of 2 runs none has a score" in capsys.readouterr().err
 
 
 def test_the_weights_that_trained_longest_count(tmp_path: Path) -> None:

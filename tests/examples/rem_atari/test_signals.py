@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,14 @@ from rem_atari.training.signals import StopRequest
 
 LIMIT = ["--tokenizer.freeze-foreground-error", "10.0"]
 """What SHORT has and the preset debug has not."""
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell starts what it runs in the background with SIGINT ignored; the tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,10 @@ def test_a_signal_in_any_phase_finishes_the_step_saves_and_exits_with_3(
     with monkeypatch.context() as patch:
         signal_at(patch, point, number)
         assert main(["train", "--preset", "debug", *LIMIT, "--run", str(run)]) == 3
-    assert capsys.readouterr().err.splitlines()[-1] == f"rem-atari: stopped by {number.name}"
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"saved; `rem-atari resume {run}` goes on",
+        f"rem-atari: stopped by {number.name}",
+    ]
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     state = newest(run).state
     assert (state["epoch"], state["phase"]) == point[:2]
