@@ -83,6 +83,24 @@ def row_config(head_dim: int) -> RowConfig:
     return RowConfig(rows=max(1, ROW_TILE // cols), cols=cols, num_warps=4)
 
 
+RESIDENT_PROGRAMS = 4
+"""Programs of `norm_gate_bwd` with sums that fit on a multiprocessor: 4 warps, 128 registers a thread."""
+
+
+def row_runs(
+    tokens: int, heads: int, config: RowConfig, multiprocessors: int, *, long: bool
+) -> tuple[int, int]:
+    """How many runs of how many tokens (whole tiles) a program of one head each owns.
+
+    Runs of one tile, or ``long`` ones, for sums over tokens: so many runs that the GPU is full once.
+    """
+    tiles = -(-tokens // config.rows)
+    programs = RESIDENT_PROGRAMS * multiprocessors
+    runs = min(tiles, max(1, programs // heads)) if long else tiles
+    length = -(-tiles // runs) * config.rows
+    return -(-tokens // length), length
+
+
 # ---- pop_fwd ----
 
 
@@ -205,9 +223,7 @@ def pop_config(
     2. One pass, unless half of the multiprocessors still have no program, and there are 4 blocks or more.
     """
     config = pop_tiles(lengths, head_dims, dtype, precision, architecture)
-    cols_v = config.cols_v
-    while cols_v > NARROWEST_SLICE and pairs * -(-head_dims[1] // cols_v) < multiprocessors:
-        cols_v //= 2
+    cols_v = _narrowed(config.cols_v, head_dims[1], pairs, multiprocessors)
     programs = pairs * -(-head_dims[1] // cols_v)
     split = 2 * programs <= multiprocessors and num_blocks >= FEWEST_SPLIT_BLOCKS
     return replace(config, cols_v=cols_v, split=split)
@@ -255,8 +271,8 @@ class PopBwdConfig:
     split: bool = False
 
 
-# (tile, warps, stages) of a sweep for both, unsliced, up to 64 x 64, found by compiling (DESIGN.md, 6). There is
-# none for float32 "ieee": it would need more registers than there are.
+# (tile, warps, stages) of a sweep for both, unsliced, up to 64 x 64, found by compiling (DESIGN.md, 6). There
+# is none for float32 "ieee": it would need more registers than there are.
 _BOTH = {
     "sm_90": (64, 4, 2),
     "sm_100": (64, 8, 2),
@@ -267,6 +283,15 @@ _BOTH = {
 
 # The same where 64 columns are not all there: masks and narrower copies need registers too.
 _BOTH_MASKED = {**_BOTH, "sm_90": (64, 8, 2), "sm_": (16, 4, 2)}
+
+
+def _sweep_for_both(head_dims: tuple[int, int], kind: str) -> SweepConfig | None:
+    """The sweep that finds dk and dv at once, for an architecture or a float32 precision; None: has none."""
+    if padded(max(head_dims)) > 64 or kind == "ieee":
+        return None
+    masked = padded(max(head_dims)) == 64 and any(dim % 16 for dim in head_dims)
+    tile, num_warps, num_stages = _of(_BOTH_MASKED if masked else _BOTH, kind)
+    return SweepConfig(tile=tile, cols_v=padded(head_dims[1]), num_warps=num_warps, num_stages=num_stages)
 
 
 def pop_bwd_config(
@@ -292,27 +317,18 @@ def pop_bwd_config(
         )
     longest = padded(max(lengths))
     kind = precision if dtype is torch.float32 else architecture
-    both = None
-    if padded(max(head_dims)) <= 64 and kind != "ieee":
-        masked = padded(max(head_dims)) == 64 and any(dim % 16 for dim in head_dims)
-        tile, num_warps, num_stages = _of(_BOTH_MASKED if masked else _BOTH, kind)
-        if kind == "sm_90" and lengths[1] > tile:
-            num_warps = 8  # a prediction of several tiles holds a second state meanwhile
-        both = SweepConfig(
-            tile=min(tile, longest),
-            cols_v=padded(head_dims[1]),
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+    both = _sweep_for_both(head_dims, kind)
+    if both is not None:
+        several = (
+            kind == "sm_90" and lengths[1] > both.tile
+        )  # a prediction of several tiles holds a second state
+        both = replace(both, tile=min(both.tile, longest), num_warps=8 if several else both.num_warps)
 
     def alone(key_dim: int, value_dim: int) -> SweepConfig:
         tile, cols_v, num_warps, num_stages = _of(_STEPS, kind)[max(64, padded(key_dim))]
-        cols_v = min(cols_v, padded(value_dim))
-        while cols_v > NARROWEST_SLICE and pairs * -(-value_dim // cols_v) < multiprocessors:
-            cols_v //= 2
         return SweepConfig(
             tile=min(tile, longest),
-            cols_v=cols_v,
+            cols_v=_narrowed(min(cols_v, padded(value_dim)), value_dim, pairs, multiprocessors),
             num_warps=num_warps,
             num_stages=min(num_stages, 2),  # a third stage would cost a stack
             scale_v=kind == "sm_90" and padded(key_dim) > 64,
@@ -534,18 +550,18 @@ def retention_bwd_config(
         raise ValueError(
             f"retention_bwd(): (Dk, Dv) is {head_dims}; the kernels take at most {MAX_KEY_DIM} of each."
         )
-    both = None
     kind = precision if dtype is torch.float32 else architecture
-    if padded(max(head_dims)) <= 64 and kind != "ieee":
-        tile, num_warps, num_stages = _of(_BOTH, kind)
-        both = SweepConfig(tile=tile, cols_v=padded(head_dims[1]), num_warps=num_warps, num_stages=num_stages)
+    both = _sweep_for_both(head_dims, kind)
 
     def alone(key_dim: int, value_dim: int) -> SweepConfig:
         config = retention_tiles((key_dim, value_dim), dtype, precision, architecture)
+        cols_v = _narrowed(config.cols_v, value_dim, sequences * num_heads, multiprocessors)
+        # On sm_90 with 128 x 64, E before the stretch is a pointer more than 4 warps have registers for.
+        full = kind == "sm_90" and config.cols_k * cols_v == 128 * 64
         return SweepConfig(
             tile=config.rows,
-            cols_v=_narrowed(config.cols_v, value_dim, sequences * num_heads, multiprocessors),
-            num_warps=config.num_warps,
+            cols_v=cols_v,
+            num_warps=8 if full else config.num_warps,
             num_stages=config.num_stages,
             scale_v=config.scale_v,
         )

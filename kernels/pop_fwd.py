@@ -126,12 +126,12 @@ def pop_fwd_kernel(
     """For each block n: o_(n,i) and B_(n+1), and the o_(p,i) that start from B_(n+AFTER) (formulas above).
 
     A block is FULL_L tiles and a tail of up to TAIL_L rows, a prediction FULL_M and TAIL_M. Strides of token
-    tensors are counted in UNIT elements; token strides of None are q's, those of predictions their main
-    counterpart's. SPLIT: one block a program, from its own state.
+    tensors are counted in UNIT elements; token strides of None are another's, see `_LIKE`. SPLIT: one block a
+    program, from its own state.
     """
     stride_q_t = token_stride(stride_q_t, 0, UNIT)
     stride_k_t = token_stride(stride_k_t, stride_q_t, UNIT)
-    stride_v_t = token_stride(stride_v_t, stride_q_t, UNIT)
+    stride_v_t = token_stride(stride_v_t, stride_k_t, UNIT)
     stride_out_t = token_stride(stride_out_t, stride_q_t, UNIT)
     stride_q_pred_t = token_stride(stride_q_pred_t, stride_q_t, UNIT)
     stride_k_pred_t = token_stride(stride_k_pred_t, stride_k_t, UNIT)
@@ -337,7 +337,7 @@ def plan_pop_fwd(
 _TOKENS = ("q", "k", "v", "q_pred", "k_pred", "v_pred")
 
 # Whose token stride a kernel takes for each of the others where it is given None.
-_LIKE = {"k": "q", "v": "q", "out": "q", "q_pred": "q", "k_pred": "k", "v_pred": "v", "pred": "out"}
+_LIKE = {"k": "q", "v": "k", "out": "q", "q_pred": "q", "k_pred": "k", "v_pred": "v", "pred": "out"}
 
 
 def _tiling(config: PopConfig, Dk: int, L: int, M: int) -> dict[str, int]:

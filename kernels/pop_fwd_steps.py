@@ -151,7 +151,7 @@ def pop_fwd_steps_kernel(
     """
     stride_q_t = token_stride(stride_q_t, 0, UNIT)
     stride_k_t = token_stride(stride_k_t, stride_q_t, UNIT)
-    stride_v_t = token_stride(stride_v_t, stride_q_t, UNIT)
+    stride_v_t = token_stride(stride_v_t, stride_k_t, UNIT)
     stride_out_t = token_stride(stride_out_t, stride_q_t, UNIT)
     COLUMNS: tl.constexpr = (COLS_K, COLS_V, DK, DV)
 

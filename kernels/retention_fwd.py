@@ -134,7 +134,7 @@ def retention_fwd_kernel(
 
         o_i = c γ^(i+1) q_i S + Σ_{j<=i} c γ^(i-j) (q_i · k_j) v_j,   S <- γ^n S + Σ_j γ^(n-1-j) k_jᵀ v_j
 
-    chunk by chunk; the stretch that ends a sequence leaves S in p_final.
+    chunk by chunk; the stretch that ends a sequence leaves S in p_final (None: nowhere).
     """
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
     first_col = (tl.program_id(0) % SLICES) * COLS_V
@@ -174,8 +174,9 @@ def retention_fwd_kernel(
         b_to_end = tiles.decay_to_end(log_decay, length, ROWS)
         whole, rest = tiles.decay_across(log_decay, length)
         b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
-    p_final += (i_s.to(tl.int64) * H + i_h) * (DK * DV)
-    tiles.store_tile(p_final, b_state, DV, tl.where(is_last, DK, 0), first_col, COLS_K, COLS_V, DV)
+    if p_final is not None:
+        p_final += (i_s.to(tl.int64) * H + i_h) * (DK * DV)
+        tiles.store_tile(p_final, b_state, DV, tl.where(is_last, DK, 0), first_col, COLS_K, COLS_V, DV)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -292,10 +293,11 @@ def plan_retention_fwd(
     scale: float,
     cu_seqlens: Tensor | None = None,
     *,
+    with_final: bool = True,
     config: RetentionConfig | None = None,
     architecture: str | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The launches of `retention_fwd`, and the tensors that they fill."""
+    """The launches of `retention_fwd`, and the tensors that they fill; the state is one only `with_final`."""
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -321,7 +323,8 @@ def plan_retention_fwd(
     bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
     arguments = {
         **{"p_q": q, "p_k": k, "p_v": v, "p_log_decay": log_decay.contiguous(), "p_bounds": bounds},
-        **{"p_state": state, "p_out": out, "p_final": final, "scale": scale},
+        **{"p_state": state, "p_out": out, "scale": scale},
+        "p_final": final if with_final else None,
         **{"H": H, "T": T, "num_sequences": sequences},
         **{"DK": Dk, "DV": Dv, "ROWS": config.rows, "COLS_K": config.cols_k, "COLS_V": config.cols_v},
         **{"PRECISION": precision, "SCALE_V": config.scale_v},
@@ -339,12 +342,13 @@ def _one_sweep(arguments: dict[str, Any], config: RetentionConfig) -> list[Launc
 
 
 def _split(arguments: dict[str, Any], config: RetentionConfig) -> list[Launch]:
-    T, sequences, final = (arguments[name] for name in ("T", "num_sequences", "p_final"))
+    T, sequences, out = (arguments[name] for name in ("T", "num_sequences", "p_out"))
     packed = arguments["p_bounds"] is not None
     per_sequence = triton.cdiv(T, config.stretch)
     # Each packed sequence may end in a stretch that is not full.
     stretches = T // config.stretch + sequences if packed else sequences * per_sequence
-    added, starts = (final.new_empty((stretches, *final.shape[1:])) for _ in range(2))
+    shape = (stretches, arguments["H"], arguments["DK"], arguments["DV"])
+    added, starts = (torch.empty(shape, dtype=torch.float32, device=out.device) for _ in range(2))
     arguments |= {
         **{"stretch": config.stretch, "per_sequence": per_sequence},
         **{"SEQUENCES": MOST_PACKED_IN_A_SPLIT + 1 if packed else 0},

@@ -130,7 +130,7 @@ def _pop(
     packed: bool = False,
     core: bool = False,
 ) -> Case:
-    """POP; ``packed``: main and prediction tokens of q, k and v are views of one tensor, as are the outputs."""
+    """POP; ``packed``: main and prediction tokens of q, k and v are views of one tensor, as are outputs."""
     P = N if P is None else P
     Dv = D if Dv is None else Dv
 

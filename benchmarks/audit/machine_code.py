@@ -47,9 +47,9 @@ def read_sass(text: str) -> list[Instruction]:
             targets = (places[int(_HEX.findall(bare)[-1], 16)],)
             ends = bare == line and len(operands) == 1
         elif opcode == "BSSY":
-            barriers[operands[0].strip()] = places[int(_HEX.findall(bare)[-1], 16)]
+            barriers[operands[0].split()[0]] = places[int(_HEX.findall(bare)[-1], 16)]
         elif opcode == "BSYNC":
-            targets = (barriers[operands[0].strip()],)
+            targets = (barriers[operands[0].split()[0]],)  # hints may follow the operand
         elif opcode in ("EXIT", "RET", "BRX"):
             ends = bare == line
         code.append(Instruction(bare, targets, not ends))

@@ -45,6 +45,23 @@ def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run
         fake: the results' shapes, after checking those of the arguments.
     """
 
+    return _finished(_op_with_kernels(name, schema, launch, compute), name, fake)
+
+
+def gradient_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run) -> CustomOpDef:
+    """An op that finds gradients; it has no derivative of its own. Arguments as those of `kernel_op`."""
+    op = _op_with_kernels(name, schema, launch, compute)
+
+    def refuse(ctx: object, *grads: object) -> None:
+        raise RuntimeError(
+            f'retpop::{name}: the Triton backend has no derivative of a derivative; backend="torch" has.'
+        )
+
+    op.register_autograd(refuse)
+    return _finished(op, name, fake)
+
+
+def _op_with_kernels(name: str, schema: str, launch: _Run, compute: _Run) -> CustomOpDef:
     def on_gpu(first: Tensor, *rest: Any) -> Any:
         return launch(first, *rest)
 
@@ -58,30 +75,7 @@ def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run
         f"retpop::{name}", on_gpu, mutates_args=(), device_types="cuda", schema=schema
     )
     op.register_kernel("cpu", on_cpu)
-    return _finished(op, name, fake)
-
-
-def gradient_op(name: str, schema: str, *, compute: _Run, fake: _Run) -> CustomOpDef:
-    """An op that finds gradients, in plain PyTorch on any device; it has no derivative of its own.
-
-    Args:
-        name, schema, fake: as in `kernel_op`.
-        compute: the computation.
-    """
-
-    def run(first: Tensor, *rest: Any) -> Any:
-        with without_autocast(first.device):
-            return compute(first, *rest)
-
-    op = torch.library.custom_op(f"retpop::{name}", run, mutates_args=(), schema=schema)
-
-    def refuse(ctx: object, *grads: object) -> None:
-        raise RuntimeError(
-            f'retpop::{name}: the Triton backend has no derivative of a derivative; backend="torch" has.'
-        )
-
-    op.register_autograd(refuse)
-    return _finished(op, name, fake)
+    return op
 
 
 def _finished(op: CustomOpDef, name: str, fake: _Run) -> CustomOpDef:

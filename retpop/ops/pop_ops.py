@@ -196,6 +196,10 @@ def _compute_gradients(
     return selected((*main[:3], *pred, main.state), inputs, needs)
 
 
+def _launch_gradients(*arguments: Any) -> list[Tensor]:
+    return [grad for grad in kernels("pop_bwd").pop_bwd(*arguments) if grad is not None]
+
+
 def _fake_gradients(*arguments: Any) -> list[Tensor]:
     return gradients_like((*arguments[:6], arguments[7]), arguments[-1])
 
@@ -205,6 +209,7 @@ pop_bwd = gradient_op(
     "(Tensor q, Tensor k, Tensor v, Tensor q_pred, Tensor k_pred, Tensor v_pred, Tensor log_decay, "
     "Tensor? state, Tensor? reset, Tensor? grad_out, Tensor? grad_pred, Tensor? grad_state, "
     "SymInt block_size, SymInt offset, float scale, bool[] needs) -> Tensor[]",
+    launch=_launch_gradients,
     compute=_compute_gradients,
     fake=_fake_gradients,
 )
@@ -360,6 +365,51 @@ def _compute_row_gradients(
     return rows if dstate is None else [*rows, dstate]
 
 
+def _launch_row_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    grad_row: Tensor | None,
+    grad_state: Tensor | None,
+    predictions: Sequence[int],
+    block_size: int,
+    offset: int,
+    scale: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The kernels write both parts of each row's gradient where they belong."""
+    rows = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
+        for x, need in zip((q, k, v), needs, strict=False)
+    ]
+    views = [(None, None) if row is None else split_row(row, predictions) for row in rows]
+    (q, q_pred), (k, k_pred), (v, v_pred) = (split_row(x, predictions) for x in (q, k, v))
+    grad_out, grad_pred = (None, None) if grad_row is None else split_row(grad_row, predictions)
+    *_, dstate = kernels("pop_bwd").pop_bwd(
+        q,
+        k,
+        v,
+        q_pred,
+        k_pred,
+        v_pred,
+        log_decay,
+        state,
+        reset,
+        grad_out,
+        grad_pred,
+        grad_state,
+        block_size,
+        offset,
+        scale,
+        [*needs[:3], *needs[:3], needs[3]],
+        out=[main for main, _ in views] + [pred for _, pred in views],
+    )
+    return [grad for grad in (*rows, dstate) if grad is not None]
+
+
 def _fake_row_gradients(*arguments: Any) -> list[Tensor]:
     return gradients_like((*arguments[:3], arguments[4]), arguments[-1])
 
@@ -369,6 +419,7 @@ pop_rows_bwd = gradient_op(
     "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? reset, Tensor? grad_row, "
     "Tensor? grad_state, SymInt[] predictions, SymInt block_size, SymInt offset, float scale, bool[] needs) "
     "-> Tensor[]",
+    launch=_launch_row_gradients,
     compute=_compute_row_gradients,
     fake=_fake_row_gradients,
 )

@@ -122,6 +122,23 @@ def _compute_gradients(
     return selected(found, inputs, needs)
 
 
+def _launch_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    grad_out: Tensor | None,
+    grad_state: Tensor | None,
+    scale: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    launch = kernels("retention_bwd").retention_bwd
+    found = launch(q, k, v, log_decay, state, scale, cu_seqlens, grad_out, grad_state, needs=needs)
+    return [grad for grad in found if grad is not None]
+
+
 def _fake_gradients(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, *rest: Any
 ) -> list[Tensor]:
@@ -132,6 +149,7 @@ retention_bwd = gradient_op(
     "retention_bwd",
     "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, Tensor? grad_out, "
     "Tensor? grad_state, float scale, bool[] needs) -> Tensor[]",
+    launch=_launch_gradients,
     compute=_compute_gradients,
     fake=_fake_gradients,
 )

@@ -97,6 +97,10 @@ def _compute_norm_gate_gradients(
     return selected((d_x * inverse, d_gate, d_weight, d_bias), (x, gate, weight, bias), needs)
 
 
+def _launch_norm_gate_gradients(*arguments: Any) -> list[Tensor]:
+    return [grad for grad in kernels("norm_gate_bwd").norm_gate_bwd(*arguments) if grad is not None]
+
+
 def _fake_norm_gate_gradients(*arguments: Any) -> list[Tensor]:
     return gradients_like(arguments[:4], arguments[-1])
 
@@ -105,6 +109,7 @@ norm_gate_bwd = gradient_op(
     "norm_gate_bwd",
     "(Tensor x, Tensor gate, Tensor? weight, Tensor? bias, Tensor grad, str kind, float eps, bool[] needs) "
     "-> Tensor[]",
+    launch=_launch_norm_gate_gradients,
     compute=_compute_norm_gate_gradients,
     fake=_fake_norm_gate_gradients,
 )

@@ -47,17 +47,19 @@ SASS = """
 \t\tFunction : some_kernel
         /*0000*/                   MOV R1, c[0x0][0x28] ;          /* 0x0 */
         /*0010*/                   LDGSTS.E.128 [R1], [R2.64] ;    /* 0x0 */
-        /*0020*/               @P2 BRA 0x90 ;                      /* 0x0 */
+        /*0020*/               @P2 BRA 0xb0 ;                      /* 0x0 */
         /*0030*/                   HGMMA.64x64x16.F32.BF16 R4, R5 ; /* 0x0 */
-        /*0040*/                   LDGSTS.E.128 [R1], [R2.64] ;    /* 0x0 */
-        /*0050*/               @P1 BRA 0xa0 ;                      /* 0x0 */
-        /*0060*/              @!P0 BRA 0x30 ;                      /* 0x0 */
-        /*0070*/                   STG.E [R8.64], R4 ;             /* 0x0 */
-        /*0080*/                   EXIT ;                          /* 0x0 */
-        /*0090*/                   EXIT ;                          /* 0x0 */
-        /*00a0*/                   MUFU.RCP R3, R3 ;               /* 0x0 */
-        /*00b0*/                   BRA 0x60 ;                      /* 0x0 */
-        /*00c0*/                   BRA 0xc0;                       /* 0x0 */
+        /*0040*/                   BSSY B0, 0x80 ;                 /* 0x0 */
+        /*0050*/                   LDGSTS.E.128 [R1], [R2.64] ;    /* 0x0 */
+        /*0060*/               @P1 BRA 0xc0 ;                      /* 0x0 */
+        /*0070*/                   BSYNC B0              ?trans5;  /* 0x0 */
+        /*0080*/              @!P0 BRA 0x30 ;                      /* 0x0 */
+        /*0090*/                   STG.E [R8.64], R4 ;             /* 0x0 */
+        /*00a0*/                   EXIT ;                          /* 0x0 */
+        /*00b0*/                   EXIT ;                          /* 0x0 */
+        /*00c0*/                   MUFU.RCP R3, R3 ;               /* 0x0 */
+        /*00d0*/                   BSYNC B0 ;                      /* 0x0 */
+        /*00e0*/                   BRA 0xe0;                       /* 0x0 */
 """
 
 AMDGCN = """
@@ -78,15 +80,9 @@ def test_the_loop_of_a_listing() -> None:
     """Its slow path after the end belongs to it; the jump to itself that pads the end is no loop."""
     code = read_sass(SASS)
     loop = main_loop(code)
-    assert len(code) == 13
-    assert [line.opcode for line in loop] == [
-        "HGMMA.64x64x16.F32.BF16",
-        "LDGSTS.E.128",
-        "BRA",
-        "BRA",
-        "MUFU.RCP",
-        "BRA",
-    ]
+    assert len(code) == 15
+    opcodes = ["HGMMA.64x64x16.F32.BF16", "BSSY", "LDGSTS.E.128", "BRA", "BSYNC", "BRA", "MUFU.RCP", "BSYNC"]
+    assert [line.opcode for line in loop] == opcodes
     assert (count(code, "LDGSTS"), count(loop, "LDGSTS"), count(loop, "HGMMA|HMMA")) == (2, 1, 1)
     assert main_loop(read_sass(SASS.replace("@!P0 BRA 0x30", "NOP"))) == []
 
@@ -301,7 +297,7 @@ def rem_run():
 CALLS = {
     "pop, training": ("pop_fwd", lambda: [pop(64, N, N, 0) for N in (1, 2, 10, 16, 20)]),
     "pop, N and P": ("pop_fwd", lambda: [pop(64, N, P, 0) for N, P in ((3, 3), (3, 1), (1, 1), (1, 2))]),
-    "pop, offset": ("pop_fwd", lambda: [pop(64, *npo) for npo in ((3, 1, 1), (3, 1, 3), (2, 2, 1), (16, 1, 16))]),
+    "pop, offset": ("pop_fwd", lambda: [pop(64, *npo) for npo in ((3, 1, 1), (3, 1, 3), (2, 2, 1))]),
     "pop, a run of REM": ("pop_fwd", rem_run),
     "pop, imagination": ("pop_fwd", lambda: [pop(B, 1, 1, 1, state(B)) for B in (33, 48, 64, 128)]),
     "retention, T": ("retention_fwd", lambda: [retention(64, T) for T in (1, 16, 65, 130, 650, 1024, 4096)]),

@@ -1,0 +1,363 @@
+"""POP, backward: gradients of queries, keys and values, of their prediction twins and of the first state.
+
+With S_i the state after token i, g_i the gradient of output o_i and G_j that of the state after token j:
+
+    dq_i = c g_i S_iᵀ          dk_j = v_j G_jᵀ          dv_j = k_j G_j
+
+dq has the form of an output o_i = c q_i S_i, so it is the forward kernel itself on (g, v, k) with the
+states transposed; it finds the states again. dk and dv come from reverse sweeps (pop_bwd_sweep.py): up to
+head dims of 64 one for both; beyond, one each, in slices like the forward's. A sweep for both cannot be
+sliced, since dk is a sum over Dv and floats are never added atomically. A small batch is split at the block
+boundaries, as in pop_fwd.
+
+Why states are found again and not saved by the forward: counted in tensors of all tokens, dq moves 4 (g, v,
+k, dq) and the sweep for both 6, where 7 have to move. With saved states the forward would move 5 instead of
+4, and one sweep for all three gradients 8 instead of 10: 13 instead of 14 in all at REM's shape. But each
+layer would keep a quarter more in memory for the backward, and a program two states instead of one in its
+registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from .configs import (
+    SCAN_TILE,
+    PopBwdConfig,
+    SweepConfig,
+    architecture_of,
+    dot_precision,
+    multiprocessors_of,
+    padded,
+    pop_bwd_config,
+)
+from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
+from .pop_bwd_sweep import pop_bwd_kernel, scan_back_kernel
+from .pop_fwd import plan_pop_fwd
+
+Tensors = Mapping[str, Tensor | None]
+
+_INPUTS = ("q", "k", "v", "q_pred", "k_pred", "v_pred", "state")
+
+_ROLES = ("q", "k", "v", "g", "dk", "dv")
+"""The token tensors of a sweep, g the outputs' gradient; each has a prediction twin, <role>_pred."""
+
+_SWAPPED = {"q": "g", "k": "v", "v": "k", "g": "q", "dk": "dv", "dv": "dk"}
+"""The sweep for dv finds dk where these have changed places and the states are transposed."""
+
+
+_LIKE = {"k": "q", "v": "k", "g": "q", "dk": "g", "dv": "dk"}
+"""Whose token stride each shares, if it is equal: then the kernel is given None."""
+
+
+def plan_pop_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pred: Tensor,
+    k_pred: Tensor,
+    v_pred: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    grad_out: Tensor | None,
+    grad_pred: Tensor | None,
+    grad_state: Tensor | None,
+    block_size: int,
+    offset: int,
+    scale: float,
+    needs: Sequence[bool],
+    *,
+    out: Sequence[Tensor | None] | None = None,
+    config: PopBwdConfig | None = None,
+    architecture: str | None = None,
+) -> tuple[list[Launch], list[Tensor | None]]:
+    """The launches of `pop_bwd`, and the tensors that they fill."""
+    grads = _allocate((q, k, v, q_pred, k_pred, v_pred, state), needs, out)
+    results = list(grads.values())
+    if grad_pred is None:
+        # Predictions without a gradient pass none on: the rest goes as if they were not there.
+        _zero(grads, "q_pred", "k_pred", "v_pred")
+        q_pred, k_pred, v_pred, grad_pred = q_pred[:, :0], k_pred[:, :0], v_pred[:, :0], v_pred[:, :0]
+        grads |= dict.fromkeys(("q_pred", "k_pred", "v_pred"))
+    B, T, H, Dk = q.shape
+    Dv = v.shape[-1]
+    N = T // block_size
+    P, M = q_pred.shape[1:3] if q_pred.numel() > 0 else (0, 0)
+    num_boundaries = max(N, P + offset if P > 0 else 0)
+    if B * num_boundaries == 0 or (grad_out is None and P == 0 and grad_state is None):
+        _zero(grads, *_INPUTS)
+        if grads["state"] is not None and grad_state is not None:
+            grads["state"].copy_(grad_state)
+        return [], results
+    architecture = architecture or architecture_of(q.device)
+    precision = dot_precision(q.dtype, architecture)
+    lengths = (block_size if N > 0 else 1, M)
+    if config is None:
+        config = pop_bwd_config(
+            pairs=B * H,
+            num_blocks=N,
+            lengths=lengths,
+            head_dims=(Dk, Dv),
+            dtype=q.dtype,
+            precision=precision,
+            architecture=architecture,
+            multiprocessors=multiprocessors_of(q.device),
+        )
+    g, g_pred = grad_out, grad_pred
+    if g is None:
+        g = torch.zeros(Dv, dtype=v.dtype, device=v.device).expand(v.shape)
+    launches: list[Launch] = []
+    if (grads["q"] is not None and grad_out is not None) or (grads["q_pred"] is not None and P > 0):
+        twins = [x if grads["q_pred"] is not None else x[:, :0] for x in (g_pred, v_pred, k_pred)]
+        launches, _ = plan_pop_fwd(
+            *(g, v, k, *twins, log_decay),
+            None if state is None else state.mT,
+            *(reset, block_size, offset, scale),
+            out=grads["q"],
+            pred=grads["q_pred"],
+            with_final=False,
+            architecture=architecture,
+        )
+    else:
+        _zero(grads, "q", "q_pred")
+    read = (q, q_pred, k, k_pred, v, v_pred, g, g_pred)
+    names = (f"{role}{twin}" for role in _ROLES for twin in ("", "_pred"))
+    tokens = dict(zip(names, map(with_contiguous_rows, read), strict=False))
+    common = {
+        **{"p_log_decay": log_decay, "scale": scale, "N": N, "L": lengths[0], "P": P, "M": M},
+        **{"offset": offset, "num_boundaries": num_boundaries, "H": H, "PRECISION": precision},
+    }
+    sweeps = _plan_sweeps(tokens | _sought(tokens, grads), common, reset, grad_state, grads["state"], config)
+    return launches + sweeps, results
+
+
+def _allocate(
+    inputs: Sequence[Tensor | None], needs: Sequence[bool], out: Sequence[Tensor | None] | None
+) -> dict[str, Tensor | None]:
+    """By name, a tensor for each gradient that is needed: that of `out`, or a new one."""
+    views = dict(zip(_INPUTS, out or (), strict=False))
+    grads = dict.fromkeys(_INPUTS)
+    for name, x, need in zip(_INPUTS, inputs, needs, strict=True):
+        if need and x is not None:
+            view = views.get(name)
+            grads[name] = torch.empty(x.shape, dtype=x.dtype, device=x.device) if view is None else view
+    return grads
+
+
+def _zero(grads: Tensors, *names: str) -> None:
+    for name in names:
+        grad = grads[name]
+        if grad is not None:
+            grad.zero_()
+
+
+def _sought(tokens: Tensors, grads: Tensors) -> dict[str, Tensor | None]:
+    """dk and dv with their twins, each pair None where neither is needed: a sweep finds them together."""
+    sought: dict[str, Tensor | None] = {}
+    for name in ("k", "v"):
+        for twin in (name, f"{name}_pred"):
+            wanted = grads[name] is not None or grads[f"{name}_pred"] is not None
+            sought[f"d{twin}"] = (
+                torch.empty_like(tokens[twin]) if wanted and grads[twin] is None else grads[twin]
+            )
+    return sought
+
+
+def _plan_sweeps(
+    tokens: Tensors,
+    common: dict[str, Any],
+    reset: Tensor | None,
+    after: Tensor | None,
+    before: Tensor | None,
+    config: PopBwdConfig,
+) -> list[Launch]:
+    """The reverse sweeps that fill dk and dv in `tokens`, and `before`, the gradient of the first state.
+
+    Args:
+        tokens: by role; dk and dv with their twins are None where not wanted.
+        common: arguments that all kernels share.
+        reset: (B, N) or None.
+        after, before: the gradients of the last and of the first state, (B, H, Dk, Dv), or None.
+        config: which sweeps, and how each cuts its work.
+    """
+    no_keys, no_values = ({f"d{x}": None, f"d{x}_pred": None} for x in "kv")
+    sweeps: list[tuple[SweepConfig, Tensors, bool]] = []
+    if config.both is not None and tokens["dk"] is not None and tokens["dv"] is not None:
+        sweeps = [(config.both, tokens, False)]
+    else:
+        if tokens["dv"] is not None:
+            sweeps.append((config.values, tokens | no_keys, False))
+        if tokens["dk"] is not None:
+            sweeps.append((config.keys, _swapped(tokens) | no_keys, True))
+    only_states = (config.values, tokens | no_keys | no_values, False)
+    if not config.split:
+        sweeps = sweeps or ([only_states] if before is not None else [])
+        befores = [before, None]
+        return [_sweep(*s, common, reset, after, b, False) for s, b in zip(sweeps, befores, strict=False)]
+    if not sweeps and before is None:
+        return []
+    (B, _, H, Dk), Dv = tokens["q"].shape, tokens["v"].shape[-1]
+    added = torch.empty(
+        (B, common["num_boundaries"], H, Dk, Dv), dtype=torch.float32, device=tokens["q"].device
+    )
+    ends = torch.empty_like(added)
+    return [
+        _sweep(*only_states, common, None, None, added, True),
+        _scan(common, added, reset, after, ends, before),
+        *(_sweep(*sweep, common, None, ends, None, True) for sweep in sweeps),
+    ]
+
+
+def _swapped(tokens: Tensors) -> dict[str, Tensor | None]:
+    return {f"{role}{twin}": tokens[f"{_SWAPPED[role]}{twin}"] for role in _ROLES for twin in ("", "_pred")}
+
+
+def _sweep(
+    config: SweepConfig,
+    tokens: Tensors,
+    transposed: bool,
+    common: dict[str, Any],
+    reset: Tensor | None,
+    after: Tensor | None,
+    before: Tensor | None,
+    split: bool,
+) -> Launch:
+    """One reverse sweep; `after` and `before` are (B, H, Dk, Dv), in a split (B, boundaries, H, Dk, Dv)."""
+    if transposed:
+        after, before = (None if x is None else x.mT for x in (after, before))
+    B, Dk, Dv = tokens["q"].shape[0], tokens["q"].shape[-1], tokens["g"].shape[-1]
+    unit = stride_unit(x for x in tokens.values() if x is not None)
+    arguments = {
+        **common,
+        **{f"p_{name}": x for name, x in tokens.items()},
+        **_token_strides(tokens, unit),
+        **{"p_after": after, "p_before": before, "p_reset": reset},
+        **_state_strides("after", after),
+        **_state_strides("before", before),
+        **named_strides("reset", reset, "bn"),
+        **{"DK": Dk, "DV": Dv, "COLS_K": padded(Dk), "COLS_V": config.cols_v, "TILE": config.tile},
+        **{"ONE_TILE": config.tile >= common["M"], "SCALE_V": config.scale_v},
+        **{"UNIT": unit, "SPLIT": split},
+    }
+    programs = B * common["H"] * cdiv(Dv, config.cols_v)
+    return Launch(
+        kernel=pop_bwd_kernel,
+        grid=(programs * common["num_boundaries"] if split else programs,),
+        arguments={name: arguments[name] for name in pop_bwd_kernel.arg_names},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def _token_strides(tokens: Tensors, unit: int) -> dict[str, int | None]:
+    """Strides in units; a token's is None where it is that of `_LIKE`, or for a twin its counterpart's."""
+    strides: dict[str, int | None] = {}
+    for role in _ROLES:
+        strides |= named_strides(role, tokens[role], "bth")
+        strides |= named_strides(f"{role}_pred", tokens[f"{role}_pred"], "bpth")
+    strides = {argument: stride // unit for argument, stride in strides.items()}
+    like = {**_LIKE, **{f"{role}_pred": role for role in _ROLES}}
+    for name, other in like.items():
+        if tokens[name] is None:
+            strides[f"stride_{name}_t"] = strides[f"stride_{other}_t"]
+    same = [x for x, other in like.items() if strides[f"stride_{x}_t"] == strides[f"stride_{other}_t"]]
+    return strides | {f"stride_{name}_t": None for name in same}
+
+
+def _state_strides(name: str, states: Tensor | None) -> dict[str, int]:
+    if states is not None and states.dim() == 5:
+        return named_strides(name, states, "bnhkv")
+    return {**named_strides(name, states, "bhkv"), f"stride_{name}_n": 0}
+
+
+def _scan(
+    common: dict[str, Any],
+    added: Tensor,
+    reset: Tensor | None,
+    after: Tensor | None,
+    ends: Tensor,
+    before: Tensor | None,
+) -> Launch:
+    B, _, H, Dk, Dv = added.shape
+    rows, cols = SCAN_TILE
+    arguments = {
+        **common,
+        **{"p_added": added, "p_after": after, "p_reset": reset, "p_ends": ends, "p_before": before},
+        **named_strides("after", after, "bhkv"),
+        **named_strides("reset", reset, "bn"),
+        **{"DK": Dk, "DV": Dv, "ROWS": rows, "COLS": cols},
+    }
+    return Launch(
+        kernel=scan_back_kernel,
+        grid=(B * H * cdiv(Dv, cols), cdiv(Dk, rows)),
+        arguments={name: arguments[name] for name in scan_back_kernel.arg_names},
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def pop_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pred: Tensor,
+    k_pred: Tensor,
+    v_pred: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    grad_out: Tensor | None,
+    grad_pred: Tensor | None,
+    grad_state: Tensor | None,
+    block_size: int,
+    offset: int,
+    scale: float,
+    needs: Sequence[bool],
+    *,
+    out: Sequence[Tensor | None] | None = None,
+    config: PopBwdConfig | None = None,
+) -> list[Tensor | None]:
+    """Gradients of `pop_fwd`.
+
+    Args:
+        q, k, v, q_pred, k_pred, v_pred, log_decay, state, reset, block_size, offset, scale: as in `pop_fwd`.
+        grad_out, grad_pred, grad_state: of its results, in their shapes and dtypes; None for zeros.
+        needs: which gradients to find: of q, k, v, q_pred, k_pred, v_pred, state.
+        out: where to write the first six, each with a contiguous last dim, or None for a new tensor. They may
+            be views of one tensor, but not of one that is read here.
+        config: how to cut the reverse sweeps, or None for `configs.pop_bwd_config`.
+
+    Returns:
+        One gradient for each of `needs`, in the dtype and shape of what it belongs to; None where not needed.
+
+    Raises:
+        ValueError: a head dim is larger than the kernels hold.
+    """
+    launches, grads = plan_pop_bwd(
+        q,
+        k,
+        v,
+        q_pred,
+        k_pred,
+        v_pred,
+        log_decay,
+        state,
+        reset,
+        grad_out,
+        grad_pred,
+        grad_state,
+        block_size,
+        offset,
+        scale,
+        needs,
+        out=out,
+        config=config,
+    )
+    run(launches, q.device)
+    return grads

@@ -1,0 +1,203 @@
+"""The checks that a mutant has to survive to count as missed: a few small calls of each kernel, in float32.
+
+They run in well under a second, so they are chosen, not drawn: partial tiles, padded head dims, several
+heads and rows, views with gaps that hold NaN, γ = 0 and γ = 1, with and without each optional tensor. What
+is expected comes from the reference, or from plain torch where that is the definition. Each call runs under
+`audit`, so an access outside a tensor, a race or a double store is caught as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.audit.traffic import audit
+from retpop.kernels.configs import PopConfig, RetentionConfig
+from retpop.ops import reference
+from retpop.position import rotary_frequencies, rotate, rotation_at
+
+
+@dataclass(frozen=True)
+class Check:
+    """A call of a launcher and what it has to return; None if it only must not reach outside its tensors.
+
+    The tolerance is a share of the largest expected value; rounding in float32 leaves about 1e-6 of it.
+    """
+
+    module: str
+    launcher: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    expected: Sequence[Tensor] | None
+    tolerance: float = 1e-5
+
+    def __call__(self) -> None:
+        """Raises where the kernel, as the module now is, does anything else than expected."""
+        if "pred" in self.options:
+            self.options["pred"].fill_(
+                math.nan
+            )  # what an earlier run has written must not pass for this one's
+        launch = getattr(importlib.import_module(f"retpop.kernels.{self.module}"), self.launcher)
+        with audit(races=self.expected is not None):
+            found = launch(*self.arguments, **self.options)
+        if self.expected is None:
+            return
+        for actual, expected in zip(
+            [found] if isinstance(found, Tensor) else found, self.expected, strict=True
+        ):
+            size = float(expected.abs().max()) if expected.numel() else 0.0
+            torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=self.tolerance * size)
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    """Normal numbers in a view whose rows have NaN before and after them."""
+    *rows, last = shape
+    base = torch.full((*rows, last + 3), float("nan"))
+    view = base[..., 2 : last + 2]
+    return view.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def norm_gate() -> list[Check]:
+    checks = []
+    # 2 x 2048 elements are two tiles: 138 pairs of 24 features (32 with padding) are three.
+    for kind, affine in (("groupnorm", False), ("rmsnorm", True), ("groupnorm", True)):
+        x, gate = numbers(2, 23, 3, 24, seed=0) + 0.5, numbers(2, 23, 3, 24, seed=1)
+        x, gate = (numbers(*t.shape, seed=0).copy_(t) for t in (x, gate))
+        weight, bias = (numbers(3, 24, seed=seed).contiguous() if affine else None for seed in (2, 3))
+        wide = x.double()
+        wide = wide - wide.mean(-1, keepdim=True) if kind == "groupnorm" else wide
+        expected = wide / (wide.square().mean(-1, keepdim=True) + 0.1).sqrt()
+        if affine:
+            expected = expected * weight + bias
+        expected = expected * torch.nn.functional.silu(gate.double())
+        checks.append(Check("norm_gate", "norm_gate_fwd", (x, gate, weight, bias, kind, 0.1), {}, [expected]))
+    return checks
+
+
+def rotary() -> list[Check]:
+    checks = []
+    for kind, inverse, rows in (
+        ("retnet", False, 1),
+        ("rope", False, 2),
+        ("retnet", True, 2),
+        ("rope", True, 1),
+    ):
+        q, k = (numbers(2, 40, 3, 24, seed=seed) for seed in (0, 1))
+        positions = torch.arange(40 * rows).reshape(rows, 40) + 5
+        rotation = rotation_at(positions, rotary_frequencies(kind, 24), kind)
+        cos, sin = rotation
+        back = type(rotation)(cos, -sin) if inverse else rotation
+        expected = [rotate(x, back, kind) for x in (q, k)]
+        checks.append(Check("rotary", "rotary_fwd", (q, k, cos, sin, kind), {"inverse": inverse}, expected))
+    return checks
+
+
+# γ of each head: none, half, slow, never.
+LOG_DECAY = torch.tensor([-math.inf, math.log(0.5), math.log1p(-1 / 64), 0.0])
+SCALE = 0.3
+
+
+def step() -> list[Check]:
+    checks = []
+    for given, (Dk, Dv) in ((True, (20, 17)), (False, (16, 8))):
+        q, k, v = (numbers(2, 3, dim, seed=seed) for seed, dim in enumerate((Dk, Dk, Dv)))
+        state = numbers(2, 3, Dk, Dv, seed=3) if given else None
+        out, new = reference.retention(
+            *(x[:, None] for x in (q, k, v)), LOG_DECAY[:3], state=state, scale=SCALE
+        )
+        arguments = (q, k, v, LOG_DECAY[:3], state, SCALE)
+        checks.append(Check("retention_step", "retention_step", arguments, {}, [out[:, 0], new]))
+    return checks
+
+
+def retention() -> list[Check]:
+    """Chunks of 16; a sweep and a split of stretches of 32, of plain and of packed sequences."""
+    checks = []
+    for stretch, lengths, given, Dv in (
+        (None, None, True, 33),
+        (None, [5, 0, 17, 16], True, 32),
+        (32, None, False, 33),
+        (32, [0, 40, 3, 32, 0], True, 32),
+        (32, [33, 1], False, 33),
+        (32, [-7, 47, -40, 40, -40, 40], False, 16),
+    ):
+        bounds = list(itertools.accumulate(lengths, initial=0)) if lengths else None
+        B, T = (1, bounds[-1]) if bounds else (2, 21 if stretch is None else 53)
+        q, k, v = (numbers(B, T, 2, dim, seed=seed) for seed, dim in enumerate((20, 20, Dv)))
+        log_decay = LOG_DECAY[1:3] if given else LOG_DECAY[[0, 3]]
+        state = numbers(len(lengths) if lengths else B, 2, 20, Dv, seed=3) if given else None
+        expected = None  # of boundaries that are wrong: they must only lead nowhere
+        if not lengths or min(lengths) >= 0:
+            expected = reference.retention(q, k, v, log_decay, state=state, scale=SCALE, bounds=bounds)
+        config = RetentionConfig(
+            rows=16, cols_k=32, cols_v=16, num_warps=4, num_stages=1, scale_v=given, stretch=stretch
+        )
+        packed = None if bounds is None else torch.tensor(bounds)
+        arguments = (q, k, v, log_decay, state, SCALE, packed)
+        checks.append(Check("retention_fwd", "retention_fwd", arguments, {"config": config}, expected))
+    return checks
+
+
+def large_state() -> list[Check]:
+    """A state beyond what float16 holds; small queries bring the outputs back into its range."""
+    q, k, v = (numbers(1, 16, 2, 16, seed=seed).half() for seed in range(3))
+    arguments = (q / 512, k, v, LOG_DECAY[2:])
+    state = 1e6 * numbers(1, 2, 16, 16, seed=3)
+    expected = reference.retention(*arguments, state=state, scale=SCALE)
+    return [Check("retention_fwd", "retention_fwd", (*arguments, state, SCALE), {}, expected, 2e-3)]
+
+
+def pop(*, steps: bool, split: bool) -> list[Check]:
+    """Tiles of 16, so a block of 21 is a tile and a tail; states, resets and absent blocks, or none."""
+    checks = []
+    for N, P, L, M, offset, given, resets, rows, Dv in (
+        (2, 1, 21, 18, 0, True, True, 1, 32),
+        (3, 1, 5, 32, 2, False, True, 2, 17),
+        (1, 1, 16, 16, 1, True, False, 1, 17),
+        (1, 2, 21, 7, 0, False, True, 1, 33),
+        (0, 1, 1, 7, 0, True, True, 2, 17),
+        (1, 1, 37, 35, 0, False, False, 1, 16),
+    ):
+        if split and N == 0:
+            continue
+        joined = numbers(rows, N * L + P * M, 3, 2, 33, seed=0)
+        tokens = [joined[:, :, i, :, : Dv if i == 2 else 20] for i in range(3)]
+        main = [x[:, : N * L] for x in tokens]
+        pred = [x[:, N * L :].unflatten(1, (P, M)) for x in tokens]
+        if given:  # with strides of their own
+            pred = [numbers(*x.shape, seed=7).copy_(x) for x in pred]
+        state = numbers(rows, 2, 20, Dv, seed=3) if given else None
+        reset = torch.arange(2 * rows * N).reshape(rows, N, 2)[..., 0] % 4 == 2 if resets else None
+        arguments = (*main, *pred, LOG_DECAY[1:3] if given else LOG_DECAY[[0, 3]])
+        expected = reference.pop_retention(
+            *arguments, block_size=L, offset=offset, state=state, scale=SCALE, reset=reset
+        )
+        config = PopConfig(
+            tile=16, cols_v=16, num_warps=4, num_stages=1, scale_v=given, steps=steps, split=split
+        )
+        options = {"config": config} | ({"pred": numbers(rows, P, M, 2, Dv, seed=8)} if given else {})
+        place = (state, reset, L, offset, SCALE)
+        checks.append(Check("pop_fwd", "pop_fwd", (*arguments, *place), options, expected))
+    return checks
+
+
+SUITES: dict[str, Callable[[], list[Check]]] = {
+    "norm_gate": norm_gate,
+    "rotary": rotary,
+    "retention_step": step,
+    "retention_fwd": lambda: large_state() + retention(),
+    "pop_fwd": lambda: pop(steps=False, split=False) + pop(steps=False, split=True),
+    "pop_fwd_steps": lambda: (
+        pop(steps=True, split=False) + pop(steps=True, split=True) + pop(steps=False, split=False)[:2]
+    ),
+    "pop_fwd_split": lambda: pop(steps=False, split=True),
+    "tiles": lambda: step() + large_state() + retention()[:3] + pop(steps=False, split=False),
+}
+"""The checks of each module of `retpop.kernels`; `tiles`, which is all helpers, has those of others."""
