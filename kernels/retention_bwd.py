@@ -223,7 +223,7 @@ def scan_back_kernel(
         place = (first + i_m) * stride
         b_added = tiles.load_tile(p_added + place, DV, DK, first_col, COLS_K, COLS_V, DV)
         tiles.store_tile(p_ends + place, b_grad, DV, DK, first_col, COLS_K, COLS_V, DV)
-        length = tl.maximum(tl.minimum(tokens - i_m * stretch, stretch), 0)
+        length = tl.minimum(tokens - i_m * stretch, stretch)
         whole, rest = tiles.decay_across(log_decay, length)
         b_grad = tiles.advance(b_grad, whole, rest, b_added)
     if p_before is not None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.audit.traffic import audit
-from retpop.kernels.configs import PopConfig, RetentionConfig
+from retpop.kernels.configs import PopConfig, RetentionBwdConfig, RetentionConfig, SweepConfig
 from retpop.ops import reference
 from retpop.position import rotary_frequencies, rotate, rotation_at
 
@@ -49,9 +49,8 @@ class Check:
             found = launch(*self.arguments, **self.options)
         if self.expected is None:
             return
-        for actual, expected in zip(
-            [found] if isinstance(found, Tensor) else found, self.expected, strict=True
-        ):
+        found = [found] if isinstance(found, Tensor) else [x for x in found if x is not None]
+        for actual, expected in zip(found, self.expected, strict=True):
             size = float(expected.abs().max()) if expected.numel() else 0.0
             torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=self.tolerance * size)
 
@@ -99,6 +98,35 @@ def rotary() -> list[Check]:
     return checks
 
 
+def norm_gate_bwd() -> list[Check]:
+    checks = []
+    # Two tiles, in runs of one; a run of two tiles; 67 runs, added up 64 at a time; a part of a tile.
+    for kind, affine, shape, needs in (
+        ("groupnorm", "", (70, 3, 24), (True, True, True, True)),
+        ("rmsnorm", "weight and bias", (130, 300, 3), (True, True, True, True)),
+        ("rmsnorm", "weight", (530, 2, 250), (False, False, True, True)),
+        ("groupnorm", "weight", (70, 3, 24), (True, False, True, True)),
+        ("groupnorm", "bias", (6, 3, 24), (False, True, True, True)),
+    ):
+        x, gate, grad = (numbers(*shape, seed=seed) for seed in (0, 1, 4))
+        x += 0.5
+        weight, bias = (
+            numbers(*shape[1:], seed=seed).contiguous() if name in affine else None
+            for seed, name in ((2, "weight"), (3, "bias"))
+        )
+        leaves = [None if t is None else t.double().requires_grad_() for t in (x, gate, weight, bias)]
+        wide = leaves[0] - leaves[0].mean(-1, keepdim=True) if kind == "groupnorm" else leaves[0]
+        y = wide / (wide.square().mean(-1, keepdim=True) + 0.1).sqrt()
+        y = y if leaves[2] is None else y * leaves[2]
+        y = y if leaves[3] is None else y + leaves[3]
+        y = y * torch.nn.functional.silu(leaves[1])
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
+        expected = torch.autograd.grad(y, wanted, grad.double())
+        arguments = (x, gate, weight, bias, grad, kind, 0.1, needs)
+        checks.append(Check("norm_gate_bwd", "norm_gate_bwd", arguments, {}, expected))
+    return checks
+
+
 # γ of each head: none, half, slow, never.
 LOG_DECAY = torch.tensor([-math.inf, math.log(0.5), math.log1p(-1 / 64), 0.0])
 SCALE = 0.3
@@ -142,6 +170,48 @@ def retention() -> list[Check]:
         packed = None if bounds is None else torch.tensor(bounds)
         arguments = (q, k, v, log_decay, state, SCALE, packed)
         checks.append(Check("retention_fwd", "retention_fwd", arguments, {"config": config}, expected))
+    return checks
+
+
+def retention_bwd() -> list[Check]:
+    """Tiles of 16; one launch, or stretches of 32; plain and packed; one sweep for dk and dv, or two."""
+    checks = []
+    for both, stretch, lengths, given, Dv in (
+        (True, None, None, True, 24),
+        (False, None, [5, 0, 17, 16], True, 33),
+        (True, None, [18, 3], False, 16),
+        (False, 32, None, False, 33),
+        (True, 32, [0, 40, 3, 32, 0], True, 32),
+        (False, 32, [33, 1], False, 33),
+        (True, 32, [-7, 47, -40, 40, -40, 40], False, 16),
+    ):
+        bounds = list(itertools.accumulate(lengths, initial=0)) if lengths else None
+        B, T = (1, bounds[-1]) if bounds else (2, 21 if stretch is None else 53)
+        q, k, v = (numbers(B, T, 2, dim, seed=seed) for seed, dim in enumerate((20, 20, Dv)))
+        log_decay = LOG_DECAY[1:3] if given else LOG_DECAY[[0, 3]]
+        sequences = len(lengths) if lengths else B
+        state = numbers(sequences, 2, 20, Dv, seed=3) if given else None
+        grad_out = numbers(B, T, 2, Dv, seed=4)
+        grad_state = numbers(sequences, 2, 20, Dv, seed=5) if given or both else None
+        expected = None  # of boundaries that are wrong: they must only lead nowhere
+        if not lengths or min(lengths) >= 0:
+            leaves = [None if x is None else x.double().requires_grad_() for x in (q, k, v, state)]
+            results = reference.retention(
+                *leaves[:3], log_decay.double(), state=leaves[3], scale=SCALE, bounds=bounds
+            )
+            pairs = zip(results, (grad_out, grad_state), strict=True)
+            total = sum((result * grad).sum() for result, grad in pairs if grad is not None)
+            expected = torch.autograd.grad(total, [x for x in leaves if x is not None])
+        common = {"tile": 16, "num_warps": 4, "num_stages": 1, "scale_v": given}
+        config = RetentionBwdConfig(
+            both=SweepConfig(cols_v=32, **common) if both else None,
+            keys=SweepConfig(cols_v=16, **common),
+            values=SweepConfig(cols_v=16, **common),
+            stretch=stretch,
+        )
+        packed = None if bounds is None else torch.tensor(bounds)
+        arguments = (q, k, v, log_decay, state, SCALE, packed, grad_out, grad_state)
+        checks.append(Check("retention_bwd", "retention_bwd", arguments, {"config": config}, expected))
     return checks
 
 
@@ -193,6 +263,8 @@ SUITES: dict[str, Callable[[], list[Check]]] = {
     "rotary": rotary,
     "retention_step": step,
     "retention_fwd": lambda: large_state() + retention(),
+    "retention_bwd": retention_bwd,
+    "norm_gate_bwd": norm_gate_bwd,
     "pop_fwd": lambda: pop(steps=False, split=False) + pop(steps=False, split=True),
     "pop_fwd_steps": lambda: (
         pop(steps=True, split=False) + pop(steps=True, split=True) + pop(steps=False, split=False)[:2]
