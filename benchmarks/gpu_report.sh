@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Prove and measure the kernels on a GPU: the tests of tests/gpu, every operation against this GPU's own
+# ceilings, the decoder, and REM's training where rem_atari can be imported. Under 8 minutes.
+#
+#   benchmarks/gpu_report.sh [--dry-run] [--parts A,B] [--out FOLDER]
+#
+# Needs a Python with torch, triton, einops, pytest, hypothesis and numpy (PYTHON=..., default python3), and
+# installs nothing: retpop, its kernels and rem_atari are found through links in a temporary folder. pytest-xdist
+# makes the tests' compiling parallel; flash-linear-attention, gymnasium and ale-py are used where they are.
+#
+# Prints a line a part as it ends, then failures, and a table last: median times, and the floor's share of them
+# (1 is as fast as the GPU copies and multiplies). All rows, with every test's errors against float64, go to
+# gpu_<GPU>_<commit>.csv in --out, else $OUT, else benchmarks/results. RETPOP_COMMIT names the commit of a copy
+# without git. Exit status: 0; 1: the tests did not pass; 2: they did, but another part failed or was stopped.
+#
+# --dry-run walks the same way on a CPU: Triton's interpreter, tiny shapes, no result that means anything.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+# A package's folder is put together from the checkout's: retpop.kernels lies beside retpop there.
+mkdir "$folder/packages" "$folder/packages/retpop" "$folder/report"
+ln -s "$root"/retpop/* "$folder/packages/retpop/"
+ln -s "$root/kernels" "$folder/packages/retpop/kernels"
+ln -s "$root/examples/rem_atari" "$folder/packages/rem_atari"
+export PYTHONPATH="$folder/packages:$root${PYTHONPATH:+:$PYTHONPATH}"
+# The working folder, which may be the checkout, must not come before these.
+export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+export RETPOP_REPORT_FOLDER="$folder/report"
+
+"$python" -m benchmarks.gpu.report "$@"
