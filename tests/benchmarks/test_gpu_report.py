@@ -121,14 +121,10 @@ def test_tests_become_rows_with_their_errors(tmp_path: Path) -> None:
     assert (skipped.note, skipped.failed) == ("skipped: needs memory", False)
 
 
-@pytest.mark.parametrize(
-    "junit",
-    [
-        None,
-        "<testsuite/>",
-        '<testsuite><testcase name="a"><skipped message="no GPU"/></testcase></testsuite>',
-    ],
-)
+ALL_SKIPPED = '<testsuite><testcase name="a"><skipped message="no GPU"/></testcase></testsuite>'
+
+
+@pytest.mark.parametrize("junit", [None, "<testsuite/>", ALL_SKIPPED])
 def test_no_test_that_ran_is_a_failure(junit: str | None, tmp_path: Path) -> None:
     path = tmp_path / "junit"
     if junit is not None:
@@ -137,12 +133,15 @@ def test_no_test_that_ran_is_a_failure(junit: str | None, tmp_path: Path) -> Non
 
 
 def test_a_part_is_stopped_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
-    script = (
-        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)"
-    )
-    log = tmp_path / "log"
-    ended = report.run_limited([sys.executable, "-c", script], 0.5, log, os.environ)
+    pipe, log = tmp_path / "pipe", tmp_path / "log"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    script = f"(echo up; sleep 60; echo late) > {pipe} & wait"
+    ended = report.run_limited(["sh", "-c", script], 0.5, log, os.environ)
     assert ended.status is None
+    os.set_blocking(reader, True)
+    with os.fdopen(reader) as file:
+        assert "late" not in file.read()  # ends when nobody is left who could write
     ended = report.run_limited([sys.executable, "-c", "print(7); exit(3)"], 60, log, os.environ)
     assert (ended.status, log.read_text()) == (3, "7\n")
 
@@ -175,7 +174,8 @@ def rehearse(folder: Path, *arguments: str) -> tuple[str, list[dict[str, str]]]:
     # The checkout's editable installation is taken back before anything is imported.
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
-        "sys.meta_path[:] = [x for x in sys.meta_path if '__editable__' not in getattr(x, '__module__', '')]\n"
+        "named = [(x, getattr(x, '__module__', '')) for x in sys.meta_path]\n"
+        "sys.meta_path[:] = [x for x, module in named if '__editable__' not in module]\n"
         "sys.path[:] = [x for x in sys.path if '__editable__' not in x]\n"
     )
     environment = {
