@@ -31,12 +31,15 @@ class TrainArguments:
     debug (seconds, learns nothing), tiny (the default: a few minutes, a real Atari game), catch (a few
     minutes, learns a toy game), minatar (a small game in pixels) or paper (the published agent: wants a GPU).
 
-    Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal.
+    Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     run: Path | None = None
     """Folder of the run, not there yet or empty. None: runs/<env>-<preset>-<seed>-<time>."""
+    stop_after: float | None = None
+    """Seconds after which training stops and saves as on a signal (exit code 3), for `rem-atari resume` to go
+    on another time. None: it goes on to its end."""
     debug: Debug = False
     """Show the traceback of an error."""
 
@@ -79,7 +82,7 @@ class ResumeArguments:
 
     Example: rem-atari resume runs/pong --schedule.epochs 50
 
-    Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal.
+    Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after.
     """
 
     run: RunPath
@@ -90,6 +93,9 @@ class ResumeArguments:
     """Evaluation."""
     threads: int | None = None
     """CPU threads torch uses; another number can change the last bits of what follows. None: as it was."""
+    stop_after: float | None = None
+    """Seconds after which training stops and saves as on a signal (exit code 3), for `rem-atari resume` to go
+    on another time. None: it goes on to its end."""
     debug: Debug = False
     """Show the traceback of an error."""
 

@@ -149,6 +149,9 @@ class WorldModelConfig:
     """One prediction token for all places of an observation, not one each. An ablation of the paper."""
     position_in_block: bool = False
     """Add a learned embedding of a token's place in its block. Off in the paper."""
+    freeze_at_init: bool = False
+    """Leave the world model as random as it was drawn: a control, which imagination can teach nothing.
+    Its updates are made with a learning rate of 0, so that everything else of the run stays the same."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=2e-4, weight_decay=0.05, clip_norm=100.0, batch_size=64, updates_per_epoch=200, start_epoch=25
@@ -253,6 +256,10 @@ class EvaluationConfig:
     """Steps of the evaluation at the end that are kept in heldout/, for the report; never trained on."""
 
 
+ADDED_FIELDS = {"world_model": {"freeze_at_init": False}}
+"""Fields that run folders of earlier versions do not name, with the value that means what those runs did."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
@@ -290,5 +297,16 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Config:
-        """A configuration from `to_dict`'s data; unknown and missing names raise ValueError."""
-        return from_dict(cls, data)
+        """A configuration from `to_dict`'s data; unknown and missing names raise ValueError.
+
+        What a run folder of an earlier version lacks, `ADDED_FIELDS`, is filled in.
+        """
+        return from_dict(cls, _with_added_fields(data))
+
+
+def _with_added_fields(data: Any) -> Any:
+    """JSON data with `ADDED_FIELDS` where they are missing; what is no configuration stays as it is."""
+    if not isinstance(data, dict):
+        return data
+    parts = {part: data[part] for part in ADDED_FIELDS if isinstance(data.get(part), dict)}
+    return data | {part: ADDED_FIELDS[part] | fields for part, fields in parts.items()}

@@ -95,6 +95,13 @@ def test_a_missing_field_is_named() -> None:
         Config.from_dict(data)
 
 
+def test_a_run_folder_of_before_a_field_was_added_is_still_read() -> None:
+    data = as_json(Config())
+    del data["world_model"]["freeze_at_init"]
+    assert Config.from_dict(data) == Config()
+    assert "freeze_at_init" not in data["world_model"]
+
+
 def test_integers_become_floats_where_floats_are_wanted_and_lists_become_tuples() -> None:
     data = put(as_json(Config()), "world_model.dropout", 0)
     config = Config.from_dict(data)
