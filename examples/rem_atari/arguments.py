@@ -111,6 +111,27 @@ class ReportArguments:
 
 
 @dataclass(frozen=True)
+class DiagnoseArguments:
+    """Say why a run does not learn: six signs, in the order in which to heed them, each with its figures.
+
+    Reads config.json and metrics.jsonl alone, so that it can look at a run that is under way. The checks:
+    error on moving pixels, reward loss stuck high, entropy near zero before the imagined return moves,
+    world-model loss rising, codebook use, value scale.
+
+    Example: rem-atari diagnose runs/pong --json
+
+    Writes nothing. Exit codes: 0 whatever the signs, 1 no metrics yet, 2 wrong use.
+    """
+
+    run: RunPath
+    """Folder of the run; it may still be training."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON instead: every check with its figures."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
 class EvaluateArguments:
     """Let a trained agent play whole games, and say how well it does.
 
@@ -118,7 +139,7 @@ class EvaluateArguments:
     lost life ends nothing, raw rewards, at most 108,000 raw frames. Every environment plays a number of games
     that is fixed in advance, because counting whichever games end first would count short games too often.
 
-    Example: rem-atari evaluate runs/pong --episodes 100
+    Example: rem-atari evaluate runs/pong --episodes 100 --random-episodes 20
 
     Writes RUN/evaluation/step-.../: summary.json (mean, median, human-normalised score), episodes.csv, and
     films of the best and the worst game. An earlier evaluation of the same checkpoint is replaced. Trust the
@@ -129,6 +150,8 @@ class EvaluateArguments:
     """Folder of the run; it may still be training."""
     episodes: int = 100
     """Games to play."""
+    random_episodes: int = 0
+    """Games of random play under the same conditions, to compare with; 0: none."""
     temperature: float | None = None
     """Temperature of the actions: below 1 is closer to the most likely one. None: the run's own for
     evaluations (0.5 in the paper)."""
@@ -288,6 +311,7 @@ Arguments = (
     | EvaluateArguments
     | RecordArguments
     | ReportArguments
+    | DiagnoseArguments
     | ScoresArguments
     | BenchmarkArguments
     | WeightsArguments
@@ -312,6 +336,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         | Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")]
         | Annotated[RecordArguments, tyro.conf.subcommand("record")]
         | Annotated[ReportArguments, tyro.conf.subcommand("report")]
+        | Annotated[DiagnoseArguments, tyro.conf.subcommand("diagnose")]
         | Annotated[ScoresArguments, tyro.conf.subcommand("scores")]
         | Annotated[BenchmarkArguments, tyro.conf.subcommand("benchmark", default=benchmark)]
         | Annotated[WeightsArguments, tyro.conf.subcommand("weights")]

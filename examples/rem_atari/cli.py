@@ -41,6 +41,7 @@ commands:
   evaluate   play whole games with a trained agent: scores and films
   record     film the game, its reconstruction and the imagination side by side
   report     write a run's report anew
+  diagnose   say why a run does not learn, from its metrics alone
   scores     aggregate runs over games and seeds, beside the published agents
   benchmark  measure this machine: how long would a run take?
   weights    fetch the weights of the perceptual loss, once

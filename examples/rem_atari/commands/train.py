@@ -48,12 +48,14 @@ def run_and_report(
         StoppedError: a signal has come, or `stop_after` seconds have passed, and the run was not done.
     """
     from rem_atari.progress import make_progress
+    from rem_atari.session import record_session
     from rem_atari.training.schedule import plan_run
     from rem_atari.training.signals import StopRequest
     from rem_atari.training.trainer import Trainer
 
     progress = make_progress(plan_run(config), config.schedule.epochs, sys.stderr)
     progress.say(f"run folder: {run.path}")
+    record_session(run, "train" if checkpoint is None else "resume", config.device)
     with progress, StopRequest(stop_after) as stop:
         Trainer(config, run, parts, progress, stop, checkpoint).run()
     progress.say("writing the report")
@@ -91,8 +93,15 @@ def _summary(lines: list[dict]) -> str:
     """The agent's mean return beside random play's."""
     last = {line["phase"]: line for line in lines if line["phase"] in ("evaluate", "random")}
     parts = [
-        f"{name} {last[phase]['mean_return']:.2f} over {last[phase]['episodes']} episodes"
+        f"{name} {line['mean_return']:.2f}{_error(line)} over {line['episodes']} episodes"
         for phase, name in (("evaluate", "agent"), ("random", "random play"))
-        if phase in last and last[phase].get("mean_return") is not None
+        for line in [last.get(phase, {})]
+        if line.get("mean_return") is not None
     ]
     return f"mean return: {', '.join(parts) or 'no game was played'}"
+
+
+def _error(line: dict) -> str:
+    """The standard error of an evaluation's mean return, where it has one."""
+    error = line.get("standard_error")
+    return "" if error is None else f" ± {error:.2f}"

@@ -176,7 +176,8 @@ class BaseWorldModel(nn.Module, ABC):
 
         Returns:
             The loss, and the metrics as scalars without gradient: loss, tokens, reward, end (mean
-            cross-entropies in nats) and token_accuracy, reward_accuracy, end_accuracy (shares).
+            cross-entropies in nats), reward_base (what the reward's would be knowing only how often each sign
+            occurs in the batch) and token_accuracy, reward_accuracy, end_accuracy (shares).
 
         Raises:
             ValueError: the sequences are no longer than the context.
@@ -201,6 +202,7 @@ class BaseWorldModel(nn.Module, ABC):
             "loss": loss.detach(),
             "tokens": tokens.detach(),
             "reward": reward.detach(),
+            "reward_base": _base_rate(reward_targets, REWARD_CLASSES),
             "end": end.detach(),
             "token_accuracy": token_accuracy,
             "reward_accuracy": reward_accuracy,
@@ -340,6 +342,12 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     total = functional.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="sum")
     correct = (logits.detach().argmax(dim=-1) == targets).sum()
     return total / counted, correct / counted
+
+
+def _base_rate(targets: Tensor, classes: int) -> Tensor:
+    """Entropy in nats of how often each class occurs among the targets; NO_LOSS is none of them."""
+    counts = torch.stack([(targets == each).sum() for each in range(classes)])
+    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
 
 
 def _check_config(cfg: WorldModelConfig, code_dim: int) -> None:
