@@ -162,7 +162,7 @@ def add_result(run: Path, experiment: str, name: str, folder: Path = RESULTS) ->
     target.mkdir(parents=True, exist_ok=True)
     about = {
         "command": train_command(config, PRESETS.get(config.preset)),
-        "metrics": "all" if every == 1 else f"every {every}th epoch of the training phases",
+        "metrics": "all" if every == 1 else f"1 in {every} epochs of the training phases",
     }
     summary = newest_summary(source)
     quality = _load(run / QUALITY_FILE)
