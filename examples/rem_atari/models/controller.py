@@ -113,6 +113,29 @@ class Controller(nn.Module):
         """Take in an observation, as `features` sees it with one leading dimension, and judge it."""
         return self.decide(self.features(seen), carry)
 
+    def judge(self, seen: Tensor, actions: Tensor, carry: Carry) -> tuple[Tensor, Tensor]:
+        """What `forward` and `observe_action` in turn make of T steps that were taken, all at once.
+
+        The convolutions see all steps together, and so do actor and critic; only the cell goes through them
+        one after another.
+
+        Args:
+            seen: observations as `features` sees them, (B, T, ...).
+            actions: the actions taken on them, (B, T) int64.
+            carry: the memory before them.
+
+        Returns:
+            The policy's logits (B, T, A) and the critic's values (B, T), float32.
+        """
+        features = self.features(seen)
+        hidden = []
+        for step in range(seen.shape[1]):
+            carry = self._remember(features[:, step], carry)
+            hidden.append(carry[0])
+            carry = self.observe_action(actions[:, step], carry)
+        remembered = torch.stack(hidden, dim=1)
+        return self.actor(remembered).float(), self.critic(remembered).squeeze(-1).float()
+
     def observe_action(self, actions: Tensor, carry: Carry) -> Carry:
         """Take in the actions (B,) that were taken, if the memory is fed actions at all."""
         if self.action_embedding is None:
