@@ -265,12 +265,12 @@ class BenchmarkArguments:
     """Updates of each component that are timed."""
     warmup: int = 2
     """Updates before them that are not."""
-    max_seconds: float = 60.0
+    max_seconds: float = 20.0
     """A component is timed no longer than this (but for at least one update)."""
-    batch_scale: float = 1.0
-    """Share of each batch that is really computed, for a machine on which whole batches take too long. Times
-    are then multiplied to whole batches, and marked: where a whole batch uses the machine better than its
-    part, it takes less."""
+    batch_scale: float | None = None
+    """Share of each batch that is really computed. Times are then multiplied to whole batches, and marked:
+    where a whole batch uses the machine better than its part, it takes less. None: whole batches; on a CPU
+    the half, quarter, ... of them with which an update takes about a second."""
     json: Path | None = None
     """Write the measurements here as JSON."""
     csv: Path | None = None

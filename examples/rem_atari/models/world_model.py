@@ -262,10 +262,13 @@ class WorldModel(BaseWorldModel):
     ) -> SequenceLogits:
         """See `BaseWorldModel.forward`."""
         predicting = self._prediction_tokens(tokens.shape[0], tokens.shape[1])
-        read, predicted, _ = self.decoder.pop(
-            self._embed_blocks(tokens, actions, codebook), predicting, block_size=self.block_size
+        at_action, predicted, _ = self.decoder.pop(
+            self._embed_blocks(tokens, actions, codebook),
+            predicting,
+            block_size=self.block_size,
+            main_out="last",
         )
-        at_action = read.unflatten(1, (-1, self.block_size))[:, skip_blocks:, -1]
+        at_action = at_action[:, skip_blocks:]
         return SequenceLogits(
             tokens=self.token_head(predicted[:, skip_blocks:]),
             rewards=self.reward_head(at_action),
@@ -302,14 +305,15 @@ class WorldModel(BaseWorldModel):
             codebook: the tokenizer's codes, (V, E).
             state: the memory before the block.
         """
-        read, predicted, state = self.decoder.pop(
+        at_action, predicted, state = self.decoder.pop(
             self._embed_blocks(tokens[:, None], actions[:, None], codebook),
             self._prediction_tokens(tokens.shape[0], 1),
             state,
             block_size=self.block_size,
             offset=1,
+            main_out="last",
         )
-        at_action = read[:, -1]
+        at_action = at_action[:, 0]
         return WorldModelStep(
             reward_logits=self.reward_head(at_action),
             end_logits=self.end_head(at_action),

@@ -60,12 +60,15 @@ def _make_phases(
     world_model = Component("world_model", agent.world_model, optim, groups, precision)
     controller = Component("controller", agent.controller, config.controller.optim, precision=precision)
     codes, imagination = generators["codes"], generators["imagination"]
+    record = config.cuda_graphs and torch.device(config.device).type == "cuda"
     phases = (
         TokenizerPhase(
             agent.tokenizer, tokenizer, replay, tokens, config.tokenizer, codes, warn, parts.perceptual
         ),
         WorldModelPhase(agent.world_model, world_model, replay, tokens, config.world_model, warn),
-        ControllerPhase(agent, controller, replay, tokens, config.controller, imagination, warn),
+        ControllerPhase(
+            agent, controller, replay, tokens, config.controller, imagination, warn, record=record
+        ),
     )
     return {phase.component.name: phase for phase in phases}
 

@@ -37,7 +37,9 @@ class Component:
         self.updates = 0
         self._precision = precision
         parameters = list(module.parameters()) if groups is None else groups
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
 
     def autocast(self) -> torch.autocast:
         """The context to compute a loss in, and nothing but a loss."""
@@ -45,21 +47,29 @@ class Component:
         return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16")
 
     def apply(self, loss: Tensor, metrics: Metrics) -> Metrics:
-        """One update: gradient of the loss, clipped to the global norm, and an AdamW step.
+        """One update: `backward`, then `step`."""
+        self.backward(loss)
+        return self.step(loss, metrics)
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradient of the loss, in place of any there was."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+    def step(self, loss: Tensor, metrics: Metrics) -> Metrics:
+        """An AdamW step along the gradient, clipped to the global norm.
 
         Whether everything is finite is asked once, of one number, so that a GPU is waited for once an update:
         a gradient that is not finite anywhere makes the norm of all of them so.
 
         Args:
-            loss: a scalar.
+            loss: what the gradient is of.
             metrics: what else was measured on the batch, for the message.
         Returns:
             The metrics, and ``grad_norm``: the gradient's norm before clipping.
         Raises:
             NonFiniteError: the loss, a gradient or their norm is not finite; the weights stay as they are.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         if not torch.isfinite(loss.detach() + norm):
