@@ -102,7 +102,10 @@ class ResumeArguments:
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Write a run's report.html anew: curves, pictures, and how the networks do on held-out frames."""
+    """Write a run's report.html anew: curves, pictures, and how the networks do on held-out frames.
+
+    Writes RUN/report.html, its measurements as RUN/quality.json, and its pictures in RUN/media/.
+    """
 
     run: RunPath
     """Folder of the run."""

@@ -256,8 +256,9 @@ class EvaluationConfig:
     """Steps of the evaluation at the end that are kept in heldout/, for the report; never trained on."""
 
 
-ADDED_FIELDS = {"world_model": {"freeze_at_init": False}}
-"""Fields that run folders of earlier versions do not name, with the value that means what those runs did."""
+ADDED_FIELDS = {"cuda_graphs": False, "world_model.freeze_at_init": False}
+"""Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
+what those runs did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,5 +312,11 @@ def _with_added_fields(data: Any) -> Any:
     """JSON data with `ADDED_FIELDS` where they are missing; what is no configuration stays as it is."""
     if not isinstance(data, dict):
         return data
-    parts = {part: data[part] for part in ADDED_FIELDS if isinstance(data.get(part), dict)}
-    return data | {part: ADDED_FIELDS[part] | fields for part, fields in parts.items()}
+    filled = dict(data)
+    for path, value in ADDED_FIELDS.items():
+        part, _, name = path.rpartition(".")
+        inner = filled if not part else filled.get(part)
+        if isinstance(inner, dict):
+            with_it = {name: value, **inner}
+            filled = with_it if not part else {**filled, part: with_it}
+    return filled
