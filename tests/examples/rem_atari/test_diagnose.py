@@ -154,6 +154,16 @@ def test_a_tokenizer_that_rests_was_found_good_enough() -> None:
     assert only("moving_pixels", curves).sign is True
 
 
+@pytest.mark.parametrize(("error", "sign"), [(0.03, False), (0.05, True)])
+def test_a_tokenizer_that_is_not_to_rest_yet_has_some_time(error: float, sign: bool) -> None:
+    curves = healthy()
+    curves["tokenizer"]["foreground_error"] = [error] * EPOCHS
+    assert only("moving_pixels", curves).sign is True  # it was to rest from the second epoch on
+    for epoch in (None, EPOCHS):
+        config = replace(CONFIG, tokenizer=replace(CONFIG.tokenizer, freeze_epoch=epoch))
+        assert only("moving_pixels", curves, config).sign is sign
+
+
 def test_experience_without_a_reward_is_a_sign_of_its_own() -> None:
     curves = healthy()
     curves["world_model"] |= {"reward": [0.0] * EPOCHS, "reward_base": [0.0] * EPOCHS}
