@@ -15,8 +15,8 @@ from rem_atari.report.history import MetricLine, Series, values_of
 from rem_atari.report.text import number
 
 BLIND_FACTOR = 2.0
-"""The tokenizer counts as blind above so many times the error with which it may rest; once its rest is due, above
-that error itself."""
+"""The tokenizer counts as blind above so many times the error with which it may rest; once its rest is due,
+above that error itself."""
 
 STUCK_SHARE = 0.8
 """The reward loss counts as stuck above this share of what the base rate alone would score."""
