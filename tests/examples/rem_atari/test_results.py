@@ -136,7 +136,8 @@ def test_what_evaluate_found_out_goes_before_the_run_s_own_evaluation(
 ) -> None:
     run = finished_run(tmp_path / "run")
     random = {"mean_return": 0.4, "standard_error": 0.1, "episodes": 400}
-    add_evaluation(run, 42, mean_return=3.0, standard_error=0.2, random_play=random, run="/home/somebody/run")
+    summary = add_evaluation(run, 42, mean_return=3.0, standard_error=0.2, random_play=random)
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"run": "/home/somebody/run"}))
     folder = raw.add_result(run.path, "toy", "seed-0", tmp_path / "results")
     result = raw.load_result(folder)
     assert (result.agent.mean, result.agent.standard_error, result.agent.episodes) == (3.0, 0.2, 50)
