@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from raw_results import CHECKOUT, Experiment, Result, add_result, evaluations, load_experiments
 
 from rem_atari.report.history import Returns, values_of
-from rem_atari.report.text import duration
+from rem_atari.report.text import count, duration
 
 PAGE = CHECKOUT / "docs" / "results.md"
 CURVES = CHECKOUT / "docs" / "results"
@@ -99,8 +99,9 @@ def _machine(result: Result) -> str:
     session = result.sessions[0]
     versions = session.get("versions") or {}
     return (
-        f"{session.get('processor')}, {session.get('cores')} cores, {session.get('threads')} of them used,"
-        f" {session.get('device')}, torch {versions.get('torch')}"
+        f"{session.get('processor')}, {count(session.get('cores', 1), 'core')},"
+        f" {count(session.get('threads', 1), 'thread')}, {session.get('device')}, torch"
+        f" {versions.get('torch')}"
     )
 
 

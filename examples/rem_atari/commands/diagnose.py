@@ -51,8 +51,8 @@ def as_data(run: str, lines: Sequence[MetricLine], findings: Sequence[Finding]) 
     return {
         "schema": SCHEMA,
         "run": run,
-        "epoch": last_value(lines, "epoch"),
-        "env_steps": last_value(lines, "env_steps"),
+        "epoch": _whole(last_value(lines, "epoch")),
+        "env_steps": _whole(last_value(lines, "env_steps")),
         "returns": {name: None if found is None else asdict(found) for name, found in returns.items()},
         "first_sign": None if first is None else first.check,
         "checks": [asdict(finding) for finding in findings],
@@ -80,6 +80,10 @@ def as_text(run: str, lines: Sequence[MetricLine], findings: Sequence[Finding]) 
     else:
         parts.append(f"Begin with the first sign: {first.title.lower()}. Those after it may follow from it.")
     return "\n".join(parts)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _returns(found: Returns | None) -> str:

@@ -91,7 +91,7 @@ def _session_row(session: Mapping[str, Any]) -> str:
     versions = session.get("versions")
     listed = versions.items() if isinstance(versions, dict) else ()
     machine = (
-        f"{session.get('processor')}, {session.get('cores')} cores, {session.get('threads')} threads,"
+        f"{session.get('processor')}, cores: {session.get('cores')}, threads: {session.get('threads')},"
         f" {session.get('device')}"
     )
     cells = (

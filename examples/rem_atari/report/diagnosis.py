@@ -14,6 +14,10 @@ from rem_atari.config import Config
 from rem_atari.report.history import MetricLine, Series, values_of
 from rem_atari.report.text import number
 
+BLIND_FACTOR = 2.0
+"""The tokenizer counts as blind above so many times the error with which it may rest; once its rest is due,
+above that error itself."""
+
 STUCK_SHARE = 0.8
 """The reward loss counts as stuck above this share of what the base rate alone would score."""
 
@@ -82,18 +86,21 @@ def check_moving_pixels(lines: Sequence[MetricLine], config: Config) -> Finding:
     frozen = _last(values_of(lines, "tokenizer", "frozen")) > 0
     # Its first epoch begins with a tokenizer that sees nothing.
     error = statistics.fmean(errors.y[1:][-WINDOW:])
-    figures = {"error": error, "epoch": errors.x[-1] + 1, "limit": limit, "frozen": float(frozen)}
+    freeze = config.tokenizer.freeze_epoch
+    due = freeze is not None and errors.x[-1] >= freeze
+    bound = limit if due else BLIND_FACTOR * limit
+    figures = {"error": error, "epoch": errors.x[-1] + 1, "limit": bound, "frozen": float(frozen)}
     granted = "; it has been found good enough to rest" if frozen else ""
     says = (
         f"It was {number(error)} up to epoch {figures['epoch']:.0f}, the last in which the tokenizer trained"
-        f" (mean of up to {WINDOW} epochs; limit {number(limit)}){granted}."
+        f" (mean of up to {WINDOW} epochs; limit {number(bound)}){granted}."
     )
     advice = (
         "The tokenizer does not see the objects, so nothing behind it can. Raise tokenizer.foreground_weight"
         " or tokenizer.optim.updates_per_epoch (first_updates), or give it more pixels or tokens"
         " (env.frame_size, tokenizer.channels); look at the reconstructions in the report."
     )
-    return found(error > limit and not frozen, says, advice, figures)
+    return found(error > bound and not frozen, says, advice, figures)
 
 
 def check_reward_loss(lines: Sequence[MetricLine], config: Config) -> Finding:

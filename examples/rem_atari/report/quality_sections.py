@@ -120,7 +120,7 @@ def horizon(report: Report) -> str:
         series=[_psnr_curve(errors, what, name) for what, name in HORIZON_CURVES],
     )
     drawing = chart_figure(chart) if chart.drawn else ""
-    titles = ("Frames", "Imagined", "Copied", "Tokenizer", "Moving pixels, imagined", "Copied")
+    titles = ("Frames", "Imagined", "Copied", "Tokenizer", "Moving: imagined", "Moving: copied")
     head = "".join(f'<th class="number">{title}</th>' for title in titles)
     rows = "".join(map(_horizon_row, errors.steps))
     table = (
@@ -128,7 +128,7 @@ def horizon(report: Report) -> str:
         f"</thead><tbody>{rows}</tbody></table></div>"
     )
     note = (
-        '<p class="small faint">Moving pixels: mean squared error over the pixels in which the real frame'
+        '<p class="small faint">Moving: mean squared error over the pixels in which the real frame'
         " differs from the start.</p>"
     )
     return section(title, f'{lead}<div class="charts">{drawing}</div>{table}{note}')

@@ -196,8 +196,9 @@ def signs(report: Report) -> str:
     title = "Signs that it does not learn"
     findings = diagnose(report.lines, report.config)
     first = first_sign(findings)
+    unknown = sum(finding.sign is None for finding in findings)
     begin = (
-        "None is seen."
+        f"None is seen{f'; {unknown} cannot be judged' if unknown else ''}."
         if first is None
         else f"Begin with the first that is seen, <b>{escape(first.title.lower())}</b>: those after it may"
         " follow from it."

@@ -104,12 +104,13 @@ def gather(data: RunData) -> Report:
 
 def quality_json(report: Report) -> str:
     """What was measured on held-out frames as JSON text, with what it was measured of."""
+    steps = last_value(report.lines, "env_steps")
     of = {
         "game": report.game,
         "preset": report.config.preset,
         "seed": report.config.seed,
         "step": report.step,
-        "env_steps": last_value(report.lines, "env_steps"),
+        "env_steps": None if steps is None else int(steps),
     }
     return json.dumps({**of, **report.quality.to_dict()}, indent=2, allow_nan=False) + "\n"
 

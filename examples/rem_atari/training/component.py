@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rem_atari.config import OptimConfig
 from rem_atari.errors import NonFiniteError
+from rem_atari.laps import Lap, untimed
 from rem_atari.training.updates import Metrics
 
 
@@ -46,30 +47,24 @@ class Component:
         device = next(self.module.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16")
 
-    def apply(self, loss: Tensor, metrics: Metrics) -> Metrics:
-        """One update: `backward`, then `step`."""
-        self.backward(loss)
-        return self.step(loss, metrics)
-
-    def backward(self, loss: Tensor) -> None:
-        """The gradient of the loss, in place of any there was."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-
-    def step(self, loss: Tensor, metrics: Metrics) -> Metrics:
-        """An AdamW step along the gradient, clipped to the global norm.
+    def apply(self, loss: Tensor, metrics: Metrics, lap: Lap = untimed) -> Metrics:
+        """One update: gradient of the loss, clipped to the global norm, and an AdamW step.
 
         Whether everything is finite is asked once, of one number, so that a GPU is waited for once an update:
         a gradient that is not finite anywhere makes the norm of all of them so.
 
         Args:
-            loss: what the gradient is of.
+            loss: a scalar.
             metrics: what else was measured on the batch, for the message.
+            lap: told as "backward" ends.
         Returns:
             The metrics, and ``grad_norm``: the gradient's norm before clipping.
         Raises:
             NonFiniteError: the loss, a gradient or their norm is not finite; the weights stay as they are.
         """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        lap("backward")
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         if not torch.isfinite(loss.detach() + norm):

@@ -58,9 +58,7 @@ class TrainingPhase(ABC, Generic[Batch]):
         with self.component.autocast():
             loss, metrics = self.loss(batch)
         lap("forward")
-        self.component.backward(loss)
-        lap("backward")
-        metrics = self.component.step(loss, metrics)
+        metrics = self.component.apply(loss, metrics, lap)
         self.after_update(metrics)
         lap("optimiser")
         return metrics

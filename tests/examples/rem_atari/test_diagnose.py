@@ -116,7 +116,7 @@ def drowned(curves: dict[str, dict[str, list[float]]]) -> None:
         (stuck, "reward_loss", {"loss": 0.41, "base_rate": 0.4, "first": 0.41}),
         (collapsed, "entropy", {"entropy": 0.01, "highest": 1.0986, "epoch": 2, "gain": 0.1, "noise": 0.1}),
         (collapsed_while_the_return_trembles, "entropy", {"gain": -0.2, "noise": 0.2}),
-        (running_after, "world_model_loss", {"loss": 1.0, "lowest": 0.4 - 0.1 / 3, "tokenizer_trains": 1.0}),
+        (running_after, "world_model_loss", {"loss": 1.0, "lowest": 1 / 3, "tokenizer_trains": 1.0}),
         (few_codes, "codebook", {"used": 2.0, "size": 32.0}),
         (drowned, "value_scale", {"error": 3.0, "grad_norm": 7.0, "clip_norm": 3.0}),
     ],
@@ -152,6 +152,16 @@ def test_a_tokenizer_that_rests_was_found_good_enough() -> None:
     assert only("moving_pixels", curves).sign is False
     curves["tokenizer"]["frozen"] = [0.0] * EPOCHS
     assert only("moving_pixels", curves).sign is True
+
+
+@pytest.mark.parametrize(("error", "sign"), [(0.03, False), (0.05, True)])
+def test_a_tokenizer_that_is_not_to_rest_yet_has_some_time(error: float, sign: bool) -> None:
+    curves = healthy()
+    curves["tokenizer"]["foreground_error"] = [error] * EPOCHS
+    assert only("moving_pixels", curves).sign is True  # it was to rest from the second epoch on
+    for epoch in (None, EPOCHS):
+        config = replace(CONFIG, tokenizer=replace(CONFIG.tokenizer, freeze_epoch=epoch))
+        assert only("moving_pixels", curves, config).sign is sign
 
 
 def test_experience_without_a_reward_is_a_sign_of_its_own() -> None:

@@ -183,7 +183,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(
     assert not all(torch.equal(weights[name], tensor) for name, tensor in others.items())
 
     def measured(run: Path) -> list[dict]:
-        timing = ("seconds", "phase_seconds", "rate", "frames_per_second")
+        timing = ("seconds", "cpu_seconds", "phase_seconds", "rate", "frames_per_second")
         lines = read_metrics(run / "metrics.jsonl")
         return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
