@@ -6,7 +6,7 @@ name     time, 2 CPU cores   what for
 debug    seconds             runs every phase on Catch at toy sizes; learns nothing
 tiny     at most 4 minutes   the whole agent on a real Atari game at a size a CPU bears; learns little
 catch    about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
-minatar  a quarter hour      learns MinAtar's Breakout (extra: minatar) to 8 to 11 times random play
+minatar  a quarter hour      learns MinAtar's Breakout (extra: minatar) to 9 times random play and more
 paper    days; wants a GPU   the published agent
 =======  ==================  ==============================================================================
 """
