@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.audit.cases import CASES, COUNTED, HUGE, Case, floor_bytes, on_architecture
+from benchmarks.audit.case import Case, floor_bytes, on_architecture
+from benchmarks.audit.cases import CASES, COUNTED, HUGE
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 """Programs along each axis that CUDA launches."""

@@ -11,7 +11,7 @@ import torch
 from retention_cases import PopCase, largest_error, normal
 from torch import Tensor
 
-from benchmarks.audit.cases import on_architecture
+from benchmarks.audit.case import on_architecture
 from benchmarks.audit.traffic import audit
 from retpop.kernels.configs import PopBwdConfig, pop_bwd_config
 from retpop.kernels.pop_bwd import plan_pop_bwd, pop_bwd
