@@ -202,6 +202,8 @@ def test_every_subset_that_tells_apart(form: str) -> None:
         {"q", "state"},
         {"k", "v"},
         {"k_pred", "v"},
+        {"k_pred", "v_pred"},
+        {"q_pred", "k", "v_pred"},
         {"v", "state"},
         set(),
     ]
@@ -352,6 +354,27 @@ def test_traffic(dtype: torch.dtype, units: int) -> None:
         pop_bwd(*tokens, *given, [True] * 7)
     expected = units * (65 + 64) * 64 * dtype.itemsize
     assert expected <= counts.bytes <= 1.01 * expected
+
+
+@pytest.mark.parametrize("form", ["both", "each", "each, split"])
+def test_what_is_not_needed_is_not_moved(form: str) -> None:
+    """Bytes in tensors of main and of prediction tokens, both 32 of 16 features here; states aside."""
+    case = make(2, 16, 2, 16, H=1, Dk=16, Dv=16, with_state=False)
+    grads = some_grads(case, (True, True, False))
+    split = "split" in form
+    for subset, tensors, states in (
+        ({"q"}, 4, 0),
+        ({"q_pred"}, 4 + 2, 0),  # g, v, k and dq, and the blocks' k and v, which make the states
+        ({"k_pred"}, 4, 0),  # nothing of the blocks
+        ({"k_pred", "v_pred"}, 6 if form == "both" else 8, 0),
+        ({"k"}, 4 + 2 + 4 * split, 4 * split),  # v, q, g and dk, and the predictions' q and g, which make E
+        ({"k", "v_pred"}, (8 if form == "both" else 12) + 4 * split, 5 * split),
+    ):
+        needs = [name in subset for name in NAMES]
+        with audit() as counts:
+            pop_bwd(*arguments(case, grads), needs, config=tiles_for(case, form))
+        expected = 4 * 32 * 16 * tensors + 4 * 2 * 16 * 16 * states
+        assert expected <= counts.bytes < expected + 64, (subset, counts.bytes, expected)
 
 
 # ---- the longer matrix ----
