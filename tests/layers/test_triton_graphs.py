@@ -11,6 +11,7 @@ from module_cases import assert_same_state, make_decoder, random_state, small_co
 from retention_cases import assert_same_gradients, gradients, normal
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from retpop import RetNetDecoder, RetNetState
 from retpop.ops import custom
@@ -100,13 +101,15 @@ def test_decoding_is_one_graph() -> None:
     assert run.graphs == 1
 
 
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_training_compiles() -> None:
-    """Forward and backward, a graph each."""
+def test_training_compiles(checkpointed: bool) -> None:
+    """Forward and backward, a graph each; with activations that are checkpointed too."""
     decoder = float32(dropout=0.0).train()
     x, x_pred = tokens(2, 6), tokens(2, 2, 4, seed=1)
     pop = partial(decoder.pop, block_size=3, backend="triton")
-    out, pred, state = Compiled(pop, "aot_eager")(x, x_pred)
+    run = partial(checkpoint, pop, use_reentrant=False) if checkpointed else pop
+    out, pred, state = Compiled(run, "aot_eager")(x, x_pred)
     leaves = list(decoder.parameters())
     found = gradients((out, pred, state.kv), leaves)
     out, pred, state = pop(x, x_pred)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
+from module_cases import make_decoder
+from retention_cases import normal
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import retpop
 
@@ -52,3 +56,31 @@ def test_the_kernels_train_as_pytorch_does(loss_of, steps: int) -> None:
     )
     if steps > 2:  # each step has a batch of its own
         assert losses["triton"][-1] < losses["triton"][0]
+
+
+def gradients_of_pop(run, decoder: retpop.RetNetDecoder) -> list[Tensor]:
+    """Of a loss of everything that a POP pass gives, in every parameter and both inputs."""
+    x, x_pred = (normal(2, *shape, 12, seed=1, dtype=torch.float32) for shape in ((6,), (2, 4)))
+    leaves = [*decoder.parameters(), x.requires_grad_(), x_pred.requires_grad_()]
+    torch.manual_seed(3)  # dropout
+    out, pred, state = run(x, x_pred)
+    loss = out.square().mean() + pred.square().mean() + 1e-3 * state.kv.square().mean()
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def test_checkpointed_or_deterministic_training_has_the_same_bits() -> None:
+    """A checkpoint runs the forward again in the backward, dropout included.
+
+    `use_deterministic_algorithms` refuses nothing, and fills new memory with NaN, which is never read.
+    """
+    decoder = make_decoder(torch.float32, num_layers=1, dropout=0.2).train()
+    pop = functools.partial(decoder.pop, block_size=3, backend="triton")
+    expected = gradients_of_pop(pop, decoder)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        found = gradients_of_pop(functools.partial(checkpoint, pop, use_reentrant=False), decoder)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
