@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.audit.backward_cases import norm_gate_bwd, pop_bwd, retention_bwd, rotary_bwd
 from benchmarks.audit.case import BF16, FP16, FP32
 from benchmarks.audit.forward_cases import norm_gate_fwd, pop_fwd, retention_fwd, retention_step, rotary_fwd
@@ -24,9 +26,9 @@ _LENGTHS = [130, 0, 65, 1, 804]
 _LONG = {"B": 8, "T": 4096, "H": 16}
 
 FORWARD = [
-    pop_fwd(BF16, "rem training", **_REM, core=True),
+    pop_fwd(BF16, "rem training", **_REM),
     pop_fwd(FP16, "rem training", **_REM),
-    pop_fwd(FP32, "rem training", **_REM, core=True),
+    pop_fwd(FP32, "rem training", **_REM),
     pop_fwd(
         BF16, "rem training, packed, state and reset", **_REM, packed=True, state=True, reset=True, core=True
     ),
@@ -44,7 +46,7 @@ FORWARD = [
     retention_fwd(BF16, "D 64", **_LONG, D=64, core=True),
     retention_fwd(FP16, "D 64", **_LONG, D=64),
     retention_fwd(FP32, "D 64", **_LONG, D=64, core=True),
-    retention_fwd(BF16, "D 128", **_LONG, D=128, core=True),
+    retention_fwd(BF16, "D 128", **_LONG, D=128),
     retention_fwd(FP32, "D 128", **_LONG, D=128),
     retention_fwd(BF16, "D 256", **_LONG, D=256),
     retention_fwd(FP32, "D 256", **_LONG, D=256),
@@ -71,7 +73,7 @@ FORWARD = [
 ]
 
 BACKWARD = [
-    pop_bwd(BF16, "rem training", **_REM, core=True),
+    pop_bwd(BF16, "rem training", **_REM),
     pop_bwd(FP16, "rem training", **_REM),
     pop_bwd(FP32, "rem training", **_REM),
     pop_bwd(
@@ -85,7 +87,7 @@ BACKWARD = [
     pop_bwd(BF16, "D 60", **{**_REM, "D": 60}),
     pop_bwd(BF16, "D 100", **{**_REM, "D": 100}),
     pop_bwd(BF16, "Dk 64, Dv 128", **_REM, Dv=128),
-    pop_bwd(BF16, "D 128", **{**_REM, "D": 128}, core=True),
+    pop_bwd(BF16, "D 128", **{**_REM, "D": 128}),
     pop_bwd(BF16, "D 256", **{**_REM, "D": 256}),
     pop_bwd(FP32, "D 128", **{**_REM, "D": 128}),
     pop_bwd(FP32, "D 256", **{**_REM, "D": 256}),
@@ -118,13 +120,23 @@ CASES = [*FORWARD, *BACKWARD]
 
 _SHORT = {"B": 64, "T": 520, "H": 2}
 
+_ONE_HEAD = {**_REM, "H": 1, "packed": True, "state": True, "reset": True}
+_FEW = {"B": 64, "T": 130, "H": 1, "D": 64}
+
 COUNTED = [
+    pop_fwd(BF16, "rem training, one head", **_ONE_HEAD, core=True),
+    pop_fwd(BF16, "rem imagination, one head", **{**_IMAGINED, "H": 1}, core=True),
+    pop_bwd(BF16, "rem training, one head", **_ONE_HEAD, core=True),
+    norm_gate_fwd(BF16, "one head", **_FEW, kind="groupnorm", core=True),
+    norm_gate_bwd(BF16, "one head", **_FEW, kind="rmsnorm", core=True),
+    rotary_fwd(BF16, "one head", **_FEW, kind="retnet", core=True),
+    retention_step(BF16, "one head", B=64, H=1, D=64, core=True),
     *(
-        case
-        for case in CASES
-        if case.op.removesuffix("_fwd").removesuffix("_bwd") not in ("pop", "retention")
+        replace(x, core=False)
+        for x in CASES
+        if not x.op.startswith(("pop", "retention_fwd", "retention_bwd"))
     ),
-    *(case for case in CASES if case.op in ("pop_fwd", "pop_bwd") and case.head_dim <= 64),
+    *(replace(x, core=False) for x in CASES if x.op.startswith("pop") and x.head_dim <= 64),
     pop_fwd(BF16, "D 100", **{**_REM, "N": 2, "D": 100}),
     pop_fwd(BF16, "Dk 64, Dv 128", **{**_REM, "N": 2}, Dv=128),
     pop_fwd(BF16, "D 128", **{**_REM, "N": 2, "D": 128}),
@@ -150,32 +162,32 @@ COUNTED = [
     retention_bwd(BF16, "one long row, D 64", B=1, T=4096, H=1, D=64, state=True),
     retention_bwd(BF16, "packed, D 64", B=1, T=1000, H=1, D=64, state=True, lengths=_LENGTHS),
 ]
-"""Cases for the interpreter, which needs about 30 ms for 64 tokens of a head."""
+"""For the interpreter, which needs about 30 ms for 64 tokens of a head; `make test` has small ones."""
 
 HUGE = [
     pop_fwd(BF16, "large batch", **{**_REM, "B": 2**17}, state=True, reset=True),
-    pop_fwd(BF16, "long", **{**_REM, "B": 1, "N": 2**19}, packed=True),
+    pop_fwd(BF16, "long", **{**_REM, "B": 1, "N": 2**19}, packed=True, core=True),
     pop_fwd(BF16, "large heads", **{**_REM, "H": 2**20}),
     retention_fwd(BF16, "large batch", B=2**20, T=65, H=4, D=64, state=True),
     retention_fwd(BF16, "long", B=1, T=2**24, H=4, D=64, state=True),
     retention_fwd(BF16, "large heads", B=1, T=65, H=2**20, D=64),
-    retention_fwd(BF16, "long, packed", B=1, T=2**24, H=4, D=64, state=True, lengths=[2**23] * 2),
-    retention_step(BF16, "large batch", B=2**22, H=4, D=64),
-    norm_gate_fwd(BF16, "large batch", B=2**20, T=1290, H=4, D=64, kind="rmsnorm"),
+    retention_fwd(BF16, "long, packed", B=1, T=2**24, H=4, D=64, state=True, lengths=[2**23] * 2, core=True),
+    retention_step(BF16, "large batch", B=2**22, H=4, D=64, core=True),
+    norm_gate_fwd(BF16, "large batch", B=2**20, T=1290, H=4, D=64, kind="rmsnorm", core=True),
     norm_gate_fwd(BF16, "long", B=1, T=2**24, H=4, D=64, kind="groupnorm"),
-    rotary_fwd(BF16, "large batch", B=2**20, T=1290, H=4, D=64, kind="retnet"),
+    rotary_fwd(BF16, "large batch", B=2**20, T=1290, H=4, D=64, kind="retnet", core=True),
     rotary_fwd(BF16, "long", B=1, T=2**24, H=4, D=64, kind="rope"),
-    pop_bwd(BF16, "large batch", **{**_REM, "B": 2**17}, state=True, reset=True),
+    pop_bwd(BF16, "large batch", **{**_REM, "B": 2**17}, state=True, reset=True, core=True),
     pop_bwd(BF16, "long", **{**_REM, "B": 1, "N": 2**19}, packed=True),
     pop_bwd(BF16, "large heads", **{**_REM, "H": 2**20}),
     pop_bwd(BF16, "large batch, D 128", **{**_REM, "B": 2**16, "D": 128}, state=True),
     retention_bwd(BF16, "large batch", B=2**20, T=65, H=4, D=64, state=True),
     retention_bwd(BF16, "long", B=1, T=2**24, H=4, D=64, state=True),
     retention_bwd(BF16, "large heads", B=1, T=65, H=2**20, D=64),
-    retention_bwd(BF16, "long, packed", B=1, T=2**24, H=4, D=64, state=True, lengths=[2**23] * 2),
+    retention_bwd(BF16, "long, packed", B=1, T=2**24, H=4, D=64, state=True, lengths=[2**23] * 2, core=True),
     retention_bwd(BF16, "long, D 128", B=1, T=2**24, H=2, D=128),
     norm_gate_bwd(BF16, "large batch", B=2**20, T=1290, H=4, D=64, kind="rmsnorm"),
-    norm_gate_bwd(BF16, "long", B=1, T=2**24, H=4, D=64, kind="groupnorm"),
+    norm_gate_bwd(BF16, "long", B=1, T=2**24, H=4, D=64, kind="groupnorm", core=True),
     rotary_bwd(BF16, "large batch", B=2**20, T=1290, H=4, D=64, kind="retnet"),
 ]
 """More than 2^31 elements along each dimension in turn: do offsets and grids hold? For meta tensors only."""

@@ -14,32 +14,39 @@ from torch.utils.checkpoint import checkpoint
 
 import retpop
 
-CONFIG = retpop.RetNetConfig(embed_dim=32, num_heads=2, num_layers=2, ffn_dim=64, decay="log_spaced")
+
+def make(num_layers: int) -> retpop.RetNetDecoder:
+    cfg = retpop.RetNetConfig(
+        embed_dim=32, num_heads=2, num_layers=num_layers, ffn_dim=64, decay="log_spaced"
+    )
+    torch.manual_seed(0)
+    return retpop.RetNetDecoder(cfg)
 
 
-def pop_loss(decoder: retpop.RetNetDecoder, step: int, backend: str) -> Tensor:
+def pop_loss(decoder: retpop.RetNetDecoder, step: int, backend: str, blocks: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
-    x = torch.randn(2, 3 * 9, 32, generator=generator)
-    queries, target = torch.randn(2, 2, 3, 8, 32, generator=generator)
-    reset = torch.rand(2, 3, generator=generator) < 0.2
+    x = torch.randn(2, blocks * 9, 32, generator=generator)
+    queries, target = torch.randn(2, 2, blocks, 8, 32, generator=generator)
+    reset = torch.rand(2, blocks, generator=generator) < 0.2
     out, pred, state = decoder.pop(x, queries, block_size=9, reset=reset, backend=backend)
     return (pred - target).square().mean() + out.square().mean() + 1e-3 * state.kv.square().mean()
 
 
-def sequence_loss(decoder: retpop.RetNetDecoder, step: int, backend: str) -> Tensor:
+def sequence_loss(decoder: retpop.RetNetDecoder, step: int, backend: str, blocks: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
-    x, target = torch.randn(2, 2, 37, 32, generator=generator)
-    first, state = decoder(x[:, :20], backend=backend)
-    rest, state = decoder(x[:, 20:], state, backend=backend)  # the gradient flows through the state between
+    x, target = torch.randn(2, 2, 1 + 12 * blocks, 32, generator=generator)
+    first, state = decoder(x[:, : 7 * blocks], backend=backend)
+    rest, state = decoder(x[:, 7 * blocks :], state, backend=backend)  # the gradient flows between
     return (torch.cat((first, rest), dim=1) - target).square().mean() + 1e-3 * state.kv.square().mean()
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("steps", "layers", "blocks"), [(2, 1, 1), pytest.param(32, 2, 3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("loss_of", [pop_loss, sequence_loss])
-def test_the_kernels_train_as_pytorch_does(loss_of, steps: int) -> None:
+def test_the_kernels_train_as_pytorch_does(loss_of, steps: int, layers: int, blocks: int) -> None:
     """Through steps of AdamW the losses stay within 1e-5 of each other, and fall."""
-    torch.manual_seed(0)
-    ours = retpop.RetNetDecoder(CONFIG)
+    ours = make(layers)
     theirs = copy.deepcopy(ours)
     losses: dict[str, list[float]] = {}
     for decoder, backend in ((ours, "triton"), (theirs, "torch")):
@@ -47,7 +54,7 @@ def test_the_kernels_train_as_pytorch_does(loss_of, steps: int) -> None:
         losses[backend] = []
         for step in range(steps):
             optimizer.zero_grad()
-            loss = loss_of(decoder, step, backend)
+            loss = loss_of(decoder, step, backend, blocks)
             loss.backward()
             optimizer.step()
             losses[backend].append(loss.item())
