@@ -35,6 +35,7 @@ FORWARD = [
     pop_fwd(BF16, "rem imagination", **_IMAGINED, core=True),
     pop_fwd(FP32, "rem imagination", **_IMAGINED),
     pop_fwd(BF16, "catch", B=32, N=5, L=10, M=9, H=4, D=16),
+    pop_fwd(BF16, "long predictions", **{**_REM, "L": 40, "M": 130}),
     pop_fwd(BF16, "D 24", **{**_REM, "D": 24}),
     pop_fwd(BF16, "D 60", **{**_REM, "D": 60}),
     pop_fwd(BF16, "D 100", **{**_REM, "D": 100}),
