@@ -121,12 +121,12 @@ CASES = [*FORWARD, *BACKWARD]
 
 _SHORT = {"B": 64, "T": 520, "H": 2}
 
-_ONE_HEAD = {**_REM, "H": 1, "packed": True, "state": True, "reset": True}
+_ONE_HEAD = {**_REM, "B": 256, "H": 1, "packed": True, "state": True, "reset": True}  # as many programs
 _FEW = {"B": 64, "T": 130, "H": 1, "D": 64}
 
 COUNTED = [
     pop_fwd(BF16, "rem training, one head", **_ONE_HEAD, core=True),
-    pop_fwd(BF16, "rem imagination, one head", **{**_IMAGINED, "H": 1}, core=True),
+    pop_fwd(BF16, "rem imagination, one head", **{**_IMAGINED, "B": 256, "H": 1}, core=True),
     pop_bwd(BF16, "rem training, one head", **_ONE_HEAD, core=True),
     norm_gate_fwd(BF16, "one head", **_FEW, kind="groupnorm", core=True),
     norm_gate_bwd(BF16, "one head", **_FEW, kind="rmsnorm", core=True),

@@ -34,6 +34,7 @@ class Work:
         flops: products of the forward pass.
         graded: how many outputs, the first ones, have gradients in training; 0: it is not trained.
         linear: whether backward needs no input.
+        graphable: whether a CUDA graph can hold it.
     """
 
     part: str
@@ -45,6 +46,7 @@ class Work:
     flops: int = 0
     graded: int = 1
     linear: bool = False
+    graphable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +261,11 @@ def timed(work: Work, clock: Clock) -> Iterator[Row]:
         bytes_backward = floor_bytes([*([] if work.linear else work.inputs), *weights, *leaves])
         flops = int((1 + BACKWARD_FLOPS) * work.flops)
         passes["forward+backward"] = (both, bytes_forward + bytes_backward, flops)
-    for direction, (run, count, flops) in passes.items():
-        for mode, time in clock.modes().items():
+    # Eager ones first: a failed capture ends the work.
+    for mode, time in clock.modes().items():
+        for direction, (run, count, flops) in passes.items():
+            if mode == "graph" and not work.graphable:
+                continue
             yield Row(
                 part=work.part,
                 what=work.what,

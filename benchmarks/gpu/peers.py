@@ -1,7 +1,8 @@
 """The same work by others: the torch backend, and flash-linear-attention where it can be imported.
 
 Its retention has RetNet's decay built in, so numbers differ from ours where shapes are alike; times do not
-depend on the decay. POP is a composition of its calls: a pass a block, and one for all predictions.
+depend on the decay. POP is a composition of its calls: a pass a block, and one for all predictions. None is
+timed in a CUDA graph: its functions copy the decay from the host at every call, which no graph can hold.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def peers(clock: Clock, fla: Any) -> Iterator[Work]:
         part=PART,
         what="fla chunk_retention, composed",
         run=lambda: composed(fla.chunk_retention, sizes, [x for x in ours.inputs if x is not None]),
+        graphable=False,
     )
 
 
@@ -69,7 +71,7 @@ def _instead(ours: Work, name: str, function: Callable[..., Any]) -> Work:
         out, final = function(q, k, v, initial_state=state[0] if state else None, output_final_state=True)
         return out, final
 
-    return replace(ours, part=PART, what=name, run=run)
+    return replace(ours, part=PART, what=name, run=run, graphable=False)
 
 
 def composed(chunk_retention: Callable[..., Any], s: Sizes, tokens: list[Tensor]) -> tuple[Tensor, ...]:
