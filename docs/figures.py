@@ -23,6 +23,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from raw_results import CHECKOUT, Experiment, Result, add_result, evaluations, load_experiments
 
+from rem_atari.report.colophon import short_commit
 from rem_atari.report.history import Returns, values_of
 from rem_atari.report.text import count, duration
 
@@ -116,7 +117,7 @@ RUN_COLUMNS: tuple[Column, ...] = (
     ("environment steps", lambda result: f"{result.env_steps:,}"),
     ("wall time", lambda result: duration(result.seconds)),
     ("CPU", lambda result: "–" if result.cpu_seconds is None else duration(result.cpu_seconds)),
-    ("commit", lambda result: _commit(result)),
+    ("commit", lambda result: short_commit(result.commit)),
 )
 
 
@@ -221,13 +222,6 @@ def _ratio(agent: Returns | None, random: Returns | None) -> str:
     if agent is None or random is None or random.mean <= 0:
         return "–"
     return f"{agent.mean / random.mean:.1f}"
-
-
-def _commit(result: Result) -> str:
-    if result.commit is None:
-        return "–"
-    digits, _, dirty = result.commit.partition("-")
-    return digits[:7] + (" (changed)" if dirty else "")
 
 
 def draw(experiment: Experiment, path: Path) -> None:

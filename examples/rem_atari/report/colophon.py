@@ -97,11 +97,17 @@ def _session_row(session: Mapping[str, Any]) -> str:
     cells = (
         session.get("started"),
         session.get("command"),
-        str(session.get("commit") or "unknown")[:COMMIT_LENGTH],
+        short_commit(session.get("commit")),
         ", ".join(f"{name} {number}" for name, number in listed),
         machine,
     )
     return f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"
+
+
+def short_commit(commit: object) -> str:
+    """The first digits of a commit, and whether the code had been changed since."""
+    digits, mark, changed = str(commit or "unknown").partition("-")
+    return digits[:COMMIT_LENGTH] + mark + changed
 
 
 def train_command(config: Config, preset: Config | None) -> str:
