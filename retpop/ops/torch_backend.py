@@ -10,14 +10,14 @@ T tokens, chunkwise mode many blocks, and POP adds a second `attend` for the pre
 Source: RetNet, arXiv 2307.08621, equations 5 (parallel), 6 (recurrent), 7 (chunkwise); POP, arXiv
 2402.05643, section 3.2.
 
-All of it is computed in the states' dtype, float32 or wider: rounding scores and states to bfloat16 on
-their way would triple the error of the outputs, and float16 cannot hold sums over a few thousand tokens.
+All of it is computed in the states' dtype, float32 or wider. In bfloat16 a product's result is rounded too, not
+only its operands, and two or three such roundings on the way double the error of the outputs
+(docs/performance_notes.md); float16 cannot hold sums over a few thousand tokens.
 """
 
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance
@@ -42,15 +42,11 @@ def retention(
         state = zero_state(q, v, q.shape[0])
     if length == 0:
         return v.clone(), state  # empty, and part of the graph
-    dtype = v.dtype
-    q, k, v = widen(q, k, v)
     if mode == "recurrent" or length == 1:
-        out, state = _recurrent(q, k, v, powers, state)
-    elif mode == "parallel":
-        out, state = _blockwise(q, k, v, powers, state, length)
-    else:
-        out, state = _chunkwise(q, k, v, powers, state, chunk_size or DEFAULT_CHUNK_SIZE)
-    return out.to(dtype), state
+        return _recurrent(q, k, v, powers, state)
+    if mode == "parallel":
+        return _blockwise(q, k, v, powers, state, length)
+    return _chunkwise(q, k, v, powers, state, chunk_size or DEFAULT_CHUNK_SIZE)
 
 
 def pop_retention(
@@ -80,7 +76,8 @@ def pop_retention(
         out, states = v.clone(), [state]
     if q_pred.shape[1] and q_pred.shape[2]:
         starts = torch.stack(states[offset : offset + q_pred.shape[1]], dim=1)
-        pred = attend(*widen(q_pred, k_pred, v_pred), starts, powers.block(q_pred.shape[2])).to(v_pred.dtype)
+        twins = (by_head(x, state.dtype) for x in (q_pred, k_pred, v_pred))
+        pred = by_token(attend(*twins, starts, powers.block(q_pred.shape[2]))).to(v_pred.dtype)
     else:
         pred = v_pred.clone()
     return out, pred, states[-1]
@@ -92,7 +89,7 @@ def block_states(
     """The states before and after each of N blocks, (B, H, Dk, Dv) each: they differ where ``reset`` is.
 
     Args:
-        k, v: (B, N, L, H, D).
+        k, v: (B, N, H, L, D).
         state: B_0, (B, H, Dk, Dv).
         tables: the powers of γ for L tokens.
         reset: (B, N), bool: B_n is zero where reset[:, n].
@@ -110,8 +107,7 @@ def block_states(
 
 
 def block_additions(k: Tensor, v: Tensor, to_end: Tensor) -> Tensor:
-    """What each block of (B, N, L, H, D) adds to the state after it: (B, N, H, Dk, Dv)."""
-    k, v = _by_head(k), _by_head(v)
+    """What each block of (B, N, H, L, D) adds to the state after it: (B, N, H, Dk, Dv)."""
     return (k * to_end).transpose(-1, -2) @ v
 
 
@@ -119,24 +115,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers)
     """The outputs of all blocks at once, each from the state before it.
 
     Args:
-        q, k, v: (B, N, L, H, D).
+        q, k, v: (B, N, H, L, D).
         states: (B, N, H, Dk, Dv).
         tables: the powers of γ for L tokens, with the scale c in them.
 
     Returns:
-        (B, N, L, H, Dv).
+        (B, N, H, L, Dv).
     """
-    batch, num_blocks, _, num_heads = q.shape[:4]
-    q, k, v = _by_head(q), _by_head(k), _by_head(v)
     scores = (q @ k.transpose(-1, -2)) * tables.within
-    from_state = (q * tables.from_start) @ states
-    # One addition inside the product: one pass over memory less than `from_state + scores @ v`.
-    out = torch.baddbmm(*(x.flatten(0, 2) for x in (from_state, scores, v)))
-    return rearrange(out, "(b n h) l d -> b n l h d", b=batch, n=num_blocks, h=num_heads)
+    return torch.addcmul(scores @ v, q @ states, tables.from_start)
 
 
-def _by_head(x: Tensor) -> Tensor:
-    return rearrange(x, "b n l h d -> b n h l d")
+def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks (B, N, L, H, D) as (B, N, H, L, D) in memory, so that no product need copy them; cast on the way."""
+    return x.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def by_token(x: Tensor) -> Tensor:
+    """The other way round, as a view."""
+    return x.transpose(2, 3)
 
 
 def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
@@ -145,7 +142,7 @@ def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
 
 
 def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs in the dtype of their states, which is what everything here is computed in."""
+    """Inputs in the dtype of their states."""
     dtype = state_dtype(v.dtype)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
@@ -162,30 +159,30 @@ def _pop_blocks(
 ) -> tuple[Tensor, list[Tensor]]:
     """Outputs of the main sequence, and the states B_0 .. B_N at its boundaries."""
     dtype = v.dtype
-    q, k, v = widen(q, k, v)
-    k, v = _blocks(k, block_size), _blocks(v, block_size)
+    k, v = _blocks(k, block_size, state.dtype), _blocks(v, block_size, state.dtype)
     tables = powers.block(block_size)
     before, after = block_states(k, v, state, tables, reset)
     if main_out == "last":  # the last token reads the state after its block, as in a recurrent step
-        out = read(q, torch.stack(after, dim=1), powers.scale)
+        out = read(q.to(state.dtype), torch.stack(after, dim=1), powers.scale)
     else:
-        out = attend(_blocks(q, block_size), k, v, torch.stack(before, dim=1), tables)
-        out = rearrange(out, "b n l h d -> b (n l) h d")
+        out = attend(_blocks(q, block_size, state.dtype), k, v, torch.stack(before, dim=1), tables)
+        out = by_token(out).flatten(1, 2)
     return out.to(dtype), [*before, after[-1]]
 
 
-def _blocks(x: Tensor, size: int) -> Tensor:
-    return rearrange(x, "b (n l) h d -> b n l h d", l=size)
+def _blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return by_head(x.unflatten(1, (-1, size)), dtype)
 
 
 def _blockwise(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (_blocks(x, size) for x in (q, k, v))
+    dtype = v.dtype
+    q, k, v = (_blocks(x, size, state.dtype) for x in (q, k, v))
     tables = powers.block(size)
     before, after = block_states(k, v, state, tables)
     out = attend(q, k, v, torch.stack(before, dim=1), tables)
-    return rearrange(out, "b n l h d -> b (n l) h d"), after[-1]
+    return by_token(out).flatten(1, 2).to(dtype), after[-1]
 
 
 def _chunkwise(
@@ -206,11 +203,13 @@ def _chunkwise(
 
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor) -> tuple[Tensor, Tensor]:
     across = powers.across(torch.ones(1, 1, dtype=torch.int64, device=q.device))
+    dtype = v.dtype
+    q, k, v = widen(q, k, v)
     outs = []
     for q_t, k_t, v_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):
         state = step(k_t, v_t, state, across)
         outs.append(read(q_t, state, powers.scale))
-    return torch.stack(outs, dim=1), state
+    return torch.stack(outs, dim=1).to(dtype), state
 
 
 def step(k: Tensor, v: Tensor, state: Tensor, across: Across) -> Tensor:
