@@ -62,7 +62,9 @@ class DecayPowers:
             if known == length:
                 return powers
         powers = self._powers(length)
-        self._blocks.append((length, powers))
+        # A compiler finds equal computations itself, and lets no checkpointed layer write to a list outside.
+        if not torch.compiler.is_compiling():
+            self._blocks.append((length, powers))
         return powers
 
     def _powers(self, length: int) -> BlockPowers:

@@ -10,8 +10,8 @@ T tokens, chunkwise mode many blocks, and POP adds a second `attend` for the pre
 Source: RetNet, arXiv 2307.08621, equations 5 (parallel), 6 (recurrent), 7 (chunkwise); POP, arXiv
 2402.05643, section 3.2.
 
-All of it is computed in the states' dtype, float32 or wider. In bfloat16 a product's result is rounded too, not
-only its operands, and two or three such roundings on the way double the error of the outputs
+All of it is computed in the states' dtype, float32 or wider. A product of bfloat16 matrices is rounded to
+bfloat16 as well, and two or three such roundings on the way double the error of the outputs
 (docs/performance_notes.md); float16 cannot hold sums over a few thousand tokens.
 """
 
@@ -76,8 +76,9 @@ def pop_retention(
         out, states = v.clone(), [state]
     if q_pred.shape[1] and q_pred.shape[2]:
         starts = torch.stack(states[offset : offset + q_pred.shape[1]], dim=1)
-        twins = (by_head(x, state.dtype) for x in (q_pred, k_pred, v_pred))
-        pred = by_token(attend(*twins, starts, powers.block(q_pred.shape[2]))).to(v_pred.dtype)
+        dtype, tables = v_pred.dtype, powers.block(q_pred.shape[2])
+        q_pred, k_pred, v_pred = (by_head(x, state.dtype) for x in (q_pred, k_pred, v_pred))
+        pred = by_token(attend(q_pred, k_pred, v_pred, starts, tables)).to(dtype)
     else:
         pred = v_pred.clone()
     return out, pred, states[-1]
@@ -127,7 +128,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers)
 
 
 def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks (B, N, L, H, D) as (B, N, H, L, D) in memory, so that no product need copy them; cast on the way."""
+    """Blocks (B, N, L, H, D) as (B, N, H, L, D) in memory, cast on the way: no product copies them again."""
     return x.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
