@@ -146,7 +146,7 @@ def _one_by_one(
 def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, plan: ChunkPlan
 ) -> tuple[Tensor, Tensor]:
-    across = powers.across(torch.ones(1, 1, dtype=torch.int64, device=q.device))
+    across = powers.across_token()
     dtype = v.dtype
     q, k, v = torch_backend.widen(q, k, v)
     state = state[plan.order]

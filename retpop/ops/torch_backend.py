@@ -25,6 +25,13 @@ from retpop.ops.dtypes import state_dtype
 
 DEFAULT_CHUNK_SIZE = 64
 
+TOKENS_AT_ONCE = 512
+"""Tokens, over all rows of a batch, that chunkwise mode takes at once: their tensors stay in a processor's
+cache, and their memory is used again, where fresh memory would cost as much as the arithmetic."""
+
+ROWS_AT_ONCE = 128
+"""Queries that parallel mode takes at once, with the keys up to the last of them."""
+
 
 def retention(
     q: Tensor,
@@ -38,14 +45,14 @@ def retention(
 ) -> tuple[Tensor, Tensor]:
     """Retention of inputs (B, T, H, D) in one of the three modes; returns outputs and final state."""
     length = q.shape[1]
+    if mode == "parallel" and length > 1:
+        return _parallel(q, k, v, powers, state)
     if state is None:
         state = zero_state(q, v, q.shape[0])
     if length == 0:
         return v.clone(), state  # empty, and part of the graph
     if mode == "recurrent" or length == 1:
         return _recurrent(q, k, v, powers, state)
-    if mode == "parallel":
-        return _blockwise(q, k, v, powers, state, length)
     return _chunkwise(q, k, v, powers, state, chunk_size or DEFAULT_CHUNK_SIZE)
 
 
@@ -186,26 +193,54 @@ def _blockwise(
     return by_token(out).flatten(1, 2).to(dtype), after[-1]
 
 
+def _parallel(
+    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One block of T tokens, its scores some rows at a time and without the half that is zero."""
+    length, dtype = q.shape[1], v.dtype
+    q, k, v = (_blocks(x, length, state_dtype(dtype)) for x in (q, k, v))
+    tables = powers.block(length)
+    outs = []
+    starts = [0] if torch.compiler.is_compiling() else range(0, length, ROWS_AT_ONCE)
+    for start, end in zip(starts, [*starts[1:], length], strict=True):
+        scores = q[..., start:end, :] @ k[..., :end, :].transpose(-1, -2)
+        outs.append((scores * tables.within[:, start:end, :end]) @ v[..., :end, :])
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
+    after = block_additions(k, v, tables.to_end).squeeze(1)
+    if state is not None:
+        out = torch.addcmul(out, q @ state.unsqueeze(1), tables.from_start)
+        after = advance(state, tables.across, after)
+    return by_token(out).flatten(1, 2).to(dtype), after
+
+
 def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Full chunks all at once, then the tokens left over as one shorter block."""
-    length = q.shape[1]
+    """Full chunks, as many at once as fit a cache, then the tokens left over as one shorter block."""
+    batch, length = q.shape[:2]
     full = length - length % chunk_size
-    outs = []
-    if full:
-        out, state = _blockwise(q[:, :full], k[:, :full], v[:, :full], powers, state, chunk_size)
-        outs.append(out)
+    # A compiler fuses passes itself; a loop would only tie its graph to one more property of the length.
+    chunks_at_once = max(1, TOKENS_AT_ONCE // (max(1, batch) * chunk_size))
+    stretch = full if torch.compiler.is_compiling() else chunks_at_once * chunk_size
+    stretches = [min(stretch, full - start) for start in range(0, full, stretch)] if full else []
     if full < length:
-        out, state = _blockwise(q[:, full:], k[:, full:], v[:, full:], powers, state, length - full)
+        stretches.append(length - full)
+    outs = []
+    parts = zip(*(x.split(stretches, dim=1) for x in (q, k, v)), strict=True)
+    for q_part, k_part, v_part in parts:
+        size = min(chunk_size, q_part.shape[1])
+        out, state = _blockwise(q_part, k_part, v_part, powers, state, size)
         outs.append(out)
     return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), state
 
 
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor) -> tuple[Tensor, Tensor]:
-    across = powers.across(torch.ones(1, 1, dtype=torch.int64, device=q.device))
+    across = powers.across_token()
     dtype = v.dtype
     q, k, v = widen(q, k, v)
+    if q.shape[1] == 1:
+        state = step(k.squeeze(1), v.squeeze(1), state, across)
+        return read(q.squeeze(1), state, powers.scale).unsqueeze(1).to(dtype), state
     outs = []
     for q_t, k_t, v_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):
         state = step(k_t, v_t, state, across)
