@@ -45,6 +45,7 @@ COMPILED = {
     "loop_instructions": "sass/loop",
     "instructions": "sass",
     "seconds": "cpu s",
+    "hazards": "hazards",
     "failure": "failure",
 }
 COUNTED = {

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor
 
 import retpop
-from benchmarks.audit.cases import chunk_flops, floor_bytes
+from benchmarks.audit.case import BACKWARD_FLOPS, chunk_flops, floor_bytes
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.rows import Row
 from retpop.position import rotary_frequencies, rotation_at
 
 BF16, FP32 = torch.bfloat16, torch.float32
-
-BACKWARD_FLOPS = 2.5
-"""Products of a backward pass, in those of the forward: scores twice, four more products of their size
-instead of two, and five with a state instead of two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +34,7 @@ class Work:
         flops: products of the forward pass.
         graded: how many outputs, the first ones, have gradients in training; 0: it is not trained.
         linear: whether backward needs no input.
+        graphable: whether a CUDA graph can hold it.
     """
 
     part: str
@@ -49,6 +46,7 @@ class Work:
     flops: int = 0
     graded: int = 1
     linear: bool = False
+    graphable: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +261,11 @@ def timed(work: Work, clock: Clock) -> Iterator[Row]:
         bytes_backward = floor_bytes([*([] if work.linear else work.inputs), *weights, *leaves])
         flops = int((1 + BACKWARD_FLOPS) * work.flops)
         passes["forward+backward"] = (both, bytes_forward + bytes_backward, flops)
-    for direction, (run, count, flops) in passes.items():
-        for mode, time in clock.modes().items():
+    # Eager ones first: a failed capture ends the work.
+    for mode, time in clock.modes().items():
+        for direction, (run, count, flops) in passes.items():
+            if mode == "graph" and not work.graphable:
+                continue
             yield Row(
                 part=work.part,
                 what=work.what,

@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import report, suite, worker
+import retpop
+from benchmarks.gpu import peers, report, suite, worker
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.floors import Ceilings
 from benchmarks.gpu.ops import Sizes, Work, rotation, separate_pop, timed
@@ -83,6 +85,47 @@ def test_every_part_measures(part: str, tmp_path: Path) -> None:
     assert all(row.seconds or "not measured" in row.note for row in found)
 
 
+class FlashLinearAttention:
+    """Its functions, without a decay that a graph could hold; this version has no fused_chunk_retention."""
+
+    def __init__(self) -> None:
+        self.fused_recurrent_retention = self.chunk_retention
+
+    @staticmethod
+    def chunk_retention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        log_decay = retpop.retnet_decay(q.shape[2])
+        out, state = retpop.retention(q, k, v, log_decay, scale=scale, state=initial_state)
+        return out, state if output_final_state else None
+
+
+def test_flash_linear_attention_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(peers, "flash_linear_attention", FlashLinearAttention)
+    rows = tmp_path / "rows"
+    assert worker.main(["peers", "--rows", str(rows), "--dry-run"]) == 0
+    found = {(row.what, row.way, row.mode) for row in read_rows(rows) if "fla" in row.what}
+    both = ("fla chunk_retention", "fla chunk_retention, composed")
+    assert found == {(what, way, "eager") for what in both for way in ("forward", "forward+backward")} | {
+        ("fla fused_recurrent_retention", "forward", "eager"),
+        ("fla fused_chunk_retention", "", ""),
+    }
+
+
+def test_the_composition_is_pop() -> None:
+    sizes = Sizes(B=2, N=3, L=5, M=4, H=2, D=8)
+    tokens = [torch.randn(2, 15, 2, 8) for _ in range(3)] + [torch.randn(2, 3, 4, 2, 8) for _ in range(3)]
+    found = peers.composed(FlashLinearAttention.chunk_retention, sizes, tokens)
+    expected = retpop.pop_retention(*tokens, retpop.retnet_decay(2), block_size=5)
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
 def _works(*errors: Exception | None) -> Iterator[Work]:
     for index, error in enumerate(errors):
 
@@ -144,6 +187,29 @@ def test_a_part_is_stopped_at_its_limit_with_all_it_started(tmp_path: Path) -> N
         assert "late" not in file.read()  # ends when nobody is left who could write
     ended = report.run_limited([sys.executable, "-c", "print(7); exit(3)"], 60, log, os.environ)
     assert (ended.status, log.read_text()) == (3, "7\n")
+
+
+def test_tests_that_are_stopped_leave_what_they_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is reached when the second test has begun."""
+    (tmp_path / "test_two.py").write_text(
+        "import time\n\ndef test_first():\n    pass\n\n"
+        f"def test_second():\n    open({str(tmp_path / 'begun')!r}, 'w').close()\n    time.sleep(600)\n"
+    )
+
+    class Patient(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout == 0.5:
+                while not (tmp_path / "begun").exists():
+                    time.sleep(0.01)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(report.subprocess, "Popen", Patient)
+    junit = tmp_path / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}", str(tmp_path)]
+    ended = report.run_limited(command, 0.5, tmp_path / "log", os.environ)
+    assert ended.status is None
+    first, *_ = suite.rows(junit)
+    assert (first.what, first.failed) == ("test_first", False)
 
 
 def test_the_table_comes_last_and_a_failure_before_it(capsys: pytest.CaptureFixture[str]) -> None:
