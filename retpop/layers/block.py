@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from retpop.config import RetNetConfig
 from retpop.layers.calls import Call
+from retpop.layers.dropout import dropout
 from retpop.layers.feed_forward import FeedForward
 from retpop.layers.norm import residual_norm
 from retpop.layers.retention import MultiScaleRetention
@@ -33,14 +33,17 @@ class RetNetBlock(nn.Module):
         self.feed_forward_norm = residual_norm(cfg, device, dtype)
 
     def forward(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """Map (B, T, E) and the layer's state (B, H, Dk, Dv) to the same two, in a call that was prepared."""
+        """Map (B, T, E) and the layer's state (B, H, Dk, Dv) to the same two, in a call that was prepared.
+
+        What comes out is of the call's readers.
+        """
         if self.norm_first:
             mixed, kv = self.retention.mix(self.retention_norm(x), kv, call)
-            x = x + self._drop(mixed)
+            x = call.readers(x) + self._drop(mixed)
             return x + self._drop(self.feed_forward(self.feed_forward_norm(x))), kv
         mixed, kv = self.retention.mix(x, kv, call)
-        x = x + self.retention_norm(self._drop(mixed))
+        x = call.readers(x) + self.retention_norm(self._drop(mixed))
         return x + self.feed_forward_norm(self._drop(self.feed_forward(x))), kv
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)

@@ -68,7 +68,13 @@ class Trainer:
         log = LogState.of(checkpoint)
         if checkpoint is not None:
             self._load(checkpoint, notes, log)
-        self._metrics = MetricsLog(run.metrics, run.tensorboard, keep=log.metric_lines, seconds=log.seconds)
+        self._metrics = MetricsLog(
+            run.metrics,
+            run.tensorboard,
+            keep=log.metric_lines,
+            seconds=log.seconds,
+            cpu_seconds=log.cpu_seconds,
+        )
 
     def run(self) -> None:
         """Train through all epochs that are left.
@@ -205,7 +211,7 @@ class Trainer:
         if episodes == 0:
             return False
         final = state.epoch == self._config.schedule.epochs - 1
-        heldout = self._make_heldout() if final else None
+        heldout = self._make_heldout()
         with self._progress.phase(state.epoch, "evaluate", episodes):
             result = evaluate(
                 state.agent,
@@ -230,7 +236,7 @@ class Trainer:
         steps = self._config.evaluation.heldout_steps
         if steps == 0:
             return None
-        # Those of an evaluation that was interrupted, or that a longer run made no longer the last.
+        # Those of an earlier evaluation, of one that was interrupted too.
         delete_shards(self._run.heldout)
         side = self._config.env.frame_size
         seed = derive_seed(self._config.seed, "heldout")
@@ -263,6 +269,7 @@ class Trainer:
             "action_names": self._action_names,
             "metric_lines": self._metrics.num_lines,
             "seconds": self._metrics.seconds,
+            "cpu_seconds": self._metrics.cpu_seconds,
             "pace": self._progress.time_left.pace,
             "machine": describe_machine(self._config.device),
         }

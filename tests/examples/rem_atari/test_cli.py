@@ -31,7 +31,7 @@ from rem_atari.run_folder import create_run_folder
 from rem_atari.training import trainer
 
 COMMANDS = (
-    *("train", "resume", "evaluate", "record", "report"),
+    *("train", "resume", "evaluate", "record", "report", "diagnose"),
     *("scores", "benchmark", "weights", "list"),
 )
 
@@ -363,7 +363,7 @@ def test_list_shows_presets_and_games(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     words = shown.split()
     assert PRESETS.keys() <= set(words)
-    assert {"Breakout*", "MsPacman*", "Tetris", "rem_atari/Catch-v0"} <= set(words)
+    assert {"Breakout*", "MsPacman*", "Tetris", "rem_atari/Catch-v0", "rem_atari/Catch8-v0"} <= set(words)
     assert words.count("Breakout*") == 1
     assert listing.PURPOSES.keys() == PRESETS.keys()
 

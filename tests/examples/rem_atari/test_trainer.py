@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import Point, run_part
 from torch import nn
 
 from rem_atari import run_folder
@@ -25,6 +26,8 @@ from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.presets import PRESETS
 from rem_atari.progress import make_progress
 from rem_atari.replay import Replay
+from rem_atari.report.load import load_run
+from rem_atari.report.write import measure_quality
 from rem_atari.run_folder import create_run_folder
 from rem_atari.training import trainer as trainer_module
 from rem_atari.training import updates as updates_module
@@ -83,6 +86,19 @@ def test_a_run_leaves_its_configuration_replay_and_heldout_games(trained: tuple[
     heldout = Replay.load(folder / "heldout")
     assert 0 < heldout.num_steps <= DEBUG.evaluation.heldout_steps
     assert list((folder / "tensorboard").iterdir())
+
+
+def test_a_run_that_was_stopped_has_held_out_games_of_its_last_evaluation(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run_part(folder, until=Point(0, "evaluate", 1)).stopped
+    assert not list((folder / "heldout").glob("*"))
+    assert run_part(folder, until=Point(1, "collect", 10), resume=True).stopped
+    # Three games of five steps.
+    assert Replay.load(folder / "heldout").num_steps >= 3 * 5
+    quality = measure_quality(load_run(folder))
+    assert quality.frames is not None
+    assert quality.predictions is not None
+    assert quality.horizon is not None
 
 
 def test_each_phase_of_each_epoch_has_a_line_of_metrics(trained: tuple[Path, Agent, str]) -> None:
@@ -153,6 +169,24 @@ def test_every_component_has_learned(trained: tuple[Path, Agent, str]) -> None:
         assert not torch.equal(parameter, fresh[name]), f"{name} did not move"
 
 
+def test_the_control_leaves_the_world_model_as_it_was_drawn_and_all_else_the_same(
+    trained: tuple[Path, Agent, str], tmp_path: Path
+) -> None:
+    config = replace(DEBUG, world_model=replace(DEBUG.world_model, freeze_at_init=True))
+    with prepare_training(config) as parts:
+        drawn = {name: weight.clone() for name, weight in parts.agent.state_dict().items()}
+    agent, _ = train(config, tmp_path / "control")
+    moved = {name for name, weight in agent.state_dict().items() if not torch.equal(weight, drawn[name])}
+    assert {name.split(".")[0] for name in moved} == {"tokenizer", "controller"}
+    assert {name for name, _ in agent.controller.named_parameters(prefix="controller")} <= moved
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "control", trained[0]))
+    assert [line["env_steps"] for line in ours] == [line["env_steps"] for line in theirs]
+    for phase, names in (("tokenizer", ("loss", "grad_norm")), ("world_model", ("updates",))):
+        first, other = (next(line for line in lines if line["phase"] == phase) for lines in (ours, theirs))
+        assert [first[name] for name in names] == [other[name] for name in names]
+    assert all(line["loss"] > 0 for line in ours if line["phase"] == "world_model")
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(
     trained: tuple[Path, Agent, str], tmp_path: Path
 ) -> None:
@@ -165,7 +199,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(
     assert not all(torch.equal(weights[name], tensor) for name, tensor in others.items())
 
     def measured(run: Path) -> list[dict]:
-        timing = ("seconds", "phase_seconds", "rate", "frames_per_second")
+        timing = ("seconds", "cpu_seconds", "phase_seconds", "rate", "frames_per_second")
         lines = read_metrics(run / "metrics.jsonl")
         return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
