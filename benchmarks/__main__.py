@@ -1,0 +1,98 @@
+"""Measure retpop beside others: `python -m benchmarks run`, `compare`, `plot`, `page`.
+
+python -m benchmarks run                             everything, about 15 minutes on 2 cores
+python -m benchmarks run --op pop --shape rem_train --dtype bf16 --backend torch,compile
+python -m benchmarks run --quick                     tiny shapes, seconds
+python -m benchmarks compare 1a2b3c 4d5e6f           two commits, or two files
+python -m benchmarks page                            docs/performance.md and its plots, from the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import records, runner
+from benchmarks.machine import commit, machine
+from benchmarks.timing import QUICK, Effort
+from benchmarks.work import BOTH, DTYPES, FORWARD
+
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "backward": BOTH}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    status: int = options.command(options)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="measure, print, and add to this machine's and commit's CSV")
+    run.set_defaults(command=_run)
+    run.add_argument("--op", type=_names(list(runner.OPS)), metavar="A,B", help=", ".join(runner.OPS))
+    run.add_argument("--shape", type=_names(), metavar="A,B", help="as the operations' modules name them")
+    run.add_argument("--mode", type=_names(), metavar="A,B", help="parallel, chunkwise, recurrent, pop, ...")
+    run.add_argument("--dtype", type=_names([*DTYPES, *SHORT]), metavar="A,B", help="fp32, bf16")
+    run.add_argument(
+        "--backend", type=_names(), metavar="A,B", help="torch, compile, triton, or another's name"
+    )
+    run.add_argument("--pass", dest="passes", type=_names([FORWARD, BOTH, "backward"]), metavar="A,B")
+    run.add_argument("--quick", action="store_true", help="tiny shapes, two samples, no CSV")
+    run.add_argument("--device", help="default: a GPU if there is one")
+    run.add_argument("--csv", type=Path, help="default: benchmarks/results/MACHINE-COMMIT.csv")
+    return parser
+
+
+def _names(known: Sequence[str] | None = None) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if known is not None and (unknown := set(names) - set(known)):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(known)}")
+        return [SHORT.get(name, name) for name in names]
+
+    return parse
+
+
+def _run(options: argparse.Namespace) -> int:
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    selection = runner.Selection(
+        ops=options.op,
+        shapes=options.shape,
+        modes=options.mode,
+        dtypes=options.dtype,
+        backends=options.backend,
+        passes=options.passes,
+        tiny=options.quick,
+    )
+    path = options.csv
+    if path is None and not options.quick:
+        path = records.path_of(machine(device), commit())
+    groups = list(selection.groups(device))
+    if not groups:
+        sys.exit("nothing to measure: no operation here has that shape, mode, dtype, backend and pass")
+    started, failed = time.monotonic(), False
+    for group in groups:
+        found = runner.measure(group, device, QUICK if options.quick else Effort())
+        runner.print_records(found)
+        sys.stdout.flush()
+        failed |= any(record.verdict == records.FAILED for record in found)
+        if path is not None:
+            records.append(path, found)
+    print(f"\n{len(groups)} groups on {machine(device)} in {time.monotonic() - started:.0f} s", end="")
+    print("" if path is None else f"; rows in {path}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
