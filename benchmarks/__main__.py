@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import records, runner
+from benchmarks import compare, page, plots, records, runner, targets
 from benchmarks.machine import commit, machine
 from benchmarks.timing import QUICK, Effort
 from benchmarks.work import BOTH, DTYPES, FORWARD
@@ -51,6 +51,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="tiny shapes, two samples, no CSV")
     run.add_argument("--device", help="default: a GPU if there is one")
     run.add_argument("--csv", type=Path, help="default: benchmarks/results/MACHINE-COMMIT.csv")
+    compare_them = commands.add_parser("compare", help="two sets of results, line by line")
+    compare_them.set_defaults(command=_compare)
+    compare_them.add_argument("before", metavar="A", help="a CSV, or the first digits of a commit")
+    compare_them.add_argument("after", metavar="B", help="another")
+    plot = commands.add_parser("plot", help="draw results into a folder")
+    plot.set_defaults(command=_plot)
+    plot.add_argument("--results", help="a CSV, or the first digits of a commit; default: the newest")
+    plot.add_argument("--out", type=Path, default=plots.FOLDER, help="default: docs/performance")
+    plot.add_argument(
+        "--format", type=_names(["svg", "png"]), default=["svg"], metavar="A,B", help="svg, png"
+    )
+    pages = commands.add_parser("page", help="docs/performance.md, the README's table, and their pictures")
+    pages.set_defaults(command=_page)
+    pages.add_argument("--results", help="a CSV, or the first digits of a commit; default: the newest")
     return parser
 
 
@@ -92,6 +106,45 @@ def _run(options: argparse.Namespace) -> int:
     print(f"\n{len(groups)} groups on {machine(device)} in {time.monotonic() - started:.0f} s", end="")
     print("" if path is None else f"; rows in {path}")
     return int(failed)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    before, after = (records.read(_found(name)) for name in (options.before, options.after))
+    changes = compare.compare(before, after)
+    if not changes:
+        sys.exit("they have no measurement in common")
+    compare.print_changes(changes)
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    for path in plots.write(_results(options.results), options.out, options.format):
+        print(path)
+    return 0
+
+
+def _page(options: argparse.Namespace) -> int:
+    results = _results(options.results)
+    plots.write(results)
+    for path in page.PAGES:
+        path.write_text(page.render(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+        print(path)
+    return 0
+
+
+def _results(name: str | None) -> targets.Results:
+    try:
+        path = page.newest() if name is None else records.find(name)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+    return page.load(path)
+
+
+def _found(name: str) -> Path:
+    try:
+        return records.find(name)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.work import BOTH, Contender, Problem, Work
+from benchmarks.work import BOTH, Contender, Maker, Problem, Work
 
 PIECE = 64
 """Tokens over which an error is averaged."""
@@ -58,43 +58,68 @@ class Found(NamedTuple):
     tokens: int
 
 
-def check(contender: Contender, problem: Problem, work: Work, passes: Sequence[str]) -> dict[str, Verdict]:
-    """Verdicts by pass: that of forward holds for outputs and states, the other for gradients too."""
-    graded = BOTH in passes and work.graded > 0
-    upstream = [torch.randn_like(x) for x in work.forward()[: work.graded]] if graded else []
-    actual = _results(contender, work, upstream)
-    reference = contender.reference(problem.first_row(torch.float64))
-    expected = _results(contender, reference, upstream)
-    limits = [TOLERANCES[problem.dtype][found.kind] for found in actual]
-    if contender.model and problem.dtype != torch.float32:
-        rounded = contender.reference(problem.first_row(problem.dtype))
-        errors = _errors(_results(contender, rounded, upstream), expected)
-        limits = [max(limit, MODEL_FACTOR * error) for limit, error in zip(limits, errors, strict=False)]
-    verdicts = [
-        Verdict(error=error / limit, what=f"{found.kind} {error:.1e} of {limit:.1e}")
-        for found, error, limit in zip(actual, _errors(actual, expected), limits, strict=False)
-    ]
-    outputs = [v for v, found in zip(verdicts, actual, strict=False) if found.kind != "gradient"]
-    return {name: max(verdicts if name == BOTH else outputs, key=_badness) for name in passes}
+class Checker:
+    """Compares the contenders of one problem; a reference that several share runs once.
+
+    Args:
+        problem: what they solve.
+        graded: whether gradients are compared where a contender is trained.
+    """
+
+    def __init__(self, problem: Problem, *, graded: bool) -> None:
+        self._problem, self._graded = problem, graded
+        self._known: dict[tuple[Maker, torch.dtype, bool], list[Found]] = {}
+
+    def check(self, contender: Contender, work: Work, passes: Sequence[str]) -> dict[str, Verdict]:
+        """Verdicts by pass: that of forward holds for outputs and states, the other for gradients too."""
+        graded = self._graded and BOTH in passes and work.graded > 0
+        actual = _results(contender, work, graded)
+        expected = self._reference(contender, torch.float64, graded)
+        limits = [TOLERANCES[self._problem.dtype][found.kind] for found in actual]
+        if contender.model and self._problem.dtype != torch.float32:
+            rounded = self._reference(contender, self._problem.dtype, graded)
+            errors = _errors(rounded, expected)
+            limits = [max(limit, MODEL_FACTOR * error) for limit, error in zip(limits, errors, strict=False)]
+        verdicts = [
+            Verdict(error=error / limit, what=f"{found.kind} {error:.1e} of {limit:.1e}")
+            for found, error, limit in zip(actual, _errors(actual, expected), limits, strict=False)
+        ]
+        outputs = [v for v, found in zip(verdicts, actual, strict=False) if found.kind != "gradient"]
+        return {name: max(verdicts if name == BOTH else outputs, key=_badness) for name in passes}
+
+    def _reference(self, contender: Contender, dtype: torch.dtype, graded: bool) -> list[Found]:
+        key = (contender.reference, dtype, graded)
+        if key not in self._known:
+            with torch.set_grad_enabled(graded):
+                work = contender.reference(self._problem.first_row(dtype))
+            self._known[key] = _results(contender, work, graded)
+        return self._known[key]
 
 
 def _badness(verdict: Verdict) -> float:
     return math.inf if math.isnan(verdict.error) else verdict.error
 
 
-def _results(contender: Contender, work: Work, upstream: Sequence[Tensor]) -> list[Found]:
-    """Gradients in the inputs, outputs and states of the first row; ``upstream`` is of the whole batch."""
-    with torch.set_grad_enabled(bool(upstream)):
-        outputs = list(work.run())
+def _results(contender: Contender, work: Work, graded: bool) -> list[Found]:
+    """Gradients in the inputs, outputs and states of the first row.
+
+    Gradients of the outputs are drawn from one seed, in values that every dtype has: everybody's are equal.
+    """
+    with torch.set_grad_enabled(graded):
+        outputs = list((work.answer or work.run)())
     tokens = -2 if contender.model else -3
     found: list[Found] = []
-    if upstream:
-        weights = [x[: len(y)].to(y.dtype) for x, y in zip(upstream, outputs, strict=False)]
-        gradients = torch.autograd.grad(outputs[: work.graded], work.leaves, weights)
-        found = [Found("gradient", x[:1], tokens) for x in gradients]
+    if graded:
+        generator = torch.Generator(outputs[0].device).manual_seed(0)
+        upstream = [
+            torch.randn(x.shape[1:], generator=generator, device=x.device).bfloat16().to(x).expand_as(x)
+            for x in outputs[: work.graded]
+        ]
+        gradients = torch.autograd.grad(outputs[: work.graded], work.leaves, upstream)
+        found = [Found("gradient", x[:1].detach(), tokens) for x in gradients]
     last = len(outputs) - contender.states
-    found += [Found("output", x[:1], tokens) for x in outputs[:last]]
-    return found + [Found("state", x[:1], -2) for x in outputs[last:]]
+    found += [Found("output", x[:1].detach(), tokens) for x in outputs[:last]]
+    return found + [Found("state", x[:1].detach(), -2) for x in outputs[last:]]
 
 
 def _errors(actual: Sequence[Found], expected: Sequence[Found]) -> list[float]:

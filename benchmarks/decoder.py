@@ -69,7 +69,7 @@ SHAPES = {
     "rem_train": Sizes(B=4, N=10, L=65, M=64),
 }
 
-MODES = ("pop", "chunkwise", "parallel")
+MODES = ("pop", "chunkwise")
 
 
 def groups() -> Iterator[Group]:

@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 
 import torch
 
-from benchmarks import checks, decoder, imagination, pop, retention, step
+from benchmarks import agent, decoder, imagination, pop, retention, step
+from benchmarks.checks import Checker
 from benchmarks.kernel_audit import print_table
 from benchmarks.machine import commit, machine
 from benchmarks.records import FAILED, RIGHT, WRONG, Record, RefusedError, ratio
+from benchmarks.text import duration, size_of
 from benchmarks.timing import RATE, Effort, interleaved, matrix_product, peak_bytes
-from benchmarks.work import DTYPES, Group, Pass, Problem
+from benchmarks.work import BOTH, DTYPES, Group, Pass, Problem
 
 OPS: dict[str, Callable[[], Iterator[Group]]] = {
     "retention": retention.groups,
@@ -22,6 +24,7 @@ OPS: dict[str, Callable[[], Iterator[Group]]] = {
     "decoder": decoder.groups,
     "step": step.groups,
     "imagination": imagination.groups,
+    "agent": agent.groups,
 }
 
 BASELINE = "torch"
@@ -83,8 +86,9 @@ def measure(group: Group, device: torch.device, effort: Effort) -> list[Record]:
     problem = group.problem(device)
     passes: dict[tuple[str, str], Pass] = {}
     verdicts: dict[tuple[str, str], tuple[str, str]] = {}
+    checker = Checker(problem, graded=BOTH in group.passes)
     for name in group.contenders:
-        for direction, (found, verdict) in _prepare(group, name, problem).items():
+        for direction, (found, verdict) in _prepare(group, name, problem, checker).items():
             verdicts[name, direction] = verdict
             if found is not None:
                 passes[name, direction] = found
@@ -126,14 +130,16 @@ def measure(group: Group, device: torch.device, effort: Effort) -> list[Record]:
     return records
 
 
-def _prepare(group: Group, name: str, problem: Problem) -> dict[str, tuple[Pass | None, tuple[str, str]]]:
+def _prepare(
+    group: Group, name: str, problem: Problem, checker: Checker
+) -> dict[str, tuple[Pass | None, tuple[str, str]]]:
     """Passes of a contender with what the check says of them; what it raises costs itself alone."""
     contender = group.contenders[name]
     try:
         work = contender.make(problem)
         passes = work.passes()
         wanted = [direction for direction in group.passes if direction in passes]
-        verdicts = checks.check(contender, problem, work, wanted)
+        verdicts = checker.check(contender, work, wanted)
     except Exception as error:
         traceback.print_exc()
         note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -177,19 +183,3 @@ def _against(record: Record, ours: Record | None) -> str:
         return str(ratio(record, ours)) + (f"; computes {record.computes}" if record.computes else "")
     except RefusedError as refused:
         return f"refused: {refused}"
-
-
-def duration(seconds: float) -> str:
-    """For example "1.23 ms"."""
-    for unit, size in (("h", 3600.0), ("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{1e6 * seconds:.3g} µs"
-
-
-def size_of(count: int) -> str:
-    """For example "1.5 MB"."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"

@@ -82,6 +82,7 @@ class Work:
 
     Attributes:
         run: computes the outputs, each (B, ...).
+        answer: computes what is compared with the reference where that is not the outputs.
         inputs: tensors that are read; gradients are taken in those that require one.
         weights: further tensors in which gradients are taken.
         flops: products of the forward pass.
@@ -97,6 +98,7 @@ class Work:
     backward_flops: float = 2.0
     graded: int = 1
     linear: bool = False
+    answer: Callable[[], Outputs] | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
