@@ -23,14 +23,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train a small REM agent on Atari Breakout and write its report (about 4 minutes)
 	$(BIN)/rem-atari train --preset tiny --env.game Breakout --seed 0 --run $(DEMO_RUN)
 
-# The tests' tensors are tiny: more threads would only wait for each other.
+# The tests' tensors are tiny: more threads would only wait for each other. So each core gets a process of its own,
+# and a file stays in one process, because what its tests share is made once a process.
 test test-all: export OMP_NUM_THREADS = 1
+WORKERS := --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 test: $(INSTALLED)  ## the tests that every change must pass
-	$(BIN)/python -m pytest -m "not slow and not gpu" --cov=retpop --cov-branch --cov-fail-under=95 $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu" --cov=retpop --cov-branch --cov-fail-under=95 $(ARGS)
 
 test-all: $(INSTALLED)  ## all tests, the minutes-long ones too
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not gpu" $(ARGS)
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
