@@ -44,6 +44,7 @@ COMPILED = {
     "loop_instructions": "sass/loop",
     "instructions": "sass",
     "seconds": "cpu s",
+    "hazards": "hazards",
     "failure": "failure",
 }
 COUNTED = {

@@ -11,10 +11,12 @@ config, builds a list of `Launch` values from it (`plan_<op>`), and runs them; t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 # Shared memory that one program may take, in KiB.
 SHARED_MEMORY = {
@@ -46,6 +48,69 @@ def multiprocessors_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Fault(NamedTuple):
+    """Versions of Triton that are publicly reported to get products like these kernels' wrong on some GPUs.
+
+    Attributes:
+        architectures: of those GPUs.
+        first: the oldest version that is reported.
+        fixed: the first version without the fault.
+        what: what goes wrong.
+        report: where that is said.
+    """
+
+    architectures: tuple[str, ...]
+    first: str
+    fixed: str
+    what: str
+    report: str
+
+
+FAULTS = (
+    # The second half of `tiles.chunk_output` adds to what the first half left. The repair
+    # (https://github.com/triton-lang/triton/pull/10988) is later than 3.8's branch.
+    Fault(
+        ("sm_100", "sm_103"),
+        first="3.6.0",
+        fixed="3.9.0",
+        what="two products that add up in one accumulator come out wrong",
+        report="https://github.com/triton-lang/triton/issues/10821",
+    ),
+    # These kernels walk tokens in such loops, and slices are as narrow as 32 columns.
+    Fault(
+        ("sm_100", "sm_103"),
+        first="3.6.0",
+        fixed="3.7.0",
+        what="products of 32 columns in loops of run-time length come out differently each time",
+        report="https://github.com/triton-lang/triton/issues/9871",
+    ),
+)
+"""Pairs of a GPU and a Triton that are refused.
+
+Reports about Hopper (sm_90) are no rows here, because what they name is not in these kernels: the audit looks
+for it in the compiled code (`benchmarks/audit/hazards.py`).
+"""
+
+
+def why_wrong(architecture: str, triton_version: str = triton.__version__) -> str | None:
+    """Half a sentence that says why this Triton is refused on this GPU; None where nothing is known."""
+    for fault in FAULTS:
+        if architecture in fault.architectures and (
+            _release(fault.first) <= _release(triton_version) < _release(fault.fixed)
+        ):
+            return (
+                f"with Triton {triton_version} on {architecture} {fault.what} ({fault.report}); "
+                f"Triton {fault.fixed} has the repair"
+            )
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(3, 7, 1) of "3.7.1", "3.7.1+git0a1b" or "3.7.1.post2"; missing parts are 0."""
+    numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[+-]", version)[0])[:3]]
+    return (*numbers, 0, 0, 0)[:3]
 
 
 def dot_precision(dtype: torch.dtype, architecture: str) -> str:

@@ -113,19 +113,20 @@ def plan_pop_bwd(
     if g is None:
         g = torch.zeros(Dv, dtype=v.dtype, device=v.device).expand(v.shape)
     launches: list[Launch] = []
-    if (grads["q"] is not None and grad_out is not None) or (grads["q_pred"] is not None and P > 0):
-        twins = [x if grads["q_pred"] is not None else x[:, :0] for x in (g_pred, v_pred, k_pred)]
+    with_q = grads["q"] is not None and grad_out is not None
+    with_q_pred = grads["q_pred"] is not None and P > 0
+    if with_q or with_q_pred:
+        twins = [x if with_q_pred else x[:, :0] for x in (g_pred, v_pred, k_pred)]
         launches, _ = plan_pop_fwd(
             *(g, v, k, *twins, log_decay),
             None if state is None else state.mT,
             *(reset, block_size, offset, scale),
             out=grads["q"],
             pred=grads["q_pred"],
-            with_final=False,
+            wanted=(with_q, with_q_pred, False),
             architecture=architecture,
         )
-    else:
-        _zero(grads, "q", "q_pred")
+    _zero(grads, *(() if with_q else ("q",)), *(() if with_q_pred else ("q_pred",)))
     read = (q, q_pred, k, k_pred, v, v_pred, g, g_pred)
     names = (f"{role}{twin}" for role in _ROLES for twin in ("", "_pred"))
     tokens = dict(zip(names, map(with_contiguous_rows, read), strict=False))
@@ -133,7 +134,13 @@ def plan_pop_bwd(
         **{"p_log_decay": log_decay, "scale": scale, "N": N, "L": lengths[0], "P": P, "M": M},
         **{"offset": offset, "num_boundaries": num_boundaries, "H": H, "PRECISION": precision},
     }
-    sweeps = _plan_sweeps(tokens | _sought(tokens, grads), common, reset, grad_state, grads["state"], config)
+    sought = {f"d{name}": grads[name] for name in ("k", "k_pred", "v", "v_pred")}
+    if all(grads[name] is None for name in ("k", "v", "state")):
+        # Nothing reaches k_pred and v_pred but from their own predictions.
+        common |= {"N": 0, "L": 0, "offset": 0, "num_boundaries": P}
+        sweeps = _plan_alone(tokens | sought, common, config)
+    else:
+        sweeps = _plan_sweeps(tokens | sought, common, reset, grad_state, grads["state"], config)
     return launches + sweeps, results
 
 
@@ -157,16 +164,29 @@ def _zero(grads: Tensors, *names: str) -> None:
             grad.zero_()
 
 
-def _sought(tokens: Tensors, grads: Tensors) -> dict[str, Tensor | None]:
-    """dk and dv with their twins, each pair None where neither is needed: a sweep finds them together."""
-    sought: dict[str, Tensor | None] = {}
-    for name in ("k", "v"):
-        for twin in (name, f"{name}_pred"):
-            wanted = grads[name] is not None or grads[f"{name}_pred"] is not None
-            sought[f"d{twin}"] = (
-                torch.empty_like(tokens[twin]) if wanted and grads[twin] is None else grads[twin]
-            )
-    return sought
+_NO_KEYS, _NO_VALUES = ({f"d{x}": None, f"d{x}_pred": None} for x in "kv")
+
+
+def _sweeps_for(tokens: Tensors, config: PopBwdConfig) -> list[tuple[SweepConfig, Tensors, bool]]:
+    """One sweep for dk and dv, or one for each, of those that are wanted: what `_sweep` takes first."""
+    with_keys, with_values = (
+        any(tokens[name] is not None for name in pair) for pair in (_NO_KEYS, _NO_VALUES)
+    )
+    if config.both is not None and with_keys and with_values:
+        return [(config.both, tokens, False)]
+    sweeps: list[tuple[SweepConfig, Tensors, bool]] = []
+    if with_values:
+        sweeps.append((config.values, tokens | _NO_KEYS, False))
+    if with_keys:
+        sweeps.append((config.keys, _swapped(tokens) | _NO_KEYS, True))
+    return sweeps
+
+
+def _plan_alone(tokens: Tensors, common: dict[str, Any], config: PopBwdConfig) -> list[Launch]:
+    """The sweeps for gradients of k_pred and v_pred alone: each prediction is a program of its own."""
+    if common["P"] == 0:
+        return []
+    return [_sweep(*sweep, common, None, None, None, True) for sweep in _sweeps_for(tokens, config)]
 
 
 def _plan_sweeps(
@@ -186,16 +206,8 @@ def _plan_sweeps(
         after, before: the gradients of the last and of the first state, (B, H, Dk, Dv), or None.
         config: which sweeps, and how each cuts its work.
     """
-    no_keys, no_values = ({f"d{x}": None, f"d{x}_pred": None} for x in "kv")
-    sweeps: list[tuple[SweepConfig, Tensors, bool]] = []
-    if config.both is not None and tokens["dk"] is not None and tokens["dv"] is not None:
-        sweeps = [(config.both, tokens, False)]
-    else:
-        if tokens["dv"] is not None:
-            sweeps.append((config.values, tokens | no_keys, False))
-        if tokens["dk"] is not None:
-            sweeps.append((config.keys, _swapped(tokens) | no_keys, True))
-    only_states = (config.values, tokens | no_keys | no_values, False)
+    sweeps = _sweeps_for(tokens, config)
+    only_states = (config.values, tokens | _NO_KEYS | _NO_VALUES, False)
     if not config.split:
         sweeps = sweeps or ([only_states] if before is not None else [])
         befores = [before, None]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .pop_fwd_steps import token_stride
+from .pop_fwd_steps import chosen, end_of, token_stride
 
 
 @triton.jit
@@ -57,7 +57,8 @@ def pull_tile(
 
     Args:
         pointers, strides: of q, k, v, the outputs' gradient, dk and dv; strides are those of tokens.
-        place: first row, end of the rows that exist, first column of the slice of Dv.
+        place: first row; ends of the rows that exist, and of those with dk and with dv; first column of the
+            slice of Dv.
         b_grad: E, which is carried on.
         b_operand, grow: E, as dk and dv see it, from `tiles.as_operand`.
         powers: to_end, within (transposed), from_start, whole, rest.
@@ -65,7 +66,7 @@ def pull_tile(
     """
     p_q, p_k, p_v, p_g, p_dk, p_dv = pointers
     stride_q, stride_k, stride_v, stride_g, stride_dk, stride_dv = strides
-    first_row, end_row, first_col = place
+    first_row, end_row, end_dk, end_dv, first_col = place
     b_to_end, b_within, b_from_start, whole, rest = powers
     COLS_K: tl.constexpr = COLUMNS[0]
     COLS_V: tl.constexpr = COLUMNS[1]
@@ -74,13 +75,13 @@ def pull_tile(
     b_q = tiles.load_tile(p_q, stride_q, end_row, 0, ROWS, COLS_K, DK, first_row)
     b_g = tiles.load_tile(p_g, stride_g, end_row, first_col, ROWS, COLS_V, DV, first_row)
     if p_dv is not None:
-        b_k = tiles.load_tile(p_k, stride_k, end_row, 0, ROWS, COLS_K, DK, first_row)
+        b_k = tiles.load_tile(p_k, stride_k, end_dv, 0, ROWS, COLS_K, DK, first_row)
         b_dv = tiles.chunk_output(b_k, b_q, b_g, b_operand, grow, b_to_end, b_within, PRECISION)
-        tiles.store_tile(p_dv, b_dv, stride_dv, end_row, first_col, ROWS, COLS_V, DV, first_row)
+        tiles.store_tile(p_dv, b_dv, stride_dv, end_dv, first_col, ROWS, COLS_V, DV, first_row)
     if p_dk is not None:
-        b_v = tiles.load_tile(p_v, stride_v, end_row, first_col, ROWS, COLS_V, DV, first_row)
+        b_v = tiles.load_tile(p_v, stride_v, end_dk, first_col, ROWS, COLS_V, DV, first_row)
         b_dk = tiles.chunk_output(b_v, b_g, b_q, tl.trans(b_operand), grow, b_to_end, b_within, PRECISION)
-        tiles.store_tile(p_dk, b_dk, stride_dk, end_row, 0, ROWS, COLS_K, DK, first_row)
+        tiles.store_tile(p_dk, b_dk, stride_dk, end_dk, 0, ROWS, COLS_K, DK, first_row)
     return tiles.chunk_state(b_grad, b_q, b_g, b_from_start, whole, rest, PRECISION, SCALE_V)
 
 
@@ -177,7 +178,8 @@ def pop_bwd_kernel(
 ):
     """For each boundary n: dk and dv of block n from E_(n+1), those of prediction n-offset from 0, and E_n.
 
-    One tile a step, formulas above. Without p_dk it finds dv alone, in slices of Dv, without p_dv too only E.
+    One tile a step, formulas above. What has no pointer is not found: without dk and its twin dv comes alone,
+    in slices of Dv, without dv too only E. L = 0: predictions alone.
     Token strides of None are another's (`pop_bwd._LIKE`), of predictions the main tokens'. ONE_TILE: one fits
     into one tile, so E need not be kept elsewhere meanwhile. SPLIT: one boundary, from its own E.
     """
@@ -188,6 +190,8 @@ def pop_bwd_kernel(
     stride_dk_t = token_stride(stride_dk_t, stride_g_t, UNIT)
     stride_dv_t = token_stride(stride_dv_t, stride_dk_t, UNIT)
     COLUMNS: tl.constexpr = (COLS_K, COLS_V, DK, DV)
+    WITH_DK: tl.constexpr = p_dk is not None or p_dk_pred is not None
+    WITH_DV: tl.constexpr = p_dv is not None or p_dv_pred is not None
 
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
     first_col = (tl.program_id(0) % SLICES) * COLS_V
@@ -208,11 +212,13 @@ def pop_bwd_kernel(
     if p_dv is not None:
         p_k += (i_b * stride_k_b + i_h * stride_k_h) * UNIT
         p_dv += (i_b * stride_dv_b + i_h * stride_dv_h) * UNIT
+    if p_dv_pred is not None:
         p_k_pred += (i_b * stride_k_pred_b + i_h * stride_k_pred_h) * UNIT
         p_dv_pred += (i_b * stride_dv_pred_b + i_h * stride_dv_pred_h) * UNIT
     if p_dk is not None:
         p_v += (i_b * stride_v_b + i_h * stride_v_h) * UNIT
         p_dk += (i_b * stride_dk_b + i_h * stride_dk_h) * UNIT
+    if p_dk_pred is not None:
         p_v_pred += (i_b * stride_v_pred_b + i_h * stride_v_pred_h) * UNIT
         p_dk_pred += (i_b * stride_dk_pred_b + i_h * stride_dk_pred_h) * UNIT
 
@@ -240,14 +246,19 @@ def pop_bwd_kernel(
             b_grad = tl.where(t == tiles_main, 0.0, b_grad)
         i_p = n - offset
         o_p = i_p.to(tl.int64)
-        pointers = (
-            tl.where(is_pred, p_q_pred + o_p * stride_q_pred_p * UNIT, p_q),
-            None if p_dv is None else tl.where(is_pred, p_k_pred + o_p * stride_k_pred_p * UNIT, p_k),
-            None if p_dk is None else tl.where(is_pred, p_v_pred + o_p * stride_v_pred_p * UNIT, p_v),
-            tl.where(is_pred, p_g_pred + o_p * stride_g_pred_p * UNIT, p_g),
-            None if p_dk is None else tl.where(is_pred, p_dk_pred + o_p * stride_dk_pred_p * UNIT, p_dk),
-            None if p_dv is None else tl.where(is_pred, p_dv_pred + o_p * stride_dv_pred_p * UNIT, p_dv),
-        )
+        p_k_here = None
+        p_dv_here = None
+        if WITH_DV:
+            p_k_here = tl.where(is_pred, p_k_pred + o_p * stride_k_pred_p * UNIT, p_k)
+            p_dv_here = chosen(is_pred, p_dv, p_dv_pred, o_p * stride_dv_pred_p * UNIT)
+        p_v_here = None
+        p_dk_here = None
+        if WITH_DK:
+            p_v_here = tl.where(is_pred, p_v_pred + o_p * stride_v_pred_p * UNIT, p_v)
+            p_dk_here = chosen(is_pred, p_dk, p_dk_pred, o_p * stride_dk_pred_p * UNIT)
+        p_q_here = tl.where(is_pred, p_q_pred + o_p * stride_q_pred_p * UNIT, p_q)
+        p_g_here = tl.where(is_pred, p_g_pred + o_p * stride_g_pred_p * UNIT, p_g)
+        pointers = (p_q_here, p_k_here, p_v_here, p_g_here, p_dk_here, p_dv_here)
         strides = (
             tl.where(is_pred, token_stride(stride_q_pred_t, stride_q_t, UNIT), stride_q_t),
             tl.where(is_pred, token_stride(stride_k_pred_t, stride_k_t, UNIT), stride_k_t),
@@ -271,7 +282,13 @@ def pop_bwd_kernel(
         b_grad = pull_tile(
             pointers,
             strides,
-            (first_row, end_row, first_col),
+            (
+                first_row,
+                end_row,
+                end_of(is_pred, end_row, p_dk, p_dk_pred),
+                end_of(is_pred, end_row, p_dv, p_dv_pred),
+                first_col,
+            ),
             b_grad,
             b_operand,
             grow,

@@ -127,7 +127,7 @@ def pop_fwd_kernel(
 
     A block is FULL_L tiles and a tail of up to TAIL_L rows, a prediction FULL_M and TAIL_M. Strides of token
     tensors are counted in UNIT elements; token strides of None are another's, see `_LIKE`. SPLIT: one block a
-    program, from its own state.
+    program, from its own state. p_out or p_pred is None: those outputs are not found.
     """
     stride_q_t = token_stride(stride_q_t, 0, UNIT)
     stride_k_t = token_stride(stride_k_t, stride_q_t, UNIT)
@@ -156,11 +156,13 @@ def pop_fwd_kernel(
     p_q += (i_b * stride_q_b + i_h * stride_q_h) * UNIT
     p_k += (i_b * stride_k_b + i_h * stride_k_h) * UNIT
     p_v += (i_b * stride_v_b + i_h * stride_v_h) * UNIT
-    p_out += (i_b * stride_out_b + i_h * stride_out_h) * UNIT
+    if p_out is not None:
+        p_out += (i_b * stride_out_b + i_h * stride_out_h) * UNIT
     p_q_pred += (i_b * stride_q_pred_b + i_h * stride_q_pred_h) * UNIT
     p_k_pred += (i_b * stride_k_pred_b + i_h * stride_k_pred_h) * UNIT
     p_v_pred += (i_b * stride_v_pred_b + i_h * stride_v_pred_h) * UNIT
-    p_pred += (i_b * stride_pred_b + i_h * stride_pred_h) * UNIT
+    if p_pred is not None:
+        p_pred += (i_b * stride_pred_b + i_h * stride_pred_h) * UNIT
 
     if p_state is None:
         b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
@@ -191,7 +193,7 @@ def pop_fwd_kernel(
             b_state = pass_tile(
                 (p_q, p_k, p_v, p_out),
                 strides,
-                (n * L + t * TILE, N * L, first_col),
+                (n * L + t * TILE, N * L, N * L, first_col),
                 b_state,
                 powers,
                 n < N,
@@ -202,10 +204,11 @@ def pop_fwd_kernel(
                 True,
             )
         if TAIL_L > 0:
+            end_main = tl.minimum(n * L + L, N * L)
             b_state = pass_tile(
                 (p_q, p_k, p_v, p_out),
                 strides,
-                (n * L + FULL_L * TILE, tl.minimum(n * L + L, N * L), first_col),
+                (n * L + FULL_L * TILE, end_main, end_main, first_col),
                 b_state,
                 powers_tail_l,
                 n < N,
@@ -226,13 +229,13 @@ def pop_fwd_kernel(
             p_q_pred + o_p * stride_q_pred_p * UNIT,
             p_k_pred + o_p * stride_k_pred_p * UNIT,
             p_v_pred + o_p * stride_v_pred_p * UNIT,
-            p_pred + o_p * stride_pred_p * UNIT,
+            None if p_pred is None else p_pred + o_p * stride_pred_p * UNIT,
         )
         for t in tl.static_range(FULL_M):
             b_branch = pass_tile(
                 pointers,
                 strides_pred,
-                (t * TILE, end_row, first_col),
+                (t * TILE, end_row, end_row, first_col),
                 b_branch,
                 powers,
                 True,
@@ -246,7 +249,7 @@ def pop_fwd_kernel(
             pass_tile(
                 pointers,
                 strides_pred,
-                (FULL_M * TILE, end_row, first_col),
+                (FULL_M * TILE, end_row, end_row, first_col),
                 b_branch,
                 powers_tail_m,
                 True,
@@ -277,11 +280,11 @@ def plan_pop_fwd(
     *,
     out: Tensor | None = None,
     pred: Tensor | None = None,
-    with_final: bool = True,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
     config: PopConfig | None = None,
     architecture: str | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """The launches of `pop_fwd`, and the tensors that they fill; B_N is one only `with_final`."""
+    """The launches of `pop_fwd`, and the tensors; only those that are `wanted` are filled."""
     B, T, H, Dk = q.shape
     P, M = q_pred.shape[1:3]
     Dv = v.shape[-1]
@@ -312,11 +315,12 @@ def plan_pop_fwd(
     tokens = {name: with_contiguous_rows(x) for name, x in tokens.items()} | {"out": out, "pred": pred}
     state = None if state is None else with_contiguous_rows(state)
     arguments: dict[str, Any] = {f"p_{name}": x for name, x in tokens.items()}
+    arguments |= {f"p_{name}": None for name, want in zip(("out", "pred"), wanted, strict=False) if not want}
     arguments |= {
         "p_log_decay": log_decay,
         "p_state": state,
         "p_reset": reset,
-        "p_final": final if with_final else None,
+        "p_final": final if wanted[2] else None,
         "scale": scale,
     }
     arguments |= {"N": N, "L": L, "P": P, "M": M, "offset": offset, "num_blocks": num_blocks, "AFTER": after}

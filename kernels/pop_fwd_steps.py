@@ -32,6 +32,28 @@ def chunk_powers(log_decay, scale, length, ROWS: tl.constexpr):
 
 
 @triton.jit
+def chosen(is_pred, p_main, p_pred, o_pred):
+    """The main tokens' pointer or, o_pred elements on, the predictions'; the other where one is None."""
+    if p_main is None:
+        p_here = p_pred + o_pred
+    elif p_pred is None:
+        p_here = p_main
+    else:
+        p_here = tl.where(is_pred, p_pred + o_pred, p_main)
+    return p_here
+
+
+@triton.jit
+def end_of(is_pred, end_row, p_main, p_pred):
+    """end_row, but 0 for tokens whose pointer is None."""
+    if p_main is None:
+        end_row = tl.where(is_pred, end_row, 0)
+    elif p_pred is None:
+        end_row = tl.where(is_pred, 0, end_row)
+    return end_row
+
+
+@triton.jit
 def pass_tile(
     pointers,
     strides,
@@ -48,8 +70,8 @@ def pass_tile(
     """Write the outputs of one tile, given the state before it; return the state after it if TAKE_IN.
 
     Args:
-        pointers, strides: of q, k, v and the output; strides are those of tokens.
-        place: first row, end of the rows that exist, first column of the slice of Dv.
+        pointers, strides: of q, k, v and the output (None: none is found); strides are those of tokens.
+        place: first row; ends of the rows that exist, and of those with outputs; first column of the slice.
         b_state: the state before the tile.
         powers: from `chunk_powers`.
         here: whether the tile exists; where not, its rows must be masked, and the state stays as it is.
@@ -57,18 +79,20 @@ def pass_tile(
     """
     p_q, p_k, p_v, p_out = pointers
     stride_q, stride_k, stride_v, stride_out = strides
-    first_row, end_row, first_col = place
+    first_row, end_row, end_out, first_col = place
     b_from_start, b_within, b_to_end, whole, rest = powers
     COLS_K: tl.constexpr = COLUMNS[0]
     COLS_V: tl.constexpr = COLUMNS[1]
     DK: tl.constexpr = COLUMNS[2]
     DV: tl.constexpr = COLUMNS[3]
-    b_q = tiles.load_tile(p_q, stride_q, end_row, 0, ROWS, COLS_K, DK, first_row)
+    if p_out is not None:
+        b_q = tiles.load_tile(p_q, stride_q, end_out, 0, ROWS, COLS_K, DK, first_row)
     b_k = tiles.load_tile(p_k, stride_k, end_row, 0, ROWS, COLS_K, DK, first_row)
     b_v = tiles.load_tile(p_v, stride_v, end_row, first_col, ROWS, COLS_V, DV, first_row)
-    b_operand, grow = tiles.as_operand(b_state, b_q.dtype)
-    b_out = tiles.chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
-    tiles.store_tile(p_out, b_out, stride_out, end_row, first_col, ROWS, COLS_V, DV, first_row)
+    if p_out is not None:
+        b_operand, grow = tiles.as_operand(b_state, b_q.dtype)
+        b_out = tiles.chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
+        tiles.store_tile(p_out, b_out, stride_out, end_out, first_col, ROWS, COLS_V, DV, first_row)
     if TAKE_IN:
         whole = tl.where(here, whole, 1.0)
         rest = tl.where(here, rest, 0.0)
@@ -147,7 +171,7 @@ def pop_fwd_steps_kernel(
     """For each block n: o_(n,i), B_(n+1), and the o_(p,i) that start from B_(n+AFTER) (see pop_fwd.py).
 
     Strides are as in `pop_fwd_kernel`. ONE_TILE: a prediction fits into one tile, and simply leaves the state
-    as it was. SPLIT: one block a program, from its own state.
+    as it was. SPLIT: one block a program, from its own state. p_out or p_pred is None: those are not found.
     """
     stride_q_t = token_stride(stride_q_t, 0, UNIT)
     stride_k_t = token_stride(stride_k_t, stride_q_t, UNIT)
@@ -170,11 +194,13 @@ def pop_fwd_steps_kernel(
     p_q += (i_b * stride_q_b + i_h * stride_q_h) * UNIT
     p_k += (i_b * stride_k_b + i_h * stride_k_h) * UNIT
     p_v += (i_b * stride_v_b + i_h * stride_v_h) * UNIT
-    p_out += (i_b * stride_out_b + i_h * stride_out_h) * UNIT
+    if p_out is not None:
+        p_out += (i_b * stride_out_b + i_h * stride_out_h) * UNIT
     p_q_pred += (i_b * stride_q_pred_b + i_h * stride_q_pred_h) * UNIT
     p_k_pred += (i_b * stride_k_pred_b + i_h * stride_k_pred_h) * UNIT
     p_v_pred += (i_b * stride_v_pred_b + i_h * stride_v_pred_h) * UNIT
-    p_pred += (i_b * stride_pred_b + i_h * stride_pred_h) * UNIT
+    if p_pred is not None:
+        p_pred += (i_b * stride_pred_b + i_h * stride_pred_h) * UNIT
 
     if p_state is None:
         b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
@@ -213,7 +239,7 @@ def pop_fwd_steps_kernel(
             tl.where(is_pred, p_q_pred + o_p * stride_q_pred_p * UNIT, p_q),
             tl.where(is_pred, p_k_pred + o_p * stride_k_pred_p * UNIT, p_k),
             tl.where(is_pred, p_v_pred + o_p * stride_v_pred_p * UNIT, p_v),
-            tl.where(is_pred, p_pred + o_p * stride_pred_p * UNIT, p_out),
+            chosen(is_pred, p_out, p_pred, o_p * stride_pred_p * UNIT),
         )
         strides = (
             tl.where(is_pred, token_stride(stride_q_pred_t, stride_q_t, UNIT), stride_q_t),
@@ -229,7 +255,7 @@ def pop_fwd_steps_kernel(
         b_next = pass_tile(
             pointers,
             strides,
-            (first_row, end_row, first_col),
+            (first_row, end_row, end_of(is_pred, end_row, p_out, p_pred), first_col),
             b_state,
             (b_from_start, b_within, tiles.decay_to_end(log_decay, length, TILE), whole, rest),
             True,

@@ -154,7 +154,7 @@ def retention_bwd_kernel(
         b_grad = pull_tile(
             (p_q, p_k, p_v, p_g, p_dk, p_dv),
             (stride_q_t, stride_k_t, stride_v_t, stride_g_t, stride_dk_t, stride_dv_t),
-            (i_t, end, first_col),
+            (i_t, end, end, end, first_col),
             b_grad,
             b_operand,
             grow,

@@ -17,6 +17,7 @@ from pathlib import Path
 import triton
 from triton.compiler import ASTSource
 
+from benchmarks.audit.hazards import hazards
 from benchmarks.audit.launches import SHARED_MEMORY_KIB, TARGETS, Compilation
 from benchmarks.audit.machine_code import Instruction, count, main_loop, read_amdgcn, read_sass
 
@@ -37,6 +38,7 @@ class Figures:
         hgmma). async_copies: copies from global to shared memory that threads do not wait for (LDGSTS,
         UTMALDG). instructions: in all. seconds: of processor time that compiling took, ptxas included.
         loop_*: the same within one iteration of the longest loop; 0 without a loop.
+        hazards: see `hazards.hazards`; of sm_90 only.
     """
 
     registers: int
@@ -51,6 +53,7 @@ class Figures:
     loop_mma: int
     loop_async_copies: int
     loop_instructions: int
+    hazards: list[str]
 
 
 def compile_for(architecture: str, compilation: Compilation) -> Figures:
@@ -79,6 +82,7 @@ def compile_for(architecture: str, compilation: Compilation) -> Figures:
         loop_mma=count(loop, TENSOR_CORES),
         loop_async_copies=count(loop, ASYNC_COPIES),
         loop_instructions=len(loop),
+        hazards=hazards(compiled.asm["ttgir"]) if architecture == "sm_90" else [],
     )
 
 

@@ -113,7 +113,8 @@ def _named(shape: str) -> Callable[[Row], bool]:
 
 
 _LOW_PRECISION = ("bfloat16", "float16")
-_DOTS = ("pop_fwd", "retention_fwd")
+_DOTS = ("pop_fwd", "retention_fwd", "pop_bwd", "retention_bwd")
+_SWEPT = ("pop_bwd", "retention_bwd")
 
 TARGETS = [
     Target(
@@ -136,6 +137,21 @@ TARGETS = [
             ("bytes over the floor", _ratio("bytes", "floor_bytes"), 1.05),
             ("flops over the yardstick", _ratio("flops", "yardstick_flops"), 1.3),
         )
+    ),
+    Target(
+        name="POP backward, rem training: bytes over the floor",
+        part="traffic",
+        covers=_both(_is("pop_bwd", architecture="sm_90", dtype="bfloat16"), _named("rem training")),
+        figure=_ratio("bytes", "floor_bytes"),
+        limit=1.45,
+    ),
+    Target(
+        name="backward, D 128 and 256: sweeps",
+        part="traffic",
+        covers=_both(_is(op=_SWEPT), _large),
+        figure=lambda row: row["launches"],
+        limit=3,
+        at_least=True,
     ),
     *(
         Target(
@@ -179,6 +195,13 @@ TARGETS = [
             limit=1,
         )
         for architecture in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+    ),
+    Target(
+        name="sm_90: products that public reports tie to wrong results",
+        part="compile",
+        covers=_is(architecture="sm_90"),
+        figure=lambda row: len(row["hazards"]),
+        limit=0,
     ),
     Target(
         name="float32 without tf32: tensor-core products on NVIDIA",

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.audit.cases import CASES, COUNTED, HUGE, Case, floor_bytes, on_architecture
+from benchmarks.audit.case import Case, floor_bytes, on_architecture
+from benchmarks.audit.cases import CASES, COUNTED, HUGE
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 """Programs along each axis that CUDA launches."""
@@ -40,7 +41,7 @@ def main() -> None:
         cases = {"compile": CASES, "huge": HUGE, "traffic": COUNTED}[arguments.part]
         chosen = [case for case in cases if not arguments.op or case.op in arguments.op]
         for case in chosen:
-            if case.core or not arguments.core or arguments.part == "huge":
+            if case.core or not arguments.core:
                 for row in _rows(arguments.part, case, architecture):
                     print(json.dumps({**_heading(case, architecture), **row}), flush=True)
 

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor
 
 import retpop
-from benchmarks.audit.cases import chunk_flops, floor_bytes
+from benchmarks.audit.case import BACKWARD_FLOPS, chunk_flops, floor_bytes
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.rows import Row
 from retpop.position import rotary_frequencies, rotation_at
 
 BF16, FP32 = torch.bfloat16, torch.float32
-
-BACKWARD_FLOPS = 2.5
-"""Products of a backward pass, in those of the forward: scores twice, four more products of their size
-instead of two, and five with a state instead of two."""
 
 
 @dataclass(frozen=True, kw_only=True)

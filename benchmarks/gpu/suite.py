@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from benchmarks.gpu.rows import Row
 
 PART = "tests"
 
-WORKERS = 8
+MOST_WORKERS = 12
 """Processes, where pytest-xdist is there: compiling the kernels takes most of the time."""
 
 
@@ -22,7 +23,8 @@ def command(root: Path, junit: Path, *, dry_run: bool) -> list[str]:
     # The project's pythonpath would put the checkout first, where retpop has no kernels.
     words += ["-o", "pythonpath=", "-o", "junit_duration_report=call"]
     if not dry_run and find_spec("xdist") is not None:
-        words += ["-n", str(WORKERS)]
+        workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))
+        words += ["-n", str(workers), "--dist", "loadgroup"]
     return [*words, str(root / "tests" / "gpu")]
 
 

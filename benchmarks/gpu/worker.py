@@ -60,7 +60,9 @@ def time_works(works: Works, clock: Clock, part: str) -> Iterator[Row]:
 
 def is_fatal(error: Exception) -> bool:
     """Whether the device itself failed: from then on every call of this process does."""
-    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return isinstance(error, torch.AcceleratorError) or any(
+        words in str(error) for words in ("CUDA error", "Triton Error [CUDA]")
+    )
 
 
 def _failure(part: str, work: ops.Work | None, error: Exception) -> Row:
@@ -88,6 +90,9 @@ def _measure_peers(clock: Clock) -> Iterator[Row]:
         yield Row(part=peers.PART, what="flash-linear-attention", note=f"not measured: {error}")
         return
     yield from time_works(partial(peers.peers, fla=fla), clock, peers.PART)
+    for name in peers.FUNCTIONS:
+        if not hasattr(fla, name):
+            yield Row(part=peers.PART, what=f"fla {name}", note="not measured: this version has none")
 
 
 PARTS: dict[str, Callable[[Clock], Iterator[Row]]] = {

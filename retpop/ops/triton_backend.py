@@ -70,16 +70,18 @@ why_unavailable.__dict__["_dynamo_marked_constant"] = True
 
 
 def _why_not_on_gpu(device: torch.device) -> str | None:
-    properties = torch.cuda.get_device_properties(device)
+    configs = kernels("configs")
+    architecture = configs.architecture_of(device)
     if torch.version.hip is not None:
-        architecture = properties.gcnArchName.split(":")[0]
-        if architecture in AMD_ARCHITECTURES:
-            return None
-        return f"the GPU is {architecture}; of AMD's, kernels are for {' and '.join(AMD_ARCHITECTURES)}"
-    if properties.major >= 8:
-        return None
-    capability = f"{properties.major}.{properties.minor}"
-    return f"the GPU has compute capability {capability}, and the kernels need 8.0"
+        if architecture not in AMD_ARCHITECTURES:
+            return f"the GPU is {architecture}; of AMD's, kernels are for {' and '.join(AMD_ARCHITECTURES)}"
+    else:
+        properties = torch.cuda.get_device_properties(device)
+        if properties.major < 8:
+            capability = f"{properties.major}.{properties.minor}"
+            return f"the GPU has compute capability {capability}, and the kernels need 8.0"
+    reason: str | None = configs.why_wrong(architecture)
+    return reason
 
 
 def why_transformed() -> str | None:

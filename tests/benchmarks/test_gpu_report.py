@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,29 @@ def test_a_part_is_stopped_at_its_limit_with_all_it_started(tmp_path: Path) -> N
         assert "late" not in file.read()  # ends when nobody is left who could write
     ended = report.run_limited([sys.executable, "-c", "print(7); exit(3)"], 60, log, os.environ)
     assert (ended.status, log.read_text()) == (3, "7\n")
+
+
+def test_tests_that_are_stopped_leave_what_they_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is reached when the second test has begun."""
+    (tmp_path / "test_two.py").write_text(
+        "import time\n\ndef test_first():\n    pass\n\n"
+        f"def test_second():\n    open({str(tmp_path / 'begun')!r}, 'w').close()\n    time.sleep(600)\n"
+    )
+
+    class Patient(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout == 0.5:
+                while not (tmp_path / "begun").exists():
+                    time.sleep(0.01)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(report.subprocess, "Popen", Patient)
+    junit = tmp_path / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}", str(tmp_path)]
+    ended = report.run_limited(command, 0.5, tmp_path / "log", os.environ)
+    assert ended.status is None
+    first, *_ = suite.rows(junit)
+    assert (first.what, first.failed) == ("test_first", False)
 
 
 def test_the_table_comes_last_and_a_failure_before_it(capsys: pytest.CaptureFixture[str]) -> None:

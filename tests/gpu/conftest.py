@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from gpu_cases import REHEARSAL
@@ -19,3 +21,19 @@ def device() -> torch.device:
     if interpreting():
         pytest.skip("TRITON_INTERPRET is on; benchmarks/gpu_report.sh runs these with TRITON_INTERPRET=0")
     return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def a_device_that_works() -> None:
+    """After a kernel's illegal access every call of the process fails: leave, and say so.
+
+    pytest-xdist then starts another process. That costs the test that was to begin, and not all that follow.
+    """
+    if REHEARSAL or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)
+        pytest.exit(f"an earlier test has lost the device: {error}", returncode=3)

@@ -182,6 +182,7 @@ needs_memory = pytest.mark.skipif(
 
 
 @needs_memory
+@pytest.mark.xdist_group("memory")  # two of them at a time could be too much
 def test_the_tail_of_a_sequence_beyond_32_bits(device: torch.device, record_property: Record) -> None:
     """The last tokens, whose state remembers only tokens near them, against float64 on those alone."""
     dtype, (H, D) = (torch.float32, (2, 16)) if REHEARSAL else (torch.bfloat16, (2, 128))
@@ -205,6 +206,7 @@ def test_the_tail_of_a_sequence_beyond_32_bits(device: torch.device, record_prop
 
 
 @needs_memory
+@pytest.mark.xdist_group("memory")  # two of them at a time could be too much
 def test_the_last_row_of_a_batch_beyond_32_bits(device: torch.device) -> None:
     """POP, the norm and the rotation of many rows: the last row is what it is alone."""
     dtype, (N, L, M, H, D) = (

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retpop.kernels.configs import (
+    FAULTS,
     SHARED_MEMORY,
     PopConfig,
     architecture_of,
@@ -18,6 +19,7 @@ from retpop.kernels.configs import (
     pop_config,
     pop_tiles,
     tail_rows,
+    why_wrong,
 )
 
 REM: dict[str, Any] = {
@@ -144,3 +146,29 @@ def test_key_dims_beyond_registers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pop_fwd\(\): Dk is 257; the kernel takes at most 256\."):
         pop_tiles((65, 64), (257, 8), torch.bfloat16, "ieee", "sm_90")
     assert pop_tiles((65, 64), (256, 1000), torch.bfloat16, "ieee", "sm_90").cols_v == 32
+
+
+@pytest.mark.parametrize(
+    ("architecture", "version", "refused"),
+    [
+        ("sm_100", "3.5.1", False),
+        ("sm_100", "3.6.0", True),
+        ("sm_103", "3.7.1+git0a1b2c3", True),
+        ("sm_103", "3.8.0.post1", True),
+        ("sm_100", "3.10", False),
+        ("sm_100", "3.9.0", False),
+        ("sm_90", "3.6.0", False),
+        ("gfx942", "3.7.0", False),
+    ],
+)
+def test_reported_pairs_are_refused(architecture: str, version: str, refused: bool) -> None:
+    reason = why_wrong(architecture, version)
+    assert (reason is not None) == refused
+    if reason is not None:
+        assert all(word in reason for word in (architecture, version, "https://", "Triton 3.9.0"))
+
+
+def test_every_fault_names_its_report() -> None:
+    for fault in FAULTS:
+        assert fault.report.startswith("https://github.com/")
+        assert all(why_wrong(architecture, fault.first) for architecture in fault.architectures)

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.audit.cases import CASES, chunk_flops
+from benchmarks.audit.case import chunk_flops
+from benchmarks.audit.cases import CASES
 from benchmarks.audit.machine_code import count, main_loop, read_amdgcn, read_sass
 from benchmarks.audit.offsets import overflows
 from benchmarks.audit.targets import judge
@@ -181,7 +182,7 @@ def test_csv_names_versions_and_commit(tmp_path: Path) -> None:
 COMPILE_KNOWN = """
 import dataclasses, json
 import torch
-from audit_kernels import loop_kernel, narrow_kernel
+from audit_kernels import loop_kernel, narrow_kernel, turning_kernel
 from benchmarks.audit.compiled import compile_for
 from benchmarks.audit.launches import recorded
 from benchmarks.audit.offsets import overflows, ttir_of
@@ -192,7 +193,7 @@ def launch(dtype, precision, blocks=10):
     loop_kernel[(1,)](a, b, c, blocks, a.stride(0), M=64, K=32, N=64, PRECISION=precision, num_warps=4)
 
 found = {}
-for architecture in ("sm_80", "sm_90", "gfx942"):
+for architecture in ("sm_90", "gfx942"):
     with recorded(architecture) as launches:
         launch(torch.float16, "ieee")
         launch(torch.float32, "ieee")
@@ -203,6 +204,13 @@ with recorded("sm_90") as launches:
     for wide in (False, True):
         x = torch.empty(1, device="meta")
         narrow_kernel[(2**21,)](x, x, 32, BLOCK=64, WIDE=wide)
+with recorded("sm_90") as turned:
+    a, b = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((64, 640), (640, 64)))
+    c = torch.empty(64, 64, device="meta")
+    loop_kernel[(1,)](a, b, c, 10, a.stride(0), M=64, K=32, N=64, PRECISION="ieee", SCALED=True, num_warps=4)
+    for second in (False, True):
+        turning_kernel[(1,)](a, b, c, SIZE=64, SECOND=second, num_warps=4)
+found["hazards"] = [compile_for("sm_90", item).hazards for item in turned]
 found["overflows"] = [len(overflows(ttir_of("sm_90", x), x.arguments, x.grid)) for x in launches]
 print(json.dumps(found))
 """
@@ -211,8 +219,15 @@ print(json.dumps(found))
 def test_what_known_kernels_compile_to(tmp_path: Path) -> None:
     found = run_program(COMPILE_KNOWN, tmp_path)
     assert found.pop("overflows") == [1, 0]
+    from_registers, turned_first, turned_second = found.pop("hazards")
+    assert from_registers
+    assert all("reads registers while" in sentence for sentence in from_registers)
+    assert len(turned_first) == 1
+    assert "a product's result, transposed" in turned_first[0]
+    assert turned_second == []
     for architecture, (half, single) in found.items():
         assert half["stack"] == single["stack"] == 0
+        assert half["hazards"] == single["hazards"] == []
         assert 0 < half["shared"] < single["shared"] <= single["shared_limit"]
         assert 0 < half["loop_mma"] <= half["hgmma"] + half["hmma"]
         assert 0 < half["loop_instructions"] < half["instructions"]
@@ -251,20 +266,20 @@ def test_the_kernels_meet_their_targets_everywhere(tmp_path: Path) -> None:
 COUNT_VARIANTS = """
 import json
 import torch
-from benchmarks.audit.cases import launcher, on_architecture
+from benchmarks.audit.case import launcher, on_architecture
 from benchmarks.audit.launches import recorded
 
 H, D = 4, 64
 log_decay = torch.empty(H, device="meta")
 
-def tokens(*shape):
+def tokens(*shape, D=D):
     return torch.empty(*shape, H, D, dtype=torch.bfloat16, device="meta")
 
 def state(rows):
     return torch.empty(rows, H, D, D, device="meta")
 
-def pop(B, N, P, offset, before=None, resets=False, L=65, M=64):
-    q, u = tokens(B, N * L), tokens(B, P, M)
+def pop(B, N, P, offset, before=None, resets=False, L=65, M=64, D=D):
+    q, u = tokens(B, N * L, D=D), tokens(B, P, M, D=D)
     reset = torch.empty(B, N, dtype=torch.bool, device="meta") if resets else None
     launcher("pop_fwd")(q, q, q, u, u, u, log_decay, before, reset, L, offset, 0.125)
 
@@ -294,20 +309,55 @@ def rem_run():
         pop(B, 20, 1, 20)  # burn-in
         pop(B, 1, 1, 1, state(B))  # imagination
 
+def pop_bwd(B, N, P, offset, before=None, L=65, M=64):
+    q, u = tokens(B, N * L), tokens(B, P, M)
+    inputs = (q, q, q, u, u, u, log_decay, before, None, q, u, before)
+    launcher("pop_bwd")(*inputs, L, offset, 0.125, [True] * 7)
+
+def retention_bwd(B, T, before=None, bounds=None):
+    q = tokens(B, T)
+    launcher("retention_bwd")(q, q, q, log_decay, before, 0.125, bounds, q, before)
+
+def norm_gate_bwd(T):
+    x = tokens(2, T)
+    launcher("norm_gate_bwd")(x, x, None, None, x, "groupnorm", 1e-6)
+
 CALLS = {
     "pop, training": ("pop_fwd", lambda: [pop(64, N, N, 0) for N in (1, 2, 10, 16, 20)]),
     "pop, N and P": ("pop_fwd", lambda: [pop(64, N, P, 0) for N, P in ((3, 3), (3, 1), (1, 1), (1, 2))]),
     "pop, offset": ("pop_fwd", lambda: [pop(64, *npo) for npo in ((3, 1, 1), (3, 1, 3), (2, 2, 1))]),
     "pop, a run of REM": ("pop_fwd", rem_run),
     "pop, imagination": ("pop_fwd", lambda: [pop(B, 1, 1, 1, state(B)) for B in (33, 48, 64, 128)]),
+    "pop, a small batch": ("pop_fwd", lambda: [pop(1, N, N, 0, state(1), True) for N in (4, 9, 16)]),
+    "pop, D 128": ("pop_fwd", lambda: [pop(64, N, N, 0, D=128) for N in (1, 2, 10, 16)]),
     "retention, T": ("retention_fwd", lambda: [retention(64, T) for T in (1, 16, 65, 130, 650, 1024, 4096)]),
     "retention, long": ("retention_fwd", lambda: [retention(1, T) for T in (4096, 4097, 5000, 8192, 16384)]),
     "retention, packed": (
         "retention_fwd",
         lambda: [retention(1, T, state(S), bounds(S)) for T, S in ((65, 16), (130, 17), (650, 16))],
     ),
+    "retention, packed and long": (
+        "retention_fwd",
+        lambda: [retention(1, T, state(S), bounds(S)) for T, S in ((4100, 2), (70_001, 3), (2**24, 8))],
+    ),
+    "retention, batch": ("retention_fwd", lambda: [retention(B, 650) for B in (64, 65, 2**15)]),
     "step": ("retention_step", lambda: [step(B) for B in (80, 81, 96, 127)]),
     "norm_gate": ("norm_gate_fwd", lambda: [norm_gate(T) for T in (1, 16, 65, 130)]),
+    "pop, backward": (
+        "pop_bwd",
+        lambda: [pop_bwd(64, N, P, offset) for N, P, offset in ((1, 1, 1), (10, 9, 1), (20, 18, 2))],
+    ),
+    "pop, backward, split": (
+        "pop_bwd",
+        lambda: [pop_bwd(1, N, N, 0, state(1)) for N in (4, 9, 16)],
+    ),
+    "retention, backward": ("retention_bwd", lambda: [retention_bwd(64, T) for T in (16, 65, 130, 1024)]),
+    "retention, backward, split": ("retention_bwd", lambda: [retention_bwd(1, T) for T in (4096, 5003)]),
+    "retention, backward, packed, split": (
+        "retention_bwd",
+        lambda: [retention_bwd(1, T, state(S), bounds(S)) for T, S in ((9000, 2), (70_001, 3), (2**24, 8))],
+    ),
+    "norm_gate, backward": ("norm_gate_bwd", lambda: [norm_gate_bwd(T) for T in (1, 16, 65, 130)]),
     "rotary": ("rotary_fwd", lambda: [rotary(T) for T in (1, 16, 65, 130)]),
 }
 
@@ -330,11 +380,13 @@ def test_lengths_and_counts_compile_nothing_new(tmp_path: Path) -> None:
     there.
     """
     found = run_program(COUNT_VARIANTS, tmp_path)
-    assert len(found) == 11
+    assert len(found) == 21
     # With and without resets, a state before, and an offset: each is a flag of the kernel. The stride of
     # `reset` is N, and a stride of 1 counts apart.
     assert found.pop("pop, a run of REM")["pop_fwd_kernel"] <= 4
     for call, kernels in found.items():
         assert kernels, call
         for kernel, variants in kernels.items():
-            assert variants == 1, f"{call}: {kernel} is compiled {variants} times"
+            # A split sweeps for the states alone first, and then for the gradients.
+            sweeps = 2 if "backward" in call and "split" in call and "bwd" in kernel else 1
+            assert variants == sweeps, f"{call}: {kernel} is compiled {variants} times"

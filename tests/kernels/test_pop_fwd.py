@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -304,56 +300,6 @@ def cases(draw: st.DrawFn) -> tuple[PopCase, PopConfig]:
 @given(drawn=cases())
 def test_anything(drawn: tuple[PopCase, PopConfig]) -> None:
     check(*drawn)
-
-
-KEYS = """
-import json, torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
-from retpop.kernels.pop_fwd import plan_pop_fwd
-
-backend = make_backend(GPUTarget("cuda", 90, 32))
-
-def key(B, N, P, offset, L=65, M=64, D=64):
-    def empty(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
-    main, pred = empty(B, N * L, 4, D), empty(B, P, M, 4, D)
-    state, reset = empty(B, 4, D, D, dtype=torch.float32), empty(B, N, dtype=torch.bool)
-    log_decay = empty(4, dtype=torch.float32)
-    found = []
-    for launch in plan_pop_fwd(*[main] * 3, *[pred] * 3, log_decay, state, reset, L, offset, 0.125)[0]:
-        kernel = launch.kernel
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        _, specialization, options = bind(**launch.arguments, **launch.options)
-        found.append(repr((kernel.__name__, specialization, sorted(options.items()))))
-    return found
-
-print(json.dumps({
-    "training": [key(64, N, N, 0) for N in (1, 2, 10, 16)] + [key(65, 10, 11, 0), key(2**15, 20, 3, 0)],
-    "imagination": [key(64, 1, 1, 1), key(640, 1, 1, 1), key(64, 16, 2, 7)],
-    "small batch": [key(1, N, N, 0) for N in (4, 9, 16)],
-    "steps": [key(64, N, N, 0, D=128) for N in (1, 2, 10, 16)],
-}))
-"""
-
-
-@pytest.fixture(scope="module")
-def keys() -> dict[str, list[list[str]]]:
-    """What Triton keys its compiled kernels by, found in a process that compiles (this one interprets)."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", KEYS], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("use", ["training", "imagination", "small batch", "steps"])
-def test_other_numbers_compile_nothing_new(use: str, keys: dict[str, list[list[str]]]) -> None:
-    first, *others = keys[use]
-    assert len(first) == (3 if use == "small batch" else 1)
-    assert all(other == first for other in others)
 
 
 def test_a_plan_runs_nothing_and_reads_no_value() -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -405,77 +401,3 @@ def test_the_default_is_the_chosen_schedule() -> None:
         short, _ = plan_retention_fwd(*(q[:, :650],) * 3, log_decay, None, 0.125, architecture=architecture)
         assert len(short) == 1
         assert short[0].grid == (4 * (64 // short[0].arguments["COLS_V"]),)
-
-
-COMPILED = """
-import json, torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
-from retpop.kernels.launch import run as run_launches
-from retpop.kernels.retention_fwd import plan_retention_fwd
-from retpop.kernels.retention_step import plan_retention_step
-
-def tensor(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-def launches(T, B=1, packed=None):
-    q = tensor(B, T, 4, 64)
-    state = tensor(packed or B, 4, 64, 64, dtype=torch.float32)
-    bounds = None if packed is None else tensor(packed + 1, dtype=torch.int32)
-    log_decay = tensor(4, dtype=torch.float32)
-    return plan_retention_fwd(q, q, q, log_decay, state, 0.125, bounds, architecture="sm_90")[0]
-
-backend = make_backend(GPUTarget("cuda", 90, 32))
-
-def keys(launches):
-    found = []
-    for launch in launches:
-        kernel = launch.kernel
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        _, specialization, options = bind(**launch.arguments, **launch.options)
-        found.append(repr((kernel.__name__, specialization, sorted(options.items()))))
-    return found
-
-kernels = [*launches(4096)[2:], *launches(4096, packed=2)[:2], *plan_retention_step(
-    tensor(2, 4, 64), tensor(2, 4, 64), tensor(2, 4, 64), tensor(4, dtype=torch.float32), None, 1.0)[0]]
-products = [
-    line.strip()
-    for launch in kernels
-    for line in triton.compile(
-        launch.source(), target=GPUTarget("cuda", 90, 32), options=launch.options
-    ).asm["ttir"].splitlines()
-    if "arith.muli" in line and "tensor<" in line and "xi32>" in line
-]
-print(json.dumps({
-    "short": [keys(launches(T)) for T in (1, 65, 130, 2047)],
-    "long": [keys(launches(T)) for T in (2048, 4096, 5003, 2**24)],
-    "packed": [keys(launches(T, packed=S)) for T, S in ((4100, 2), (70_001, 3), (2**24, 8))],
-    "batch": [keys(launches(650, B=B)) for B in (64, 65, 2**15)],
-    "products": products,
-}))
-"""
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, list]:
-    """What a process that compiles, as this one does not, finds out about the kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("what", ["short", "long", "packed", "batch"])
-def test_another_length_compiles_nothing_new(what: str, compiled: dict[str, list]) -> None:
-    """Triton keys its kernels by types, divisibility and constants: the keys are the same for every T."""
-    first, *others = compiled[what]
-    assert len(first) == (1 if what in ("short", "batch") else 3)
-    assert all(other == first for other in others)
-
-
-def test_offsets_are_int64(compiled: dict[str, list]) -> None:
-    """A product of two int32 in an offset would wrap around beyond 2^31 elements."""
-    assert compiled["products"] == []

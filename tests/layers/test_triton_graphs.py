@@ -11,6 +11,7 @@ from module_cases import assert_same_state, make_decoder, random_state, small_co
 from retention_cases import assert_same_gradients, gradients, normal
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from retpop import RetNetDecoder, RetNetState
 from retpop.ops import custom
@@ -43,7 +44,13 @@ def assert_same(actual: tuple[object, ...], expected: tuple[object, ...]) -> Non
     assert_same_state(actual[-1], expected[-1], 1e-5)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@pytest.fixture
+def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is the same, its operations compute in plain PyTorch: what counts here are graphs."""
+    monkeypatch.setattr(custom, "interpreting", lambda: False)
+
+
+@pytest.mark.usefixtures("fresh_compiler", "by_pytorch")
 @torch.no_grad()
 def test_one_graph_for_one_length_and_one_for_all_others() -> None:
     """With the state going in and out."""
@@ -56,7 +63,7 @@ def test_one_graph_for_one_length_and_one_for_all_others() -> None:
     assert run.graphs == 2
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler", "by_pytorch")
 @torch.no_grad()
 def test_one_graph_for_one_number_of_blocks_and_one_for_all_others() -> None:
     decoder = float32()
@@ -74,7 +81,7 @@ def test_one_graph_for_one_number_of_blocks_and_one_for_all_others() -> None:
     assert run.graphs == 2
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler", "by_pytorch")
 @torch.no_grad()
 def test_packed_sequences_compile_too() -> None:
     """The torch backend reads the boundaries, which no graph can; the kernels need not."""
@@ -100,13 +107,15 @@ def test_decoding_is_one_graph() -> None:
     assert run.graphs == 1
 
 
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_training_compiles() -> None:
-    """Forward and backward, a graph each."""
+def test_training_compiles(checkpointed: bool) -> None:
+    """Forward and backward, a graph each; with activations that are checkpointed too."""
     decoder = float32(dropout=0.0).train()
     x, x_pred = tokens(2, 6), tokens(2, 2, 4, seed=1)
     pop = partial(decoder.pop, block_size=3, backend="triton")
-    out, pred, state = Compiled(pop, "aot_eager")(x, x_pred)
+    run = partial(checkpoint, pop, use_reentrant=False) if checkpointed else pop
+    out, pred, state = Compiled(run, "aot_eager")(x, x_pred)
     leaves = list(decoder.parameters())
     found = gradients((out, pred, state.kv), leaves)
     out, pred, state = pop(x, x_pred)

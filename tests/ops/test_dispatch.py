@@ -13,6 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 import retpop
+from retpop.kernels import configs
 from retpop.ops import triton_backend
 from retpop.ops.dispatch import choose_backend
 from retpop.ops.triton_backend import Inputs
@@ -44,6 +45,21 @@ def test_auto_takes_the_kernels_on_a_gpu() -> None:
     assert choose_backend("here", "triton", inputs())[0] == "triton"
     for name in ("torch", "reference"):
         assert choose_backend("here", name, inputs()) == (name, "it was asked for by name")
+
+
+def test_a_gpu_that_this_triton_gets_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name with an error that says what, where it is reported and what helps; "auto" takes torch."""
+    on_a_gpu(monkeypatch, major=10, minor=0)
+    monkeypatch.setattr(configs.why_wrong, "__defaults__", ("3.7.1",))
+    name, reason = choose_backend("here", "auto", inputs())
+    assert name == "torch"
+    assert "Triton 3.7.1 on sm_100" in reason
+    with pytest.raises(
+        RuntimeError, match=r"^here: .* come out wrong \(https://.*; Triton 3.9.0 has the repair"
+    ):
+        choose_backend("here", "triton", inputs())
+    monkeypatch.setattr(configs.why_wrong, "__defaults__", ("3.9.0",))
+    assert choose_backend("here", "triton", inputs())[0] == "triton"
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,9 @@ def test_gradients_of_any_subset(names: tuple[str, ...], T: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("q",), ("k", "state"), ("v_pred",), ("k_pred", "v"), POP_TOKENS], ids="+".join
+    "names",
+    [*SUBSETS, ("q_pred",), ("v_pred",), ("k_pred", "v"), ("k_pred", "v_pred"), POP_TOKENS],
+    ids="+".join,
 )
 def test_gradients_of_pop(names: tuple[str, ...]) -> None:
     case, leaves = only(pop_case(with_reset=True), names)

@@ -101,7 +101,7 @@ def catch(module: str, mutant: Mutant, checks: list[Check]) -> str:
 
 def _be_mutant(folder: str, checks: list[Check], said: object) -> None:
     """In the fork: take the kernels from the folder, run the checks, and leave with what happened."""
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor: it may be busy with other work
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     status = 0

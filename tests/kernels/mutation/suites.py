@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.audit.traffic import audit
-from retpop.kernels.configs import PopConfig, RetentionBwdConfig, RetentionConfig, SweepConfig
+from retpop.kernels.configs import (
+    PopBwdConfig,
+    PopConfig,
+    RetentionBwdConfig,
+    RetentionConfig,
+    SweepConfig,
+)
 from retpop.ops import reference
 from retpop.position import rotary_frequencies, rotate, rotation_at
 
@@ -40,10 +46,9 @@ class Check:
 
     def __call__(self) -> None:
         """Raises where the kernel, as the module now is, does anything else than expected."""
-        if "pred" in self.options:
-            self.options["pred"].fill_(
-                math.nan
-            )  # what an earlier run has written must not pass for this one's
+        for place in (self.options.get("pred"), *self.options.get("out", ())):
+            if place is not None:  # what an earlier run has written must not pass for this one's
+                place.fill_(math.nan)
         launch = getattr(importlib.import_module(f"retpop.kernels.{self.module}"), self.launcher)
         with audit(races=self.expected is not None):
             found = launch(*self.arguments, **self.options)
@@ -258,6 +263,68 @@ def pop(*, steps: bool, split: bool) -> list[Check]:
     return checks
 
 
+def pop_bwd(*, split: bool) -> list[Check]:
+    """Tiles of 16, as in `pop`; one sweep for dk and dv, or two; predictions of one tile or of several."""
+    checks = []
+    for both, N, P, L, M, offset, given, resets, rows, Dv in (
+        (True, 2, 1, 21, 18, 0, True, True, 1, 24),
+        (False, 2, 1, 5, 32, 1, False, True, 1, 33),
+        (True, 3, 1, 17, 9, 2, True, True, 1, 16),
+        (False, 1, 2, 21, 7, 0, True, False, 1, 33),
+        (True, 0, 1, 1, 7, 0, True, False, 2, 17),
+        (False, 1, 1, 37, 35, 1, False, False, 1, 16),
+        (True, 3, 1, 6, 5, 0, False, True, 1, 20),
+    ):
+        if split and N == 0:
+            continue
+        sizes = [20, 20, Dv, Dv]
+        main, pred = [], []
+        for i, size in enumerate(sizes):
+            row = numbers(rows, N * L + P * M, 2, size, seed=i)
+            main.append(row[:, : N * L])
+            twin = row[:, N * L :].unflatten(1, (P, M))
+            # Given: every tensor has strides of its own.
+            pred.append(numbers(rows, P, M, 3, size, seed=10 + i)[..., 1:, :].copy_(twin) if given else twin)
+        if given:
+            wide = [numbers(rows, N * L, 2 + i, x.shape[-1], seed=i)[:, :, :2] for i, x in enumerate(main)]
+            main = [place.copy_(x) for place, x in zip(wide, main, strict=True)]
+        state, after = (
+            numbers(rows, 2, 20, Dv + 3, seed=seed)[..., :Dv] if given or (seed == 5 and both) else None
+            for seed in (4, 5)
+        )
+        reset = torch.arange(2 * rows * N).reshape(rows, N, 2)[..., 0] % 4 == 2 if resets else None
+        log_decay = LOG_DECAY[1:3] if given else LOG_DECAY[[0, 3]]
+        leaves = [None if x is None else x.double().requires_grad_() for x in (*main[:3], *pred[:3], state)]
+        results = reference.pop_retention(
+            *leaves[:6],
+            log_decay.double(),
+            block_size=L,
+            offset=offset,
+            state=leaves[6],
+            scale=SCALE,
+            reset=reset,
+        )
+        pairs = zip(results, (main[3], pred[3], after), strict=True)
+        total = sum((result * grad).sum() for result, grad in pairs if grad is not None)
+        wanted = [x for x in leaves if x is not None]
+        expected = torch.autograd.grad(total, wanted, allow_unused=True)
+        expected = [torch.zeros_like(x) if g is None else g for g, x in zip(expected, wanted, strict=True)]
+        common = {"tile": 16, "num_warps": 4, "num_stages": 1, "scale_v": given}
+        config = PopBwdConfig(
+            both=SweepConfig(cols_v=32, **common) if both else None,
+            keys=SweepConfig(cols_v=16, **common),
+            values=SweepConfig(cols_v=16, **common),
+            split=split,
+        )
+        out = [numbers(*x.shape[:-2], 3, x.shape[-1], seed=9)[..., 1:, :] for x in (*main[:3], *pred[:3])]
+        options = {"config": config} | ({"out": out} if given else {})
+        arguments = (*main[:3], *pred[:3], log_decay, state, reset, main[3], pred[3], after)
+        checks.append(
+            Check("pop_bwd", "pop_bwd", (*arguments, L, offset, SCALE, [True] * 7), options, expected)
+        )
+    return checks
+
+
 SUITES: dict[str, Callable[[], list[Check]]] = {
     "norm_gate": norm_gate,
     "rotary": rotary,
@@ -265,6 +332,7 @@ SUITES: dict[str, Callable[[], list[Check]]] = {
     "retention_fwd": lambda: large_state() + retention(),
     "retention_bwd": retention_bwd,
     "norm_gate_bwd": norm_gate_bwd,
+    "pop_bwd_sweep": lambda: pop_bwd(split=False) + pop_bwd(split=True),
     "pop_fwd": lambda: pop(steps=False, split=False) + pop(steps=False, split=True),
     "pop_fwd_steps": lambda: (
         pop(steps=True, split=False) + pop(steps=True, split=True) + pop(steps=False, split=False)[:2]
