@@ -33,13 +33,16 @@ class RetNetBlock(nn.Module):
         self.feed_forward_norm = residual_norm(cfg, device, dtype)
 
     def forward(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """Map (B, T, E) and the layer's state (B, H, Dk, Dv) to the same two, in a call that was prepared."""
+        """Map (B, T, E) and the layer's state (B, H, Dk, Dv) to the same two, in a call that was prepared.
+
+        What comes out is of the call's readers.
+        """
         if self.norm_first:
             mixed, kv = self.retention.mix(self.retention_norm(x), kv, call)
-            x = x + self._drop(mixed)
+            x = call.readers(x) + self._drop(mixed)
             return x + self._drop(self.feed_forward(self.feed_forward_norm(x))), kv
         mixed, kv = self.retention.mix(x, kv, call)
-        x = x + self.retention_norm(self._drop(mixed))
+        x = call.readers(x) + self.retention_norm(self._drop(mixed))
         return x + self.feed_forward_norm(self._drop(self.feed_forward(x))), kv
 
     def _drop(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ layer treats both alike, and tells them apart only here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from retpop.ops.dispatch import BackendName
 from retpop.ops.packed import Packing
 from retpop.ops.pop import run_pop_rows
 from retpop.ops.retention import run_retention
+from retpop.ops.rows import lengthened, shortened
 from retpop.position import Rotation, rotate
 
 
@@ -35,14 +36,21 @@ class AnyCall:
     rotation: Rotation | None
     backend: BackendName
 
-    def turn(self, qk: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
-        """Queries and keys, side by side in the heads of (B, T, 2H, Dk), turned by their tokens' rotation."""
-        if self.rotation is not None and kind is not None and self.backend != "triton":
-            qk = rotate(qk, self.rotation, kind)
-        q, k = qk.chunk(2, dim=2)
-        if self.rotation is not None and kind is not None and self.backend == "triton":
+    def for_inner_layers(self) -> AnyCall:
+        """The call of a layer that another one follows, which wants all of its tokens."""
+        return self
+
+    def readers(self, x: Tensor) -> Tensor:
+        """The tokens of (B, T, ...) whose outputs are wanted: the only ones that need queries and a gate."""
+        return x
+
+    def turn(self, q: Tensor, k: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        """Queries of the readers, and keys, (B, T, H, Dk), turned by their tokens' rotation."""
+        if self.rotation is None or kind is None:
+            return q, k
+        if self.backend == "triton":
             return triton_backend.rotated(q, k, self.rotation, kind)
-        return q, k
+        return rotate(q, self.rotation, kind), rotate(k, self.rotation, kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +88,38 @@ class PopCall(AnyCall):
     Attributes:
         predictions: (P, M).
         block_size, offset, reset: as in `retpop.pop_retention`.
+        main_out: "all"; or "last": the outputs are a short row (`retpop.ops.rows`), the last token of each
+            block and the predictions.
     """
 
     predictions: tuple[int, int]
     block_size: int
     offset: int
     reset: Tensor | None
+    main_out: str
+
+    def for_inner_layers(self) -> PopCall:
+        """The same call, with all tokens coming out."""
+        return replace(self, main_out="all")
+
+    def readers(self, x: Tensor) -> Tensor:
+        """The row (B, T + P·M, ...) itself, or its short row."""
+        return x if self.main_out == "all" else shortened(x, self.predictions, self.block_size)
+
+    def turn(self, q: Tensor, k: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned, see `AnyCall.turn`; queries of a full row where the backend wants one."""
+        if self.main_out == "last" and self.backend != "torch":
+            # Kernels and the reference answer every query. Each has its own answer, so those of tokens
+            # that nobody wants may be anything, and `retain` drops what comes of them.
+            q = lengthened(q, self.predictions, self.block_size)
+        elif self.main_out == "last" and self.rotation is not None and kind is not None:
+            own = Rotation(*(self.readers(x) for x in self.rotation))
+            return rotate(q, own, kind), rotate(k, self.rotation, kind)
+        return super().turn(q, k, kind)
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """POP of rows (B, T + P·M, H, D): outputs (B, T + P·M, H, Dv) and the state after the sequence."""
-        return run_pop_rows(
+        """POP of rows (B, T + P·M, H, D): the readers' outputs and the state after the sequence."""
+        out, state = run_pop_rows(
             q,
             k,
             v,
@@ -100,7 +130,9 @@ class PopCall(AnyCall):
             state=state,
             reset=self.reset,
             backend=self.backend,
+            main_out=self.main_out if self.backend == "torch" else "all",
         )
+        return out if self.backend == "torch" else self.readers(out), state
 
 
 Call = SequenceCall | PopCall

@@ -93,6 +93,7 @@ class RetNetDecoder(nn.Module):
         block_size: int,
         offset: int = 0,
         reset: Tensor | None = None,
+        main_out: str = "all",
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor, RetNetState]:
         """Run a sequence of blocks, and prediction blocks that branch off at their boundaries.
@@ -103,9 +104,13 @@ class RetNetDecoder(nn.Module):
             state: carried from what came before; None for the start of a sequence.
             block_size, offset, reset, backend: as in `retpop.pop_retention`. Positions start over at 0
                 where ``reset`` does.
+            main_out: the tokens of the sequence that come out: "all", or "last", the last one of each block.
+                The last layer then computes queries, gate, output and feed-forward for these and for the
+                predictions only.
 
         Returns:
-            out (B, T, E), pred (B, P, M, E), and the state after the last block.
+            out (B, T, E), or (B, N, E) with ``main_out="last"``; pred (B, P, M, E); and the state after the
+            last block.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `retpop.pop_retention`.
@@ -120,6 +125,7 @@ class RetNetDecoder(nn.Module):
             block_size=block_size,
             offset=offset,
             reset=reset,
+            main_out=main_out,
             backend=backend,
         )
         row, kv = self._run(join_row(x, x_pred), state, call)
@@ -149,8 +155,9 @@ class RetNetDecoder(nn.Module):
 
     def _run(self, x: Tensor, state: RetNetState | None, call: Call) -> tuple[Tensor, Tensor]:
         states: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
-            x, kv = layer(x, None if state is None else state.kv[index], call)
+        calls = [*[call.for_inner_layers()] * (self.cfg.num_layers - 1), call]
+        for index, (layer, own_call) in enumerate(zip(self.layers, calls, strict=True)):
+            x, kv = layer(x, None if state is None else state.kv[index], own_call)
             states.append(kv)
         return self.final_norm(x), torch.stack(states)
 

@@ -95,6 +95,7 @@ def prepare_pop(
     block_size: int,
     offset: int,
     reset: Tensor | None,
+    main_out: str,
     backend: str,
 ) -> tuple[PopCall, Tensor]:
     """The call that runs ``x`` (B, T, E) and ``x_pred`` (B, P, M, E) as POP, and the positions after it."""
@@ -107,6 +108,7 @@ def prepare_pop(
         )
     checks.check_blocks(owner.where, length, num_predictions, block_size, offset)
     checks.check_reset(owner.where, reset, "x", x, block_size)
+    checks.check_main_out(owner.where, main_out)
     _check_state(owner, state, batch)
     start = None if state is None else state.position
     boundaries = boundary_positions(start, length // block_size, block_size, reset, x.device)
@@ -119,6 +121,7 @@ def prepare_pop(
         block_size=block_size,
         offset=offset,
         reset=reset,
+        main_out=main_out,
         backend=_choose(owner, x, backend),
     )
     return call, boundaries[:, -1].expand(batch).clone()

@@ -114,6 +114,7 @@ class MultiScaleRetention(nn.Module):
         block_size: int,
         offset: int = 0,
         reset: Tensor | None = None,
+        main_out: str = "all",
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor, RetNetState]:
         """Run a sequence of blocks, and prediction blocks that branch off at their boundaries.
@@ -124,9 +125,11 @@ class MultiScaleRetention(nn.Module):
             state: carried from what came before, with layers = 1; None for the start of a sequence.
             block_size, offset, reset, backend: as in `retpop.pop_retention`. Positions start over at 0
                 where ``reset`` does.
+            main_out: the tokens of the sequence that come out, see `RetNetDecoder.pop`.
 
         Returns:
-            out (B, T, E), pred (B, P, M, E), and the state after the last block.
+            out (B, T, E), or (B, N, E) with ``main_out="last"``; pred (B, P, M, E); and the state after the
+            last block.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `retpop.pop_retention`.
@@ -141,22 +144,32 @@ class MultiScaleRetention(nn.Module):
             block_size=block_size,
             offset=offset,
             reset=reset,
+            main_out=main_out,
             backend=backend,
         )
         row, kv = self.mix(join_row(x, x_pred), None if state is None else state.kv[0], call)
         return *split_row(row, call.predictions), RetNetState(kv.unsqueeze(0), position)
 
     def mix(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """The layer itself, of a call that has been prepared: (B, T, E) and a state to the same two."""
-        key_dim, _, value_dim, _ = self.widths
-        qk, v, gate = self.qkvg_proj(x).split((2 * key_dim, value_dim, value_dim), dim=-1)
-        heads = 2 * self.cfg.num_heads
-        q, k = call.turn(qk.unflatten(-1, (heads, self.cfg.head_key_dim)), self.cfg.position)
-        v, gate = (t.unflatten(-1, (self.cfg.num_heads, self.cfg.head_value_dim)) for t in (v, gate))
+        """The layer itself, of a call that has been prepared: (B, T, E) and a state to the same two.
+
+        What comes out is of the call's readers.
+        """
+        q, k, v, gate = (y.unflatten(-1, (self.cfg.num_heads, -1)) for y in self._project(x, call.readers(x)))
+        q, k = call.turn(q, k, self.cfg.position)
         out, kv = call.retain(q, k, v, kv)
         out = F.dropout(out, self.cfg.dropout, self.training)
         out = self.head_norm.gated(out, gate, self.cfg.gate_activation, call.backend)
         return self.out_proj(out.flatten(-2)), kv
+
+    def _project(self, x: Tensor, readers: Tensor) -> tuple[Tensor, ...]:
+        """Queries of the tokens that read, keys and values of all, and a gate for those that read."""
+        if readers is x:
+            return self.qkvg_proj(x).split(self.widths, dim=-1)
+        weights = self.qkvg_proj.weight.split(self.widths)
+        biases = [None] * 4 if self.qkvg_proj.bias is None else self.qkvg_proj.bias.split(self.widths)
+        tokens = (readers, x, x, readers)
+        return tuple(F.linear(*part) for part in zip(tokens, weights, biases, strict=True))
 
     def init_state(
         self,

@@ -17,6 +17,7 @@ from retpop.arguments import check_chunk_size, check_tensor, values_are_free
 from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
 
 MODES = ("parallel", "chunkwise", "recurrent")
+MAIN_OUT = ("all", "last")
 
 
 class Named(NamedTuple):
@@ -234,6 +235,12 @@ def check_blocks(where: str, length: int, num_predictions: int, block_size: int,
             f"{where}: P={num_predictions} predictions from offset {offset} need as many boundaries, but "
             f"N={num_blocks} blocks leave N + 1 - offset = {num_blocks + 1 - offset}."
         )
+
+
+def check_main_out(where: str, main_out: str) -> None:
+    """Check which tokens of the sequence are to come out."""
+    if main_out not in MAIN_OUT:
+        raise ValueError(f"{where}: main_out is {main_out!r}; it must be one of {MAIN_OUT}.")
 
 
 def check_reset(where: str, reset: Tensor | None, name: str, x: Tensor, block_size: int) -> None:

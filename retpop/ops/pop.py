@@ -106,8 +106,13 @@ def run_pop(
     state: Tensor | None,
     reset: Tensor | None,
     backend: BackendName,
+    main_out: str = "all",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`pop_retention` after its checks, of (q, k, v) twice, on a backend that has been chosen."""
+    """`pop_retention` after its checks, of (q, k, v) twice, on a backend that has been chosen.
+
+    With ``main_out="last"``, for the torch backend alone, the sequence's queries and outputs are those of
+    the last token of each block, (B, N, H, D).
+    """
     q, k, v, q_pred, k_pred, v_pred = cast_inputs(*main, *pred)
     with without_autocast(q.device):
         if backend == "reference":
@@ -125,8 +130,21 @@ def run_pop(
                 scale=powers.scale,
                 reset=reset,
             )
-        run = triton_backend.pop_retention if backend == "triton" else torch_backend.pop_retention
-        return run(
+        if backend == "triton":
+            return triton_backend.pop_retention(
+                q,
+                k,
+                v,
+                q_pred,
+                k_pred,
+                v_pred,
+                powers,
+                block_size=block_size,
+                offset=offset,
+                state=state,
+                reset=reset,
+            )
+        return torch_backend.pop_retention(
             q,
             k,
             v,
@@ -138,6 +156,7 @@ def run_pop(
             offset=offset,
             state=state,
             reset=reset,
+            main_out=main_out,
         )
 
 
@@ -153,8 +172,12 @@ def run_pop_rows(
     state: Tensor | None,
     reset: Tensor | None,
     backend: BackendName,
+    main_out: str = "all",
 ) -> tuple[Tensor, Tensor]:
-    """`run_pop` of rows (B, T + P·M, H, D), see `retpop.ops.rows`: a row of outputs, and the final state."""
+    """`run_pop` of rows (B, T + P·M, H, D), see `retpop.ops.rows`: a row of outputs, and the final state.
+
+    With ``main_out="last"``, for the torch backend alone, queries and outputs are short rows.
+    """
     if backend == "triton":
         q, k, v = cast_inputs(q, k, v)
         return triton_backend.pop_rows(
@@ -178,5 +201,6 @@ def run_pop_rows(
         state=state,
         reset=reset,
         backend=backend,
+        main_out=main_out,
     )
     return join_row(out, pred), state

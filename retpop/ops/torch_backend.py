@@ -66,12 +66,16 @@ def pop_retention(
     offset: int,
     state: Tensor | None,
     reset: Tensor | None,
+    main_out: str = "all",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """POP of tokens (B, N·L, H, D) and predictions (B, P, M, H, D); outputs, predictions, final state."""
+    """POP of tokens (B, N·L, H, D) and predictions (B, P, M, H, D); outputs, predictions, final state.
+
+    With ``main_out="last"``, ``q`` and the outputs are those of the last token of each block, (B, N, H, D).
+    """
     if state is None:
         state = zero_state(q, v, q.shape[0])
-    if q.shape[1]:
-        out, states = _pop_blocks(q, k, v, powers.block(block_size), block_size, state, reset)
+    if k.shape[1]:
+        out, states = _pop_blocks(q, k, v, powers, block_size, state, reset, main_out)
     else:  # predictions alone, which need no powers for a block
         out, states = v.clone(), [state]
     if q_pred.shape[1] and q_pred.shape[2]:
@@ -84,8 +88,8 @@ def pop_retention(
 
 def block_states(
     k: Tensor, v: Tensor, state: Tensor, tables: BlockPowers, reset: Tensor | None = None
-) -> list[Tensor]:
-    """The states B_0 .. B_N at the boundaries of N blocks, each (B, H, Dk, Dv).
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The states before and after each of N blocks, (B, H, Dk, Dv) each: they differ where ``reset`` is.
 
     Args:
         k, v: (B, N, L, H, D).
@@ -94,14 +98,15 @@ def block_states(
         reset: (B, N), bool: B_n is zero where reset[:, n].
     """
     added = block_additions(k, v, tables.to_end)
-    states = []
+    before, after = [], []
     for n, added_by_block in enumerate(added.unbind(1)):
         if reset is not None:
             # `where`, not a product: 0 * NaN would carry a NaN over into the next episode.
             state = torch.where(reset[:, n, None, None, None], torch.zeros_like(state), state)
-        states.append(state)
+        before.append(state)
         state = advance(state, tables.across, added_by_block)
-    return [*states, state]
+        after.append(state)
+    return before, after
 
 
 def block_additions(k: Tensor, v: Tensor, to_end: Tensor) -> Tensor:
@@ -149,16 +154,24 @@ def _pop_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tables: BlockPowers,
+    powers: DecayPowers,
     block_size: int,
     state: Tensor,
     reset: Tensor | None,
+    main_out: str,
 ) -> tuple[Tensor, list[Tensor]]:
+    """Outputs of the main sequence, and the states B_0 .. B_N at its boundaries."""
     dtype = v.dtype
-    q, k, v = (_blocks(x, block_size) for x in widen(q, k, v))
-    states = block_states(k, v, state, tables, reset)
-    out = attend(q, k, v, torch.stack(states[:-1], dim=1), tables)
-    return rearrange(out, "b n l h d -> b (n l) h d").to(dtype), states
+    q, k, v = widen(q, k, v)
+    k, v = _blocks(k, block_size), _blocks(v, block_size)
+    tables = powers.block(block_size)
+    before, after = block_states(k, v, state, tables, reset)
+    if main_out == "last":  # the last token reads the state after its block, as in a recurrent step
+        out = read(q, torch.stack(after, dim=1), powers.scale)
+    else:
+        out = attend(_blocks(q, block_size), k, v, torch.stack(before, dim=1), tables)
+        out = rearrange(out, "b n l h d -> b (n l) h d")
+    return out.to(dtype), [*before, after[-1]]
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
@@ -170,9 +183,9 @@ def _blockwise(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_blocks(x, size) for x in (q, k, v))
     tables = powers.block(size)
-    states = block_states(k, v, state, tables)
-    out = attend(q, k, v, torch.stack(states[:-1], dim=1), tables)
-    return rearrange(out, "b n l h d -> b (n l) h d"), states[-1]
+    before, after = block_states(k, v, state, tables)
+    out = attend(q, k, v, torch.stack(before, dim=1), tables)
+    return rearrange(out, "b n l h d -> b (n l) h d"), after[-1]
 
 
 def _chunkwise(
@@ -206,5 +219,5 @@ def step(k: Tensor, v: Tensor, state: Tensor, across: Across) -> Tensor:
 
 
 def read(q: Tensor, state: Tensor, scale: float) -> Tensor:
-    """The output c · q S of queries (B, H, Dk) at a state: (B, H, Dv)."""
+    """The output c · q S of queries (..., H, Dk) at their states: (..., H, Dv)."""
     return (scale * q.unsqueeze(-2) @ state).squeeze(-2)

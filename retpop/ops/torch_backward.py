@@ -101,9 +101,9 @@ def retention(
     for first, last, size in cuts:
         tables = powers.block(size)
         k_blocks, v_blocks = (x[:, first:last].unflatten(1, (-1, size)) for x in (k, v))
-        states = torch_backend.block_states(k_blocks, v_blocks, state, tables)
-        starts.append(torch.stack(states[:-1], dim=1))
-        state = states[-1]
+        before, after = torch_backend.block_states(k_blocks, v_blocks, state, tables)
+        starts.append(torch.stack(before, dim=1))
+        state = after[-1]
     parts = []
     for (first, last, size), start in zip(reversed(cuts), reversed(starts), strict=True):
         tables = powers.block(size)
@@ -145,7 +145,8 @@ def pop_retention(
     tables = powers.block(block_size)
     if num_blocks:
         k_blocks, v_blocks = (x.unflatten(1, (num_blocks, block_size)) for x in main[1:])
-        states = torch_backend.block_states(k_blocks, v_blocks, state, tables, reset)
+        before, after = torch_backend.block_states(k_blocks, v_blocks, state, tables, reset)
+        states = [*before, after[-1]]
     found = torch.zeros_like(pred[0]), torch.zeros_like(pred[1]), torch.zeros_like(pred[2])
     if num_predictions and pred[0].shape[2]:
         pred_tables = powers.block(pred[0].shape[2])

@@ -83,6 +83,7 @@ BAD_POPS = {
     "offset": ({"offset": 4}, ["offset", "4", "3"]),
     "too many predictions": ({"offset": 3}, ["P", "2", "1"]),
     "reset shape": ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, ["reset", "(2, 4)", "(2, 3)"]),
+    "main_out": ({"main_out": "first"}, ["main_out", "first", "all", "last"]),
     "reset dtype": ({"reset": torch.zeros(2, 3)}, ["reset", "float32", "bool"]),
 }
 

@@ -73,6 +73,23 @@ def test_pop(name: str) -> None:
     assert_same(actual, expected, leaves_of(decoder, state, x, x_pred))
 
 
+@pytest.mark.parametrize("name", ["plain", "norm last", "two layers"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_pop_of_which_the_last_tokens_come_out(name: str, offset: int) -> None:
+    decoder = float32(**CONFIGS[name])
+    x, x_pred = tokens(2, 6).requires_grad_(), tokens(2, 2, 4, seed=1).requires_grad_()
+    state = with_gradients(random_state(decoder, 2))
+    reset = torch.tensor([[False, True], [False, False]])
+    actual, expected = (
+        decoder.pop(
+            x, x_pred, state, block_size=3, offset=offset, reset=reset, main_out="last", backend=backend
+        )
+        for backend in ("triton", "torch")
+    )
+    assert actual[0].shape == (2, 2, 12)
+    assert_same(actual, expected, leaves_of(decoder, state, x, x_pred))
+
+
 @pytest.mark.parametrize(("N", "P", "offset"), [(0, 1, 0), (1, 1, 1), (2, 0, 0), (1, 2, 0)])
 def test_other_shapes_of_pop(N: int, P: int, offset: int) -> None:
     """Imagination's step, predictions alone, and none."""
