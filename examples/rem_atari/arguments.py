@@ -31,12 +31,15 @@ class TrainArguments:
     debug (seconds, learns nothing), tiny (the default: a few minutes, a real Atari game), catch (a few
     minutes, learns a toy game), minatar (a small game in pixels) or paper (the published agent: wants a GPU).
 
-    Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal.
+    Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     run: Path | None = None
     """Folder of the run, not there yet or empty. None: runs/<env>-<preset>-<seed>-<time>."""
+    stop_after: float | None = None
+    """Seconds after which training stops and saves as on a signal (exit code 3), for `rem-atari resume` to go
+    on another time. None: it goes on to its end."""
     debug: Debug = False
     """Show the traceback of an error."""
 
@@ -79,7 +82,7 @@ class ResumeArguments:
 
     Example: rem-atari resume runs/pong --schedule.epochs 50
 
-    Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal.
+    Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after.
     """
 
     run: RunPath
@@ -90,16 +93,43 @@ class ResumeArguments:
     """Evaluation."""
     threads: int | None = None
     """CPU threads torch uses; another number can change the last bits of what follows. None: as it was."""
+    stop_after: float | None = None
+    """Seconds after which training stops and saves as on a signal (exit code 3), for `rem-atari resume` to go
+    on another time. None: it goes on to its end."""
     debug: Debug = False
     """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Write a run's report.html anew: curves, pictures, and how the networks do on held-out frames."""
+    """Write a run's report.html anew: curves, pictures, and how the networks do on held-out frames.
+
+    Writes RUN/report.html, its measurements as RUN/quality.json, and its pictures in RUN/media/.
+    """
 
     run: RunPath
     """Folder of the run."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class DiagnoseArguments:
+    """Say why a run does not learn: six signs, in the order in which to heed them, each with its figures.
+
+    Reads config.json and metrics.jsonl alone, so that it can look at a run that is under way. The checks:
+    error on moving pixels, reward loss stuck high, entropy near zero before the imagined return moves,
+    world-model loss rising, codebook use, value scale.
+
+    Example: rem-atari diagnose runs/pong --json
+
+    Writes nothing. Exit codes: 0 whatever the signs, 1 no metrics yet, 2 wrong use.
+    """
+
+    run: RunPath
+    """Folder of the run; it may still be training."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON instead: every check with its figures."""
     debug: Debug = False
     """Show the traceback of an error."""
 
@@ -112,7 +142,7 @@ class EvaluateArguments:
     lost life ends nothing, raw rewards, at most 108,000 raw frames. Every environment plays a number of games
     that is fixed in advance, because counting whichever games end first would count short games too often.
 
-    Example: rem-atari evaluate runs/pong --episodes 100
+    Example: rem-atari evaluate runs/pong --episodes 100 --random-episodes 20
 
     Writes RUN/evaluation/step-.../: summary.json (mean, median, human-normalised score), episodes.csv, and
     films of the best and the worst game. An earlier evaluation of the same checkpoint is replaced. Trust the
@@ -123,6 +153,8 @@ class EvaluateArguments:
     """Folder of the run; it may still be training."""
     episodes: int = 100
     """Games to play."""
+    random_episodes: int = 0
+    """Games of random play under the same conditions, to compare with; 0: none."""
     temperature: float | None = None
     """Temperature of the actions: below 1 is closer to the most likely one. None: the run's own for
     evaluations (0.5 in the paper)."""
@@ -233,12 +265,12 @@ class BenchmarkArguments:
     """Updates of each component that are timed."""
     warmup: int = 2
     """Updates before them that are not."""
-    max_seconds: float = 60.0
+    max_seconds: float = 20.0
     """A component is timed no longer than this (but for at least one update)."""
-    batch_scale: float = 1.0
-    """Share of each batch that is really computed, for a machine on which whole batches take too long. Times
-    are then multiplied to whole batches, and marked: where a whole batch uses the machine better than its
-    part, it takes less."""
+    batch_scale: float | None = None
+    """Share of each batch that is really computed. Times are then multiplied to whole batches, and marked:
+    where a whole batch uses the machine better than its part, it takes less. None: whole batches; on a CPU
+    the half, quarter, ... of them with which an update takes about a second."""
     json: Path | None = None
     """Write the measurements here as JSON."""
     csv: Path | None = None
@@ -282,6 +314,7 @@ Arguments = (
     | EvaluateArguments
     | RecordArguments
     | ReportArguments
+    | DiagnoseArguments
     | ScoresArguments
     | BenchmarkArguments
     | WeightsArguments
@@ -306,6 +339,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         | Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")]
         | Annotated[RecordArguments, tyro.conf.subcommand("record")]
         | Annotated[ReportArguments, tyro.conf.subcommand("report")]
+        | Annotated[DiagnoseArguments, tyro.conf.subcommand("diagnose")]
         | Annotated[ScoresArguments, tyro.conf.subcommand("scores")]
         | Annotated[BenchmarkArguments, tyro.conf.subcommand("benchmark", default=benchmark)]
         | Annotated[WeightsArguments, tyro.conf.subcommand("weights")]

@@ -7,23 +7,27 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import safetensors.torch
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rem_atari.config import Config, OptimConfig
+from rem_atari.controller_loss import learn_from
 from rem_atari.errors import RunError, UsageError
-from rem_atari.imagination import ImaginedEnv
+from rem_atari.laps import Lap
 from rem_atari.models.lpips import expected_shapes
 from rem_atari.replay import Replay
 from rem_atari.rollout import rollout
 from rem_atari.training.assembly import assemble
+from rem_atari.training.controller_phase import ControllerPhase
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.run_state import RunState
 from rem_atari.training.schedule import plan_run, steps_in_epoch, updates_in_epoch
@@ -42,6 +46,13 @@ PLAY_STEPS = 50
 ENCODED = 256
 """Frames that are encoded to time it."""
 
+CPU_UPDATE = 300e9
+"""Floating point operations that an update of the world model may take on a CPU where the user does not say
+what share of a batch to compute: a second or two of two cores."""
+
+MATRIX = 1024
+"""Side of the square matrices whose product is the rate that a CPU's work is measured by."""
+
 COVERING = 8
 """Draws for each stored frame after which all but one in e^8 have their tokens."""
 
@@ -56,6 +67,9 @@ class Timing:
         of: what these are.
         seconds: of each repetition that was timed.
         memory: bytes at most on the device in these repetitions; None where that is not known.
+        parts: median seconds of what it consists of, in order; none where it was timed as a whole.
+        flops: floating point operations of the matrix products and convolutions in each of `parts`, counted
+            in a repetition of its own; none where they cannot be (on a GPU, compiled).
     """
 
     name: str
@@ -63,6 +77,8 @@ class Timing:
     of: str
     seconds: tuple[float, ...]
     memory: int | None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    flops: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -74,6 +90,10 @@ class Timing:
         """How many of a batch's items a second."""
         return self.batch / self.median
 
+    def share(self, part: str) -> float:
+        """The share of one of `parts` in their sum."""
+        return self.parts[part] / sum(self.parts.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
@@ -84,12 +104,28 @@ class Benchmark:
         batch_scale: share of a batch that was computed.
         timings: by the parts' names, in order.
         process_memory: bytes at most that the process had in memory, everything included.
+        matrix_rate: on a CPU, floating point operations a second of a product of two square matrices in the
+            run's precision, measured before and after the timings (the lower of the two); else None.
     """
 
     config: Config
     batch_scale: float
     timings: dict[str, Timing]
     process_memory: int
+    matrix_rate: float | None = None
+
+    @property
+    def imagined_alone(self) -> float:
+        """Imagined frames a second of the world model's and the controller's steps alone."""
+        timing = self.timings["imagine"]
+        return timing.batch / timing.parts.get("steps", timing.median)
+
+    def efficiency(self, name: str, part: str) -> float | None:
+        """The share of the matrix rate at which a part of a timing computes, where both are known."""
+        timing = self.timings[name]
+        if self.matrix_rate is None or not timing.flops.get(part):
+            return None
+        return timing.flops[part] / timing.parts[part] / self.matrix_rate
 
     @property
     def imagined_in_training(self) -> float:
@@ -127,7 +163,7 @@ def measure(
     updates: int,
     warmup: int,
     max_seconds: float,
-    batch_scale: float,
+    batch_scale: float | None,
     after_part: Callable[[int], None],
 ) -> Benchmark:
     """Time the parts of a run.
@@ -137,15 +173,16 @@ def measure(
         updates: repetitions that are timed.
         warmup: repetitions before them.
         max_seconds: a part is timed no longer than this, but at least once.
-        batch_scale: share of each batch that is computed, above 0 and at most 1.
+        batch_scale: share of each batch that is computed, above 0 and at most 1; None: `fitting_scale`.
         after_part: called with 1 after each of the `NUM_PARTS` parts.
 
     Raises:
         UsageError: the configuration is not one that can be trained.
         RunError: the device has not enough memory, or the game gives nothing to train on.
     """
+    batch_scale = fitting_scale(config) if batch_scale is None else batch_scale
     scaled = scale_batches(config, batch_scale)
-    repeat = partial(_time, updates=updates, warmup=warmup, max_seconds=max_seconds, device=config.device)
+    repeat = partial(_time, updates=updates, warmup=warmup, max_seconds=max_seconds, config=config)
     timings: dict[str, Timing] = {}
     with _explaining_memory(), ExitStack() as stack:
         parts = stack.enter_context(prepare_training(stack.enter_context(_with_weights(scaled))))
@@ -154,16 +191,34 @@ def measure(
         replay = Replay((side, side, 3), room, folder=None, seed=derive_seed(config.seed, "replay"))
         state = assemble(scaled, parts, replay, lambda text: None)
         state.env.reset()
+        before = _matrix_rate(config)
         for timing in _time_parts(scaled, state, repeat):
             timings[timing.name] = timing
             after_part(1)
+        after = _matrix_rate(config)
     return Benchmark(
-        config=config, batch_scale=batch_scale, timings=timings, process_memory=_process_memory()
+        config=config,
+        batch_scale=batch_scale,
+        timings=timings,
+        process_memory=_process_memory(),
+        matrix_rate=None if before is None or after is None else min(before, after),
     )
 
 
 NUM_PARTS = 4 + len(COMPONENTS)
 """Parts that `measure` times."""
+
+
+def fitting_scale(config: Config) -> float:
+    """The share of each batch that suits the device: all of it; on a CPU 1/2^n, see `CPU_UPDATE`."""
+    if torch.device(config.device).type != "cpu":
+        return 1.0
+    model, tokenizer = config.world_model, config.tokenizer
+    places = (config.env.frame_size // 2 ** (len(tokenizer.channels) - 1)) ** 2
+    weights = model.num_layers * (5 * model.embed_dim + 2 * model.ffn_dim) * model.embed_dim
+    # Forward and backward, a product and a sum for each weight, for K + 1 tokens read and K predicted.
+    work = 6 * weights * model.optim.batch_size * model.sequence_blocks * (2 * places + 1)
+    return 2.0 ** -max(0, math.ceil(math.log2(work / CPU_UPDATE)))
 
 
 def scale_batches(config: Config, scale: float) -> Config:
@@ -229,7 +284,11 @@ def _time_parts(config: Config, state: RunState, repeat: _Repeat) -> Iterator[Ti
     tokenizer = state.phases["tokenizer"]
     yield _time_phase(tokenizer, config, repeat)
     frames = state.replay.sample_frames(ENCODED).to(config.device)
-    encode = partial(state.agent.tokenizer.encode, frames)
+
+    def encode(lap: Lap) -> None:
+        state.agent.tokenizer.encode(frames)
+        lap("encode")
+
     yield repeat("encode", encode, batch=ENCODED, of="frames")
     blocks = config.world_model.sequence_blocks
     # Frames that are drawn again need no encoding; what encoding takes is a part of its own.
@@ -237,7 +296,7 @@ def _time_parts(config: Config, state: RunState, repeat: _Repeat) -> Iterator[Ti
     state.tokens.tokenize(state.replay.sample_sequences(rows, blocks, min_real=1))
     for name in ("world_model", "controller"):
         yield _time_phase(state.phases[name], config, repeat)
-    yield _time_imagination(config, state, repeat)
+    yield _time_imagination(config, state, state.phases["controller"], repeat)
 
 
 def _time_random_play(config: Config, state: RunState) -> Timing:
@@ -289,46 +348,102 @@ def _time_phase(phase: TrainingPhase, config: Config, repeat: _Repeat) -> Timing
     return timing
 
 
-def _time_imagination(config: Config, state: RunState, repeat: _Repeat) -> Timing:
-    """Imagined episodes alone, as long as the controller's, without burn-in and gradient."""
+def _time_imagination(config: Config, state: RunState, phase: ControllerPhase, repeat: _Repeat) -> Timing:
+    """All that an update of the controller computes before its gradient, on frames not seen before."""
     batch, steps = config.controller.optim.batch_size, config.controller.horizon - 1
-    agent, generator = state.agent, state.random["imagination"]
-    tokens = agent.tokenizer.encode(state.replay.sample_frames(batch).to(config.device))
 
-    @torch.no_grad()
-    def imagine() -> None:
-        env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
-        carry = agent.controller.initial_carry(batch)
-        rollout(env, agent.controller, carry, env.reset(tokens), steps, generator=generator)
+    def imagine(lap: Lap) -> None:
+        state.tokens.clear()
+        segments = phase.draw()
+        lap("encode")
+        with phase.component.autocast():
+            imagination = phase.imagine(segments, lap)
+            learn_from(imagination, state.agent.controller, config.controller)
+        lap("loss")
 
     return repeat("imagine", imagine, batch=batch * steps, of="frames")
 
 
 def _time(
     name: str,
-    work: Callable[[], object],
+    work: Callable[[Lap], object],
     *,
     batch: int,
     of: str,
     updates: int,
     warmup: int,
     max_seconds: float,
-    device: str,
+    config: Config,
 ) -> Timing:
+    laps = _Laps(config.device)
     for _ in range(warmup):
-        work()
-    is_cuda = torch.device(device).type == "cuda"
+        work(laps)
+    is_cuda = torch.device(config.device).type == "cuda"
     if is_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(config.device)
+    laps = _Laps(config.device)
     seconds: list[float] = []
     while len(seconds) < updates and (not seconds or sum(seconds) < max_seconds):
-        _wait(device)
+        laps.start()
         started = time.perf_counter()
-        work()
-        _wait(device)
+        work(laps)
+        _wait(config.device)
         seconds.append(time.perf_counter() - started)
-    memory = torch.cuda.max_memory_allocated(device) if is_cuda else None
-    return Timing(name=name, batch=batch, of=of, seconds=tuple(seconds), memory=memory)
+    return Timing(
+        name=name,
+        batch=batch,
+        of=of,
+        seconds=tuple(seconds),
+        memory=torch.cuda.max_memory_allocated(config.device) if is_cuda else None,
+        parts={part: statistics.median(times) for part, times in laps.seconds.items()},
+        flops=_count_flops(work) if config.device == "cpu" and not config.compile else {},
+    )
+
+
+class _Laps:
+    """Times the parts of what is done again and again; the seconds of each part by its name."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._device = device
+        self._last = 0.0
+
+    def start(self) -> None:
+        """The first part begins."""
+        _wait(self._device)
+        self._last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        """A part ends, and the next one begins."""
+        _wait(self._device)
+        now = time.perf_counter()
+        self.seconds[part].append(now - self._last)
+        self._last = now
+
+
+def _count_flops(work: Callable[[Lap], object]) -> dict[str, int]:
+    """What each part of the work computes in matrix products and convolutions."""
+    flops: dict[str, int] = {}
+    with FlopCounterMode(display=False) as counter:
+
+        def lap(part: str) -> None:
+            flops[part] = counter.get_total_flops() - sum(flops.values())
+
+        work(lap)
+    return flops
+
+
+def _matrix_rate(config: Config) -> float | None:
+    """Floating point operations a second of a matrix product on a CPU, in the run's precision."""
+    if config.device != "cpu":
+        return None
+    a, b = torch.randn(2, MATRIX, MATRIX, dtype=getattr(torch, config.precision))
+    seconds = []
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * MATRIX**3 / statistics.median(seconds)
 
 
 def _wait(device: str) -> None:

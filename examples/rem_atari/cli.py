@@ -6,7 +6,7 @@ code  meaning
 0     done
 1     failed; the last line of stderr says why
 2     wrong use: a bad flag, name, value or folder
-3     stopped by a signal
+3     stopped by a signal, or after the time that ``--stop-after`` gave it
 141   nobody reads the output any more, as in ``rem-atari list | head -2``
 ====  =========================================================================
 """
@@ -41,6 +41,7 @@ commands:
   evaluate   play whole games with a trained agent: scores and films
   record     film the game, its reconstruction and the imagination side by side
   report     write a run's report anew
+  diagnose   say why a run does not learn, from its metrics alone
   scores     aggregate runs over games and seeds, beside the published agents
   benchmark  measure this machine: how long would a run take?
   weights    fetch the weights of the perceptual loss, once
@@ -49,7 +50,7 @@ commands:
 `rem-atari COMMAND --help` shows a command's flags, an example, and what it writes.
 Try: rem-atari train --preset tiny --env.game Breakout
 
-exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal
+exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after
 
 The commands need the packages of an extra: pip install 'retpop[atari]'"""
 """The overview. It is no work of tyro's, so that it answers where the extra is not installed."""

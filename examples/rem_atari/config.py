@@ -149,6 +149,9 @@ class WorldModelConfig:
     """One prediction token for all places of an observation, not one each. An ablation of the paper."""
     position_in_block: bool = False
     """Add a learned embedding of a token's place in its block. Off in the paper."""
+    freeze_at_init: bool = False
+    """Leave the world model as random as it was drawn: a control, which imagination can teach nothing.
+    Its updates are made with a learning rate of 0, so that everything else of the run stays the same."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=2e-4, weight_decay=0.05, clip_norm=100.0, batch_size=64, updates_per_epoch=200, start_epoch=25
@@ -253,6 +256,11 @@ class EvaluationConfig:
     """Steps of the evaluation at the end that are kept in heldout/, for the report; never trained on."""
 
 
+ADDED_FIELDS = {"cuda_graphs": False, "world_model.freeze_at_init": False}
+"""Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
+what those runs did."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
@@ -269,6 +277,9 @@ class Config:
     compile: bool = False
     """Compile the networks with torch.compile: the first updates take minutes, those after them less time.
     Off in the presets for a CPU, whose runs are too short for it."""
+    cuda_graphs: bool = True
+    """On a CUDA device: record imagination as a CUDA graph and replay it, which is the same to the last bit
+    and saves the launching of its many small kernels. Off: launch them one by one."""
     threads: int = 0
     """CPU threads torch uses; 0 leaves torch's own choice."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -290,5 +301,22 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Config:
-        """A configuration from `to_dict`'s data; unknown and missing names raise ValueError."""
-        return from_dict(cls, data)
+        """A configuration from `to_dict`'s data; unknown and missing names raise ValueError.
+
+        What a run folder of an earlier version lacks, `ADDED_FIELDS`, is filled in.
+        """
+        return from_dict(cls, _with_added_fields(data))
+
+
+def _with_added_fields(data: Any) -> Any:
+    """JSON data with `ADDED_FIELDS` where they are missing; what is no configuration stays as it is."""
+    if not isinstance(data, dict):
+        return data
+    filled = dict(data)
+    for path, value in ADDED_FIELDS.items():
+        part, _, name = path.rpartition(".")
+        inner = filled if not part else filled.get(part)
+        if isinstance(inner, dict):
+            with_it = {name: value, **inner}
+            filled = with_it if not part else {**filled, part: with_it}
+    return filled

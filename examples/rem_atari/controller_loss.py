@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,19 +12,31 @@ from torch.nn import functional
 from rem_atari.agent import Agent
 from rem_atari.config import ControllerConfig
 from rem_atari.imagination import ImaginedEnv
-from rem_atari.models.controller import Carry, entropy
+from rem_atari.laps import Lap, untimed
+from rem_atari.models.controller import Carry, Controller, entropy
 from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.returns import lambda_return
 from rem_atari.rollout import Trajectory, rollout
+
+
+class Imagination(NamedTuple):
+    """Imagined episodes, and what their loss needs besides.
+
+    Attributes:
+        before: the controller's memory before the first observation.
+        trajectory: the episodes.
+        bootstrap: the value of the observation after the last step, (B,).
+    """
+
+    before: Carry
+    trajectory: Trajectory
+    bootstrap: Tensor
 
 
 def controller_loss(
     agent: Agent, segments: SequenceTokens, cfg: ControllerConfig, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Imagine from the segments' last frames and judge what the controller did.
-
-    Of the `horizon` observations that an imagined episode shows, all but the last are learned from; the last
-    gives the value that the returns start from.
 
     Args:
         agent: whose controller learns; world model in eval mode.
@@ -35,14 +50,48 @@ def controller_loss(
 
     Source: arXiv 2402.05643, with the loss of IRIS (arXiv 2209.00588, appendix B).
     """
+    return learn_from(imagine(agent, segments, cfg, generator), agent.controller, cfg)
+
+
+@torch.no_grad()
+def imagine(
+    agent: Agent,
+    segments: SequenceTokens,
+    cfg: ControllerConfig,
+    generator: torch.Generator,
+    lap: Lap = untimed,
+) -> Imagination:
+    """Imagine `horizon` observations, the segments' last frames the first of them, without gradient.
+
+    One pass of the world model a step; nothing waits for the device, and no shape depends on what comes out.
+
+    Args:
+        agent, segments, cfg, generator: as in `controller_loss`.
+        lap: told as "burn-in" and "steps" end.
+    """
     env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
-    carry, observation = start_imagination(env, agent, segments)
-    trajectory, carry, observation = rollout(
-        env, agent.controller, carry, observation, cfg.horizon - 1, generator=generator
+    before, observation = start_imagination(env, agent, segments)
+    lap("burn-in")
+    trajectory, after, observation = rollout(
+        env, agent.controller, before, observation, cfg.horizon - 1, generator=generator
     )
-    with torch.no_grad():
-        bootstrap = agent.controller(observation, carry).value
-    return actor_critic_loss(trajectory, bootstrap, cfg)
+    bootstrap = agent.controller(observation, after).value
+    lap("steps")
+    return Imagination(before, trajectory, bootstrap)
+
+
+def learn_from(
+    imagination: Imagination, controller: Controller, cfg: ControllerConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of imagined episodes.
+
+    Of the observations that an episode shows, all but the last are learned from; the last gives the value
+    that the returns start from. What was seen and done does not depend on the weights, so the gradient needs
+    only the controller's view of it, all steps at once.
+    """
+    trajectory = imagination.trajectory
+    logits, values = controller.judge(trajectory.seen, trajectory.actions, imagination.before)
+    return actor_critic_loss(replace(trajectory, logits=logits, values=values), imagination.bootstrap, cfg)
 
 
 def start_imagination(env: ImaginedEnv, agent: Agent, segments: SequenceTokens) -> tuple[Carry, Tensor]:

@@ -18,7 +18,7 @@ class NonFiniteError(RunError):
 
 
 class StoppedError(RunError):
-    """A signal asked the run to stop (exit code 3)."""
+    """A signal, or the end of the time it was given, asked the run to stop (exit code 3)."""
 
 
 class RunWarning(RuntimeWarning):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -48,6 +49,17 @@ class EvaluationResult:
         """Length of each game in the agent's steps."""
         return [game.length for game in self.games]
 
+    @property
+    def mean(self) -> float:
+        """Mean return; there must be a game."""
+        return statistics.fmean(self.returns)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean return; None with less than two games."""
+        returns = self.returns
+        return statistics.stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else None
+
     def metrics(self) -> dict[str, float | list[float]]:
         """The evaluation as metrics; without the statistics where no game was played."""
         metrics: dict[str, float | list[float]] = {
@@ -58,11 +70,13 @@ class EvaluationResult:
             "rate": len(self.games) / max(self.seconds, 1e-9),
         }
         if self.games:
-            metrics["mean_return"] = statistics.fmean(self.returns)
+            metrics["mean_return"] = self.mean
             metrics["median_return"] = statistics.median(self.returns)
             metrics["min_return"] = min(self.returns)
             metrics["max_return"] = max(self.returns)
             metrics["mean_length"] = statistics.fmean(self.lengths)
+        if self.standard_error is not None:
+            metrics["standard_error"] = self.standard_error
         return metrics
 
 

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rem_atari.durable import replace_file
 
-LINE_FIELDS = ("epoch", "env_steps", "seconds", "phase")
+LINE_FIELDS = ("epoch", "env_steps", "seconds", "cpu_seconds", "phase")
 """What every line begins with."""
 
 MetricValue = float | int | Sequence[float]
@@ -35,10 +35,14 @@ class MetricsLog:
         tensorboard: folder of TensorBoard's event files.
         keep: how many lines to keep of those there are.
         seconds: how long the run has taken so far.
+        cpu_seconds: how much time of processors it has taken so far.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, *, keep: int = 0, seconds: float = 0.0) -> None:
+    def __init__(
+        self, path: Path, tensorboard: Path, *, keep: int = 0, seconds: float = 0.0, cpu_seconds: float = 0.0
+    ) -> None:
         self._started = time.monotonic() - seconds
+        self._cpu_started = time.process_time() - cpu_seconds
         lines = _cut(path, keep)
         self.num_lines = len(lines)
         """Lines in the file."""
@@ -65,6 +69,12 @@ class MetricsLog:
         """How long the run has taken, the time before it was resumed included."""
         return time.monotonic() - self._started
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Time of processors that the run has taken, all threads added up; environments in processes of their
+        own are left out."""
+        return time.process_time() - self._cpu_started
+
     def write(self, phase: str, *, epoch: int, env_steps: int, values: Mapping[str, MetricValue]) -> None:
         """Write one line.
 
@@ -74,7 +84,13 @@ class MetricsLog:
             env_steps: environment steps collected so far.
             values: the metrics by name.
         """
-        line = {"epoch": epoch, "env_steps": env_steps, "seconds": round(self.seconds, 3), "phase": phase}
+        line = {
+            "epoch": epoch,
+            "env_steps": env_steps,
+            "seconds": round(self.seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 3),
+            "phase": phase,
+        }
         clean = {name: _finite(value) for name, value in values.items()}
         self._file.write(json.dumps(line | clean, allow_nan=False) + "\n")
         self._file.flush()

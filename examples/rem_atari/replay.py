@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,34 @@ class SequenceBatch:
     """n stretches of T steps, each within one episode, on the CPU. Padding is 0 or False throughout.
 
     Attributes:
-        frames: the frames acted on, (n, T, S, S, 3) uint8.
         actions: the actions taken, (n, T) int64.
         rewards: the raw rewards that followed, (n, T) float32.
         ended: the episode ended of itself with this step, (n, T) bool.
         truncated: the episode was cut short after this step, (n, T) bool.
         mask: the step is real, not padding, (n, T) bool.
         rows: where in the replay the step is, (n, T) int64; -1 for padding.
+        stored: all frames of the replay, (capacity, S, S, 3) uint8, not copied.
     """
 
-    frames: Tensor
     actions: Tensor
     rewards: Tensor
     ended: Tensor
     truncated: Tensor
     mask: Tensor
     rows: Tensor
+    stored: Tensor
+
+    @property
+    def frames(self) -> Tensor:
+        """The frames acted on, (n, T, S, S, 3) uint8, copied when asked for; who has tokens needs none."""
+        frames = self.stored.index_select(0, self.rows.clamp(min=0).flatten()).unflatten(0, self.rows.shape)
+        frames[~self.mask] = 0
+        return frames
 
     def select(self, stretches: list[int]) -> SequenceBatch:
         """Some of the n stretches, in the order given."""
-        return SequenceBatch(*(getattr(self, column.name)[stretches] for column in fields(self)))
+        columns = [column.name for column in fields(self) if column.name != "stored"]
+        return replace(self, **{name: getattr(self, name)[stretches] for name in columns})
 
 
 class Replay:
@@ -362,17 +370,18 @@ class Replay:
     def _gather(self, rows: np.ndarray) -> SequenceBatch:
         """The steps at `rows` (n, T), where NONE is padding."""
         mask = rows != NONE
-        found = {name: column[rows] for name, column in self._rows.columns().items()}
+        columns = self._rows.columns()
+        found = {name: columns[name][rows] for name in ("actions", "rewards", "terminated", "truncated")}
         for column in found.values():
             column[~mask] = 0
         return SequenceBatch(
-            frames=torch.from_numpy(found["frames"]),
             actions=torch.from_numpy(found["actions"].astype(np.int64)),
             rewards=torch.from_numpy(found["rewards"]),
             ended=torch.from_numpy(found["terminated"]),
             truncated=torch.from_numpy(found["truncated"]),
             mask=torch.from_numpy(mask),
             rows=torch.from_numpy(rows.copy()),
+            stored=torch.from_numpy(self._rows.frames),
         )
 
 

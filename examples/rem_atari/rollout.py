@@ -51,6 +51,7 @@ class Trajectory:
     """T steps in each of B environments.
 
     Attributes:
+        seen: the observations acted on, as the controller sees them, (B, T, ...).
         logits: the policy's logits before temperature and ε, (B, T, A).
         values: the critic's values of the observations acted on, (B, T).
         actions: the actions taken, (B, T) int64.
@@ -59,6 +60,7 @@ class Trajectory:
         truncated: (B, T) bool, the step's episode was cut short after it.
     """
 
+    seen: Tensor
     logits: Tensor
     values: Tensor
     actions: Tensor
@@ -101,8 +103,8 @@ def rollout(
     action that is *taken* (not the one its policy would have taken had it not explored), the environment
     steps. Where an episode restarts, the controller's memory starts anew.
 
-    Gradients flow through the controller if the caller has them enabled (imagination) and not otherwise
-    (collecting, evaluating: call it under ``torch.no_grad()``).
+    Gradients flow through the controller if the caller has them enabled. Nobody needs them here: who learns
+    from a trajectory has the controller judge it once more, all steps at once (`Controller.judge`).
 
     Args:
         env: B environments.
@@ -122,19 +124,21 @@ def rollout(
     """
     if steps < 1:
         raise ValueError(f"rollout(): steps is {steps}; it must be at least 1.")
-    logits, values, taken, answers = [], [], [], []
+    seen, logits, values, taken, answers = [], [], [], [], []
     for _ in range(steps):
         decision = controller(observation, carry)
         actions = choose_actions(decision.logits, generator, temperature=temperature, epsilon=epsilon)
         carry = controller.observe_action(actions, decision.carry)
         answer = env.step(actions)
         carry = reset_carry(carry, answer.restarted)
+        seen.append(observation)
         observation = answer.seen
         logits.append(decision.logits)
         values.append(decision.value)
         taken.append(actions)
         answers.append(answer)
     trajectory = Trajectory(
+        seen=torch.stack(seen, dim=1),
         logits=torch.stack(logits, dim=1),
         values=torch.stack(values, dim=1),
         actions=torch.stack(taken, dim=1),

@@ -45,6 +45,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def sessions(self) -> Path:
+        """One JSON object a line: when, with which code and on what the run was started and resumed."""
+        return self.path / "sessions.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of TensorBoard's event files."""
         return self.path / "tensorboard"
@@ -160,6 +165,7 @@ def open_run_folder(path: Path) -> RunFolder:
     for part in (
         run.config,
         run.metrics,
+        run.sessions,
         run.tensorboard,
         run.checkpoints,
         run.replay,

@@ -26,7 +26,7 @@ from rem_atari.training.setup import prepare_training
 from rem_atari.training.signals import StopRequest
 from rem_atari.training.trainer import Trainer
 
-TIMES = ("seconds", "phase_seconds", "rate", "frames_per_second")
+TIMES = ("seconds", "cpu_seconds", "phase_seconds", "rate", "frames_per_second")
 
 # The tokenizer is to freeze in the second epoch.
 SHORT = replace(
@@ -120,7 +120,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     state = {
         name: value
         for name, value in checkpoint.state.items()
-        if name not in ("pace", "seconds", "shards", "notes")
+        if name not in ("pace", "seconds", "cpu_seconds", "shards", "notes")
     }
     state["collection"] = state["collection"] | {"seconds": 0}
     state["turn"] = state["turn"] | {"seconds": 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rem_atari.arguments import (
     Arguments,
     BenchmarkArguments,
+    DiagnoseArguments,
     EvaluateArguments,
     ListArguments,
     RecordArguments,
@@ -43,6 +44,10 @@ def run_command(arguments: Arguments) -> None:
             from rem_atari.commands.report import report
 
             report(arguments)
+        case DiagnoseArguments():
+            from rem_atari.commands.diagnose import diagnose_run
+
+            diagnose_run(arguments)
         case ScoresArguments():
             from rem_atari.commands.scores import scores
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rem_atari.arguments import BenchmarkArguments
-from rem_atari.benchmark import NUM_PARTS, Benchmark, Timing, measure
+from rem_atari.benchmark import COMPONENTS, MATRIX, NUM_PARTS, Benchmark, Timing, measure
 from rem_atari.commands.counting import counting
 from rem_atari.commands.tables import format_table
 from rem_atari.durable import replace_file
@@ -29,7 +29,7 @@ TITLES = {
     "encode": "encode frames",
     "world_model": "world model update",
     "controller": "controller update",
-    "imagine": "imagine (no training)",
+    "imagine": "imagine (new frames)",
 }
 """What the parts are called, and the order in which they are shown."""
 
@@ -63,7 +63,7 @@ def _check(arguments: BenchmarkArguments) -> None:
         raise UsageError(
             f"--updates is {arguments.updates}, wanted at least 1; --warmup is {arguments.warmup}, at least 0"
         )
-    if not 0 < arguments.batch_scale <= 1:
+    if arguments.batch_scale is not None and not 0 < arguments.batch_scale <= 1:
         raise UsageError(f"--batch-scale is {arguments.batch_scale}, wanted above 0 and at most 1")
     if not (math.isfinite(arguments.max_seconds) and arguments.max_seconds > 0):
         raise UsageError(f"--max-seconds is {arguments.max_seconds}, wanted more than 0")
@@ -81,8 +81,11 @@ def describe(result: Benchmark) -> str:
         "",
         _timings_table(result),
         "",
-        f"imagined frames a second: {_rate(result.timings['imagine'].rate)} alone,"
-        f" {_rate(result.imagined_in_training)} with burn-in and training",
+        _parts_table(result),
+        "",
+        f"imagined frames a second: {_rate(result.imagined_alone)} steps alone,"
+        f" {_rate(result.timings['imagine'].rate)} with the encoding of new frames, burn-in and loss,"
+        f" {_rate(result.imagined_in_training)} in training (frames known)",
         f"memory at most: {_memory(result)}",
         "",
         _projection_table(result),
@@ -119,6 +122,19 @@ def _timings_table(result: Benchmark) -> str:
     return format_table(header, rows)
 
 
+def _parts_table(result: Benchmark) -> str:
+    """What each part of the work consists of; on a CPU beside the rate of a matrix product."""
+    rows = []
+    for name, title in TITLES.items():
+        timing = result.timings[name]
+        for part, seconds in timing.parts.items() if len(timing.parts) > 1 else ():
+            efficiency = result.efficiency(name, part)
+            row = [f"{title}: {part}", _seconds(seconds), f"{timing.share(part):.1%}"]
+            rows.append([*row, "" if efficiency is None else f"{efficiency:.0%}"])
+    rate = "" if result.matrix_rate is None else f"of {result.matrix_rate / 1e9:,.0f} GFLOP/s"
+    return format_table(["where the time goes", "median", "share", rate], rows)
+
+
 def _projection_table(result: Benchmark) -> str:
     seconds = result.project()
     total = sum(seconds.values())
@@ -140,8 +156,16 @@ def _notes(result: Benchmark) -> list[str]:
     ]
     if result.batch_scale < 1:
         lines.append(
-            f"Measured on batches of {result.batch_scale:g} of their size and multiplied to whole ones. Where"
-            " a whole batch uses the machine better than its part (a GPU does), the run takes less than this."
+            f"Measured on batches of {result.batch_scale:g} of their size; the projection multiplies an"
+            f" update's time to whole ones: {_whole_batches(result)}. Where a whole batch uses the machine"
+            " better than its part (a GPU does), the run takes less than this; --batch-scale 1 measures it."
+        )
+    if result.matrix_rate is not None:
+        lines.append(
+            f"A product of {MATRIX} x {MATRIX} matrices in {config.precision} reached"
+            f" {result.matrix_rate / 1e9:,.0f} GFLOP/s here (before or after the timings, the slower). The"
+            " last column above is the share of it at which a part's matrix products and convolutions were"
+            " computed, all its other work included."
         )
     shortest = min(len(result.timings[name].seconds) for name in ("tokenizer", "world_model", "controller"))
     if shortest < 3:
@@ -149,6 +173,15 @@ def _notes(result: Benchmark) -> list[str]:
             f"A part was timed {shortest}x only: --max-seconds allows more, --batch-scale makes it cheaper."
         )
     return lines
+
+
+def _whole_batches(result: Benchmark) -> str:
+    """By what each component's time is multiplied."""
+    factors = []
+    for name in COMPONENTS:
+        timing, wanted = result.timings[name], getattr(result.config, name).optim.batch_size
+        factors.append(f"{name.replace('_', ' ')} {timing.batch} {timing.of} x {wanted / timing.batch:g}")
+    return ", ".join(factors)
 
 
 def _memory(result: Benchmark) -> str:
@@ -174,9 +207,11 @@ def to_json(result: Benchmark) -> dict[str, Any]:
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
-        "parts": [_part(result.timings[name]) for name in TITLES],
+        "matrix_flops_per_second": result.matrix_rate,
+        "parts": [_part(result.timings[name]) | {"parts": _parts(result, name)} for name in TITLES],
         "imagined_frames_per_second": {
-            "alone": result.timings["imagine"].rate,
+            "steps_alone": result.imagined_alone,
+            "whole_call": result.timings["imagine"].rate,
             "in_training": result.imagined_in_training,
         },
         "process_memory_bytes": result.process_memory,
@@ -200,17 +235,42 @@ def _part(timing: Timing) -> dict[str, Any]:
     }
 
 
+def _parts(result: Benchmark, name: str) -> list[dict[str, Any]]:
+    timing = result.timings[name]
+    return [
+        {
+            "name": part,
+            "median_seconds": seconds,
+            "share": timing.share(part),
+            "flops": timing.flops.get(part),
+            "share_of_matrix_rate": result.efficiency(name, part),
+        }
+        for part, seconds in timing.parts.items()
+    ]
+
+
 def to_csv(result: Benchmark) -> str:
-    """A line for each part."""
-    rows = [_part(result.timings[name]) for name in TITLES]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["preset", "device", "batch_scale", *rows[0]], lineterminator="\n")
-    writer.writeheader()
+    """A line for each part of a run; after it one for each of its own parts, which `part` names."""
+    rows: list[dict[str, Any]] = []
+    for name in TITLES:
+        whole = _part(result.timings[name])
+        rows.append(whole | {"part": ""})
+        for part in _parts(result, name):
+            rows.append(
+                {"name": name, "part": part.pop("name"), "batch": whole["batch"], "of": whole["of"]} | part
+            )
     common = {
         "preset": result.config.preset,
         "device": result.config.device,
+        "device_name": describe_device(result.config.device),
+        "precision": result.config.precision,
+        "compile": result.config.compile,
         "batch_scale": result.batch_scale,
     }
+    columns = list(dict.fromkeys([*common, "name", "part", *(column for row in rows for column in row)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
     writer.writerows(common | row for row in rows)
     return text.getvalue()
 

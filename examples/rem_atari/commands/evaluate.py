@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import statistics
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from rem_atari.config import Config
 from rem_atari.durable import replace_file
 from rem_atari.envs import env_name
 from rem_atari.errors import UsageError
-from rem_atari.evaluation import EvaluationResult, playing_conditions
+from rem_atari.evaluation import EvaluationResult, evaluate_random, playing_conditions
 from rem_atari.evaluation import evaluate as play_games
 from rem_atari.evaluation_files import EPISODES_FILE, SUMMARY_FILE
 from rem_atari.game_films import BestAndWorst, GameFilm
@@ -46,6 +45,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
     """
     if arguments.episodes < 1:
         raise UsageError(f"--episodes is {arguments.episodes}, wanted at least 1")
+    if arguments.random_episodes < 0:
+        raise UsageError(f"--random-episodes is {arguments.random_episodes}, wanted at least 0")
     if arguments.seed < 0:
         raise UsageError(f"--seed is {arguments.seed}, wanted at least 0")
     trained = load_trained(arguments.run, step=arguments.step, device=arguments.device, say=tell)
@@ -66,13 +67,30 @@ def evaluate(arguments: EvaluateArguments) -> None:
             watcher=films,
             after_step=lambda ended: advance(ended) if ended else None,
         )
-    summary = summarise(result, trained, config, seed=arguments.seed)
+    random = _play_at_random(trained, config, arguments.random_episodes, arguments.seed)
+    summary = summarise(result, trained, config, seed=arguments.seed, random=random)
     replace_file(folder / EPISODES_FILE, episodes_csv(result, config).encode())
     if films is not None:
         _save_films(folder, films, config)
     replace_file(folder / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
     print(describe(summary))
     print(f"written: {', '.join(str(path) for path in sorted(folder.iterdir()))}")
+
+
+def _play_at_random(
+    trained: TrainedAgent, config: Config, episodes: int, seed: int
+) -> EvaluationResult | None:
+    """Random play under the same conditions, to compare with; None if it is not asked for."""
+    if episodes == 0:
+        return None
+    with counting("playing at random", episodes, "games") as advance:
+        return evaluate_random(
+            trained.agent,
+            config,
+            episodes=episodes,
+            seed=derive_seed(seed, "random"),
+            after_step=lambda ended: advance(ended) if ended else None,
+        )
 
 
 def _make_folder(folder: Path) -> Path:
@@ -89,12 +107,15 @@ def _make_folder(folder: Path) -> Path:
 
 
 def summarise(
-    result: EvaluationResult, trained: TrainedAgent, config: Config, *, seed: int
+    result: EvaluationResult,
+    trained: TrainedAgent,
+    config: Config,
+    *,
+    seed: int,
+    random: EvaluationResult | None = None,
 ) -> dict[str, Any]:
-    """An evaluation as JSON data."""
-    returns = result.returns
-    error = statistics.stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else None
-    mean = statistics.fmean(returns)
+    """An evaluation as JSON data, beside `random` play if that was measured."""
+    returns, mean = result.returns, result.mean
     game = None if config.env.id is not None else config.env.game
     reference = None if game is None else reference_scores(game)
     return {
@@ -109,7 +130,7 @@ def summarise(
         "env_steps": trained.env_steps,
         "episodes": len(returns),
         "mean_return": mean,
-        "standard_error": error,
+        "standard_error": result.standard_error,
         "median_return": statistics.median(returns),
         "min_return": min(returns),
         "max_return": max(returns),
@@ -117,6 +138,8 @@ def summarise(
         "human_normalised": None if game is None else human_normalised(game, mean),
         "random_score": None if reference is None else reference[0],
         "human_score": None if reference is None else reference[1],
+        "random_play": None if random is None else _random_play(random),
+        "ratio_to_random": None if random is None or random.mean <= 0 else mean / random.mean,
         "temperature": config.evaluation.temperature,
         "seed": seed,
         "num_envs": min(config.evaluation.num_envs, len(returns)),
@@ -124,6 +147,14 @@ def summarise(
         "device": config.device,
         "seconds": result.seconds,
         "versions": {"retpop": version("retpop"), "torch": str(torch.__version__)},
+    }
+
+
+def _random_play(result: EvaluationResult) -> dict[str, Any]:
+    return {
+        "episodes": len(result.games),
+        "mean_return": result.mean,
+        "standard_error": result.standard_error,
     }
 
 
@@ -166,9 +197,17 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"mean return {summary['mean_return']:.2f}{error} (standard error), median"
         f" {summary['median_return']:g}, from {summary['min_return']:g} to {summary['max_return']:g}",
     ]
+    if summary["random_play"] is not None:
+        lines.append(_describe_random(summary["random_play"], summary["ratio_to_random"]))
     if summary["human_normalised"] is not None:
         lines.append(
             f"human-normalised score {summary['human_normalised']:.3f}"
             f" (0 is random play, {summary['random_score']:g}; 1 a human, {summary['human_score']:g})"
         )
     return "\n".join(lines)
+
+
+def _describe_random(random: Mapping[str, Any], ratio: float | None) -> str:
+    error = "" if random["standard_error"] is None else f" ± {random['standard_error']:.2f}"
+    times = "" if ratio is None else f": the agent's is {ratio:.1f} times that"
+    return f"random play {random['mean_return']:.2f}{error} over {random['episodes']} games{times}"

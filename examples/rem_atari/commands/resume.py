@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from rem_atari.arguments import ResumeArguments
 from rem_atari.commands.counting import tell
-from rem_atari.commands.train import conclude, run_and_report
+from rem_atari.commands.train import check_stop_after, conclude, run_and_report
 from rem_atari.config import Config
 from rem_atari.durable import replace_file
 from rem_atari.errors import UsageError
@@ -30,6 +30,7 @@ def resume(arguments: ResumeArguments) -> None:
     from rem_atari.training.resume import epochs_complete, newest_checkpoint
     from rem_atari.training.setup import prepare_training
 
+    check_stop_after(arguments.stop_after)
     run = open_run_folder(arguments.run)
     with hold_run_folder(run.path):
         saved = run.load_config()
@@ -45,7 +46,7 @@ def resume(arguments: ResumeArguments) -> None:
                 tell("the run was stopped before its first checkpoint: it starts from its beginning")
             else:
                 tell(f"going on from checkpoint {checkpoint.step}")
-            run_and_report(config, run, parts, checkpoint)
+            run_and_report(config, run, parts, checkpoint, stop_after=arguments.stop_after)
 
 
 def change_config(config: Config, arguments: ResumeArguments) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from rem_atari.arguments import TrainArguments
 from rem_atari.commands.report import explain_unwritten
 from rem_atari.config import Config
-from rem_atari.errors import RunError
+from rem_atari.errors import RunError, UsageError
 from rem_atari.run_folder import RunFolder, create_run_folder, default_run_path, hold_run_folder
 
 if TYPE_CHECKING:
@@ -26,27 +27,49 @@ def train(arguments: TrainArguments) -> None:
     from rem_atari.training.setup import prepare_training
 
     config = arguments.config
+    check_stop_after(arguments.stop_after)
     path = arguments.run or default_run_path(config, env_name(config.env), datetime.now())
     with prepare_training(config) as parts, hold_run_folder(path):
         run = create_run_folder(path, config)
-        run_and_report(config, run, parts)
+        run_and_report(config, run, parts, stop_after=arguments.stop_after)
 
 
 def run_and_report(
-    config: Config, run: RunFolder, parts: TrainingParts, checkpoint: Checkpoint | None = None
+    config: Config,
+    run: RunFolder,
+    parts: TrainingParts,
+    checkpoint: Checkpoint | None = None,
+    *,
+    stop_after: float | None = None,
 ) -> None:
-    """Train from the beginning or a checkpoint to the end, write the report, and say where it is."""
+    """Train from the beginning or a checkpoint to the end, write the report, and say where it is.
+
+    Raises:
+        StoppedError: a signal has come, or `stop_after` seconds have passed, and the run was not done.
+    """
     from rem_atari.progress import make_progress
+    from rem_atari.session import record_session
     from rem_atari.training.schedule import plan_run
     from rem_atari.training.signals import StopRequest
     from rem_atari.training.trainer import Trainer
 
     progress = make_progress(plan_run(config), config.schedule.epochs, sys.stderr)
     progress.say(f"run folder: {run.path}")
-    with progress, StopRequest() as stop:
+    record_session(run, "train" if checkpoint is None else "resume", config.device)
+    with progress, StopRequest(stop_after) as stop:
         Trainer(config, run, parts, progress, stop, checkpoint).run()
     progress.say("writing the report")
     conclude(run)
+
+
+def check_stop_after(seconds: float | None) -> None:
+    """Check a command's bound on its time.
+
+    Raises:
+        UsageError: it is no time.
+    """
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise UsageError(f"--stop-after is {seconds:g}, wanted more than 0 seconds")
 
 
 def conclude(run: RunFolder) -> None:
@@ -70,8 +93,15 @@ def _summary(lines: list[dict]) -> str:
     """The agent's mean return beside random play's."""
     last = {line["phase"]: line for line in lines if line["phase"] in ("evaluate", "random")}
     parts = [
-        f"{name} {last[phase]['mean_return']:.2f} over {last[phase]['episodes']} episodes"
+        f"{name} {line['mean_return']:.2f}{_error(line)} over {line['episodes']} episodes"
         for phase, name in (("evaluate", "agent"), ("random", "random play"))
-        if phase in last and last[phase].get("mean_return") is not None
+        for line in [last.get(phase, {})]
+        if line.get("mean_return") is not None
     ]
     return f"mean return: {', '.join(parts) or 'no game was played'}"
+
+
+def _error(line: dict) -> str:
+    """The standard error of an evaluation's mean return, where it has one."""
+    error = line.get("standard_error")
+    return "" if error is None else f" ± {error:.2f}"

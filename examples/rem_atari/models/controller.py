@@ -113,6 +113,27 @@ class Controller(nn.Module):
         """Take in an observation, as `features` sees it with one leading dimension, and judge it."""
         return self.decide(self.features(seen), carry)
 
+    def judge(self, seen: Tensor, actions: Tensor, carry: Carry) -> tuple[Tensor, Tensor]:
+        """What `forward` and `observe_action` in turn make of T steps that were taken, all at once.
+
+        The convolutions see all steps together, and so do actor and critic; only the cell goes through them
+        one after another.
+
+        Args:
+            seen: observations as `features` sees them, (B, T, ...).
+            actions: the actions taken on them, (B, T) int64.
+            carry: the memory before them.
+
+        Returns:
+            The policy's logits (B, T, A) and the critic's values (B, T), float32.
+        """
+        told = self.features(seen)
+        if self.action_embedding is not None:
+            # What the cell is told, in order: an observation, the action taken on it, the next observation.
+            told = torch.stack((told, self.action_embedding(actions).to(told.dtype)), dim=2).flatten(1, 2)
+        remembered = self._remember_all(told, carry)[:, :: told.shape[1] // seen.shape[1]]
+        return self.actor(remembered).float(), self.critic(remembered).squeeze(-1).float()
+
     def observe_action(self, actions: Tensor, carry: Carry) -> Carry:
         """Take in the actions (B,) that were taken, if the memory is fed actions at all."""
         if self.action_embedding is None:
@@ -145,6 +166,20 @@ class Controller(nn.Module):
         if isinstance(self.lstm, nn.LSTMCell):
             return self.lstm(features, carry)
         return (self.lstm(features, *carry),)
+
+    def _remember_all(self, told: Tensor, carry: Carry) -> Tensor:
+        """The cell's hidden state after each of T steps, (B, T, hidden_dim) to (B, T, lstm_dim)."""
+        if told.device.type == "cpu":  # where torch's whole LSTM is two to three times as fast as its cell
+            weights = list(self.lstm.parameters())
+            start = [part[None] for part in carry]
+            if isinstance(self.lstm, nn.LSTMCell):
+                return torch.lstm(told, start, weights, True, 1, 0.0, self.training, False, True)[0]
+            return torch.gru(told, start[0], weights, True, 1, 0.0, self.training, False, True)[0]
+        hidden = []
+        for step in told.unbind(1):
+            carry = self._remember(step, carry)
+            hidden.append(carry[0])
+        return torch.stack(hidden, dim=1)
 
 
 CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}

@@ -176,7 +176,8 @@ class BaseWorldModel(nn.Module, ABC):
 
         Returns:
             The loss, and the metrics as scalars without gradient: loss, tokens, reward, end (mean
-            cross-entropies in nats) and token_accuracy, reward_accuracy, end_accuracy (shares).
+            cross-entropies in nats), reward_base (what the reward's would be knowing only how often each sign
+            occurs in the batch) and token_accuracy, reward_accuracy, end_accuracy (shares).
 
         Raises:
             ValueError: the sequences are no longer than the context.
@@ -201,6 +202,7 @@ class BaseWorldModel(nn.Module, ABC):
             "loss": loss.detach(),
             "tokens": tokens.detach(),
             "reward": reward.detach(),
+            "reward_base": _base_rate(reward_targets, REWARD_CLASSES),
             "end": end.detach(),
             "token_accuracy": token_accuracy,
             "reward_accuracy": reward_accuracy,
@@ -260,10 +262,13 @@ class WorldModel(BaseWorldModel):
     ) -> SequenceLogits:
         """See `BaseWorldModel.forward`."""
         predicting = self._prediction_tokens(tokens.shape[0], tokens.shape[1])
-        read, predicted, _ = self.decoder.pop(
-            self._embed_blocks(tokens, actions, codebook), predicting, block_size=self.block_size
+        at_action, predicted, _ = self.decoder.pop(
+            self._embed_blocks(tokens, actions, codebook),
+            predicting,
+            block_size=self.block_size,
+            main_out="last",
         )
-        at_action = read.unflatten(1, (-1, self.block_size))[:, skip_blocks:, -1]
+        at_action = at_action[:, skip_blocks:]
         return SequenceLogits(
             tokens=self.token_head(predicted[:, skip_blocks:]),
             rewards=self.reward_head(at_action),
@@ -300,14 +305,15 @@ class WorldModel(BaseWorldModel):
             codebook: the tokenizer's codes, (V, E).
             state: the memory before the block.
         """
-        read, predicted, state = self.decoder.pop(
+        at_action, predicted, state = self.decoder.pop(
             self._embed_blocks(tokens[:, None], actions[:, None], codebook),
             self._prediction_tokens(tokens.shape[0], 1),
             state,
             block_size=self.block_size,
             offset=1,
+            main_out="last",
         )
-        at_action = read[:, -1]
+        at_action = at_action[:, 0]
         return WorldModelStep(
             reward_logits=self.reward_head(at_action),
             end_logits=self.end_head(at_action),
@@ -340,6 +346,12 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     total = functional.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="sum")
     correct = (logits.detach().argmax(dim=-1) == targets).sum()
     return total / counted, correct / counted
+
+
+def _base_rate(targets: Tensor, classes: int) -> Tensor:
+    """Entropy in nats of how often each class occurs among the targets; NO_LOSS is none of them."""
+    counts = torch.stack([(targets == each).sum() for each in range(classes)])
+    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
 
 
 def _check_config(cfg: WorldModelConfig, code_dim: int) -> None:

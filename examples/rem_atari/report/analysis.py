@@ -25,12 +25,14 @@ class FrameErrors:
         mse: mean squared error over all pixels and channels.
         psnr: peak signal-to-noise ratio of that mean error, in dB; infinite for a perfect copy.
         foreground_mse: mean squared error over foreground pixels alone; None if there are none.
+        moving_mse: the same over pixels that changed since the frame before; None if there are none.
         per_frame: mean squared error of each frame, (N,).
     """
 
     mse: float
     psnr: float
     foreground_mse: float | None
+    moving_mse: float | None
     per_frame: NDArray[np.float64]
 
 
@@ -67,6 +69,28 @@ class TokenScores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EventScores:
+    """How good a predictor is of rare classes: rewards that are not 0, ends.
+
+    Attributes:
+        steps: steps scored.
+        events: how many of them brought an event, that is, any class but the usual one.
+        predicted: how many of them the most likely guess says it of.
+        recall: share of events that the most likely guess hits, its kind too; None without an event.
+        precision: share of its guesses of an event that are right; None if it makes none.
+        chance: mean chance given to the events that came, which is how often imagination, which draws, would
+            have shown them; None without an event.
+    """
+
+    steps: int
+    events: int
+    predicted: int
+    recall: float | None
+    precision: float | None
+    chance: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CodebookUse:
     """How many codes carry the frames.
 
@@ -79,34 +103,6 @@ class CodebookUse:
     used: int
     size: int
     perplexity: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One measure of the agent beside a rival that needs no learning, and whether the agent wins.
-
-    Attributes:
-        measure: name of the measure.
-        ours: the agent's value.
-        rival: name of what it is compared with.
-        theirs: the rival's value.
-        higher_is_better: direction of the measure.
-        explanation: one sentence on what the measure means.
-        percent: the values are shares, shown in percent.
-    """
-
-    measure: str
-    ours: float
-    rival: str
-    theirs: float
-    higher_is_better: bool
-    explanation: str
-    percent: bool = False
-
-    @property
-    def passed(self) -> bool:
-        """Whether the agent is strictly better; False where a value is not a number."""
-        return self.ours > self.theirs if self.higher_is_better else self.ours < self.theirs
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,11 @@ def psnr(mse: float) -> float:
 
 
 def frame_errors(
-    frames: NDArray[np.uint8], redrawn: NDArray[np.uint8], foreground: NDArray[np.bool_]
+    frames: NDArray[np.uint8],
+    redrawn: NDArray[np.uint8],
+    *,
+    foreground: NDArray[np.bool_],
+    moving: NDArray[np.bool_],
 ) -> FrameErrors:
     """Errors of `redrawn` against `frames`.
 
@@ -160,15 +160,22 @@ def frame_errors(
         frames: real frames, (N, S, S, 3).
         redrawn: what stands for them, (N, S, S, 3) or one frame for all, (S, S, 3).
         foreground: pixels that count as foreground, (N, S, S).
+        moving: pixels that changed since the frame before, (N, S, S).
     """
     squared = (to_signed(frames) - to_signed(redrawn)) ** 2
     mse = float(squared.mean(dtype=np.float64))
     return FrameErrors(
         mse=mse,
         psnr=psnr(mse),
-        foreground_mse=float(squared[foreground].mean(dtype=np.float64)) if foreground.any() else None,
+        foreground_mse=mean_over(squared, foreground),
+        moving_mse=mean_over(squared, moving),
         per_frame=squared.mean(axis=(1, 2, 3), dtype=np.float64),
     )
+
+
+def mean_over(squared: NDArray[np.float32], pixels: NDArray[np.bool_]) -> float | None:
+    """Mean of squared errors (N, S, S, 3) over some of the pixels, (N, S, S); None if there are none."""
+    return float(squared[pixels].mean(dtype=np.float64)) if pixels.any() else None
 
 
 def codebook_use(tokens: NDArray[np.int64], codebook_size: int) -> CodebookUse:
@@ -236,113 +243,15 @@ def score_tokens(
     )
 
 
-def compare_frames(ours: FrameErrors, mean_frame: FrameErrors) -> list[Comparison]:
-    """Reconstructions beside the mean training frame."""
-    rows = [
-        Comparison(
-            measure="Reconstruction error (MSE)",
-            ours=ours.mse,
-            rival="mean frame",
-            theirs=mean_frame.mse,
-            higher_is_better=False,
-            explanation="Mean squared error over all pixels of frames scaled to [−1, 1]; the mean frame is"
-            " the average of the training frames, shown whatever the game does.",
-        ),
-        Comparison(
-            measure="Reconstruction PSNR, dB",
-            ours=ours.psnr,
-            rival="mean frame",
-            theirs=mean_frame.psnr,
-            higher_is_better=True,
-            explanation="The same error on a logarithmic scale: 10 dB more is a tenth of the error.",
-        ),
-    ]
-    if ours.foreground_mse is not None and mean_frame.foreground_mse is not None:
-        foreground = Comparison(
-            measure="Foreground error (MSE)",
-            ours=ours.foreground_mse,
-            rival="mean frame",
-            theirs=mean_frame.foreground_mse,
-            higher_is_better=False,
-            explanation="The error on pixels that differ from the median frame alone: the ball, the paddle,"
-            " the enemies, which the error over all pixels hardly sees.",
-        )
-        rows.append(foreground)
-    return rows
-
-
-def compare_tokens(
-    ours: TokenScores,
-    *,
-    unigram: TokenScores,
-    place_unigram: TokenScores,
-    copy: TokenScores,
-    copy_weight: float,
-) -> list[Comparison]:
-    """The world model's next-frame tokens beside three predictors that only count."""
-    rivals = [
-        ("unigram", unigram, "how often each code occurs in training, whatever its place"),
-        ("unigram per place", place_unigram, "how often each code occurs at its place in training"),
-        (
-            "copy the last frame",
-            copy,
-            "the token of the frame before, mixed with the unigram by a weight fitted on training frames so"
-            f" that a change is never impossible (here {copy_weight:.2f} to copy)",
-        ),
-    ]
-    rows = [
-        Comparison(
-            measure="Token cross-entropy, nats",
-            ours=ours.cross_entropy,
-            rival=name,
-            theirs=scores.cross_entropy,
-            higher_is_better=False,
-            explanation="Mean −ln of the chance given to each token of the real next frame; the rival knows"
-            f" {knows}.",
-        )
-        for name, scores, knows in rivals
-    ]
-    return rows + _compare_accuracies(ours, place_unigram, copy)
-
-
-def _compare_accuracies(ours: TokenScores, place_unigram: TokenScores, copy: TokenScores) -> list[Comparison]:
-    """Accuracy of all tokens, and of those that changed if any did."""
-    rows = [
-        Comparison(
-            measure="Token accuracy",
-            ours=ours.accuracy,
-            rival="copy the last frame",
-            theirs=copy.accuracy,
-            higher_is_better=True,
-            percent=True,
-            explanation="Share of all tokens of the next frame that the most likely guess hits.",
-        )
-    ]
-    if ours.changed_accuracy is not None and place_unigram.changed_accuracy is not None:
-        changed = Comparison(
-            measure="Accuracy where tokens changed",
-            ours=ours.changed_accuracy,
-            rival="unigram per place",
-            theirs=place_unigram.changed_accuracy,
-            higher_is_better=True,
-            percent=True,
-            explanation=f"The same over the {ours.changed_share:.1%} of tokens that differ from the frame"
-            " before, where copying is always wrong: motion, and the flicker of the tokenizer.",
-        )
-        rows.append(changed)
-    return rows
-
-
-def compare_rewards(ours: TokenScores, base_rate: TokenScores) -> list[Comparison]:
-    """The world model's reward signs beside how often each sign occurs."""
-    return [
-        Comparison(
-            measure="Reward cross-entropy, nats",
-            ours=ours.cross_entropy,
-            rival="base rate",
-            theirs=base_rate.cross_entropy,
-            higher_is_better=False,
-            explanation="Mean −ln of the chance given to the sign of each real reward; the rival knows how"
-            f" often each sign occurs in training, and {ours.changed_share:.1%} of these rewards are not 0.",
-        )
-    ]
+def score_events(predictions: TokenPredictions, target: NDArray[np.int64], usual: int) -> EventScores:
+    """Score predictions of classes `target` (N, 1), of which every one but `usual` is an event."""
+    happened, said = target != usual, predictions.choice != usual
+    hit = happened & (predictions.choice == target)
+    return EventScores(
+        steps=target.size,
+        events=int(happened.sum()),
+        predicted=int(said.sum()),
+        recall=float(hit.sum() / happened.sum()) if happened.any() else None,
+        precision=float(hit.sum() / said.sum()) if said.any() else None,
+        chance=float(np.exp(predictions.log_prob[happened]).mean()) if happened.any() else None,
+    )

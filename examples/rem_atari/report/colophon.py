@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -12,6 +12,9 @@ from rem_atari.presets import PRESETS
 from rem_atari.report.contents import Report, RunFile
 from rem_atari.report.sections import section
 from rem_atari.report.text import size
+
+COMMIT_LENGTH = 7
+"""Digits of a commit that are shown."""
 
 
 def configuration(report: Report) -> str:
@@ -71,7 +74,34 @@ def reproduce(report: Report) -> str:
             f" ({', '.join(f'<code>{escape(path)}</code>' for path in bounded)}): a slower machine,"
             " or a busier one, does less in them and ends elsewhere.</p>"
         )
-    return section("How to reproduce", f"{lead}<pre>{escape(report.command)}</pre>")
+    return section("How to reproduce", f"{lead}<pre>{escape(report.command)}</pre>{_sessions(report)}")
+
+
+def _sessions(report: Report) -> str:
+    """When, with which code and on what the run was started and resumed."""
+    if not report.sessions:
+        return ""
+    titles = ("Started", "By", "Commit", "Versions", "Machine")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    rows = "".join(map(_session_row, report.sessions))
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _session_row(session: Mapping[str, Any]) -> str:
+    versions = session.get("versions")
+    listed = versions.items() if isinstance(versions, dict) else ()
+    machine = (
+        f"{session.get('processor')}, {session.get('cores')} cores, {session.get('threads')} threads,"
+        f" {session.get('device')}"
+    )
+    cells = (
+        session.get("started"),
+        session.get("command"),
+        str(session.get("commit") or "unknown")[:COMMIT_LENGTH],
+        ", ".join(f"{name} {number}" for name, number in listed),
+        machine,
+    )
+    return f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"
 
 
 def train_command(config: Config, preset: Config | None) -> str:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rem_atari.config import Config
-from rem_atari.report.analysis import CodebookUse, Comparison
+from rem_atari.report.comparisons import Comparison
 from rem_atari.report.films import Scene
 from rem_atari.report.history import MetricLine
-
-
-@dataclass(frozen=True)
-class Redrawn:
-    """Held-out frames, uint8 (N, S, S, 3), beside their reconstructions, and the PSNR of each in dB, (N,)."""
-
-    frames: NDArray[np.uint8]
-    reconstructions: NDArray[np.uint8]
-    psnr: list[float]
+from rem_atari.report.quality import Quality
 
 
 @dataclass(frozen=True)
@@ -42,13 +31,12 @@ class Report:
         config: the run's configuration.
         versions: names and versions of the software.
         lines: lines of metrics.jsonl.
+        sessions: lines of sessions.jsonl.
         command: the command that starts such a run again.
         notes: sentences on what is missing or unusual, shown at the top.
-        redrawn: frames beside their reconstructions; None without held-out frames.
-        comparisons: the agent beside its rivals on held-out frames; empty where nothing could be measured.
-        codebook: use of the codes on held-out frames, or None.
+        step: number of the checkpoint whose weights were looked at, or None.
+        quality: what was measured on held-out frames.
         scenes: imagined films; empty where none could be made.
-        heldout_frames: number of held-out frames measured.
         evaluation: what `rem-atari evaluate` found out, see `evaluation_files.newest_summary`, or None.
     """
 
@@ -58,9 +46,13 @@ class Report:
     lines: list[MetricLine]
     command: str
     notes: list[str]
-    redrawn: Redrawn | None
-    comparisons: list[Comparison]
-    codebook: CodebookUse | None
+    step: int | None
+    quality: Quality
     scenes: list[Scene]
-    heldout_frames: int
     evaluation: Mapping[str, Any] | None = None
+    sessions: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """The agent beside its rivals on held-out frames; empty where nothing could be measured."""
+        return self.quality.comparisons

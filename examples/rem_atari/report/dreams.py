@@ -30,7 +30,7 @@ class _RecordingEnv:
 
 
 @dataclass(frozen=True)
-class _Dream:
+class Dream:
     """B imagined episodes of T steps: tokens (B, T+1, K), actions, rewards and ended (B, T)."""
 
     tokens: Tensor
@@ -66,7 +66,7 @@ def make_scenes(
     """
     generator = torch.Generator(batch.tokens.device).manual_seed(seed)
     dreams = {
-        "imagined, same actions": _dream_along(agent, batch, context, generator),
+        "imagined, same actions": dream_along(agent, batch, context, generator),
         "imagined, agent plays": _dream_freely(agent, batch, context, temperature, generator),
     }
     same, own = (
@@ -79,12 +79,12 @@ def make_scenes(
     return scenes
 
 
-def _dream_along(agent: Agent, batch: SequenceTokens, context: int, generator: torch.Generator) -> _Dream:
+def dream_along(agent: Agent, batch: SequenceTokens, context: int, generator: torch.Generator) -> Dream:
     """Imagine the episodes with the actions that were really taken."""
     env, _ = _start(agent, batch, context, generator)
     actions = batch.actions[:, context:-1]
     answers = [env.step(action) for action in actions.unbind(dim=1)]
-    return _Dream(
+    return Dream(
         torch.stack(env.seen, dim=1),
         actions,
         torch.stack([answer.rewards for answer in answers], dim=1),
@@ -98,7 +98,7 @@ def _dream_freely(
     context: int,
     temperature: float,
     generator: torch.Generator,
-) -> _Dream:
+) -> Dream:
     """Imagine episodes in which the controller acts, its memory warmed up on the context."""
     env, codes = _start(agent, batch, context, generator)
     past = agent.show(batch.tokens[:, :context])
@@ -107,7 +107,7 @@ def _dream_freely(
     played, _, _ = rollout(
         env, agent.controller, carry, codes, steps, temperature=temperature, generator=generator
     )
-    return _Dream(torch.stack(env.seen, dim=1), played.actions, played.rewards, played.ended)
+    return Dream(torch.stack(env.seen, dim=1), played.actions, played.rewards, played.ended)
 
 
 def _start(
@@ -121,7 +121,7 @@ def _start(
 
 
 def _imagined_films(
-    agent: Agent, batch: SequenceTokens, context: int, dream: _Dream, title: str, names: Sequence[str]
+    agent: Agent, batch: SequenceTokens, context: int, dream: Dream, title: str, names: Sequence[str]
 ) -> list[Film]:
     """A film for every row of a dream.
 

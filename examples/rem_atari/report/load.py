@@ -28,7 +28,8 @@ class RunData:
         folder: where its files lie.
         config: its configuration.
         lines: the readable lines of its metrics, oldest first.
-        agent: the newest weights, on the CPU and in eval mode; None without a whole checkpoint.
+        step: number of the newest whole checkpoint, or None.
+        agent: its weights, on the CPU and in eval mode; None without a whole checkpoint.
         state: what the trainer noted beside them; empty without a whole checkpoint.
         training: the experience trained on, or None.
         heldout: the steps of the last evaluation, never trained on, or None.
@@ -38,6 +39,7 @@ class RunData:
     folder: RunFolder
     config: Config
     lines: list[MetricLine]
+    step: int | None
     agent: Agent | None
     state: Mapping[str, Any]
     training: Replay | None
@@ -60,6 +62,7 @@ def load_run(path: Path) -> RunData:
         folder=folder,
         config=config,
         lines=lines,
+        step=None if checkpoint is None else checkpoint.step,
         agent=None if checkpoint is None else _load_agent(checkpoint.model, config, notes),
         state={} if checkpoint is None else checkpoint.state,
         training=_load_replay(folder.replay, "training frames", notes),

@@ -7,15 +7,17 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from rem_atari.report import colophon, sections
+from rem_atari.report import colophon, quality_sections, sections
 from rem_atari.report.contents import Report, RunFile
 
 SECTIONS = (
     sections.header,
     sections.imagination,
     sections.reconstructions,
-    sections.measures,
+    quality_sections.horizon,
+    quality_sections.measures,
     sections.curves,
+    sections.signs,
     sections.speed,
     colophon.configuration,
     colophon.reproduce,

@@ -47,8 +47,8 @@ def token_pairs(batch: SequenceTokens) -> tuple[NDArray[np.int64], NDArray[np.in
 @torch.no_grad()
 def predict_sequences(
     world_model: BaseWorldModel, codebook: Tensor, batch: SequenceTokens, *, first: int
-) -> tuple[Evidence, Evidence]:
-    """What the world model, given the real past, says of next frames and of rewards.
+) -> tuple[Evidence, Evidence, Evidence]:
+    """What the world model, given the real past, says of next frames, of rewards and of ends.
 
     Args:
         world_model: in eval mode.
@@ -56,10 +56,12 @@ def predict_sequences(
         batch: held-out sequences of more than `first` steps, padding on the right.
         first: steps before this one give context alone; at least 1, since a first frame has none before it.
     Returns:
-        Evidence for tokens (N, K), and for reward classes (N, 1), whose "previous" is the class of no reward.
+        Evidence for tokens (N, K); for reward classes (N, 1), whose "previous" is the class of no reward; and
+        for ends (M, 1), whose "previous" is no end, without steps after which an episode was cut short.
     """
     tokens: list[Evidence] = []
     rewards: list[Evidence] = []
+    ends: list[Evidence] = []
     for part in _parts(batch):
         logits = world_model(part.tokens, part.actions, codebook, skip_blocks=first)
         real = part.mask[:, first:]
@@ -67,7 +69,10 @@ def predict_sequences(
         tokens.append(_evidence(logits.tokens[real], target, part.tokens[:, first - 1 : -1][real]))
         signs = reward_classes(part.rewards[:, first:][real])[:, None]
         rewards.append(_evidence(logits.rewards[real][:, None], signs, torch.ones_like(signs)))
-    return _join(tokens), _join(rewards)
+        known = real & ~(part.truncated & ~part.ended)[:, first:]
+        ended = part.ended[:, first:][known].long()[:, None]
+        ends.append(_evidence(logits.ends[known][:, None], ended, torch.zeros_like(ended)))
+    return _join(tokens), _join(rewards), _join(ends)
 
 
 def _parts(batch: SequenceTokens) -> Iterator[SequenceTokens]:

@@ -6,9 +6,9 @@ import json
 from html import escape
 
 from rem_atari.config import Config
-from rem_atari.report.analysis import Comparison
 from rem_atari.report.charts import Chart, chart_svg, charts_of
 from rem_atari.report.contents import Report
+from rem_atari.report.diagnosis import Finding, diagnose, first_sign
 from rem_atari.report.figures import DIFFERENCE_CEILING, data_uri, difference_image, filmstrip
 from rem_atari.report.films import Film, Scene
 from rem_atari.report.history import PhaseThroughput, returns_of, throughput, total_seconds
@@ -64,10 +64,11 @@ def curves(report: Report) -> str:
     if not charts:
         return section("Curves", "<p>The run left no metrics to draw.</p>")
     lead = "<p>Means over an epoch, as the run logged them. Bars behind evaluations span all episodes.</p>"
-    return section("Curves", f'{lead}<div class="charts">{"".join(map(_chart, charts))}</div>')
+    return section("Curves", f'{lead}<div class="charts">{"".join(map(chart_figure, charts))}</div>')
 
 
-def _chart(chart: Chart) -> str:
+def chart_figure(chart: Chart) -> str:
+    """A chart with its title and legend."""
     keys = [
         f'<span style="--line: var(--s{index})">{escape(series.name)}</span>'
         for index, series in enumerate(chart.drawn)
@@ -82,9 +83,9 @@ def _chart(chart: Chart) -> str:
 
 def reconstructions(report: Report) -> str:
     """Real frames, what is left of them after the tokenizer, and the difference."""
-    if report.redrawn is None:
+    if report.quality.frames is None:
         return section("Frames and reconstructions", "<p>There are no held-out frames to show.</p>")
-    shown = report.redrawn
+    shown = report.quality.frames.redrawn
     side = shown.frames.shape[1]
     lead = (
         f"<p>Frames of evaluation games, {side}×{side} pixels, that no part was trained on; below each what"
@@ -190,43 +191,37 @@ def _timeline(film: Film, length: int) -> str:
     )
 
 
-def measures(report: Report) -> str:
-    """The agent beside rivals that need no learning, on held-out frames."""
-    title = "Measured on held-out frames"
-    if not report.comparisons:
-        return section(title, "<p>There are no held-out frames to measure on.</p>")
+def signs(report: Report) -> str:
+    """What `rem-atari diagnose` says."""
+    title = "Signs that it does not learn"
+    findings = diagnose(report.lines, report.config)
+    first = first_sign(findings)
+    unknown = sum(finding.sign is None for finding in findings)
+    begin = (
+        f"None is seen{f'; {unknown} cannot be judged' if unknown else ''}."
+        if first is None
+        else f"Begin with the first that is seen, <b>{escape(first.title.lower())}</b>: those after it may"
+        " follow from it."
+    )
     lead = (
-        f"<p>On draws from {count(report.heldout_frames, 'frame')} of evaluation games, never trained on. The"
-        " rivals are fitted on training frames. A miss is a miss, however small.</p>"
+        "<p>Read off the run's metrics as <code>rem-atari diagnose</code> does, in the order in which to heed"
+        f" them. {begin}</p>"
     )
-    head = (
-        '<thead><tr><th>Measure</th><th class="number">Agent</th><th class="number">Rival</th>'
-        "<th>Which rival</th><th>Better?</th></tr></thead>"
-    )
-    rows = "".join(map(_comparison_row, report.comparisons))
-    table = f'<div class="scroll"><table class="comparisons">{head}<tbody>{rows}</tbody></table></div>'
-    return section(title, f"{lead}{table}{_codebook(report)}")
+    rows = "".join(map(_sign_row, findings))
+    head = "<thead><tr><th>Sign</th><th>Seen?</th></tr></thead>"
+    return section(title, f'{lead}<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>')
 
 
-def _comparison_row(row: Comparison) -> str:
-    ours, theirs = (percent(value) if row.percent else number(value) for value in (row.ours, row.theirs))
-    badge = '<span class="yes">yes</span>' if row.passed else '<span class="no">no: a miss</span>'
+def _sign_row(finding: Finding) -> str:
+    badge = {
+        True: '<span class="no">seen</span>',
+        False: '<span class="yes">not seen</span>',
+        None: '<span class="faint small">unknown</span>',
+    }[finding.sign]
+    advice = f'<p class="small">Try: {escape(finding.advice)}</p>' if finding.advice else ""
     return (
-        f'<tr class="{"won" if row.passed else "missed"}">'
-        f'<td>{escape(row.measure)}<p class="small faint">{escape(row.explanation)}</p></td>'
-        f'<td class="number ours" data-label="Agent">{ours}</td>'
-        f'<td class="number" data-label="Rival">{theirs}</td>'
-        f'<td data-label="Which rival">{escape(row.rival)}</td><td>{badge}</td></tr>'
-    )
-
-
-def _codebook(report: Report) -> str:
-    if report.codebook is None:
-        return ""
-    use = report.codebook
-    return (
-        f"<p>Codebook use: {use.used} of {use.size} codes appear in these frames, with a perplexity of"
-        f" {number(use.perplexity)} (the number of codes that, used equally often, would say as much).</p>"
+        f'<tr><td>{escape(finding.title)}<p class="small faint">{escape(finding.says)}</p>{advice}</td>'
+        f"<td>{badge}</td></tr>"
     )
 
 

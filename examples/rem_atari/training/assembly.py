@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -52,16 +53,22 @@ def _make_phases(
     """The components' turns in the order in which they come, by name."""
     agent, precision = parts.agent, config.precision
     groups = parameter_groups(agent.world_model, config.world_model.optim.weight_decay)
+    # AdamW without a learning rate leaves every bit as it is, its weight decay too.
+    optim = config.world_model.optim
+    optim = replace(optim, lr=0.0) if config.world_model.freeze_at_init else optim
     tokenizer = Component("tokenizer", agent.tokenizer, config.tokenizer.optim, precision=precision)
-    world_model = Component("world_model", agent.world_model, config.world_model.optim, groups, precision)
+    world_model = Component("world_model", agent.world_model, optim, groups, precision)
     controller = Component("controller", agent.controller, config.controller.optim, precision=precision)
     codes, imagination = generators["codes"], generators["imagination"]
+    record = config.cuda_graphs and torch.device(config.device).type == "cuda"
     phases = (
         TokenizerPhase(
             agent.tokenizer, tokenizer, replay, tokens, config.tokenizer, codes, warn, parts.perceptual
         ),
         WorldModelPhase(agent.world_model, world_model, replay, tokens, config.world_model, warn),
-        ControllerPhase(agent, controller, replay, tokens, config.controller, imagination, warn),
+        ControllerPhase(
+            agent, controller, replay, tokens, config.controller, imagination, warn, record=record
+        ),
     )
     return {phase.component.name: phase for phase in phases}
 

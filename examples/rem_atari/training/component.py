@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rem_atari.config import OptimConfig
 from rem_atari.errors import NonFiniteError
+from rem_atari.laps import Lap, untimed
 from rem_atari.training.updates import Metrics
 
 
@@ -37,14 +38,16 @@ class Component:
         self.updates = 0
         self._precision = precision
         parameters = list(module.parameters()) if groups is None else groups
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
 
     def autocast(self) -> torch.autocast:
         """The context to compute a loss in, and nothing but a loss."""
         device = next(self.module.parameters()).device.type
         return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16")
 
-    def apply(self, loss: Tensor, metrics: Metrics) -> Metrics:
+    def apply(self, loss: Tensor, metrics: Metrics, lap: Lap = untimed) -> Metrics:
         """One update: gradient of the loss, clipped to the global norm, and an AdamW step.
 
         Whether everything is finite is asked once, of one number, so that a GPU is waited for once an update:
@@ -53,6 +56,7 @@ class Component:
         Args:
             loss: a scalar.
             metrics: what else was measured on the batch, for the message.
+            lap: told as "backward" ends.
         Returns:
             The metrics, and ``grad_norm``: the gradient's norm before clipping.
         Raises:
@@ -60,6 +64,7 @@ class Component:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        lap("backward")
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         if not torch.isfinite(loss.detach() + norm):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from rem_atari.agent import Agent
 from rem_atari.config import ControllerConfig
-from rem_atari.controller_loss import controller_loss
+from rem_atari.controller_loss import Imagination, imagine, learn_from
+from rem_atari.laps import Lap, untimed
+from rem_atari.models.sequence_tokens import SequenceTokens
+from rem_atari.recorded import Recorded
 from rem_atari.replay import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
@@ -16,7 +20,7 @@ from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Metrics
 
 
-class ControllerPhase(TrainingPhase):
+class ControllerPhase(TrainingPhase[SequenceTokens]):
     """Trains the controller on imagined episodes that begin where segments of the replay end.
 
     Args:
@@ -27,6 +31,7 @@ class ControllerPhase(TrainingPhase):
         config: burn-in, horizon, loss.
         generator: source of draws, on the agent's device.
         warn: told when there is nothing to train on yet.
+        record: imagine by a CUDA graph, see `Recorded`; for an agent on a CUDA device.
     """
 
     def __init__(
@@ -38,13 +43,16 @@ class ControllerPhase(TrainingPhase):
         config: ControllerConfig,
         generator: torch.Generator,
         warn: Callable[[str], None],
+        *,
+        record: bool = False,
     ) -> None:
         super().__init__(component, warn)
         self._agent = agent
         self._replay = replay
         self._tokens = tokens
         self._config = config
-        self._generator = generator
+        self._imagine = partial(imagine, agent, cfg=config, generator=generator)
+        self._recorded = Recorded(self._imagine, generator) if record else None
 
     def prepare(self, epoch: int) -> bool:
         """Whether the replay holds an episode long enough."""
@@ -54,15 +62,27 @@ class ControllerPhase(TrainingPhase):
         """Which rows have tokens."""
         return [self._tokens.known]
 
-    def update(self) -> Metrics:
-        """One update on a batch of segments."""
+    def draw(self) -> SequenceTokens:
+        """Segments as tokens."""
         batch = self._replay.sample_segments(
             self._config.optim.batch_size, self._config.burn_in + 1, min_real=self._config.min_real_frames
         )
-        segments = self._tokens.tokenize(batch)
-        with self.component.autocast():
-            loss, metrics = controller_loss(self._agent, segments, self._config, self._generator)
-        return self.component.apply(loss, metrics)
+        return self._tokens.tokenize(batch)
+
+    def loss(self, batch: SequenceTokens) -> tuple[torch.Tensor, Metrics]:
+        """What `controller_loss` says."""
+        return learn_from(self.imagine(batch), self._agent.controller, self._config)
+
+    def imagine(self, segments: SequenceTokens, lap: Lap = untimed) -> Imagination:
+        """Imagine from the segments' last frames, see `controller_loss.imagine`.
+
+        A recording has no parts: then `lap` is told "burn-in and steps".
+        """
+        if self._recorded is None:
+            return self._imagine(segments, lap=lap)
+        imagination = self._recorded(segments)
+        lap("burn-in and steps")
+        return imagination
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Imagined frames a second."""

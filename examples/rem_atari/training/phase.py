@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from rem_atari.laps import Lap, untimed
 from rem_atari.replay import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.updates import Metrics
 
+PARTS = ("data", "forward", "backward", "optimiser")
+"""The parts of an update, in order."""
 
-class TrainingPhase(ABC):
+Batch = TypeVar("Batch")
+
+
+class TrainingPhase(ABC, Generic[Batch]):
     """A component's turn in each epoch.
 
     Args:
@@ -41,9 +47,33 @@ class TrainingPhase(ABC):
         """
         return
 
+    def update(self, lap: Lap = untimed) -> Metrics:
+        """Make one update, on a batch of its own, and say what it measured.
+
+        Args:
+            lap: told as each of `PARTS` ends.
+        """
+        batch = self.draw()
+        lap("data")
+        with self.component.autocast():
+            loss, metrics = self.loss(batch)
+        lap("forward")
+        metrics = self.component.apply(loss, metrics, lap)
+        self.after_update(metrics)
+        lap("optimiser")
+        return metrics
+
     @abstractmethod
-    def update(self) -> Metrics:
-        """Make one update, on a batch of its own, and say what it measured."""
+    def draw(self) -> Batch:
+        """A batch from the replay, on the device, with tokens where the component wants them."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The loss on a batch, and what was measured on it."""
+
+    def after_update(self, metrics: Metrics) -> None:
+        """Do what follows an update; nothing unless a phase does."""
+        return
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Metrics of the whole turn, given `means` of the updates'; none unless a phase adds some."""

@@ -102,12 +102,14 @@ class LogState:
     Attributes:
         metric_lines: lines of metrics written before it.
         seconds: how long the run had taken.
+        cpu_seconds: how much time of processors; 0 in checkpoints of earlier versions, which do not say.
         pace: seconds a unit of each phase.
         machine: what it was made on, see `describe_machine`.
     """
 
     metric_lines: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     pace: Mapping[str, float] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
 
@@ -125,6 +127,7 @@ class LogState:
             return cls(
                 metric_lines=max(int(state["metric_lines"]), 0),
                 seconds=float(state["seconds"]),
+                cpu_seconds=float(state.get("cpu_seconds", 0.0)),
                 pace={str(phase): float(pace) for phase, pace in state["pace"].items()},
                 machine=dict(state["machine"]),
             )

@@ -69,13 +69,10 @@ class TokenCache:
 
     def _encode(self, batch: SequenceBatch) -> None:
         """Encode those of the batch's frames that have no tokens yet, each once."""
-        new = (batch.mask & ~self.known[batch.rows]).flatten().nonzero().squeeze(1)
-        rows, order = batch.rows.flatten()[new].sort()
-        first = torch.ones_like(rows, dtype=torch.bool)
-        first[1:] = rows[1:] != rows[:-1]
+        rows = batch.rows[batch.mask & ~self.known[batch.rows]].unique()
         if not len(rows):
             return
-        rows, device = rows[first], self._tokens.device
-        frames = batch.frames.flatten(0, 1)[new[order[first]]].to(device)
-        self._tokens[rows.to(device)] = self.tokenizer.encode(frames).int()
+        device = self._tokens.device
+        tokens = self.tokenizer.encode(batch.stored.index_select(0, rows).to(device))
+        self._tokens[rows.to(device)] = tokens.int()
         self.known[rows] = True

@@ -24,7 +24,7 @@ ERROR_MOMENTUM = 0.9
 """How much of the running foreground error an update keeps."""
 
 
-class TokenizerPhase(TrainingPhase):
+class TokenizerPhase(TrainingPhase[torch.Tensor]):
     """Trains the tokenizer on frames drawn from the replay.
 
     Where the configuration says so the tokenizer freezes: world model and controller learn faster on tokens
@@ -84,8 +84,8 @@ class TokenizerPhase(TrainingPhase):
         """Find the background, which is the same as long as nothing new is collected."""
         self._background = self._replay.median_frame().to(self._tokenizer.codes.device)
 
-    def update(self) -> Metrics:
-        """One update on a batch of frames."""
+    def draw(self) -> torch.Tensor:
+        """Frames (B, S, S, 3), from which the codebook starts, or starts anew, if it is time to."""
         batch_size = self._config.optim.batch_size
         frames = self._replay.sample_frames(batch_size).to(self._tokenizer.codes.device)
         updates = self.component.updates
@@ -93,15 +93,17 @@ class TokenizerPhase(TrainingPhase):
             self._tokenizer.initialize_codebook(frames, self._generator)
         elif updates > 0 and updates % RESTART_EVERY == 0 and self._config.restart_dead_codes:
             self._tokenizer.restart_dead_codes(frames, self._generator)
-        with self.component.autocast():
-            loss, metrics = self._tokenizer.loss(
-                frames, background=self._background, perceptual=self._perceptual
-            )
-        metrics = self.component.apply(loss, metrics)
+        return frames
+
+    def loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """See `Tokenizer.loss`."""
+        return self._tokenizer.loss(batch, background=self._background, perceptual=self._perceptual)
+
+    def after_update(self, metrics: Metrics) -> None:
+        """Forget the tokens, which are no longer the tokenizer's; judge whether it may freeze."""
         self._tokens.clear()
         if self._config.freeze_epoch is not None:
             self._track(float(metrics["foreground_error"]))
-        return metrics
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Whether it is frozen, 0 or 1."""

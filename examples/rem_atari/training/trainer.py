@@ -68,7 +68,13 @@ class Trainer:
         log = LogState.of(checkpoint)
         if checkpoint is not None:
             self._load(checkpoint, notes, log)
-        self._metrics = MetricsLog(run.metrics, run.tensorboard, keep=log.metric_lines, seconds=log.seconds)
+        self._metrics = MetricsLog(
+            run.metrics,
+            run.tensorboard,
+            keep=log.metric_lines,
+            seconds=log.seconds,
+            cpu_seconds=log.cpu_seconds,
+        )
 
     def run(self) -> None:
         """Train through all epochs that are left.
@@ -263,6 +269,7 @@ class Trainer:
             "action_names": self._action_names,
             "metric_lines": self._metrics.num_lines,
             "seconds": self._metrics.seconds,
+            "cpu_seconds": self._metrics.cpu_seconds,
             "pace": self._progress.time_left.pace,
             "machine": describe_machine(self._config.device),
         }

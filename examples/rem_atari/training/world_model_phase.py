@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.models.world_model import WorldModel
 from rem_atari.replay import Replay
 from rem_atari.training.component import Component
@@ -15,7 +16,7 @@ from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Metrics
 
 
-class WorldModelPhase(TrainingPhase):
+class WorldModelPhase(TrainingPhase[SequenceTokens]):
     """Trains the world model on sequences drawn from the replay.
 
     Args:
@@ -52,12 +53,13 @@ class WorldModelPhase(TrainingPhase):
         """Which rows have tokens."""
         return [self._tokens.known]
 
-    def update(self) -> Metrics:
-        """One update on a batch of sequences."""
+    def draw(self) -> SequenceTokens:
+        """Sequences as tokens."""
         batch = self._replay.sample_sequences(
             self._config.optim.batch_size, self._config.sequence_blocks, min_real=self._min_real
         )
-        sequences = self._tokens.tokenize(batch)
-        with self.component.autocast():
-            loss, metrics = self._world_model.loss(sequences, self._tokens.tokenizer.codes)
-        return self.component.apply(loss, metrics)
+        return self._tokens.tokenize(batch)
+
+    def loss(self, batch: SequenceTokens) -> tuple[torch.Tensor, Metrics]:
+        """See `BaseWorldModel.loss`."""
+        return self._world_model.loss(batch, self._tokens.tokenizer.codes)

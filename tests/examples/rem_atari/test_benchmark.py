@@ -18,10 +18,15 @@ from rem_atari.cli import main
 from rem_atari.commands.benchmark import TITLES, describe, to_json
 from rem_atari.config import Config
 from rem_atari.errors import RunError, UsageError
+from rem_atari.laps import Lap
 from rem_atari.models.lpips import Lpips
 from rem_atari.presets import PRESETS
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.weights.files import read_weights
+
+PARTS_OF = {name: ["data", "forward", "backward", "optimiser"] for name in benchmark.COMPONENTS} | {
+    "imagine": ["encode", "burn-in", "steps", "loss"]
+}
 
 QUICK = ("--threads", "0", "--updates", "2", "--warmup", "0")
 
@@ -69,7 +74,8 @@ def test_the_command_measures_every_part(tmp_path: Path, capsys: pytest.CaptureF
     found = json.loads(data.read_text())
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == [part["name"] for part in found["parts"]] == list(TITLES)
+    wholes = [row for row in rows if not row["part"]]
+    assert [row["name"] for row in wholes] == [part["name"] for part in found["parts"]] == list(TITLES)
     for part in found["parts"]:
         assert 0 < part["fastest_seconds"] <= part["median_seconds"] <= part["slowest_seconds"]
         assert TITLES[part["name"]] in shown
@@ -79,6 +85,17 @@ def test_the_command_measures_every_part(tmp_path: Path, capsys: pytest.CaptureF
     assert found["imagined_frames_per_second"]["in_training"] == pytest.approx(
         2 * timed["controller"]["per_second"]
     )
+    for name, parts in PARTS_OF.items():
+        assert [part["name"] for part in timed[name]["parts"]] == parts
+        assert [row["part"] for row in rows if row["name"] == name] == ["", *parts]
+        assert sum(part["share"] for part in timed[name]["parts"]) == pytest.approx(1)
+        assert (
+            sum(part["median_seconds"] for part in timed[name]["parts"])
+            < timed[name]["slowest_seconds"] * 1.01
+        )
+    steps = next(part for part in timed["imagine"]["parts"] if part["name"] == "steps")
+    assert found["imagined_frames_per_second"]["steps_alone"] == pytest.approx(8 / steps["median_seconds"])
+    assert 0 < steps["share_of_matrix_rate"] < 1
     parts = dict(found["projected_seconds"])
     assert parts.pop("total") == pytest.approx(sum(parts.values()))
     assert Config.from_dict(found["config"]) == replace(PRESETS["debug"], threads=0)
@@ -87,19 +104,19 @@ def test_the_command_measures_every_part(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_updates_are_those_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warm-up and timed ones, in training mode, each of them applied."""
+    """Warm-up, timed ones and one whose work is counted, in training mode, each of them applied."""
     seen: dict[str, list[bool]] = {}
 
     def watch(phase: TrainingPhase, *args: object) -> Timing:
         updates = phase.update
 
-        def update() -> object:
+        def update(lap: Lap) -> object:
             seen.setdefault(phase.component.name, []).append(phase.component.module.training)
-            return updates()
+            return updates(lap)
 
         phase.update = update
         timing = time_phase(phase, *args)
-        assert phase.component.updates == 5
+        assert phase.component.updates == 6
         assert not phase.component.module.training
         return timing
 
@@ -107,9 +124,31 @@ def test_updates_are_those_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(benchmark, "_time_phase", watch)
     parts: list[int] = []
     result = measure(DEBUG, updates=3, warmup=2, max_seconds=60.0, batch_scale=1.0, after_part=parts.append)
-    assert seen == {name: [True] * 5 for name in benchmark.COMPONENTS}
+    assert seen == {name: [True] * 6 for name in benchmark.COMPONENTS}
     assert parts == [1] * benchmark.NUM_PARTS
     assert {len(result.timings[name].seconds) for name in benchmark.COMPONENTS} == {3}
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """A product of (3, 4) and (4, 5), forward and backward, and nothing in the part after it."""
+    a, b = torch.ones(3, 4, requires_grad=True), torch.ones(4, 5, requires_grad=True)
+
+    def work(lap: Lap) -> None:
+        product = a @ b
+        lap("forward")
+        product.sum().backward()
+        lap("backward")
+        a.sum()
+        lap("rest")
+
+    one = 2 * 3 * 4 * 5
+    assert benchmark._count_flops(work) == {"forward": one, "backward": 2 * one, "rest": 0}
+
+
+def test_a_cpu_is_given_a_part_of_large_batches_and_a_gpu_all_of_them() -> None:
+    scales = {name: benchmark.fitting_scale(preset) for name, preset in PRESETS.items()}
+    assert scales == dict.fromkeys(PRESETS, 1.0) | {"paper": 1 / 8}
+    assert benchmark.fitting_scale(replace(PRESETS["paper"], device="cuda")) == 1.0
 
 
 def test_a_part_is_timed_no_longer_than_allowed_but_once() -> None:
@@ -152,8 +191,11 @@ def test_smaller_batches_are_multiplied_to_whole_ones_and_marked() -> None:
     whole, part = made_up(config), made_up(config, batch_scale=0.25)
     for name, factor in (("tokenizer", 4), ("world_model", 4), ("controller", 4), ("collect", 1)):
         assert part.project()[name] == pytest.approx(factor * whole.project()[name])
-    assert "multiplied to whole ones" in describe(part)
-    assert "multiplied" not in describe(whole)
+    assert (
+        "multiplies an update's time to whole ones: tokenizer 2 things x 4, world model 1 things x 4"
+        in describe(part)
+    )
+    assert "multiplies" not in describe(whole)
     assert to_json(part)["projection_is_scaled"] is True
     # Rounded to a frame at least, and multiplied by what was really computed.
     tiny = made_up(config, batch_scale=0.01)

@@ -31,7 +31,7 @@ from rem_atari.run_folder import create_run_folder
 from rem_atari.training import trainer
 
 COMMANDS = (
-    *("train", "resume", "evaluate", "record", "report"),
+    *("train", "resume", "evaluate", "record", "report", "diagnose"),
     *("scores", "benchmark", "weights", "list"),
 )
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import rem_atari
-from rem_atari.config import Config
+from rem_atari.config import ADDED_FIELDS, Config
 from rem_atari.config_io import from_dict
 from rem_atari.errors import UsageError
 from rem_atari.presets import PRESETS
@@ -93,6 +93,17 @@ def test_a_missing_field_is_named() -> None:
     del data["world_model"]["optim"]["clip_norm"]
     with pytest.raises(ValueError, match=r"missing field: world_model\.optim\.clip_norm"):
         Config.from_dict(data)
+
+
+@pytest.mark.parametrize("path", ADDED_FIELDS)
+def test_a_run_folder_of_before_a_field_was_added_is_still_read(path: str) -> None:
+    data = as_json(Config())
+    part, _, name = path.rpartition(".")
+    del (data[part] if part else data)[name]
+    before = json.dumps(data)
+    filled = Config.from_dict(data).to_dict()
+    assert (filled[part] if part else filled)[name] == ADDED_FIELDS[path]
+    assert json.dumps(data) == before
 
 
 def test_integers_become_floats_where_floats_are_wanted_and_lists_become_tuples() -> None:

@@ -58,6 +58,35 @@ def test_exactly_so_many_games_and_all_that_is_said_of_them_agrees(
     assert "Catch, checkpoint 42, epoch 2 of 2: 11 games at temperature 0.7" in shown
 
 
+def test_random_play_is_measured_beside_it_when_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run")
+    assert evaluate(tmp_path / "run", "--episodes", "3")["random_play"] is None
+    assert "random play" not in capsys.readouterr().out
+    summary = evaluate(tmp_path / "run", "--episodes", "3", "--random-episodes", "40")
+    random = summary["random_play"]
+    assert random["episodes"] == 40
+    assert -1 < random["mean_return"] < 0  # one column of six is under the paddle, nearly
+    assert 0 < random["standard_error"] < 0.3
+    assert summary["ratio_to_random"] is None  # of a return below 0 there are no multiples
+    shown = capsys.readouterr().out
+    assert f"random play {random['mean_return']:.2f} ± {random['standard_error']:.2f} over 40 games" in shown
+
+
+def test_a_return_is_told_in_multiples_of_random_play_where_there_are_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run")
+    for name, returns in (("play_games", (4.0, 12.0)), ("evaluate_random", (1.0, 3.0))):
+        games = EvaluationResult(tuple(GameReturn(0, points, 5) for points in returns), 0, 1.0)
+        monkeypatch.setattr(evaluate_command, name, lambda *_, games=games, **__: games)
+    summary = evaluate(tmp_path / "run", "--episodes", "2", "--random-episodes", "2")
+    assert summary["random_play"] == {"episodes": 2, "mean_return": 2.0, "standard_error": 1.0}
+    assert summary["ratio_to_random"] == 4.0
+    assert "random play 2.00 ± 1.00 over 2 games: the agent's is 4.0 times that" in capsys.readouterr().out
+
+
 def test_the_same_seed_plays_the_same_games(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     words = ["--episodes", "20", "--temperature", "1"]

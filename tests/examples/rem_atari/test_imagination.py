@@ -6,10 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config, ControllerConfig, EnvConfig, TokenizerConfig, WorldModelConfig
-from rem_atari.controller_loss import actor_critic_loss, before_the_end, controller_loss, start_imagination
+from rem_atari.controller_loss import (
+    actor_critic_loss,
+    before_the_end,
+    controller_loss,
+    imagine,
+    start_imagination,
+)
 from rem_atari.imagination import ImaginedEnv
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
 from rem_atari.returns import lambda_return
@@ -235,11 +243,35 @@ def test_the_loss_trains_the_controller_and_nothing_else():
     assert not any(metric.requires_grad for metric in metrics.values())
 
 
+@pytest.mark.parametrize("options", [{}, {"cell": "gru"}, {"action_input": False}, {"normalize_codes": True}])
+def test_judging_all_steps_at_once_is_judging_them_in_the_rollout(options):
+    """Logits, values and the gradient are those of a rollout with gradient."""
+    agent, segments = small_agent(**options), some_segments()
+    controller = agent.controller
+    before, imagined, bootstrap = imagine(
+        agent, segments, CONFIG.controller, torch.Generator().manual_seed(0)
+    )
+    assert not any(tensor.requires_grad for tensor in (imagined.logits, imagined.values, bootstrap, *before))
+    env = env_of(agent)
+    carry, observation = start_imagination(env, agent, segments)
+    wanted, _, _ = rollout(env, controller, carry, observation, 4, generator=torch.Generator().manual_seed(0))
+    found = controller.judge(wanted.seen, wanted.actions, carry)
+    gradients = []
+    for logits, values in ((wanted.logits, wanted.values), found):
+        torch.testing.assert_close(logits, wanted.logits, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(values, wanted.values, atol=1e-6, rtol=1e-5)
+        controller.zero_grad()
+        (logits.square().sum() + (3 * values).cos().sum()).backward()
+        gradients.append([parameter.grad for parameter in controller.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
 def a_trajectory(batch: int = 3, steps: int = 4) -> tuple[Trajectory, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     ended = torch.zeros(batch, steps, dtype=torch.bool)
     ended[0, 1], ended[1, 3] = True, True
     trajectory = Trajectory(
+        seen=torch.zeros(batch, steps, 0),
         logits=torch.randn(batch, steps, ACTIONS, generator=generator).requires_grad_(),
         values=torch.randn(batch, steps, generator=generator).requires_grad_(),
         actions=torch.randint(ACTIONS, (batch, steps), generator=generator),
@@ -342,3 +374,38 @@ def test_the_published_agent():
     agent = Agent.from_config(Config(), 18)
     assert sum(parameter.numel() for parameter in agent.parameters()) == 3_189_667 + 4_628_997 + 4_586_707
     assert agent.controller.num_actions == 18
+
+
+class Operations(TorchDispatchMode):
+    """Writes down every operation with the shapes it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.seen.append((func.name(), shapes))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"space": "pixels", "pixel_channels": (4,)}, {"burn_in_actions": False}]
+)
+def test_imagination_can_be_recorded(options):
+    """The same operations on the same shapes whatever the segments hold, and none that waits for the host."""
+    agent, segments = small_agent(**options), some_segments()
+    other = replace(
+        segments,
+        tokens=(segments.tokens + 1) % CODES,
+        actions=(segments.actions + 1) % ACTIONS,
+        mask=segments.mask & (torch.arange(4) > 1),
+    )
+    recorded = []
+    for batch in (segments, other):
+        with Operations() as operations:
+            imagine(agent, batch, CONFIG.controller, torch.Generator().manual_seed(0))
+        recorded.append(operations.seen)
+    assert recorded[0] == recorded[1]
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
+    assert not [name for name, _ in recorded[0] if name.removeprefix("aten::").split(".")[0] in waiting]

@@ -18,6 +18,7 @@ def test_lines_are_there_before_the_log_is_closed(tmp_path: Path) -> None:
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     log.close()
     assert line.pop("seconds") >= 0
+    assert line.pop("cpu_seconds") >= 0
     assert line == {"epoch": 3, "env_steps": 70, "phase": "tokenizer", "loss": 0.5, "updates": 4}
 
 
@@ -66,13 +67,15 @@ def test_a_log_that_goes_on_keeps_the_lines_it_is_told_to_and_writes_tensorboard
     log.close()
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([lines[0], "a note\n", *lines[1:]]) + '{"half')
-    log = MetricsLog(path, tensorboard, keep=3, seconds=1000.0)
+    log = MetricsLog(path, tensorboard, keep=3, seconds=1000.0, cpu_seconds=2000.0)
     assert path.read_text() == "".join([lines[0], "a note\n", lines[1]])
     assert log.num_lines == 3
     log.write("collect", epoch=7, env_steps=0, values={"steps": 7})
     log.sync()
     log.close()
-    assert json.loads(path.read_text().splitlines()[-1])["seconds"] >= 1000.0
+    last = json.loads(path.read_text().splitlines()[-1])
+    assert last["seconds"] >= 1000.0
+    assert last["cpu_seconds"] >= 2000.0
     events = EventAccumulator(str(tensorboard)).Reload()
     assert events.Tags()["scalars"] == ["collect/steps"]
     assert [(point.step, point.value) for point in events.Scalars("collect/steps")] == [

@@ -108,9 +108,9 @@ def test_the_run_stops_with_the_state_before_the_step(
     monkeypatch.setattr(tokenizer_phase, "RESTART_EVERY", 2)
     apply = Component.apply
 
-    def poison(component: Component, loss: torch.Tensor, metrics: dict) -> object:
+    def poison(component: Component, loss: torch.Tensor, *more: object) -> object:
         is_it = component.name == name and component.updates == at
-        return apply(component, loss * math.nan if is_it else loss, metrics)
+        return apply(component, loss * math.nan if is_it else loss, *more)
 
     run = tmp_path / "run"
     words = ["train", "--preset", "debug", "--tokenizer.freeze-foreground-error", "10.0", "--run", str(run)]

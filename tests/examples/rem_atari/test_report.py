@@ -20,18 +20,22 @@ from rem_atari.checkpoint import Checkpoint, save_checkpoint
 from rem_atari.config import Config
 from rem_atari.errors import UsageError
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
+from rem_atari.models.tokenizer import FOREGROUND_THRESHOLD
 from rem_atari.presets import PRESETS
 from rem_atari.replay import Replay
 from rem_atari.report import write_report
-from rem_atari.report.analysis import Comparison
+from rem_atari.report.analysis import codebook_use, frame_errors
 from rem_atari.report.colophon import train_command
 from rem_atari.report.contents import Report
-from rem_atari.report.dreams import make_scenes
+from rem_atari.report.dreams import dream_along, make_scenes
 from rem_atari.report.figures import DIFFERENCE_CEILING, difference_image, filmstrip, save_imagination
 from rem_atari.report.films import Film, FilmStep, Scene
+from rem_atari.report.horizon import look_ahead
 from rem_atari.report.load import action_names
 from rem_atari.report.page import render
 from rem_atari.report.probe import predict_sequences, token_pairs
+from rem_atari.report.quality import FrameQuality, Quality, Redrawn
+from rem_atari.report.text import number
 from rem_atari.run_folder import RunFolder, create_run_folder
 
 DEBUG = PRESETS["debug"]
@@ -40,8 +44,10 @@ NAMES = ("left", "stay", "right")
 SECTIONS = (
     "Imagination",
     "Frames and reconstructions",
+    "Imagination against the game, step by step",
     "Measured on held-out frames",
     "Curves",
+    "Signs that it does not learn",
     "Throughput",
     "Configuration",
     "How to reproduce",
@@ -150,11 +156,9 @@ def make_report(**changes: object) -> Report:
         lines=[],
         command="",
         notes=[],
-        redrawn=None,
-        comparisons=[],
-        codebook=None,
+        step=None,
+        quality=Quality(),
         scenes=[],
-        heldout_frames=0,
     )
     return replace(nothing, **changes)
 
@@ -183,25 +187,35 @@ def test_page_shows_frames_enlarged_by_whole_pixels(page: str) -> None:
 
 def test_page_marks_each_comparison_won_or_missed(page: str) -> None:
     rows = page.count('<tr class="won">') + page.count('<tr class="missed">')
-    assert rows == 9
+    assert rows == 11
     assert page.count('<span class="no">no: a miss</span>') == page.count('<tr class="missed">') > 0
 
 
-def test_a_miss_is_shown_as_a_miss() -> None:
-    row = Comparison(
-        measure="Reconstruction error",
-        ours=0.3,
-        rival="mean frame",
-        theirs=0.2,
-        higher_is_better=False,
-        explanation=".",
+def redrawn_as(level: int, *, mean: int) -> Quality:
+    """Two black frames, redrawn in one level of grey, beside a mean frame in another."""
+    frames = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    nothing = np.zeros((2, 4, 4), dtype=bool)
+    ours, theirs = (
+        frame_errors(frames, np.full_like(frames, grey), foreground=nothing, moving=nothing)
+        for grey in (level, mean)
     )
-    missed = render(make_report(comparisons=[row]), [])
-    assert '<span class="no">no: a miss</span>' in missed
+    shown = Redrawn(frames, np.full_like(frames, level), [1.0, 1.0])
+    use = codebook_use(np.zeros(4, dtype=np.int64), 16)
+    return Quality(
+        steps=2, frames=FrameQuality(redrawn=shown, count=2, ours=ours, mean_frame=theirs, codebook=use)
+    )
+
+
+def test_a_miss_is_shown_as_a_miss() -> None:
+    missed = render(make_report(quality=redrawn_as(30, mean=20)), [])
+    assert missed.count('<span class="no">no: a miss</span>') == 2
     assert '<span class="yes">' not in missed
-    assert "it wins 0 of 1 comparison; it misses Reconstruction error against mean frame" in missed
-    won = render(make_report(comparisons=[replace(row, ours=0.1)]), [])
-    assert '<span class="yes">yes</span>' in won
+    assert (
+        "it wins 0 of 2 comparisons; it misses Reconstruction error (MSE) against mean frame;"
+        " Reconstruction PSNR, dB against mean frame"
+    ) in missed
+    won = render(make_report(quality=redrawn_as(10, mean=20)), [])
+    assert won.count('<span class="yes">yes</span>') == 2
     assert '<span class="no">' not in won
 
 
@@ -392,7 +406,7 @@ def test_token_pairs_never_cross_into_padding(agent: Agent) -> None:
 def test_predictions_equal_the_world_models_steps(agent: Agent) -> None:
     _, batch = held_out(agent, 4, min_real=4)
     codes = agent.tokenizer.codes
-    tokens, rewards = predict_sequences(agent.world_model, codes, batch, first=2)
+    tokens, rewards, ends = predict_sequences(agent.world_model, codes, batch, first=2)
     assert tokens.target.shape == (5 * 2, agent.tokenizer.num_tokens)
     np.testing.assert_array_equal(tokens.previous[0], batch.tokens[0, 1].numpy())
     with torch.no_grad():
@@ -405,6 +419,78 @@ def test_predictions_equal_the_world_models_steps(agent: Agent) -> None:
     reward_chances = after.reward_logits.log_softmax(dim=-1).gather(-1, signs[:, None])
     np.testing.assert_allclose(rewards.predictions.log_prob[::2], reward_chances.numpy(), atol=1e-4)
     np.testing.assert_array_equal(rewards.target[::2], signs[:, None].numpy())
+    ended = batch.ended[:, 2].long()
+    end_chances = after.end_logits.log_softmax(dim=-1).gather(-1, ended[:, None])
+    np.testing.assert_allclose(ends.predictions.log_prob[::2], end_chances.numpy(), atol=1e-4)
+    np.testing.assert_array_equal(ends.target[::2], ended[:, None].numpy())
+
+
+def test_an_episode_that_was_cut_short_says_nothing_of_its_end(agent: Agent) -> None:
+    _, batch = held_out(agent, 4, min_real=4)
+    batch.truncated[:, 3] = ~batch.ended[:, 3]
+    tokens, _, ends = predict_sequences(agent.world_model, agent.tokenizer.codes, batch, first=2)
+    assert len(tokens.target) == 5 * 2
+    assert len(ends.target) == 5 * 2 - int((~batch.ended[:, 3]).sum()) < 5 * 2
+
+
+def test_imagination_is_compared_with_the_frame_of_its_own_step(agent: Agent) -> None:
+    frames, batch = held_out(agent, EPISODE + 2, min_real=EPISODE)
+    errors = look_ahead(agent, frames, batch, context=1, seed=0)
+    assert errors.starts == 5
+    assert [(step.step, step.count) for step in errors.steps] == [(step, 5) for step in range(1, EPISODE - 1)]
+    dream = dream_along(agent, batch, 1, torch.Generator().manual_seed(0))
+    for step in errors.steps:
+        real, start = (frames[:, at].double() / 127.5 - 1 for at in (1 + step.step, 1))
+        imagined, redrawn = (
+            agent.tokenizer.decode(tokens[:, at]).double() / 127.5 - 1
+            for tokens, at in ((dream.tokens, step.step), (batch.tokens, 1 + step.step))
+        )
+        assert step.imagined == pytest.approx((imagined - real).square().mean().item(), rel=1e-3)
+        assert step.copied == pytest.approx((start - real).square().mean().item(), rel=1e-4)
+        assert step.redrawn == pytest.approx((redrawn - real).square().mean().item(), rel=1e-3)
+        levels = (frames[:, 1 + step.step].int() - frames[:, 1].int()).abs()
+        moving = (levels > FOREGROUND_THRESHOLD).any(dim=-1)
+        assert step.copied_moving == pytest.approx((start - real)[moving].square().mean().item(), rel=1e-4)
+        assert step.passed == (step.imagined < step.copied)
+    total = sum(step.imagined for step in errors.steps) / len(errors.steps)
+    assert errors.mean("imagined") == pytest.approx(total)
+
+
+def test_a_horizon_ends_with_its_episodes(agent: Agent) -> None:
+    frames, batch = held_out(agent, 4, min_real=4)
+    batch.mask[:, 3] = False
+    batch.mask[1:, 2] = False
+    (step,) = look_ahead(agent, frames, batch, context=1, seed=0).steps
+    assert (step.step, step.count) == (1, 1)
+
+
+def test_quality_is_written_as_json_too(run: RunFolder, page: str) -> None:
+    quality = json.loads((run.path / "quality.json").read_text())
+    assert (quality["schema"], quality["game"], quality["seed"], quality["step"]) == (1, "Catch", 0, 2)
+    assert quality["heldout_steps"] == 8 * EPISODE
+    assert quality["frames"]["codebook"]["size"] == DEBUG.tokenizer.codebook_size
+    for measure in ("cross_entropy", "accuracy", "changed_accuracy"):
+        assert set(quality["tokens"][measure]) == {
+            "world_model",
+            "unigram",
+            "unigram_per_place",
+            "copy_last_frame",
+        }
+    assert 0 < quality["rewards"]["events"] < quality["rewards"]["steps"]
+    assert quality["ends"]["events"] == quality["rewards"]["events"]  # each last step gives a reward here
+    assert [step["step"] for step in quality["horizon"]["steps"]] == [1, 2]
+    last = quality["horizon"]["steps"][-1]["psnr"]
+    assert "<td>2</td>" in page
+    for name in ("imagined", "copy_last_frame", "tokenizer"):
+        assert f"{number(last[name])} dB" in page
+
+
+def test_quality_of_a_run_without_held_out_frames_says_that_it_is_unknown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", finished=False, heldout=0)
+    write_report(run.path)
+    quality = json.loads((run.path / "quality.json").read_text())
+    assert quality["heldout_steps"] == 0
+    assert [quality[part] for part in ("frames", "tokens", "rewards", "ends", "horizon")] == [None] * 5
 
 
 def test_scenes_show_the_real_continuation_and_two_imagined_ones(agent: Agent) -> None:

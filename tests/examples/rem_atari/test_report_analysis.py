@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 
 from rem_atari.report.analysis import (
-    Comparison,
     TokenPredictions,
     TokenScores,
     codebook_use,
-    compare_frames,
-    compare_tokens,
     fit_baselines,
     frame_errors,
     psnr,
+    score_events,
     score_tokens,
 )
 from rem_atari.report.charts import charts_of, make_axis
+from rem_atari.report.comparisons import Comparison, compare_frames, compare_tokens
 from rem_atari.report.history import Returns, returns_of, throughput, values_of, verdict, was_trained
 from rem_atari.report.text import count, duration, number, size
 
@@ -44,17 +43,23 @@ def test_frame_errors_by_hand() -> None:
     redrawn[1, 0, 0] = BLACK  # one of four pixels of the second frame is off by 2, the whole range
     foreground = np.zeros((2, 2, 2), dtype=bool)
     foreground[1, 0] = True  # that pixel and one that is right
-    errors = frame_errors(frames, redrawn, foreground)
+    moving = np.zeros((2, 2, 2), dtype=bool)
+    moving[1] = True
+    errors = frame_errors(frames, redrawn, foreground=foreground, moving=moving)
     assert errors.mse == pytest.approx(4.0 / 8)
     assert errors.psnr == pytest.approx(10 * math.log10(4.0 / 0.5))
     assert errors.foreground_mse == pytest.approx(4.0 / 2)
+    assert errors.moving_mse == pytest.approx(4.0 / 4)
     np.testing.assert_allclose(errors.per_frame, [0.0, 1.0])
 
 
 def test_frame_errors_take_one_frame_for_all_and_need_no_foreground() -> None:
-    errors = frame_errors(frames_of(BLACK, WHITE), frames_of(BLACK)[0], np.zeros((2, 2, 2), dtype=bool))
+    nothing = np.zeros((2, 2, 2), dtype=bool)
+    frames = frames_of(BLACK, WHITE)
+    errors = frame_errors(frames, frames_of(BLACK)[0], foreground=nothing, moving=nothing)
     assert errors.mse == pytest.approx(2.0)
     assert errors.foreground_mse is None
+    assert errors.moving_mse is None
     assert [row.measure for row in compare_frames(errors, errors)] == [
         "Reconstruction error (MSE)",
         "Reconstruction PSNR, dB",
@@ -135,6 +140,26 @@ def test_accuracy_of_changed_tokens_by_hand() -> None:
     assert scores.accuracy == 0.5
     assert scores.changed_accuracy == pytest.approx(2 / 3)
     assert (scores.changed_share, scores.count) == (0.75, 4)
+
+
+def test_events_by_hand() -> None:
+    """Classes -1, 0, +1 as 0, 1, 2: of three rewards one is hit, one taken for its opposite, one missed."""
+    target = np.array([[1], [1], [1], [2], [2], [0]])
+    choice = np.array([[1], [1], [2], [2], [0], [1]])
+    chances = np.array([[0.9], [0.9], [0.3], [0.8], [0.1], [0.3]])
+    scores = score_events(TokenPredictions(np.log(chances), choice), target, usual=1)
+    assert (scores.steps, scores.events, scores.predicted) == (6, 3, 3)
+    assert scores.recall == pytest.approx(1 / 3)
+    assert scores.precision == pytest.approx(1 / 3)
+    assert scores.chance == pytest.approx((0.8 + 0.1 + 0.3) / 3)
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_what_never_happened_has_no_recall(steps: int) -> None:
+    usual = np.ones((steps, 1), dtype=np.int64)
+    scores = score_events(TokenPredictions(np.zeros((steps, 1)), usual), usual, usual=1)
+    assert (scores.steps, scores.events, scores.predicted) == (steps, 0, 0)
+    assert (scores.recall, scores.precision, scores.chance) == (None, None, None)
 
 
 def test_scoring_nothing_is_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from short_runs import SHORT, Point, SpyProgress, fingerprint, newest, run_part
@@ -17,6 +19,7 @@ from rem_atari import progress as progress_module
 from rem_atari.cli import main
 from rem_atari.metrics import read_metrics
 from rem_atari.replay import Replay
+from rem_atari.training import signals as signals_module
 from rem_atari.training.component import Component
 from rem_atari.training.signals import StopRequest
 
@@ -141,6 +144,38 @@ def test_a_second_signal_ends_a_run_at_once(
     assert main(["train", "--preset", "debug", "--run", str(run)]) == 3
     assert capsys.readouterr().err.splitlines()[-1] == "rem-atari: stopped by SIGINT"
     assert not (run / "checkpoints").exists()
+
+
+def test_a_run_in_parts_of_so_many_seconds_ends_as_one_that_never_stopped(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The clock moves a second with every look at it, so that a part is a few steps long."""
+    run, parts = tmp_path / "0", 1
+    ticks = itertools.count()
+    monkeypatch.setattr(signals_module, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    code = main(["train", "--preset", "debug", *LIMIT, "--run", str(run), "--stop-after", "30"])
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"saved; `rem-atari resume {run}` goes on",
+        "rem-atari: stopped after 30 seconds, as --stop-after asked",
+    ]
+    while code == 3:
+        run = run.rename(tmp_path / str(parts))
+        code = main(["resume", str(run), "--stop-after", "30"])
+        parts += 1
+    assert code == 0
+    assert parts > 2
+    assert (run / "report.html").is_file()
+    assert fingerprint(run) == fingerprint(whole)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_time_that_is_none_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: str
+) -> None:
+    words = ["train", "--preset", "debug", "--run", str(tmp_path / "run"), f"--stop-after={seconds}"]
+    assert main(words) == 2
+    assert "wanted more than 0 seconds" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

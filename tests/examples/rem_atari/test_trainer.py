@@ -153,6 +153,24 @@ def test_every_component_has_learned(trained: tuple[Path, Agent, str]) -> None:
         assert not torch.equal(parameter, fresh[name]), f"{name} did not move"
 
 
+def test_the_control_leaves_the_world_model_as_it_was_drawn_and_all_else_the_same(
+    trained: tuple[Path, Agent, str], tmp_path: Path
+) -> None:
+    config = replace(DEBUG, world_model=replace(DEBUG.world_model, freeze_at_init=True))
+    with prepare_training(config) as parts:
+        drawn = {name: weight.clone() for name, weight in parts.agent.state_dict().items()}
+    agent, _ = train(config, tmp_path / "control")
+    moved = {name for name, weight in agent.state_dict().items() if not torch.equal(weight, drawn[name])}
+    assert {name.split(".")[0] for name in moved} == {"tokenizer", "controller"}
+    assert {name for name, _ in agent.controller.named_parameters(prefix="controller")} <= moved
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "control", trained[0]))
+    assert [line["env_steps"] for line in ours] == [line["env_steps"] for line in theirs]
+    for phase, names in (("tokenizer", ("loss", "grad_norm")), ("world_model", ("updates",))):
+        first, other = (next(line for line in lines if line["phase"] == phase) for lines in (ours, theirs))
+        assert [first[name] for name in names] == [other[name] for name in names]
+    assert all(line["loss"] > 0 for line in ours if line["phase"] == "world_model")
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(
     trained: tuple[Path, Agent, str], tmp_path: Path
 ) -> None:

@@ -1,0 +1,93 @@
+"""``rem-atari diagnose RUN``: why does it not learn?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rem_atari.arguments import DiagnoseArguments
+from rem_atari.commands.counting import tell
+from rem_atari.errors import RunError
+from rem_atari.report.diagnosis import Finding, diagnose, first_sign
+from rem_atari.report.history import MetricLine, Returns, last_value, returns_of
+from rem_atari.report.load import read_lines
+from rem_atari.run_folder import open_run_folder
+
+SCHEMA = 1
+"""Version of what --json prints; docs/does_not_learn.md tells what is in it."""
+
+WORDS = {True: "SIGN", False: "fine", None: "unknown"}
+
+
+def diagnose_run(arguments: DiagnoseArguments) -> None:
+    """Print what the metrics of a run, which may be under way, say about why it does not learn.
+
+    Raises:
+        UsageError: there is no run, or its configuration cannot be read.
+        RunError: it has no metrics yet.
+    """
+    run = open_run_folder(arguments.run)
+    config, notes = run.load_config(), []
+    lines = read_lines(run.metrics, notes)
+    if not lines:
+        raise RunError(f"{run.metrics} has no line yet: there is nothing to diagnose")
+    for note in notes:
+        tell(f"note: {note}")
+    findings = diagnose(lines, config)
+    if arguments.json:
+        print(json.dumps(as_data(str(run.path), lines, findings), indent=2, allow_nan=False))
+    else:
+        print(as_text(str(run.path), lines, findings))
+
+
+def as_data(run: str, lines: Sequence[MetricLine], findings: Sequence[Finding]) -> dict[str, Any]:
+    """The diagnosis as JSON data."""
+    first = first_sign(findings)
+    returns = {
+        name: returns_of(lines, phase) for name, phase in (("agent", "evaluate"), ("random", "random"))
+    }
+    return {
+        "schema": SCHEMA,
+        "run": run,
+        "epoch": _whole(last_value(lines, "epoch")),
+        "env_steps": _whole(last_value(lines, "env_steps")),
+        "returns": {name: None if found is None else asdict(found) for name, found in returns.items()},
+        "first_sign": None if first is None else first.check,
+        "checks": [asdict(finding) for finding in findings],
+    }
+
+
+def as_text(run: str, lines: Sequence[MetricLine], findings: Sequence[Finding]) -> str:
+    """The diagnosis for a reader."""
+    epoch, steps = last_value(lines, "epoch"), last_value(lines, "env_steps")
+    agent, random = (_returns(returns_of(lines, phase)) for phase in ("evaluate", "random"))
+    parts = [
+        f"{run}: epoch {0 if epoch is None else epoch + 1:.0f}, {steps or 0:,.0f} environment steps",
+        f"mean return: agent {agent}, random play {random}",
+        "",
+    ]
+    for place, finding in enumerate(findings, start=1):
+        parts.append(f"{place}. {finding.title}: {WORDS[finding.sign]}")
+        parts.append(f"   {finding.says}")
+        if finding.advice:
+            parts.append(f"   Try: {finding.advice}")
+    first = first_sign(findings)
+    parts.append("")
+    if first is None:
+        parts.append("No sign is seen; docs/does_not_learn.md tells where to look next.")
+    else:
+        parts.append(f"Begin with the first sign: {first.title.lower()}. Those after it may follow from it.")
+    return "\n".join(parts)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _returns(found: Returns | None) -> str:
+    if found is None:
+        return "not measured yet"
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
+    return f"{found.mean:.2f}{error} ({found.episodes} episodes)"

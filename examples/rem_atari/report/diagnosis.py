@@ -1,0 +1,273 @@
+"""Why a run does not learn: signs to be read off metrics.jsonl alone, in the order in which to look for them.
+
+The order is that of cause and effect. What the tokenizer does not see, the world model cannot predict, and of
+what the world model does not predict the controller cannot learn. So the first sign is where to begin.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rem_atari.config import Config
+from rem_atari.report.history import MetricLine, Series, values_of
+from rem_atari.report.text import number
+
+BLIND_FACTOR = 2.0
+"""The tokenizer counts as blind above so many times the error with which it may rest; once its rest is due,
+above that error itself."""
+
+STUCK_SHARE = 0.8
+"""The reward loss counts as stuck above this share of what the base rate alone would score."""
+
+COLLAPSED_SHARE = 0.1
+"""The entropy counts as near zero below this share of the highest that the run has shown."""
+
+MOVED_NOISES = 3.0
+"""The imagined return counts as moved beyond so many times its typical change from epoch to epoch."""
+
+RISEN_FACTOR = 1.15
+"""The world model's loss counts as rising above this multiple of its lowest."""
+
+USED_SHARE = 0.1
+"""The codebook counts as collapsed when a batch uses a smaller share of its codes."""
+
+CLIPPED_FACTOR = 2.0
+"""The value's scale counts as too large with gradients of so many times the norm they are clipped to."""
+
+WINDOW = 3
+"""Epochs averaged before a curve's lowest and its present height are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a check has found.
+
+    Attributes:
+        check: its name, for scripts.
+        title: what it looks at.
+        sign: whether it sees the sign; None where the metrics do not tell (yet).
+        says: the figures in a sentence.
+        advice: what to try; empty without a sign.
+        figures: the same figures by name.
+    """
+
+    check: str
+    title: str
+    sign: bool | None
+    says: str
+    advice: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def diagnose(lines: Sequence[MetricLine], config: Config) -> list[Finding]:
+    """Make every check, in the order in which to heed them.
+
+    Args:
+        lines: lines of metrics.jsonl, of a run that may still go on.
+        config: its configuration.
+    """
+    return [check(lines, config) for check in CHECKS]
+
+
+def first_sign(findings: Sequence[Finding]) -> Finding | None:
+    """The first check that sees its sign: where to begin."""
+    return next((finding for finding in findings if finding.sign), None)
+
+
+def check_moving_pixels(lines: Sequence[MetricLine], config: Config) -> Finding:
+    """Whether the tokenizer sees what moves: its error on pixels that differ from the median frame."""
+    found = _finding("moving_pixels", "Error on moving pixels")
+    errors = values_of(lines, "tokenizer", "foreground_error")
+    limit = config.tokenizer.freeze_foreground_error
+    if len(errors.y) < 2:
+        return found(None, "The tokenizer has left too few figures so far.")
+    frozen = _last(values_of(lines, "tokenizer", "frozen")) > 0
+    # Its first epoch begins with a tokenizer that sees nothing.
+    error = statistics.fmean(errors.y[1:][-WINDOW:])
+    freeze = config.tokenizer.freeze_epoch
+    due = freeze is not None and errors.x[-1] >= freeze
+    bound = limit if due else BLIND_FACTOR * limit
+    figures = {"error": error, "epoch": errors.x[-1] + 1, "limit": bound, "frozen": float(frozen)}
+    granted = "; it has been found good enough to rest" if frozen else ""
+    says = (
+        f"It was {number(error)} up to epoch {figures['epoch']:.0f}, the last in which the tokenizer trained"
+        f" (mean of up to {WINDOW} epochs; limit {number(bound)}){granted}."
+    )
+    advice = (
+        "The tokenizer does not see the objects, so nothing behind it can. Raise tokenizer.foreground_weight"
+        " or tokenizer.optim.updates_per_epoch (first_updates), or give it more pixels or tokens"
+        " (env.frame_size, tokenizer.channels); look at the reconstructions in the report."
+    )
+    return found(error > bound and not frozen, says, advice, figures)
+
+
+def check_reward_loss(lines: Sequence[MetricLine], config: Config) -> Finding:
+    """Whether the world model foretells rewards better than their base rate does."""
+    found = _finding("reward_loss", "Reward loss stuck high")
+    loss, base = values_of(lines, "world_model", "reward"), values_of(lines, "world_model", "reward_base")
+    if len(loss.y) < 2 or len(base.y) < 2:
+        return found(None, "The world model has left too few figures of its reward loss and the base rate's.")
+    figures = {"loss": _late(loss), "base_rate": _late(base), "first": loss.y[0]}
+    if figures["base_rate"] == 0:
+        return found(
+            True,
+            "The experience that it trains on holds no reward.",
+            "There is nothing to learn from yet: raise schedule.random_steps or controller.epsilon, or let"
+            " single runs of the game be longer (env.max_raw_frames).",
+            figures,
+        )
+    says = (
+        f"It is {number(figures['loss'])} nats; who knows only how often each sign of a reward occurs scores"
+        f" {number(figures['base_rate'])}. In the first epoch it was {number(figures['first'])}."
+    )
+    advice = (
+        "The world model does not foresee rewards. If the error on moving pixels is low, train it more"
+        " (world_model.optim.updates_per_epoch, lr), give it more context (world_model.context_blocks,"
+        " sequence_blocks) or more random experience (schedule.random_steps)."
+    )
+    return found(figures["loss"] > STUCK_SHARE * figures["base_rate"], says, advice, figures)
+
+
+def check_entropy(lines: Sequence[MetricLine], config: Config) -> Finding:
+    """Whether the policy stopped exploring before it had learned anything in imagination."""
+    found = _finding("entropy", "Entropy near zero before the imagined return moves")
+    entropy, gained = (values_of(lines, "controller", name) for name in ("entropy", "imagined_return"))
+    if len(entropy.y) < 2 or len(gained.y) != len(entropy.y):
+        return found(None, "The controller has left too few figures so far.")
+    # At random the entropy is the highest there can be.
+    highest = max(entropy.y + values_of(lines, "collect_random", "entropy").y)
+    figures = {"entropy": entropy.y[-1], "highest": highest, "imagined_return": gained.y[-1]}
+    low = next((at for at, value in enumerate(entropy.y) if value < COLLAPSED_SHARE * highest), None)
+    if low is None:
+        return found(
+            False,
+            f"It is {number(entropy.y[-1])} nats; at its highest it was {number(highest)}.",
+            "",
+            figures,
+        )
+    noise = statistics.median(
+        abs(after - before) for before, after in zip(gained.y, gained.y[1:], strict=False)
+    )
+    gain = gained.y[low] - gained.y[0]
+    figures |= {"epoch": entropy.x[low] + 1, "gain": gain, "noise": noise}
+    says = (
+        f"It fell to {number(entropy.y[low])} nats in epoch {figures['epoch']:.0f} (highest:"
+        f" {number(highest)}). By then the imagined return had risen by {number(gain)}; from epoch to epoch"
+        f" it changes by {number(noise)}."
+    )
+    advice = (
+        "The policy stopped exploring before it had anything to prefer. Raise controller.entropy_weight, let"
+        " the controller start later (controller.optim.start_epoch), when the world model knows rewards, or"
+        " lower controller.optim.lr."
+    )
+    return found(gain <= MOVED_NOISES * noise, says, advice, figures)
+
+
+def check_world_model_loss(lines: Sequence[MetricLine], config: Config) -> Finding:
+    """Whether the world model runs after tokens that change their meaning."""
+    found = _finding("world_model_loss", "World-model loss rising")
+    loss = values_of(lines, "world_model", "tokens")
+    means = [statistics.fmean(loss.y[at : at + WINDOW]) for at in range(len(loss.y) - WINDOW + 1)]
+    if len(means) < WINDOW:
+        return found(None, "The world model has left too few figures so far.")
+    lowest = min(range(len(means)), key=means.__getitem__)
+    moving = _last(values_of(lines, "tokenizer", "updates")) > 0
+    epoch = loss.x[lowest + WINDOW - 1] + 1
+    figures = {"loss": means[-1], "lowest": means[lowest], "epoch": epoch, "tokenizer_trains": float(moving)}
+    says = (
+        f"The loss of the tokens is {number(means[-1])} nats (mean of {WINDOW} epochs); at its lowest, up to"
+        f" epoch {epoch:.0f}, it was {number(means[lowest])}. The tokenizer"
+        f" {'still trains' if moving else 'rests'}."
+    )
+    advice = (
+        "Tokens change their meaning while the tokenizer trains. Let it rest earlier (tokenizer.freeze_epoch,"
+        " with freeze_foreground_error as the guard) or train it less (tokenizer.optim.updates_per_epoch,"
+        " lr)."
+        if moving
+        else "The tokenizer is not the cause: the game shows what it did not show before. Train the world"
+        " model more (world_model.optim.updates_per_epoch), and see whether the frozen tokenizer keeps what"
+        " is new (the report's reconstructions)."
+    )
+    return found(means[-1] > RISEN_FACTOR * means[lowest], says, advice, figures)
+
+
+def check_codebook(lines: Sequence[MetricLine], config: Config) -> Finding:
+    """Whether few codes carry all frames."""
+    found = _finding("codebook", "Codebook use")
+    used = values_of(lines, "tokenizer", "codes_used")
+    if not used.y:
+        return found(None, "The tokenizer has left no figures so far.")
+    size = config.tokenizer.codebook_size
+    figures = {"used": used.y[-1], "size": float(size)}
+    advice = (
+        "Frames that differ get the same tokens. Start the codes from data (tokenizer.init_from_data),"
+        " restart unused ones (tokenizer.restart_dead_codes), or raise tokenizer.commitment_weight."
+    )
+    says = f"A batch of frames uses {number(used.y[-1])} of {size} codes."
+    return found(used.y[-1] < max(2.0, USED_SHARE * size), says, advice, figures)
+
+
+def check_value_scale(lines: Sequence[MetricLine], config: Config) -> Finding:
+    """Whether the critic's errors drown what the policy is to learn."""
+    found = _finding("value_scale", "Value scale")
+    value, norm = (values_of(lines, "controller", name) for name in ("value", "grad_norm"))
+    if len(value.y) < 2 or not norm.y:
+        return found(None, "The controller has left too few figures so far.")
+    figures = {
+        "error": _late(value) ** 0.5,
+        "grad_norm": _late(norm),
+        "clip_norm": config.controller.optim.clip_norm,
+    }
+    says = (
+        f"The value is off by {number(figures['error'])} (root of its mean squared error; a reward is 1), and"
+        f" the controller's gradient has a norm of {number(figures['grad_norm'])}, clipped to"
+        f" {number(figures['clip_norm'])}."
+    )
+    advice = (
+        "The value's error fills the gradient, and clipping leaves little of the policy's. Lower"
+        " controller.gamma or horizon, so that returns are smaller, or raise controller.optim.clip_norm; with"
+        " dense rewards look whether the value loss falls at all (controller.optim.lr)."
+    )
+    too_large = figures["error"] > 1 and figures["grad_norm"] > CLIPPED_FACTOR * figures["clip_norm"]
+    return found(too_large, says, advice, figures)
+
+
+CHECKS: tuple[Callable[[Sequence[MetricLine], Config], Finding], ...] = (
+    check_moving_pixels,
+    check_reward_loss,
+    check_entropy,
+    check_world_model_loss,
+    check_codebook,
+    check_value_scale,
+)
+"""The checks, in the order in which to heed them."""
+
+
+def _finding(check: str, title: str) -> Callable[..., Finding]:
+    """Makes the findings of one check; advice is only given with a sign."""
+
+    def make(
+        sign: bool | None, says: str, advice: str = "", figures: Mapping[str, float] | None = None
+    ) -> Finding:
+        return Finding(
+            check=check,
+            title=title,
+            sign=sign,
+            says=says,
+            advice=advice if sign else "",
+            figures=figures or {},
+        )
+
+    return make
+
+
+def _late(series: Series) -> float:
+    """Mean of the last quarter of a curve's values, of the last one at least."""
+    return statistics.fmean(series.y[-max(1, len(series.y) // 4) :])
+
+
+def _last(series: Series) -> float:
+    """A curve's last value; 0 without any."""
+    return series.y[-1] if series.y else 0.0
