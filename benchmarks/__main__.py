@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--pass", dest="passes", type=_names([FORWARD, BOTH, "backward"]), metavar="A,B")
     run.add_argument("--quick", action="store_true", help="tiny shapes, two samples, no CSV")
     run.add_argument("--device", help="default: a GPU if there is one")
+    run.add_argument(
+        "--cpu-time", action="store_true", help="one thread, the time it computes: for a busy CPU"
+    )
     run.add_argument("--csv", type=Path, help="default: benchmarks/results/MACHINE-COMMIT.csv")
     compare_them = commands.add_parser("compare", help="two sets of results, line by line")
     compare_them.set_defaults(command=_compare)
@@ -89,21 +93,26 @@ def _run(options: argparse.Namespace) -> int:
         passes=options.passes,
         tiny=options.quick,
     )
+    effort = QUICK if options.quick else Effort()
+    if options.cpu_time:
+        torch.set_num_threads(1)
+        effort = replace(effort, clock=time.process_time)
+    name = machine(device, effort.clock)
     path = options.csv
     if path is None and not options.quick:
-        path = records.path_of(machine(device), commit())
+        path = records.path_of(name, commit())
     groups = list(selection.groups(device))
     if not groups:
         sys.exit("nothing to measure: no operation here has that shape, mode, dtype, backend and pass")
     started, failed = time.monotonic(), False
     for group in groups:
-        found = runner.measure(group, device, QUICK if options.quick else Effort())
+        found = runner.measure(group, device, effort)
         runner.print_records(found)
         sys.stdout.flush()
         failed |= any(record.verdict == records.FAILED for record in found)
         if path is not None:
             records.append(path, found)
-    print(f"\n{len(groups)} groups on {machine(device)} in {time.monotonic() - started:.0f} s", end="")
+    print(f"\n{len(groups)} groups on {name} in {time.monotonic() - started:.0f} s", end="")
     print("" if path is None else f"; rows in {path}")
     return int(failed)
 

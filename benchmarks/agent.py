@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -95,12 +95,12 @@ def imagine(problem: Problem, *, mode: str) -> Work:
     def start() -> Any:
         return _start(agent, agent.tokenizer.encode(frames), actions, generator)
 
-    with torch.no_grad():
-        begun = start()
+    begin = start if mode == "call" else cache(start)  # steps alone go on where the last ones ended
 
+    @torch.no_grad()
     def run() -> tuple[Tensor, ...]:
         with problem.autocast():
-            env, carry, seen = start() if mode == "call" else begun
+            env, carry, seen = begin()
             trajectory, _, _ = rollout(env, agent.controller, carry, seen, STEPS, generator=generator)
         return (trajectory.rewards,)
 

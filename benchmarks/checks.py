@@ -28,8 +28,8 @@ TOLERANCES = {
 """Largest errors of an operation: those that the tests hold it to."""
 
 MODEL_FACTOR = 2.0
-"""A model's errors also come from rounding its weights and its layers' inputs. It may err as an operation
-may, or so many times as much as its definition, the reference, does in the same dtype."""
+"""A model may err so many times as much as an operation and, where its weights and its layers' inputs are
+rounded too, so many times as much as its definition, the reference, does in that dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,8 @@ class Checker:
         actual = _results(contender, work, graded)
         expected = self._reference(contender, torch.float64, graded)
         limits = [TOLERANCES[self._problem.dtype][found.kind] for found in actual]
+        if contender.model:
+            limits = [MODEL_FACTOR * limit for limit in limits]
         if contender.model and self._problem.dtype != torch.float32:
             rounded = self._reference(contender, self._problem.dtype, graded)
             errors = _errors(rounded, expected)

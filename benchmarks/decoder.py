@@ -85,7 +85,10 @@ def group(shape: str, sizes: Sizes, mode: str, dtype: str) -> Group:
     same = partial(Contender, reference=partial(ours, mode=mode, backend="reference"), model=True)
     contenders = {"torch": same(make=partial(ours, mode=mode, backend="torch"), states=1)}
     if mode == "pop":
-        contenders["compile"] = same(make=partial(ours, mode=mode, backend="torch", compiled=True), states=1)
+        contenders[LAST] = last_outputs(states=1)
+        contenders["compile"] = same(
+            make=partial(ours, mode=mode, backend="torch", compiler="inductor"), states=1
+        )
     contenders["triton"] = same(make=partial(ours, mode=mode, backend="triton"), states=1)
     if yet_another_retnet.is_there():
         contenders[yet_another_retnet.NAME] = same(make=partial(theirs, mode=mode))
@@ -104,6 +107,22 @@ def group(shape: str, sizes: Sizes, mode: str, dtype: str) -> Group:
         passes=(FORWARD, BOTH),
         problem=partial(problem, sizes, DTYPES[dtype]),
         contenders=contenders,
+    )
+
+
+LAST = 'torch, main_out="last"'
+"""Ours where of the main stream only the last token of each block is wanted, as in training REM."""
+
+
+def last_outputs(states: int) -> Contender:
+    """Whoever wants of the sequence only the outputs at each block's last token: the agent's world model."""
+    make = partial(ours, mode="pop", main_out="last")
+    return Contender(
+        make=partial(make, backend="torch"),
+        reference=partial(make, backend="reference"),
+        computes="of the sequence, the last token's output of each block",
+        model=True,
+        states=states,
     )
 
 
@@ -134,17 +153,26 @@ def make_models(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     return models | {"ours": ours.eval()}
 
 
-def ours(problem: Problem, *, mode: str, backend: str, compiled: bool = False) -> Work:
-    """`RetNetDecoder`, whose products are done for main and prediction tokens alike."""
+def ours(problem: Problem, *, mode: str, backend: str, compiler: str = "", main_out: str = "all") -> Work:
+    """`RetNetDecoder`, under torch.compile if there is a ``compiler``; ``main_out`` as in its `pop`."""
     s, decoder = problem.sizes, problem.shared["ours"]
     x, x_pred = problem.tensors["x"], problem.tensors["x_pred"]
     state = state_of(problem)
     if mode == "pop":
-        call = partial(decoder.pop, x, x_pred, state, block_size=s.L, offset=s.offset, backend=backend)
+        call = partial(
+            decoder.pop,
+            x,
+            x_pred,
+            state,
+            block_size=s.L,
+            offset=s.offset,
+            main_out=main_out,
+            backend=backend,
+        )
     else:
         call = partial(decoder, x, state, mode=mode, backend=backend)
-    if compiled:
-        call = torch.compile(call, dynamic=False)
+    if compiler:
+        call = torch.compile(call, dynamic=False, fullgraph=True, backend=compiler)
 
     def run() -> tuple[Tensor, ...]:
         with problem.autocast():

@@ -46,9 +46,10 @@ def step_group(shape: str, sizes: decoder.Sizes, dtype: str, *, by_token: bool, 
     """Everybody who can imagine an observation."""
     same = partial(Contender, reference=partial(decoder.ours, mode="pop", backend="reference"), model=True)
     contenders = {"torch": same(make=partial(decoder.ours, mode="pop", backend="torch"), states=1)}
+    contenders[decoder.LAST] = decoder.last_outputs(states=1)
     if not size:
         contenders["compile"] = same(
-            make=partial(decoder.ours, mode="pop", backend="torch", compiled=True), states=1
+            make=partial(decoder.ours, mode="pop", backend="torch", compiler="inductor"), states=1
         )
     contenders["triton"] = same(make=partial(decoder.ours, mode="pop", backend="triton"), states=1)
     if yet_another_retnet.is_there():

@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import subprocess
+import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,12 +38,13 @@ def commit() -> str:
     return f"{name}+changes" if changes else name
 
 
-def machine(device: torch.device) -> str:
-    """For example "AMD EPYC, 2 threads" or "NVIDIA H200"."""
+def machine(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> str:
+    """For example "AMD EPYC, 2 threads" or "NVIDIA H200", with the clock if it is not the wall's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    timed = ", CPU time" if clock is time.process_time else ""
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}{timed}"
 
 
 def _processor() -> str:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import retpop
-from benchmarks.audit.cases import chunk_flops
+from benchmarks.audit.case import BACKWARD_FLOPS, chunk_flops
 from benchmarks.peers import flash_linear_attention, yet_another_retnet
-from benchmarks.retention import BACKWARD_FLOPS
 from benchmarks.work import BOTH, DTYPES, FORWARD, Contender, Group, Problem, Work, leaf, randoms
 
 

@@ -15,16 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import retpop
-from benchmarks.audit.cases import chunk_flops
+from benchmarks.audit.case import BACKWARD_FLOPS, chunk_flops
 from benchmarks.peers import flash_linear_attention, yet_another_retnet
 from benchmarks.work import BOTH, DTYPES, FORWARD, Contender, Group, Problem, Work, randoms
 
 LONGEST_LOOP = 1500
 """Tokens up to which a gradient's reference is the loop over tokens; beyond, the torch backend in float64."""
-
-BACKWARD_FLOPS = 2.5
-"""Products of a backward pass, in those of the forward: scores twice, four more products of their size
-instead of two, and five with a state instead of two."""
 
 
 @dataclass(frozen=True, kw_only=True)

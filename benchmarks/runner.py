@@ -105,7 +105,7 @@ def measure(group: Group, device: torch.device, effort: Effort) -> list[Record]:
             verdict, note = verdicts[name, direction]
             records.append(
                 Record(
-                    machine=machine(device),
+                    machine=machine(device, effort.clock),
                     commit=commit(),
                     date=date,
                     torch=torch.__version__,

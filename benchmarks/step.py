@@ -56,12 +56,12 @@ def group(shape: str, sizes: decoder.Sizes) -> Group:
         dtype="float32",
         size=sizes.past,
         passes=(FORWARD,),
-        problem=partial(problem, sizes),
+        problem=partial(problem, sizes, torch.float32),
         contenders=contenders,
     )
 
 
-def problem(sizes: decoder.Sizes, device: torch.device) -> Problem:
+def problem(sizes: decoder.Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
     """A token, and a memory of the tokens before it: a state and a cache."""
     s, models = sizes, decoder.make_models(sizes, device)
     kv = models["ours"].init_state(s.B).kv.transpose(0, 1)
@@ -72,15 +72,17 @@ def problem(sizes: decoder.Sizes, device: torch.device) -> Problem:
         "position": torch.full((s.B,), s.past, device=device),
         "cache": cache.permute(2, 0, 1, 3, 4, 5),
     }
-    return Problem(sizes=s, dtype=torch.float32, tensors=tensors, shared=models)
+    return Problem(sizes=s, dtype=dtype, tensors=tensors, shared=models)
 
 
-def ours(problem: Problem, *, backend: str) -> Work:
-    """`RetNetDecoder` on one token."""
+def ours(problem: Problem, *, backend: str, compiler: str = "") -> Work:
+    """`RetNetDecoder` on one token, under torch.compile if there is a ``compiler``."""
     model, x, state = problem.shared["ours"], problem.tensors["x"], decoder.state_of(problem)
+    call = torch.compile(model, dynamic=False, fullgraph=True, backend=compiler) if compiler else model
 
     def run() -> tuple[Tensor, ...]:
-        out, after = model(x, state, backend=backend)
+        with problem.autocast():
+            out, after = call(x, state, backend=backend)
         return out, after.kv.transpose(0, 1)
 
     return Work(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 def duration(seconds: float) -> str:
     """For example "1.23 ms"."""
-    for unit, size in (("h", 3600.0), ("s", 1.0), ("ms", 1e-3)):
+    for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{1e6 * seconds:.3g} µs"

@@ -6,7 +6,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,13 +34,16 @@ class Effort:
         sample_seconds: a sample repeats its run until it takes about so long.
         group_seconds: no round is begun after so long.
         side: of the matrices of the matrix rate; None: as `SIDES` has it.
+        clock: seconds of the wall, or those that the process computed: with one thread they are the same on
+            a quiet machine, and on a busy one only the second are of use.
     """
 
-    rounds: int = 9
+    rounds: int = 7
     least: int = 3
     sample_seconds: float = 0.02
-    group_seconds: float = 6.0
+    group_seconds: float = 4.0
     side: int | None = None
+    clock: Callable[[], float] = time.perf_counter
 
 
 QUICK = Effort(rounds=2, least=2, sample_seconds=0.0, group_seconds=0.0, side=64)
@@ -54,17 +57,17 @@ def interleaved(runs: Mapping[str, Run], device: torch.device, effort: Effort) -
     """
     repeats: dict[str, int] = {}
     for name, run in runs.items():
-        _sample(run, 1, device)
-        once = _sample(run, 1, device)
+        _sample(run, 1, device, effort.clock)
+        once = _sample(run, 1, device, effort.clock)
         repeats[name] = max(1, round(effort.sample_seconds / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    started = time.perf_counter()
+    started = effort.clock()
     with _without_collection():
         for number in range(effort.rounds):
-            if number >= effort.least and time.perf_counter() - started > effort.group_seconds:
+            if number >= effort.least and effort.clock() - started > effort.group_seconds:
                 break
             for name in reversed(runs) if number % 2 else runs:
-                samples[name].append(_sample(runs[name], repeats[name], device))
+                samples[name].append(_sample(runs[name], repeats[name], device, effort.clock))
     return samples
 
 
@@ -106,13 +109,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _sample(run: Run, repeats: int, device: torch.device) -> float:
+def _sample(run: Run, repeats: int, device: torch.device, clock: Callable[[], float]) -> float:
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeats):
         run()
     _wait(device)
-    return (time.perf_counter() - started) / repeats
+    return (clock() - started) / repeats
 
 
 def _wait(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.audit.cases import floor_bytes
+from benchmarks.audit.case import floor_bytes
 
 FORWARD, BOTH = "forward", "forward+backward"
 

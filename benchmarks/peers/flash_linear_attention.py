@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FUNCTIONS = ("chunk_retention", "fused_chunk_retention", "fused_recurrent_retention")
+"""Its ways to compute retention; not every version has all."""
+
 
 def functions() -> Any:
     """Its module of retention; ImportError where it is not installed."""
@@ -27,8 +30,7 @@ def retentions() -> dict[str, Callable[..., Tensor]]:
         found = functions()
     except ImportError:
         return {}
-    names = [name for name in ("chunk_retention", "fused_chunk_retention") if hasattr(found, name)]
-    return {f"fla, {name}": _plain(getattr(found, name)) for name in names}
+    return {f"fla, {name}": _plain(getattr(found, name)) for name in FUNCTIONS[:2] if hasattr(found, name)}
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Tensor]:

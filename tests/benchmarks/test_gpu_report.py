@@ -17,8 +17,9 @@ import torch
 from benchmarks.gpu import report, suite, worker
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.floors import Ceilings
-from benchmarks.gpu.ops import Sizes, Work, rotation, separate_pop, timed
+from benchmarks.gpu.ops import Entry, Sizes, rotation, separate_pop, timed
 from benchmarks.gpu.rows import Row, append_row, read_rows
+from benchmarks.work import Work
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -84,7 +85,7 @@ def test_every_part_measures(part: str, tmp_path: Path) -> None:
     assert all(row.seconds or "not measured" in row.note for row in found)
 
 
-def _works(*errors: Exception | None) -> Iterator[Work]:
+def _works(*errors: Exception | None) -> Iterator[Entry]:
     for index, error in enumerate(errors):
 
         def run(error: Exception | None = error) -> list[torch.Tensor]:
@@ -92,7 +93,7 @@ def _works(*errors: Exception | None) -> Iterator[Work]:
                 raise error
             return [torch.zeros(1)]
 
-        yield Work(part="pop", what=str(index), shape="", dtype=torch.float32, inputs=[], run=run, graded=0)
+        yield Entry(part="pop", what=str(index), shape="", dtype=torch.float32, work=Work(run=run, graded=0))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def _works(*errors: Exception | None) -> Iterator[Work]:
 )
 def test_a_case_that_fails_costs_that_case(error: Exception, after: bool) -> None:
     """Unless the device is lost: what came after it would tell nothing."""
-    found = list(worker.time_works(lambda clock: _works(None, error, None), Clock(CPU), "pop"))
+    found = list(worker.time_entries(lambda clock: _works(None, error, None), Clock(CPU), "pop"))
     failed = [row for row in found if row.failed]
     assert [row.what for row in failed] == ["1"]
     assert failed[0].note == f"{type(error).__name__}: {str(error).splitlines()[0]}"
