@@ -1,4 +1,4 @@
-"""REM's imagination in the whole agent (rem_atari), at the paper's sizes and batches of 8 and 64.
+"""REM's imagination in the whole agent (rem_atari), at the paper's sizes and a batch of 8.
 
 "call" is what the controller's training asks for: 21 frames that were not seen before are encoded, the
 controller is burnt in on 20 of them, and 9 steps are imagined from the last. "steps" are these 9 alone. The
@@ -38,7 +38,7 @@ class Sizes:
         return f"B{self.B} {FRAMES} frames, {STEPS} steps, preset {self.preset}"
 
 
-SHAPES = {"tiny": Sizes(B=2, preset="debug"), "rem_8": Sizes(B=8), "rem_64": Sizes(B=64)}
+SHAPES = {"tiny": Sizes(B=2, preset="debug"), "rem_8": Sizes(B=8)}
 
 
 def groups() -> Iterator[Group]:
@@ -50,8 +50,6 @@ def groups() -> Iterator[Group]:
     for shape, sizes in SHAPES.items():
         for dtype in ("float32", "bfloat16"):
             for mode in ("call", "steps"):
-                if mode == "call" and sizes.B > 8:
-                    continue
                 yield Group(
                     op="agent",
                     shape=shape,

@@ -46,6 +46,9 @@ class Effort:
     clock: Callable[[], float] = time.perf_counter
 
 
+LONG = 0.2
+"""Seconds from which one run warms up for long enough."""
+
 QUICK = Effort(rounds=2, least=2, sample_seconds=0.0, group_seconds=0.0, side=64)
 
 
@@ -57,8 +60,9 @@ def interleaved(runs: Mapping[str, Run], device: torch.device, effort: Effort) -
     """
     repeats: dict[str, int] = {}
     for name, run in runs.items():
-        _sample(run, 1, device, effort.clock)
         once = _sample(run, 1, device, effort.clock)
+        if once < LONG:
+            once = _sample(run, 1, device, effort.clock)
         repeats[name] = max(1, round(effort.sample_seconds / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     started = effort.clock()

@@ -26,12 +26,15 @@ def is_there() -> bool:
     return find_spec("yet_another_retnet") is not None
 
 
-def retentions(mode: str, length: int) -> dict[str, Callable[..., Tensor]]:
-    """Its ways to compute retention of (B, T, H, D) in a mode, by name; none where it is not installed."""
+def retentions(mode: str, chunk_size: int | None = None) -> dict[str, Callable[..., Tensor]]:
+    """Its ways to compute retention of (B, T, H, D) in a mode, by name; none where it is not installed.
+
+    Chunks have one size, or each of `CHUNK_SIZES`.
+    """
     if not is_there():
         return {}
     if mode == "chunkwise":
-        sizes = [size for size in CHUNK_SIZES if size <= max(length, CHUNK_SIZES[0])]
+        sizes = CHUNK_SIZES if chunk_size is None else (chunk_size,)
         return {f"{NAME}, chunks of {size}": partial(_chunkwise, size=size) for size in sizes}
     return {NAME: _parallel if mode == "parallel" else _recurrent}
 
