@@ -199,7 +199,10 @@ def _series_table(results: Results, op: str, shape: str, along: str) -> str:
     body = []
     for backend in dict.fromkeys(record.backend for record in records):
         own = {record.size: record for record in records if record.backend == backend}
-        cells = [_time(own[size]) if size in own and own[size].verdict == RIGHT else "" for size in sizes]
+        cells = [
+            "" if size not in own else _time(own[size]) if own[size].verdict == RIGHT else own[size].verdict
+            for size in sizes
+        ]
         body.append([_who(next(iter(own.values()))), *cells])
     return markdown_table([along, *(f"{size:,}" for size in sizes)], body) if body else ""
 
