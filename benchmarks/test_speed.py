@@ -20,7 +20,7 @@ from benchmarks.work import BOTH, Group
 SHAPES = ("rem_train", "rem_imagine", "rem_8", "position")
 
 CASES = [
-    pytest.param(group, direction, id="-".join([*map(str, (group.op, group.mode, group.shape)), direction]))
+    pytest.param(group, direction, id=f"{group.op}-{group.mode}-{group.shape}-{group.size}-{direction}")
     for group in Selection(shapes=SHAPES, dtypes=["float32"], backends=["torch"]).groups(torch.device("cpu"))
     if group.size <= 1024
     for direction in group.passes
