@@ -340,11 +340,11 @@ def _gpu_row(results: Results, **wanted: str) -> Row | None:
     return None
 
 
-_GPU_POP = {"shape": "rem training", "dtype": "bfloat16", "mode": "graph"}
+_GPU_POP = {"shape": "rem training", "dtype": "bfloat16"}
 
 
 def _gpu_bandwidth(results: Results) -> Figure | None:
-    row = _gpu_row(results, part="pop", what="pop_rows", way=FORWARD, **_GPU_POP)
+    row = _gpu_row(results, part="pop", what="pop_rows", way=FORWARD, mode="graph", **_GPU_POP)
     if row is None or not row["of_floor"]:
         return None
     value = float(row["of_floor"])
@@ -385,8 +385,14 @@ GPU = [
         limit=2.0,
         wanted="at least 2x",
         measure=_gpu_ratio(
-            {"part": "pop", "what": "pop_retention", "way": BOTH, **_GPU_POP},
-            {"part": "peers", "what": "fla chunk_retention, composed", "way": BOTH, **_GPU_POP},
+            {"part": "pop", "what": "pop_retention", "way": BOTH, "mode": "eager", **_GPU_POP},
+            {
+                "part": "peers",
+                "what": "fla chunk_retention, composed",
+                "way": BOTH,
+                "mode": "eager",
+                **_GPU_POP,
+            },
         ),
         missing=_NO_GPU,
     ),
@@ -397,7 +403,7 @@ GPU = [
             limit=1.0,
             wanted="at least as fast",
             measure=_gpu_ratio(
-                {"part": "retention", "what": "retention", "way": way, "mode": "graph", "shape": f"D{dim}"},
+                {"part": "retention", "what": "retention", "way": way, "mode": "eager", "shape": f"D{dim}"},
                 {
                     "part": "peers",
                     "what": "fla chunk_retention",

@@ -23,8 +23,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from raw_results import CHECKOUT, Experiment, Result, add_result, evaluations, load_experiments
 
+from rem_atari.report.colophon import short_commit
 from rem_atari.report.history import Returns, values_of
-from rem_atari.report.text import duration
+from rem_atari.report.text import count, duration
 
 PAGE = CHECKOUT / "docs" / "results.md"
 CURVES = CHECKOUT / "docs" / "results"
@@ -99,8 +100,9 @@ def _machine(result: Result) -> str:
     session = result.sessions[0]
     versions = session.get("versions") or {}
     return (
-        f"{session.get('processor')}, {session.get('cores')} cores, {session.get('threads')} of them used,"
-        f" {session.get('device')}, torch {versions.get('torch')}"
+        f"{session.get('processor')}, {count(session.get('cores', 1), 'core')},"
+        f" {count(session.get('threads', 1), 'thread')}, {session.get('device')}, torch"
+        f" {versions.get('torch')}"
     )
 
 
@@ -115,7 +117,7 @@ RUN_COLUMNS: tuple[Column, ...] = (
     ("environment steps", lambda result: f"{result.env_steps:,}"),
     ("wall time", lambda result: duration(result.seconds)),
     ("CPU", lambda result: "–" if result.cpu_seconds is None else duration(result.cpu_seconds)),
-    ("commit", lambda result: _commit(result)),
+    ("commit", lambda result: short_commit(result.commit)),
 )
 
 
@@ -220,13 +222,6 @@ def _ratio(agent: Returns | None, random: Returns | None) -> str:
     if agent is None or random is None or random.mean <= 0:
         return "–"
     return f"{agent.mean / random.mean:.1f}"
-
-
-def _commit(result: Result) -> str:
-    if result.commit is None:
-        return "–"
-    digits, _, dirty = result.commit.partition("-")
-    return digits[:7] + (" (changed)" if dirty else "")
 
 
 def draw(experiment: Experiment, path: Path) -> None:

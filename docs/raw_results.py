@@ -71,7 +71,8 @@ class Result:
     @property
     def command(self) -> str | None:
         """The command that starts such a run, with the code of `commit`."""
-        return self.about.get("command")
+        said = self.sessions[0].get("reproduce") if self.sessions else None
+        return said or self.about.get("command")
 
     @property
     def commit(self) -> str | None:

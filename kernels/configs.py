@@ -259,7 +259,8 @@ def pop_tiles(
         table = _of(_STEPS, precision if dtype is torch.float32 else architecture)
         tile, cols_v, num_warps, num_stages = table[max(64, padded(key_dim))]
         tile = min(tile, padded(max(lengths)))
-        num_stages = num_stages if wide_copies else min(num_stages, 2)
+        # Narrow copies, and the second state that a prediction of several tiles holds, take registers.
+        num_stages = num_stages if wide_copies and lengths[1] <= tile else min(num_stages, 2)
     return PopConfig(
         tile=tile,
         cols_v=min(cols_v, padded(value_dim)),

@@ -246,19 +246,14 @@ def pop_bwd_kernel(
             b_grad = tl.where(t == tiles_main, 0.0, b_grad)
         i_p = n - offset
         o_p = i_p.to(tl.int64)
-        p_k_here = None
-        p_dv_here = None
-        if WITH_DV:
-            p_k_here = tl.where(is_pred, p_k_pred + o_p * stride_k_pred_p * UNIT, p_k)
-            p_dv_here = chosen(is_pred, p_dv, p_dv_pred, o_p * stride_dv_pred_p * UNIT)
-        p_v_here = None
-        p_dk_here = None
-        if WITH_DK:
-            p_v_here = tl.where(is_pred, p_v_pred + o_p * stride_v_pred_p * UNIT, p_v)
-            p_dk_here = chosen(is_pred, p_dk, p_dk_pred, o_p * stride_dk_pred_p * UNIT)
-        p_q_here = tl.where(is_pred, p_q_pred + o_p * stride_q_pred_p * UNIT, p_q)
-        p_g_here = tl.where(is_pred, p_g_pred + o_p * stride_g_pred_p * UNIT, p_g)
-        pointers = (p_q_here, p_k_here, p_v_here, p_g_here, p_dk_here, p_dv_here)
+        pointers = (
+            tl.where(is_pred, p_q_pred + o_p * stride_q_pred_p * UNIT, p_q),
+            tl.where(is_pred, p_k_pred + o_p * stride_k_pred_p * UNIT, p_k) if WITH_DV else None,
+            tl.where(is_pred, p_v_pred + o_p * stride_v_pred_p * UNIT, p_v) if WITH_DK else None,
+            tl.where(is_pred, p_g_pred + o_p * stride_g_pred_p * UNIT, p_g),
+            chosen(is_pred, p_dk, p_dk_pred, o_p * stride_dk_pred_p * UNIT) if WITH_DK else None,
+            chosen(is_pred, p_dv, p_dv_pred, o_p * stride_dv_pred_p * UNIT) if WITH_DV else None,
+        )
         strides = (
             tl.where(is_pred, token_stride(stride_q_pred_t, stride_q_t, UNIT), stride_q_t),
             tl.where(is_pred, token_stride(stride_k_pred_t, stride_k_t, UNIT), stride_k_t),

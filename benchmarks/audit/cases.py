@@ -35,6 +35,7 @@ FORWARD = [
     pop_fwd(BF16, "rem imagination", **_IMAGINED, core=True),
     pop_fwd(FP32, "rem imagination", **_IMAGINED),
     pop_fwd(BF16, "catch", B=32, N=5, L=10, M=9, H=4, D=16),
+    pop_fwd(BF16, "long predictions", **{**_REM, "L": 40, "M": 130}),
     pop_fwd(BF16, "D 24", **{**_REM, "D": 24}),
     pop_fwd(BF16, "D 60", **{**_REM, "D": 60}),
     pop_fwd(BF16, "D 100", **{**_REM, "D": 100}),
@@ -120,12 +121,12 @@ CASES = [*FORWARD, *BACKWARD]
 
 _SHORT = {"B": 64, "T": 520, "H": 2}
 
-_ONE_HEAD = {**_REM, "H": 1, "packed": True, "state": True, "reset": True}
+_ONE_HEAD = {**_REM, "B": 256, "H": 1, "packed": True, "state": True, "reset": True}  # as many programs
 _FEW = {"B": 64, "T": 130, "H": 1, "D": 64}
 
 COUNTED = [
     pop_fwd(BF16, "rem training, one head", **_ONE_HEAD, core=True),
-    pop_fwd(BF16, "rem imagination, one head", **{**_IMAGINED, "H": 1}, core=True),
+    pop_fwd(BF16, "rem imagination, one head", **{**_IMAGINED, "B": 256, "H": 1}, core=True),
     pop_bwd(BF16, "rem training, one head", **_ONE_HEAD, core=True),
     norm_gate_fwd(BF16, "one head", **_FEW, kind="groupnorm", core=True),
     norm_gate_bwd(BF16, "one head", **_FEW, kind="rmsnorm", core=True),

@@ -50,6 +50,16 @@ def measure(clock: Clock, *, max_seconds: float) -> Iterator[Row]:
             seconds=timing.median,
             note=f"{timing.rate:.4g} {timing.of}/s",
         )
+        for part, seconds in timing.parts.items() if len(timing.parts) > 1 else ():
+            yield Row(
+                part=PART,
+                what=f"{timing.name.replace('_', ' ')}: {part}",
+                shape=shape,
+                dtype=config.precision,
+                way=f"{timing.batch} {timing.of}",
+                seconds=seconds,
+                note=f"{timing.share(part):.1%} of the time",
+            )
     projected = result.project()
     for name, seconds in (*projected.items(), ("in all", sum(projected.values()))):
         yield Row(

@@ -28,13 +28,17 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A work and its place in the report: part, what, shape and dtype as in a `Row`."""
+    """A work and its place in the report: part, what, shape and dtype as in a `Row`.
+
+    ``graphable``: whether a CUDA graph can hold it.
+    """
 
     part: str
     what: str
     shape: str
     dtype: torch.dtype
     work: Work
+    graphable: bool = True
 
 
 def training_sizes(clock: Clock) -> Sizes:
@@ -202,8 +206,12 @@ def rotation(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torc
 
 def timed(entry: Entry, clock: Clock) -> Iterator[Row]:
     """Forward, and with backward if it is trained, eagerly and in a graph."""
-    for direction, found in entry.work.passes().items():
-        for mode, time in clock.modes().items():
+    passes = entry.work.passes()
+    # Eager ones first: a failed capture ends the work.
+    for mode, time in clock.modes().items():
+        for direction, found in passes.items():
+            if mode == "graph" and not entry.graphable:
+                continue
             yield Row(
                 part=entry.part,
                 what=entry.what,

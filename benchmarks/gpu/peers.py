@@ -1,7 +1,8 @@
 """The same work by others: the torch backend, and flash-linear-attention where it can be imported.
 
 Its retention has RetNet's decay built in, so numbers differ from ours where shapes are alike; times do not
-depend on the decay. POP is a composition of its calls: a pass a block, and one for all predictions.
+depend on the decay. POP is a composition of its calls: a pass a block, and one for all predictions. None is
+timed in a CUDA graph: its functions copy the decay from the host at every call, which no graph can hold.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def peers(clock: Clock, fla: Any) -> Iterator[Entry]:
     ours = separate_pop(s, dtype, clock.device)
     tokens = [x for x in ours.work.inputs if x is not None]
     run = partial(compose_pop, getattr(fla, chunk), tokens[:3], tokens[3:], None, s.L, s.offset)
-    yield replace(ours, part=PART, what=f"fla {chunk}, composed", work=replace(ours.work, run=run))
+    yield replace(
+        ours, part=PART, what=f"fla {chunk}, composed", work=replace(ours.work, run=run), graphable=False
+    )
 
 
 def _instead(ours: Entry, name: str, function: Callable[..., Any]) -> Entry:
@@ -65,4 +68,4 @@ def _instead(ours: Entry, name: str, function: Callable[..., Any]) -> Entry:
         out, final = function(q, k, v, initial_state=state[0] if state else None, output_final_state=True)
         return out, final
 
-    return replace(ours, part=PART, what=f"fla {name}", work=replace(ours.work, run=run))
+    return replace(ours, part=PART, what=f"fla {name}", work=replace(ours.work, run=run), graphable=False)

@@ -51,7 +51,8 @@ class Agent(nn.Module):
             frame_size=cfg.env.frame_size,
             num_actions=num_actions,
         )
-        return cls(tokenizer, world_model, controller)
+        # Images and squares of codes come with their channels last; convolutions want their weights so too.
+        return cls(tokenizer, world_model, controller).to(memory_format=torch.channels_last)
 
     def compile_networks(self) -> None:
         """Let torch.compile optimise what computes most; each shape is compiled when it first comes."""

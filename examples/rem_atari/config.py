@@ -253,7 +253,7 @@ class EvaluationConfig:
     max_seconds: float | None = None
     """Bound on an evaluation's wall time; episodes still open then are counted as they stand, and marked."""
     heldout_steps: int = 2_000
-    """Steps of the evaluation at the end that are kept in heldout/, for the report; never trained on."""
+    """Steps of the last evaluation so far that are kept in heldout/, for the report; never trained on."""
 
 
 ADDED_FIELDS = {"cuda_graphs": False, "world_model.freeze_at_init": False}

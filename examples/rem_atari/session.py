@@ -21,17 +21,22 @@ PACKAGES = ("retpop", "torch", "numpy", "gymnasium", "ale-py", "minatar")
 GIT_SECONDS = 5.0
 
 
-def record_session(run: RunFolder, command: str, device: str) -> None:
+def record_session(run: RunFolder, command: str, *, reproduce: str, device: str) -> None:
     """Add a line to a run's sessions.jsonl.
 
     Args:
         run: its folder.
         command: what began: train or resume.
+        reproduce: the command line that starts such a run with the code of now.
         device: torch device that it runs on.
     """
-    line = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}
+    began = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "reproduce": reproduce,
+    }
     with run.sessions.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line | describe_session(device)) + "\n")
+        file.write(json.dumps(began | describe_session(device)) + "\n")
 
 
 def describe_session(device: str) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import retpop
 from benchmarks.gpu import report, suite, worker
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.floors import Ceilings
 from benchmarks.gpu.ops import Entry, Sizes, rotation, separate_pop, timed
 from benchmarks.gpu.rows import Row, append_row, read_rows
+from benchmarks.peers import flash_linear_attention
 from benchmarks.work import Work
 
 ROOT = Path(__file__).parent.parent.parent
@@ -83,6 +85,48 @@ def test_every_part_measures(part: str, tmp_path: Path) -> None:
     found = read_rows(rows)
     assert {row.part for row in found} == {part}
     assert all(row.seconds or "not measured" in row.note for row in found)
+
+
+class FlashLinearAttention:
+    """Its functions, without a decay that a graph could hold; this version has no fused_chunk_retention."""
+
+    def __init__(self) -> None:
+        self.fused_recurrent_retention = self.chunk_retention
+
+    @staticmethod
+    def chunk_retention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        initial_state: torch.Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        log_decay = retpop.retnet_decay(q.shape[2])
+        out, state = retpop.retention(q, k, v, log_decay, scale=scale, state=initial_state)
+        return out, state if output_final_state else None
+
+
+def test_flash_linear_attention_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(flash_linear_attention, "functions", FlashLinearAttention)
+    rows = tmp_path / "rows"
+    assert worker.main(["peers", "--rows", str(rows), "--dry-run"]) == 0
+    found = {(row.what, row.way, row.mode) for row in read_rows(rows) if "fla" in row.what}
+    both = ("fla chunk_retention", "fla chunk_retention, composed")
+    assert found == {(what, way, "eager") for what in both for way in ("forward", "forward+backward")} | {
+        ("fla fused_recurrent_retention", "forward", "eager"),
+        ("fla fused_chunk_retention", "", ""),
+    }
+
+
+def test_the_composition_is_pop() -> None:
+    sizes = Sizes(B=2, N=3, L=5, M=4, H=2, D=8)
+    tokens = [torch.randn(2, 15, 2, 8) for _ in range(3)] + [torch.randn(2, 3, 4, 2, 8) for _ in range(3)]
+    chunk_retention = FlashLinearAttention.chunk_retention
+    found = flash_linear_attention.compose_pop(chunk_retention, tokens[:3], tokens[3:], None, sizes.L, 0)
+    expected = retpop.pop_retention(*tokens, retpop.retnet_decay(2), block_size=sizes.L)
+    for a, e in zip(found, expected[:2], strict=True):
+        torch.testing.assert_close(a, e)
 
 
 def _works(*errors: Exception | None) -> Iterator[Entry]:

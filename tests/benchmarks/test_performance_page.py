@@ -103,7 +103,7 @@ GPU_ROW = {
 
 
 def test_a_gpus_report_is_judged() -> None:
-    both = GPU_ROW | {"way": "forward+backward", "what": "pop_retention", "seconds": "0.001"}
+    both = GPU_ROW | {"way": "forward+backward", "what": "pop_retention", "mode": "eager", "seconds": "0.001"}
     theirs = both | {"part": "peers", "what": "fla chunk_retention, composed", "seconds": "0.0015"}
     run = GPU_ROW | {"part": "rem_atari", "what": "projected run, in all", "seconds": "3000"}
     results = Results(gpu=[GPU_ROW, both, theirs, run])

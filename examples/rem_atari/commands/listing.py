@@ -7,14 +7,14 @@ from importlib.util import find_spec
 from rem_atari.arguments import ListArguments
 from rem_atari.commands.tables import format_table
 from rem_atari.config import Config
-from rem_atari.presets import CATCH_ID, PRESETS
+from rem_atari.presets import CATCH8_ID, CATCH_ID, PRESETS
 from rem_atari.published import atari100k_games
 
 PURPOSES = {
     "debug": ("seconds", "runs every part at toy sizes; learns nothing"),
     "tiny": ("4 minutes", "the whole agent on a real Atari game, as much as a CPU bears; learns little"),
     "catch": ("4 minutes", "learns a small game from nothing to nearly perfect"),
-    "minatar": ("half an hour", "MinAtar's Breakout in pixels"),
+    "minatar": ("15 minutes", "learns MinAtar's Breakout, a larger small game"),
     "paper": ("days on a CPU", "the published agent; wants a GPU, and `rem-atari weights` once before it"),
 }
 """About how long each preset takes on two CPU cores, and what it is for."""
@@ -42,7 +42,7 @@ def _ids() -> list[str]:
     from rem_atari.envs.minatar import GAMES, NAMESPACE
 
     minatar = [f"{NAMESPACE}{game}-v1" for game in GAMES] if find_spec("minatar") else []
-    return [CATCH_ID, *minatar]
+    return [CATCH_ID, CATCH8_ID, *minatar]
 
 
 def _overview() -> str:

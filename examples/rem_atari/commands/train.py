@@ -47,7 +47,9 @@ def run_and_report(
     Raises:
         StoppedError: a signal has come, or `stop_after` seconds have passed, and the run was not done.
     """
+    from rem_atari.presets import PRESETS
     from rem_atari.progress import make_progress
+    from rem_atari.report.colophon import train_command
     from rem_atari.session import record_session
     from rem_atari.training.schedule import plan_run
     from rem_atari.training.signals import StopRequest
@@ -55,7 +57,9 @@ def run_and_report(
 
     progress = make_progress(plan_run(config), config.schedule.epochs, sys.stderr)
     progress.say(f"run folder: {run.path}")
-    record_session(run, "train" if checkpoint is None else "resume", config.device)
+    command = "train" if checkpoint is None else "resume"
+    reproduce = train_command(config, PRESETS.get(config.preset))
+    record_session(run, command, reproduce=reproduce, device=config.device)
     with progress, StopRequest(stop_after) as stop:
         Trainer(config, run, parts, progress, stop, checkpoint).run()
     progress.say("writing the report")

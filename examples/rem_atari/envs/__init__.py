@@ -25,6 +25,7 @@ from rem_atari.config import EnvConfig
 __all__ = ["MissingExtraError", "UnknownGameError", "env_name", "list_games", "make_env"]
 
 gymnasium.register(id="rem_atari/Catch-v0", entry_point="rem_atari.envs.catch:Catch")
+gymnasium.register(id="rem_atari/Catch8-v0", entry_point="rem_atari.envs.catch:Catch", kwargs={"cells": 8})
 
 
 def make_env(cfg: EnvConfig, *, training: bool) -> gymnasium.Env:

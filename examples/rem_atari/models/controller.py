@@ -99,7 +99,7 @@ class Controller(nn.Module):
             return self.cnn(seen.flatten(0, -4)).unflatten(0, seen.shape[:-3])
         leading = seen.shape[:-2]
         if self.normalize_codes:
-            seen = seen / (seen.std(dim=(-2, -1), keepdim=True) + 1e-6)
+            seen = seen / (_deviation(seen) + 1e-6)
         squares = rearrange(seen.flatten(0, -3), "n (h w) e -> n e h w", h=self.grid)
         return self.cnn(squares).unflatten(0, leading)
 
@@ -183,6 +183,14 @@ class Controller(nn.Module):
 
 
 CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
+
+
+def _deviation(codes: Tensor) -> Tensor:
+    """The standard deviation of each observation's codes, (..., K, E) to (..., 1, 1)."""
+    # Many times faster on a CPU than `codes.std(dim=(-2, -1))`, which goes through them one by one.
+    deviations = codes - codes.mean(dim=(-2, -1), keepdim=True)
+    freedom = codes.shape[-2] * codes.shape[-1] - 1
+    return torch.linalg.vector_norm(deviations, dim=(-2, -1), keepdim=True) / freedom**0.5
 
 
 def _code_cnn(cfg: ControllerConfig, code_dim: int, grid: int) -> nn.Sequential:

@@ -16,8 +16,11 @@ from rem_atari.models.lpips import Lpips
 FOREGROUND_THRESHOLD = 10
 """A pixel is foreground where a channel is more than so many levels (of 255) from the background."""
 
-FRAMES_AT_ONCE = 64
+FRAMES_AT_ONCE = 256
 """Frames encoded or decoded in one pass; bounds the memory of the first, widest layers."""
+
+FRAMES_AT_ONCE_ON_A_CPU = 16
+"""There a few frames, whose layers stay in the cache, are faster than many."""
 
 
 class Tokenizer(nn.Module):
@@ -298,8 +301,9 @@ def _to_bytes(images: Tensor) -> Tensor:
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """The function of all rows, computed FRAMES_AT_ONCE rows at a time."""
-    return torch.cat([function(part) for part in rows.split(FRAMES_AT_ONCE)])
+    """The function of all rows, some rows at a time."""
+    at_once = FRAMES_AT_ONCE_ON_A_CPU if rows.device.type == "cpu" else FRAMES_AT_ONCE
+    return torch.cat([function(part) for part in rows.split(at_once)])
 
 
 def _distances(rows: Tensor, codes: Tensor) -> Tensor:

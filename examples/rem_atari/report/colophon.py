@@ -91,17 +91,23 @@ def _session_row(session: Mapping[str, Any]) -> str:
     versions = session.get("versions")
     listed = versions.items() if isinstance(versions, dict) else ()
     machine = (
-        f"{session.get('processor')}, {session.get('cores')} cores, {session.get('threads')} threads,"
+        f"{session.get('processor')}, cores: {session.get('cores')}, threads: {session.get('threads')},"
         f" {session.get('device')}"
     )
     cells = (
         session.get("started"),
         session.get("command"),
-        str(session.get("commit") or "unknown")[:COMMIT_LENGTH],
+        short_commit(session.get("commit")),
         ", ".join(f"{name} {number}" for name, number in listed),
         machine,
     )
     return f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"
+
+
+def short_commit(commit: object) -> str:
+    """The first digits of a commit, and whether the code had been changed since."""
+    digits, mark, changed = str(commit or "unknown").partition("-")
+    return digits[:COMMIT_LENGTH] + mark + changed
 
 
 def train_command(config: Config, preset: Config | None) -> str:

@@ -89,10 +89,21 @@ def comparisons_sentence(report: Report) -> str:
     missed = [f"{row.measure} against {row.rival}" for row in report.comparisons if not row.passed]
     total = len(report.comparisons)
     won = f"On held-out frames it wins {total - len(missed)} of {count(total, 'comparison')}"
+    steps = _imagined_steps_sentence(report)
     if not missed:
-        return f"{won}."
+        return f"{won}.{steps}"
     names = "; ".join(missed) if len(missed) <= MISSES_NAMED else f"{len(missed)}, marked in the table below"
-    return f"{won}; it misses {names}."
+    return f"{won}; it misses {names}.{steps}"
+
+
+def _imagined_steps_sentence(report: Report) -> str:
+    """At how many steps imagination is worth more than a still picture."""
+    if report.quality.horizon is None:
+        return ""
+    steps = report.quality.horizon.steps
+    nearer = sum(step.passed for step in steps)
+    won = f"{nearer} of {count(len(steps), 'step')}"
+    return f" Imagined frames are nearer to the real ones than the last frame is at {won}."
 
 
 def warnings_of(report: Report) -> list[str]:

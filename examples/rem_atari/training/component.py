@@ -103,10 +103,18 @@ class Component:
             component, index, slot = name.split(".")
             if component != self.name:
                 continue
-            # torch takes whatever it is given here, and fails, or worse does not, at the next step.
-            if slot != "step" and tensor.shape != parameters[int(index)].shape:
-                raise ValueError(
-                    f"{name} is {tuple(tensor.shape)}, not {tuple(parameters[int(index)].shape)}"
-                )
+            if slot != "step":
+                tensor = _laid_out_like(parameters[int(index)], name, tensor)
             state.setdefault(int(index), {})[slot] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _laid_out_like(parameter: Tensor, name: str, tensor: Tensor) -> Tensor:
+    """An optimiser's tensor in its parameter's shape and order in memory.
+
+    torch takes whatever it is given here, and fails, or worse does not, at the next step: the fused AdamW
+    goes through both in the order in which they lie in memory.
+    """
+    if tensor.shape != parameter.shape:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

@@ -211,7 +211,7 @@ class Trainer:
         if episodes == 0:
             return False
         final = state.epoch == self._config.schedule.epochs - 1
-        heldout = self._make_heldout() if final else None
+        heldout = self._make_heldout()
         with self._progress.phase(state.epoch, "evaluate", episodes):
             result = evaluate(
                 state.agent,
@@ -236,7 +236,7 @@ class Trainer:
         steps = self._config.evaluation.heldout_steps
         if steps == 0:
             return None
-        # Those of an evaluation that was interrupted, or that a longer run made no longer the last.
+        # Those of an earlier evaluation, of one that was interrupted too.
         delete_shards(self._run.heldout)
         side = self._config.env.frame_size
         seed = derive_seed(self._config.seed, "heldout")

@@ -58,6 +58,6 @@ def load_perceptual(config: TokenizerConfig, device: torch.device | str) -> Lpip
     if path is None:
         return None
     try:
-        return Lpips(read_weights([path])).to(device)
+        return Lpips(read_weights([path])).to(device, memory_format=torch.channels_last)
     except (ValueError, OSError) as error:
         raise UsageError(f"the weights of the perceptual loss cannot be used ({path}): {error}") from error

@@ -104,6 +104,8 @@ def test_starts_are_seeded_and_uniform_over_ball_and_paddle() -> None:
 def test_registered_with_its_sizes() -> None:
     env = make_env(EnvConfig(id="rem_atari/Catch-v0", frame_size=24), training=True)
     assert env.observation_space.shape == (24, 24, 3)
+    env = make_env(EnvConfig(id="rem_atari/Catch8-v0", frame_size=32), training=True)
+    assert env.observation_space.shape == (32, 32, 3)
     env = gymnasium.make("rem_atari/Catch-v0", cells=8, cell_pixels=5)
     assert env.reset(seed=0)[0].shape == (40, 40, 3)
 

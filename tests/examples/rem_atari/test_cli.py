@@ -363,7 +363,7 @@ def test_list_shows_presets_and_games(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     words = shown.split()
     assert PRESETS.keys() <= set(words)
-    assert {"Breakout*", "MsPacman*", "Tetris", "rem_atari/Catch-v0"} <= set(words)
+    assert {"Breakout*", "MsPacman*", "Tetris", "rem_atari/Catch-v0", "rem_atari/Catch8-v0"} <= set(words)
     assert words.count("Breakout*") == 1
     assert listing.PURPOSES.keys() == PRESETS.keys()
 

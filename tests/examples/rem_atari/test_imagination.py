@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from rem_atari.agent import Agent
 from rem_atari.config import Config, ControllerConfig, EnvConfig, TokenizerConfig, WorldModelConfig
 from rem_atari.controller_loss import (
+    Imagination,
     actor_critic_loss,
     before_the_end,
     controller_loss,
@@ -20,6 +24,7 @@ from rem_atari.controller_loss import (
 )
 from rem_atari.imagination import ImaginedEnv
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
+from rem_atari.recorded import Recorded
 from rem_atari.returns import lambda_return
 from rem_atari.rollout import Trajectory, rollout
 
@@ -409,3 +414,46 @@ def test_imagination_can_be_recorded(options):
     assert recorded[0] == recorded[1]
     waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
     assert not [name for name, _ in recorded[0] if name.removeprefix("aten::").split(".")[0] in waiting]
+
+
+class PretendedGraph:
+    """A CUDA graph for a machine without one: replays by calling the function, into the same tensors."""
+
+    def __init__(self) -> None:
+        self.registered: list[torch.Generator] = []
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.registered.append(generator)
+
+    def replay(self) -> None:
+        recorded = self.recorded
+        for kept, new in zip(
+            leaves(recorded._result), leaves(recorded._function(recorded._segments)), strict=True
+        ):
+            kept.copy_(new)
+
+
+def leaves(imagination: Imagination) -> list[torch.Tensor]:
+    before, trajectory, bootstrap = imagination
+    return tree_leaves((before, vars(trajectory), bootstrap))
+
+
+def test_a_recording_gives_what_the_function_gives(monkeypatch):
+    """But for the graph itself, see tests/gpu: its inputs, its results, and what the generator holds."""
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    agent, segments = small_agent(), some_segments()
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    eager, recorded = (partial(imagine, agent, cfg=CONFIG.controller, generator=each) for each in generators)
+    recording = Recorded(recorded, generators[1])
+    monkeypatch.setattr(PretendedGraph, "recorded", recording, raising=False)
+    for shift in range(3):
+        batch = replace(segments, tokens=(segments.tokens + shift) % CODES)
+        wanted, found = leaves(eager(batch)), leaves(recording(batch))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+        assert not any(tensor.requires_grad for tensor in found)
+        assert torch.equal(*(generator.get_state() for generator in generators))
+    assert recording._graph.registered == [generators[1]]

@@ -139,8 +139,8 @@ def test_what_was_done_of_the_phase_has_a_line(tmp_path: Path, monkeypatch: pyte
 
     apply = Component.apply
 
-    def poison(component: Component, loss: torch.Tensor, metrics: dict) -> object:
-        return apply(component, loss * math.nan if component.updates == 1 else loss, metrics)
+    def poison(component: Component, loss: torch.Tensor, *more: object) -> object:
+        return apply(component, loss * math.nan if component.updates == 1 else loss, *more)
 
     monkeypatch.setattr(Component, "apply", poison)
     with pytest.raises(NonFiniteError):

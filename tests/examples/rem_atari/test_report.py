@@ -234,6 +234,22 @@ def test_what_others_named_is_escaped() -> None:
     assert page.count("&lt;script&gt;alert(&quot;1&quot;)") >= 6
 
 
+def test_page_tells_with_what_and_on_what_the_run_was_made() -> None:
+    session = {"started": "2031-02-03", "command": "resume", "commit": "0123456789-dirty", "cores": 2}
+    page = render(make_report(sessions=[session | {"versions": {"torch": "<2.9>"}}, {}]), [])
+    assert "<td>2031-02-03</td><td>resume</td><td>0123456-dirty</td><td>torch &lt;2.9&gt;</td>" in page
+    assert "cores: 2" in page
+    assert page.count("<td>unknown</td>") == 1
+
+
+def test_page_shows_the_signs_with_the_first_to_heed() -> None:
+    lines = [{"epoch": epoch, "phase": "tokenizer", "codes_used": 1.0} for epoch in range(3)]
+    page = render(make_report(lines=lines), [])
+    assert '<span class="no">seen</span>' in page
+    assert "Begin with the first that is seen, <b>codebook use</b>" in page
+    assert "Try: Frames that differ get the same tokens." in page
+
+
 def test_pictures_are_written(run: RunFolder) -> None:
     media = run.path / "media"
     with Image.open(media / "imagination.gif") as movie:

@@ -78,7 +78,8 @@ def finished_run(path: Path, *, epochs: int = 4) -> RunFolder:
         lines.append(line("evaluate", epoch, **returns))
     lines.append(line("collect", epochs, interrupted=1))
     run.metrics.write_text("".join(json.dumps(each) + "\n" for each in lines))
-    session = {"command": "train", "commit": COMMIT, "versions": {"torch": "2.9"}, "cores": 2, "threads": 1}
+    machine = {"processor": "a processor", "cores": 2, "threads": 1, "device": "cpu"}
+    session = {"command": "train", "commit": COMMIT, "versions": {"torch": "2.9"}, **machine}
     run.sessions.write_text(json.dumps(session) + "\n")
     (run.path / "quality.json").write_text(json.dumps(QUALITY))
     return run
@@ -118,6 +119,7 @@ def test_a_run_is_taken_in_and_shown(figures: ModuleType, raw: ModuleType, tmp_p
     assert "## A toy\n\nIt is one.\n" in page
     assert "`rem-atari train --preset debug --seed 0 --threads 0`: the agent, seed-0" in page
     assert ": control, control-seed-0" in page
+    assert "On a processor, 2 cores, 1 thread, cpu, torch 2.9." in page
     assert (
         "| seed-0 | 2.00 ± 1.00 (2) | 0.50 ± 0.29 (4) | 4.0 | 300 | 3 min 0 s | 2 min 30 s | 0123456 |"
         in page
@@ -136,7 +138,8 @@ def test_what_evaluate_found_out_goes_before_the_run_s_own_evaluation(
 ) -> None:
     run = finished_run(tmp_path / "run")
     random = {"mean_return": 0.4, "standard_error": 0.1, "episodes": 400}
-    add_evaluation(run, 42, mean_return=3.0, standard_error=0.2, random_play=random, run="/home/somebody/run")
+    summary = add_evaluation(run, 42, mean_return=3.0, standard_error=0.2, random_play=random)
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"run": "/home/somebody/run"}))
     folder = raw.add_result(run.path, "toy", "seed-0", tmp_path / "results")
     result = raw.load_result(folder)
     assert (result.agent.mean, result.agent.standard_error, result.agent.episodes) == (3.0, 0.2, 50)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import Point, run_part
 from torch import nn
 
 from rem_atari import run_folder
@@ -25,6 +26,8 @@ from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.presets import PRESETS
 from rem_atari.progress import make_progress
 from rem_atari.replay import Replay
+from rem_atari.report.load import load_run
+from rem_atari.report.write import measure_quality
 from rem_atari.run_folder import create_run_folder
 from rem_atari.training import trainer as trainer_module
 from rem_atari.training import updates as updates_module
@@ -83,6 +86,19 @@ def test_a_run_leaves_its_configuration_replay_and_heldout_games(trained: tuple[
     heldout = Replay.load(folder / "heldout")
     assert 0 < heldout.num_steps <= DEBUG.evaluation.heldout_steps
     assert list((folder / "tensorboard").iterdir())
+
+
+def test_a_run_that_was_stopped_has_held_out_games_of_its_last_evaluation(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run_part(folder, until=Point(0, "evaluate", 1)).stopped
+    assert not list((folder / "heldout").glob("*"))
+    assert run_part(folder, until=Point(1, "collect", 10), resume=True).stopped
+    # Three games of five steps.
+    assert Replay.load(folder / "heldout").num_steps >= 3 * 5
+    quality = measure_quality(load_run(folder))
+    assert quality.frames is not None
+    assert quality.predictions is not None
+    assert quality.horizon is not None
 
 
 def test_each_phase_of_each_epoch_has_a_line_of_metrics(trained: tuple[Path, Agent, str]) -> None:
@@ -183,7 +199,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(
     assert not all(torch.equal(weights[name], tensor) for name, tensor in others.items())
 
     def measured(run: Path) -> list[dict]:
-        timing = ("seconds", "phase_seconds", "rate", "frames_per_second")
+        timing = ("seconds", "cpu_seconds", "phase_seconds", "rate", "frames_per_second")
         lines = read_metrics(run / "metrics.jsonl")
         return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
