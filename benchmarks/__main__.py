@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import compare, page, plots, records, runner, targets
+from benchmarks import compare, page, records, runner, targets
 from benchmarks.machine import commit, machine
 from benchmarks.timing import QUICK, Effort
 from benchmarks.work import BOTH, DTYPES, FORWARD
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw results into a folder")
     plot.set_defaults(command=_plot)
     plot.add_argument("--results", help="a CSV, or the first digits of a commit; default: the newest")
-    plot.add_argument("--out", type=Path, default=plots.FOLDER, help="default: docs/performance")
+    plot.add_argument("--out", type=Path, help="default: docs/performance")
     plot.add_argument(
         "--format", type=_names(["svg", "png"]), default=["svg"], metavar="A,B", help="svg, png"
     )
@@ -127,12 +127,16 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    for path in plots.write(_results(options.results), options.out, options.format):
+    from benchmarks import plots  # Matplotlib, which a machine that only measures can do without
+
+    for path in plots.write(_results(options.results), options.out or plots.FOLDER, options.format):
         print(path)
     return 0
 
 
 def _page(options: argparse.Namespace) -> int:
+    from benchmarks import plots
+
     results = _results(options.results)
     plots.write(results)
     for path in page.PAGES:

@@ -50,6 +50,7 @@ def load(path: Path, folder: Path = RESULTS) -> Results:
         records=read(path),
         audit=_rows(audit) if audit.exists() else (),
         gpu=_rows(reports[-1]) if reports else (),
+        name=path.name,
     )
 
 
@@ -88,7 +89,8 @@ def _source(results: Results) -> str:
         ["commit", ", ".join(sorted({record.commit for record in results.records}))],
         ["date, PyTorch", f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, {first.torch}"],
         ["matrix rate", "; ".join(rates.values())],
-        ["command", "`python -m benchmarks run`, then `python -m benchmarks page`"],
+        ["rows", f"`benchmarks/results/{results.name}`"],
+        ["commands", "`python -m benchmarks run`, `python -m benchmarks page`"],
     ]
     return markdown_table(["", ""], lines)
 

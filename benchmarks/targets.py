@@ -30,11 +30,13 @@ class Results:
         records: of one machine and commit.
         audit: rows of kernel_audit.csv.
         gpu: rows of a GPU's report; empty where no GPU was measured.
+        name: of the records' file.
     """
 
     records: Sequence[Record] = ()
     audit: Sequence[Row] = ()
     gpu: Sequence[Row] = ()
+    name: str = ""
 
     def of(self, **wanted: object) -> list[Record]:
         """The right records whose fields have these values."""
