@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.machine import ROOT
 from benchmarks.peers.yet_another_retnet import NAME as THEIRS
 from benchmarks.records import RESULTS, RIGHT, Record, RefusedError, by_group, ratio, read
-from benchmarks.targets import LONGEST_FIT, Results, is_ours, judge, series, slope
+from benchmarks.targets import LONGEST_FIT, Results, is_ours, judge, series, slope, steady_time
 from benchmarks.text import duration, markdown_table, size_of
 from benchmarks.work import BOTH, FORWARD
 
@@ -178,7 +178,7 @@ def _operations(results: Results) -> str:
 def _scaling(results: Results) -> str:
     body = []
     for direction in (FORWARD, BOTH):
-        for what, value in (("time", lambda r: r.seconds), ("memory", lambda r: r.peak_bytes)):
+        for what, value in (("time", steady_time), ("memory", lambda r: r.peak_bytes)):
             for backend in ("torch", f"{THEIRS}, chunks of 128", "attention"):
                 wanted = {"op": "retention", "direction": direction}
                 length = series(results, backend, value, shape="length", **wanted)
@@ -233,7 +233,8 @@ def _losses(results: Results) -> str:
     for group in by_group([r for r in results.records if r.shape != "tiny"]).values():
         for direction in dict.fromkeys(r.direction for r in group):
             sides = [r for r in group if r.direction == direction and r.verdict == RIGHT]
-            ours = min((r for r in sides if is_ours(r)), key=lambda r: r.seconds, default=None)
+            whole = (r for r in sides if is_ours(r) and not r.computes)
+            ours = min(whole, key=lambda r: r.seconds, default=None)
             for other in sides:
                 if ours is None or is_ours(other):
                     continue
@@ -298,7 +299,7 @@ def _summary(results: Results) -> str:
     ]
     body = []
     for name, wanted, other in questions:
-        ours = results.ours(**wanted)
+        ours = results.ours(computes="", **wanted)
         sides = [
             r for r in results.of(**wanted) if r.backend == other or r.backend.startswith(f"{other}, chunks")
         ]

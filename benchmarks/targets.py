@@ -152,7 +152,7 @@ def _against_theirs(theirs_dtype: str | None = None, **wanted: object) -> Callab
     """How many times as long their fastest takes as ours."""
 
     def measure(results: Results) -> Figure | None:
-        ours = results.ours(**wanted)
+        ours = results.ours(computes="", **wanted)  # all that they compute
         theirs = results.theirs(**{**wanted, "dtype": theirs_dtype or wanted["dtype"]})
         if ours is None or theirs is None:
             return None
@@ -208,6 +208,12 @@ def series(
 
 Points = list[tuple[int, float]]
 
+
+def steady_time(record: Record) -> float:
+    """Its time in units of the matrix product timed in turn with it: a series outlasts a machine's moods."""
+    return record.seconds * record.matrix_rate
+
+
 LONGEST_FIT = 16384
 """Tokens up to which a slope is fitted."""
 
@@ -227,7 +233,7 @@ def _length_slope(
 
 
 def _constant_step(results: Results) -> Figure | None:
-    points = series(results, "torch", lambda r: r.seconds, op="step", shape="position")
+    points = series(results, "torch", steady_time, op="step", shape="position")
     if len(points) < 2:
         return None
     values = [y for _, y in points]
@@ -302,7 +308,7 @@ CPU = [
             at_least=False,
         )
         for direction in (FORWARD, BOTH)
-        for what, value in (("time", lambda r: r.seconds), ("memory", lambda r: r.peak_bytes))
+        for what, value in (("time", steady_time), ("memory", lambda r: r.peak_bytes))
     ),
     Target(
         name="a recurrent step over the position",
