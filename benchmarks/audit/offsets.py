@@ -66,7 +66,12 @@ def ttir_of(architecture: str, compilation: Compilation) -> str:
     return str(stages["ttir"](module, {}))
 
 
-def overflows(ttir: str, arguments: Mapping[str, int], grid: Sequence[int]) -> list[str]:
+def overflows(
+    ttir: str,
+    arguments: Mapping[str, int],
+    grid: Sequence[int],
+    counters: Mapping[str, tuple[int, int]] | None = None,
+) -> list[str]:
     """The operations in 32 bits that may leave their range and end in an address.
 
     A product of a value of unknown range counts as an overflow; a sum does not.
@@ -75,7 +80,10 @@ def overflows(ttir: str, arguments: Mapping[str, int], grid: Sequence[int]) -> l
         ttir: a kernel's TTIR.
         arguments: its integer arguments by name.
         grid: programs along three axes.
+        counters: the least and the most of what kernels count, by the name in their source: the range of a
+            value that a loop carries or that was found in memory does not follow from the TTIR.
     """
+    counters = counters or {}
     values = {f"%{name}": _Value(value, value) for name, value in arguments.items()}
     found: dict[str, None] = {}  # a set in order
     for line in ttir.splitlines():
@@ -83,24 +91,31 @@ def overflows(ttir: str, arguments: Mapping[str, int], grid: Sequence[int]) -> l
         operation = _OPERATION.match(line)
         if operation is None:
             if "scf.for" in line:
-                _enter_loop(line, values)
+                _enter_loop(line, values, counters)
             continue
         names, name, rest = operation.groups()
         results = _NAME.findall(names)
         if name == "scf.for":
-            _enter_loop(rest, values)
+            _enter_loop(rest, values, counters)
         for result in results:
             values.pop(result, None)
         if name == "tt.addptr":
             offset = values.get(_NAME.findall(rest)[1], _Value())
             found.update(dict.fromkeys(sorted(offset.overflows)))
         elif len(results) == 1:
-            values[results[0]] = _evaluate(name, rest, line.strip(), values, grid)
+            value = _evaluate(name, rest, line.strip(), values, grid)
+            values[results[0]] = _counted(results[0], value, counters)
     return list(found)
 
 
-def _enter_loop(text: str, values: dict[str, _Value]) -> None:
-    """The loop's own variable has the range of its bounds; what it carries is unknown."""
+def _counted(name: str, value: _Value, counters: Mapping[str, tuple[int, int]]) -> _Value:
+    """A value whose range is unknown, with that of its counter if it is one; %n_12 is the n of the source."""
+    source = re.sub(r"_\d+$", "", name[1:])
+    return value if value.known or source not in counters else _Value(*counters[source])
+
+
+def _enter_loop(text: str, values: dict[str, _Value], counters: Mapping[str, tuple[int, int]]) -> None:
+    """The loop's own variable has the range of its bounds; what it carries is unknown, but for counters."""
     loop = _FOR.search(text)
     if loop is None:
         return
@@ -109,7 +124,8 @@ def _enter_loop(text: str, values: dict[str, _Value]) -> None:
     bounded = low.known and high.known
     values[variable] = _Value(low.low, max(high.high - 1, low.low)) if bounded else _Value()
     for name, start in re.findall(r"(%\w+) = (%\w+)", carried or ""):
-        values[name] = _Value(overflows=values.get(start, _Value()).overflows)
+        value = _Value(overflows=values.get(start, _Value()).overflows)
+        values[name] = _counted(name, value, counters)
 
 
 def _evaluate(name: str, rest: str, line: str, values: Mapping[str, _Value], grid: Sequence[int]) -> _Value:

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -94,9 +94,24 @@ def overflows_of_case(case: Case, architecture: str) -> Iterator[dict[str, Any]]
                 size <= limit for size, limit in zip(compilation.grid, GRID_LIMITS, strict=True)
             ),
             "overflows": overflows(
-                ttir_of(architecture, compilation), compilation.arguments, compilation.grid
+                ttir_of(architecture, compilation),
+                compilation.arguments,
+                compilation.grid,
+                counters(compilation.arguments),
             ),
         }
+
+
+def counters(arguments: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """What kernels count, by their arguments: boundaries n, the tiles t of one, chunks and stretches."""
+    boundaries = max((arguments.get(name, 0) for name in ("num_boundaries", "num_blocks", "N")), default=0)
+    tokens, stretch = arguments.get("T", 0), max(1, arguments.get("stretch", 1))
+    return {
+        "n": (-1, boundaries),
+        "t": (0, arguments.get("L", 0) + arguments.get("M", 0)),
+        "num_chunks": (0, tokens // 16 + 1),  # no tile is shorter
+        "i_stretch": (0, tokens // stretch),
+    }
 
 
 def count_case(case: Case, architecture: str) -> Iterator[dict[str, Any]]:

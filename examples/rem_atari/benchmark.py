@@ -105,7 +105,7 @@ class Benchmark:
         timings: by the parts' names, in order.
         process_memory: bytes at most that the process had in memory, everything included.
         matrix_rate: on a CPU, floating point operations a second of a product of two square matrices in the
-            run's precision, measured before and after the timings (the lower of the two); else None.
+            run's precision, the median of what was measured between the timings; else None.
     """
 
     config: Config
@@ -191,17 +191,17 @@ def measure(
         replay = Replay((side, side, 3), room, folder=None, seed=derive_seed(config.seed, "replay"))
         state = assemble(scaled, parts, replay, lambda text: None)
         state.env.reset()
-        before = _matrix_rate(config)
+        rates = [_matrix_rate(config)]
         for timing in _time_parts(scaled, state, repeat):
             timings[timing.name] = timing
+            rates.append(_matrix_rate(config))
             after_part(1)
-        after = _matrix_rate(config)
     return Benchmark(
         config=config,
         batch_scale=batch_scale,
         timings=timings,
         process_memory=_process_memory(),
-        matrix_rate=None if before is None or after is None else min(before, after),
+        matrix_rate=statistics.median(rates) if config.device == "cpu" else None,
     )
 
 
@@ -433,10 +433,10 @@ def _count_flops(work: Callable[[Lap], object]) -> dict[str, int]:
     return flops
 
 
-def _matrix_rate(config: Config) -> float | None:
-    """Floating point operations a second of a matrix product on a CPU, in the run's precision."""
+def _matrix_rate(config: Config) -> float:
+    """Floating point operations a second of a matrix product on a CPU, in the run's precision; else 0."""
     if config.device != "cpu":
-        return None
+        return 0.0
     a, b = torch.randn(2, MATRIX, MATRIX, dtype=getattr(torch, config.precision))
     seconds = []
     for _ in range(20):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from retpop.config import RetNetConfig
 from retpop.layers.calls import Call
+from retpop.layers.dropout import dropout
 from retpop.layers.feed_forward import FeedForward
 from retpop.layers.norm import residual_norm
 from retpop.layers.retention import MultiScaleRetention
@@ -46,4 +46,4 @@ class RetNetBlock(nn.Module):
         return x + self.feed_forward_norm(self._drop(self.feed_forward(x))), kv
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)

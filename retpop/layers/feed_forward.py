@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retpop.config import RetNetConfig
+from retpop.layers.dropout import dropout
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -50,7 +51,7 @@ class FeedForward(nn.Module):
             hidden = activation(gate) * hidden
         else:
             hidden = activation(hidden)
-        return self.out_proj(F.dropout(hidden, self.dropout, self.training))
+        return self.out_proj(dropout(hidden, self.dropout, self.training))
 
     def extra_repr(self) -> str:
         """The kind and activation, for ``print(model)``."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from retpop.config import RetNetConfig
 from retpop.decay import resolve_decay
 from retpop.layers.calls import Call
+from retpop.layers.dropout import dropout
 from retpop.layers.norm import HeadNorm
 from retpop.layers.prepare import Owner, check_construction, prepare_pop, prepare_sequence
 from retpop.ops.dtypes import state_dtype
@@ -158,7 +159,7 @@ class MultiScaleRetention(nn.Module):
         q, k, v, gate = (y.unflatten(-1, (self.cfg.num_heads, -1)) for y in self._project(x, call.readers(x)))
         q, k = call.turn(q, k, self.cfg.position)
         out, kv = call.retain(q, k, v, kv)
-        out = F.dropout(out, self.cfg.dropout, self.training)
+        out = dropout(out, self.cfg.dropout, self.training)
         out = self.head_norm.gated(out, gate, self.cfg.gate_activation, call.backend)
         return self.out_proj(out.flatten(-2)), kv
 

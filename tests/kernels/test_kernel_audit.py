@@ -137,6 +137,17 @@ def test_products_of_unknown_values_count() -> None:
     assert len(overflows(TTIR, {"T": 4096}, (1, 1, 1))) == 1
 
 
+def test_counters_are_known_by_their_name_in_the_source() -> None:
+    carried = TTIR.replace("%T: i32", "%n0: i32").replace(
+        "scf.for %n = %c0 to %T step %c64  : i32 {",
+        "scf.for %i = %c0 to %c64 step %c64 iter_args(%n_7 = %n0) -> (i32) : i32 {",
+    )
+    carried = carried.replace("tt.splat %n :", "tt.splat %n_7 :")
+    assert len(overflows(carried, {"stride": 256}, (1, 1, 1))) == 1
+    for most, found in ((2**22, 0), (2**23, 1)):
+        assert len(overflows(carried, {"stride": 256}, (1, 1, 1), {"n": (0, most)})) == found
+
+
 def test_floors_are_those_of_the_documents() -> None:
     """PERFORMANCE.md: POP at REM's training shape is 9.4 GFLOP."""
     flops = 64 * 4 * 10 * (chunk_flops(65, 64, 64) + chunk_flops(64, 64, 64, takes_in=False))

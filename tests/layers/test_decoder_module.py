@@ -11,11 +11,11 @@ import torch
 from module_cases import assert_same_state, make_decoder, make_module, random_state, small_config
 from retention_cases import assert_same_gradients, gradients, normal
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import retpop
 from retpop import RetNetConfig, RetNetDecoder
+from retpop.layers import block, feed_forward, retention
 
 DECODER = make_decoder()
 
@@ -39,7 +39,7 @@ def test_init_state(dtype: torch.dtype, expected: torch.dtype) -> None:
 
 
 class DropoutRecorder:
-    """Stands in for F.dropout: remembers the shapes it was given and how it was called."""
+    """Stands in for dropout: remembers the shapes it was given and how it was called."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[int, ...], float, bool]] = []
@@ -52,7 +52,8 @@ class DropoutRecorder:
 def test_dropout_is_at_four_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the retention output, after its projection, in the FFN's hidden layer, after the FFN."""
     recorder = DropoutRecorder()
-    monkeypatch.setattr(F, "dropout", recorder)
+    for module in (block, feed_forward, retention):
+        monkeypatch.setattr(module, "dropout", recorder)
     decoder = make_decoder(dropout=0.3, num_layers=1)
     for training in (True, False):
         recorder.calls.clear()

@@ -163,7 +163,7 @@ def _notes(result: Benchmark) -> list[str]:
     if result.matrix_rate is not None:
         lines.append(
             f"A product of {MATRIX} x {MATRIX} matrices in {config.precision} reached"
-            f" {result.matrix_rate / 1e9:,.0f} GFLOP/s here (before or after the timings, the slower). The"
+            f" {result.matrix_rate / 1e9:,.0f} GFLOP/s here, measured between the parts. The"
             " last column above is the share of it at which a part's matrix products and convolutions were"
             " computed, all its other work included."
         )

@@ -103,9 +103,10 @@ class Component:
             component, index, slot = name.split(".")
             if component != self.name:
                 continue
-            if slot != "step":
-                tensor = _laid_out_like(parameters[int(index)], name, tensor)
-            state.setdefault(int(index), {})[slot] = tensor
+            # A copy in any case: the optimiser changes its tensors in place, and these are a checkpoint's.
+            is_count = slot == "step"
+            own = tensor.clone() if is_count else _laid_out_like(parameters[int(index)], name, tensor)
+            state.setdefault(int(index), {})[slot] = own
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
