@@ -228,7 +228,7 @@ def _imagination(results: Results) -> str:
 
 
 def _losses(results: Results) -> str:
-    """Where somebody else is faster, or takes less memory, by more than the spread."""
+    """Where somebody else takes less time than our fastest that computes as much, beyond the spread."""
     lines = []
     for group in by_group([r for r in results.records if r.shape != "tiny"]).values():
         for direction in dict.fromkeys(r.direction for r in group):
