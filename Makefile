@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all lint format bench benchmarks clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,8 +43,12 @@ format: $(INSTALLED)  ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## benchmarks of the operations
-	$(BIN)/python -m pytest benchmarks -o python_files='*.py' -o addopts='--import-mode=importlib' --benchmark-only $(ARGS)
+bench: $(INSTALLED)  ## our own times, for regressions (pytest-benchmark)
+	$(BIN)/python -m pytest benchmarks -o python_files=test_speed.py -o addopts='--import-mode=importlib' --benchmark-only $(ARGS)
+
+benchmarks: $(INSTALLED)  ## everything beside others, into benchmarks/results (about 15 minutes), and the page
+	$(BIN)/python -m benchmarks run $(ARGS)
+	$(BIN)/python -m benchmarks page
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,8 +23,7 @@ from typing import Any
 
 from benchmarks.audit.cases import OPS
 from benchmarks.audit.targets import Row, Verdict, judge
-
-ROOT = Path(__file__).parent.parent
+from benchmarks.machine import ROOT, commit
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -195,23 +194,6 @@ def write_csv(path: Path, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> N
         writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
-
-
-def commit() -> str:
-    """The checkout's commit, with "+changes" where files differ from it; "unknown" outside git."""
-    try:
-        name, changes = (
-            subprocess.run(
-                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (
-                ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain", "kernels", "benchmarks"],
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return f"{name}+changes" if changes else name
 
 
 if __name__ == "__main__":

@@ -1,94 +1,159 @@
-"""Retention in its three modes, forward and with backward, beside yet-another-retnet's.
+"""Retention in its three modes, beside yet-another-retnet's, attention, and flash-linear-attention.
 
-Theirs keeps the last matrix of decays in a global cache, so in a loop like this one it computes none.
+Shapes: "rem_train" is the world model's sequence in training; "long" one long sequence; "length" and
+"batch" are series, whose times over the length of a sequence or the rows of a batch make a slope.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
-import pytest
 import torch
 from torch import Tensor
-from yet_another_retnet.retention import retention_chunkwise, retention_parallel, retention_recurrent
+from torch.nn import functional
 
 import retpop
+from benchmarks.audit.case import BACKWARD_FLOPS, chunk_flops
+from benchmarks.peers import flash_linear_attention, yet_another_retnet
+from benchmarks.work import BOTH, DTYPES, FORWARD, Contender, Group, Problem, Work, randoms
 
-CHUNK = 64
+LONGEST_LOOP = 1500
+"""Tokens up to which a gradient's reference is the loop over tokens; beyond, the torch backend in float64."""
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """B rows of T tokens, H heads of D features."""
+
     B: int
     T: int
     H: int
     D: int
 
+    @property
+    def text(self) -> str:
+        """For tables."""
+        return f"B{self.B} T{self.T} H{self.H} D{self.D}"
+
 
 SHAPES = {
-    "small": Shape(B=4, T=256, H=4, D=16),
-    "rem": Shape(B=8, T=650, H=4, D=64),  # the world model's sequence: 10 blocks of 65 tokens
-    "long": Shape(B=1, T=4096, H=4, D=64),
+    "tiny": Sizes(B=2, T=130, H=2, D=16),
+    "rem_train": Sizes(B=4, T=650, H=4, D=64),
+    "long": Sizes(B=1, T=4096, H=4, D=64),
 }
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+LONGEST_ATTENTION, LONGEST_TRAINED = 8192, 16384
+"""Tokens of a series up to which attention, quadratic in them, is timed, and up to which backward is."""
+
+SERIES_CHUNK = 128
+"""Of yet-another-retnet's chunk sizes, the one that a series is timed with."""
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+
+MODES = ("chunkwise", "parallel", "recurrent")
 
 
-def ours(mode: str, log_decay: Tensor) -> Run:
-    return lambda q, k, v: retpop.retention(q, k, v, log_decay, mode=mode)[0]
+def groups() -> Iterator[Group]:
+    """Every mode at every shape, and the two series."""
+    for shape, sizes in SHAPES.items():
+        for dtype in ("float32", "bfloat16"):
+            for mode in MODES:
+                # Token by token is for generating, without gradient; that and all pairs not for long inputs.
+                if mode != "chunkwise" and shape == "long":
+                    continue
+                passes = (FORWARD,) if mode == "recurrent" else (FORWARD, BOTH)
+                yield group(shape, sizes, mode, dtype, passes)
+    row = SHAPES["long"]
+    for length in LENGTHS:
+        passes = (FORWARD, BOTH) if length <= LONGEST_TRAINED else (FORWARD,)
+        yield group("length", replace(row, T=length), "chunkwise", "float32", passes, size=length)
+    for rows in BATCHES:
+        sizes = replace(SHAPES["rem_train"], B=rows)
+        yield group("batch", sizes, "chunkwise", "float32", (FORWARD, BOTH), size=rows)
 
 
-def theirs(mode: str) -> Run:
-    """Their functions take (B, H, T, D); chunks and tokens are the caller's loop."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if mode == "parallel":
-            return retention_parallel(q, k, v)[0].transpose(1, 2)
-        outs, state = [], None
-        if mode == "chunkwise":
-            for part in zip(*(x.split(CHUNK, dim=2) for x in (q, k, v)), strict=True):
-                out, state = retention_chunkwise(*part, prev_state=state)
-                outs.append(out)
-            return torch.cat(outs, dim=2).transpose(1, 2)
-        for token in zip(*(x.unbind(2) for x in (q, k, v)), strict=True):
-            out, state = retention_recurrent(*token, prev_state=state)
-            outs.append(out)
-        return torch.stack(outs, dim=1)
-
-    return run
-
-
-# Token by token is for generating: without gradient, and not for long inputs.
-CASES = [
-    pytest.param(shape, mode, backward, id=f"{shape}-{mode}-{'backward' if backward else 'forward'}")
-    for shape in SHAPES
-    for mode in ("parallel", "chunkwise", "recurrent")
-    for backward in (False, True)
-    if mode != "recurrent" or not (backward or shape == "long")
-]
+def group(
+    shape: str, sizes: Sizes, mode: str, dtype: str, passes: tuple[str, ...], *, size: int = 0
+) -> Group:
+    """Everybody who computes retention in this mode at these sizes."""
+    contenders = {"torch": _same(partial(ours, mode=mode, backend="torch"), states=1)}
+    if not size and mode != "recurrent":  # a loop over tokens would be unrolled
+        contenders["compile"] = _same(partial(ours, mode=mode, backend="torch", compiled=True), states=1)
+    contenders["triton"] = _same(partial(ours, mode=mode, backend="triton"), states=1)
+    for name, run in yet_another_retnet.retentions(mode, SERIES_CHUNK if size else None).items():
+        contenders[name] = _same(partial(theirs, run=run))
+    if mode == "chunkwise":
+        if size <= LONGEST_ATTENTION:
+            contenders["attention"] = Contender(
+                make=attention, reference=attention, computes="causal attention"
+            )
+        for name, run in flash_linear_attention.retentions().items():
+            contenders[name] = Contender(make=partial(theirs, run=run), reference=with_retnet_decays)
+    return Group(
+        op="retention",
+        shape=shape,
+        mode=mode,
+        dtype=dtype,
+        size=size,
+        passes=passes,
+        problem=partial(problem, sizes, DTYPES[dtype]),
+        contenders=contenders,
+    )
 
 
-@pytest.mark.parametrize("name", ["retpop", "yet-another-retnet"])
-@pytest.mark.parametrize(("shape", "mode", "backward"), CASES)
-def test_retention(
-    timed: Callable[[str, Callable[[], object]], None],
-    device: torch.device,
-    shape: str,
-    mode: str,
-    backward: bool,
-    name: str,
-) -> None:
-    B, T, H, D = SHAPES[shape]
-    q, k, v = (torch.randn(B, T, H, D, device=device, requires_grad=backward) for _ in range(3))
-    # The decay that theirs has built in.
-    log_decay = retpop.log_spaced_decay(H).to(device)
-    call = ours(mode, log_decay) if name == "retpop" else theirs(mode)
-    torch.testing.assert_close(call(q, k, v), ours("chunkwise", log_decay)(q, k, v), rtol=1e-3, atol=1e-3)
+def _same(make: Callable[[Problem], Work], states: int = 0) -> Contender:
+    return Contender(make=make, reference=reference, states=states)
 
-    def run() -> None:
-        out = call(q, k, v)
-        if backward:
-            out.sum().backward()
 
-    timed(f"{mode}, {shape}, {'with backward' if backward else 'forward'}", run)
+def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Queries, keys and values, and the decays that yet-another-retnet has built in."""
+    tokens = randoms("q k v", sizes.B, sizes.T, sizes.H, sizes.D, dtype=dtype, device=device)
+    log_decay = retpop.log_spaced_decay(sizes.H).to(device)
+    return Problem(sizes=sizes, dtype=dtype, tensors=tokens, shared={"log_decay": log_decay})
+
+
+def ours(problem: Problem, *, mode: str = "chunkwise", backend: str, compiled: bool = False) -> Work:
+    """`retpop.retention`."""
+    s = problem.sizes
+    call = torch.compile(retpop.retention, dynamic=False) if compiled else retpop.retention
+    tokens, log_decay = list(problem.tensors.values()), problem.shared["log_decay"]
+    return Work(
+        inputs=tokens,
+        run=lambda: call(*tokens, log_decay, mode=mode, backend=backend),
+        flops=s.B * s.H * chunk_flops(s.T, s.D, s.D),
+        backward_flops=BACKWARD_FLOPS,
+    )
+
+
+def reference(problem: Problem) -> Work:
+    """The definition, as a loop over tokens."""
+    short = problem.sizes.T <= LONGEST_LOOP or not torch.is_grad_enabled()
+    return ours(problem, backend="reference" if short else "torch")
+
+
+def with_retnet_decays(problem: Problem) -> Work:
+    """The reference with the decays that flash-linear-attention has built in."""
+    log_decay = retpop.retnet_decay(problem.sizes.H).to(problem.shared["log_decay"])
+    return reference(replace(problem, shared={"log_decay": log_decay}))
+
+
+def theirs(problem: Problem, *, run: Callable[..., Tensor]) -> Work:
+    """A function of queries, keys and values (B, T, H, D)."""
+    return replace(
+        ours(problem, backend="torch"), run=lambda: (run(*problem.tensors.values(), **problem.shared),)
+    )
+
+
+def attention(problem: Problem) -> Work:
+    """Causal softmax attention by torch, which is what a layer would otherwise be made of."""
+    s, tokens = problem.sizes, list(problem.tensors.values())
+
+    def run() -> tuple[Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in tokens)
+        return (functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2),)
+
+    return Work(inputs=tokens, run=run, flops=2 * s.B * s.H * s.T**2 * s.D, backward_flops=BACKWARD_FLOPS)

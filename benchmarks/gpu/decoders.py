@@ -7,49 +7,41 @@ matrix products: two operations for each weight and token, three times as many i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-import retpop
+from benchmarks import decoder, step
 from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.ops import Sizes, training_sizes
+from benchmarks.gpu.ops import training_sizes
 from benchmarks.gpu.rows import Row
-
-Pop = Callable[..., tuple[Tensor, Tensor, retpop.RetNetState]]
+from benchmarks.work import Problem
 
 
 def measure(clock: Clock, *, compiled: bool) -> Iterator[Row]:
     """Every kind of work, each eagerly and in a graph; ``compiled`` or as it is."""
-    sizes = training_sizes(clock)
-    width = sizes.H * sizes.D
-    cfg = retpop.RetNetConfig(
+    s = training_sizes(clock)
+    width = s.H * s.D
+    sizes = decoder.Sizes(
+        B=s.B,
+        N=s.N,
+        L=s.L,
+        M=s.M,
         embed_dim=width,
-        num_heads=sizes.H,
+        num_heads=s.H,
         num_layers=5 if clock.on_gpu else 1,
         ffn_dim=4 * width,
-        decay="log_spaced",
-        dropout=0.0,
     )
-    decoder = retpop.RetNetDecoder(cfg, device=clock.device)
-    weights = sum(p.numel() for p in decoder.parameters() if p.dim() > 1)
-    kinds = {
-        "forward": (_forward(decoder, sizes, compiled), 2 * weights * sizes.B * sizes.tokens),
-        "training step": (_training(decoder, sizes, compiled), 6 * weights * sizes.B * sizes.tokens),
-        "imagination step": (
-            _imagination(decoder, sizes, compiled),
-            2 * weights * sizes.B * (sizes.L + sizes.M),
-        ),
-        "one token": (_token(decoder, sizes, compiled), 2 * weights * sizes.B),
-    }
-    for kind, (run, flops) in kinds.items():
+    dtype = torch.bfloat16 if clock.on_gpu else torch.float32
+    # Without a GPU the compiler of torch would be compiling interpreted kernels.
+    compiler = "" if not compiled else "inductor" if clock.on_gpu else "eager"
+    for kind, (run, flops) in _kinds(sizes, dtype, clock.device, compiler).items():
         for mode, time in clock.modes().items():
             yield Row(
                 part="compiled decoder" if compiled else "decoder",
                 what=f"decoder, {kind}",
-                shape=f"rem, {sizes.text}",
-                dtype="bfloat16" if clock.on_gpu else "float32",
+                shape=f"rem, {s.text}",
+                dtype=str(dtype).removeprefix("torch."),
                 way="compiled" if compiled else "",
                 mode=mode,
                 seconds=time(run),
@@ -57,75 +49,41 @@ def measure(clock: Clock, *, compiled: bool) -> Iterator[Row]:
             )
 
 
-def _autocast(device: torch.device) -> torch.autocast:
-    # Without the cache of cast weights: a graph must cast them itself, since an optimiser changes them.
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+def _kinds(
+    sizes: decoder.Sizes, dtype: torch.dtype, device: torch.device, compiler: str
+) -> dict[str, tuple[Callable[[], object], int]]:
+    """What is done, and the products that it takes, by name."""
+    trained = decoder.problem(sizes, dtype, device)
+    forward = decoder.ours(trained, mode="pop", backend="triton", compiler=compiler)
+    imagined = replace(sizes, N=1, offset=1, past=sizes.L)
+    imagining = decoder.ours(
+        decoder.problem(imagined, dtype, device),
+        mode="pop",
+        backend="triton",
+        compiler=compiler,
+        main_out="last",
+    )
+    one = replace(sizes, N=1, L=1, M=0, past=sizes.L)
+    token = step.ours(step.problem(one, dtype, device), backend="triton", compiler=compiler)
+    return {
+        "forward": (forward.forward, forward.flops),
+        "training step": (_training(trained, compiler), 3 * forward.flops),
+        "imagination step": (imagining.forward, imagining.flops),
+        "one token": (token.forward, token.flops),
+    }
 
 
-def _maybe_compiled(function: Pop, compiled: bool, device: torch.device) -> Pop:
-    if not compiled:
-        return function
-    return torch.compile(function, fullgraph=True, backend="inductor" if device.type == "cuda" else "eager")
-
-
-def _inputs(decoder: retpop.RetNetDecoder, rows: int, blocks: int, s: Sizes) -> tuple[Tensor, Tensor]:
-    device, width = decoder.layers[0].retention.log_decay.device, decoder.cfg.embed_dim
-    x = torch.randn(rows, blocks * s.L, width, device=device)
-    return x, torch.randn(rows, blocks, s.M, width, device=device)
-
-
-def _forward(decoder: retpop.RetNetDecoder, s: Sizes, compiled: bool) -> Callable[[], object]:
-    x, x_pred = _inputs(decoder, s.B, s.N, s)
-    pop = _maybe_compiled(partial(decoder.pop, block_size=s.L, backend="triton"), compiled, x.device)
-
-    @torch.no_grad()
-    def run() -> object:
-        with _autocast(x.device):
-            return pop(x, x_pred)
-
-    return run
-
-
-def _training(decoder: retpop.RetNetDecoder, s: Sizes, compiled: bool) -> Callable[[], object]:
+def _training(problem: Problem, compiler: str) -> Callable[[], object]:
     """Forward, backward and AdamW."""
-    x, x_pred = _inputs(decoder, s.B, s.N, s)
-    pop = _maybe_compiled(partial(decoder.pop, block_size=s.L, backend="triton"), compiled, x.device)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-5, capturable=x.is_cuda, fused=x.is_cuda)
+    work = decoder.ours(problem, mode="pop", backend="triton", compiler=compiler)
+    on_gpu = problem.device.type == "cuda"
+    optimizer = torch.optim.AdamW(work.weights, lr=1e-5, capturable=on_gpu, fused=on_gpu)
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with _autocast(x.device):
-            out, pred, _ = pop(x, x_pred)
-            loss = out.float().square().mean() + pred.float().square().mean()
+        out, pred, _ = work.run()
+        loss = out.float().square().mean() + pred.float().square().mean()
         loss.backward()
         optimizer.step()
-
-    return run
-
-
-def _imagination(decoder: retpop.RetNetDecoder, s: Sizes, compiled: bool) -> Callable[[], object]:
-    x, x_pred = _inputs(decoder, s.B, 1, s)
-    state = decoder.init_state(s.B)
-    pop = _maybe_compiled(
-        partial(decoder.pop, block_size=s.L, offset=1, backend="triton"), compiled, x.device
-    )
-
-    @torch.no_grad()
-    def run() -> object:
-        with _autocast(x.device):
-            return pop(x, x_pred, state)
-
-    return run
-
-
-def _token(decoder: retpop.RetNetDecoder, s: Sizes, compiled: bool) -> Callable[[], object]:
-    x = torch.randn(s.B, 1, decoder.cfg.embed_dim, device=decoder.layers[0].retention.log_decay.device)
-    state = decoder.init_state(s.B)
-    step = _maybe_compiled(partial(decoder, backend="triton"), compiled, x.device)
-
-    @torch.no_grad()
-    def run() -> object:
-        with _autocast(x.device):
-            return step(x, state)
 
     return run

@@ -18,8 +18,9 @@ import torch
 from benchmarks.gpu import agent, decoders, floors, ops, peers
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.rows import Row, append_row
+from benchmarks.peers import flash_linear_attention
 
-Works = Callable[[Clock], Iterator[ops.Work]]
+Entries = Callable[[Clock], Iterator[ops.Entry]]
 
 AGENT_SECONDS = 4.0
 """A part of a REM run is timed no longer than this."""
@@ -41,20 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def time_works(works: Works, clock: Clock, part: str) -> Iterator[Row]:
-    """The rows of works, one after another; a failure is a row too."""
-    made = works(clock)
+def time_entries(entries: Entries, clock: Clock, part: str) -> Iterator[Row]:
+    """The rows of entries, one after another; a failure is a row too."""
+    made = entries(clock)
     while True:
-        work = None
+        entry = None
         try:
-            work = next(made, None)
-            if work is None:
+            entry = next(made, None)
+            if entry is None:
                 return
-            yield from ops.timed(work, clock)
+            yield from ops.timed(entry, clock)
         except Exception as error:
             traceback.print_exc()
-            yield _failure(part, work, error)
-            if work is None or is_fatal(error):
+            yield _failure(part, entry, error)
+            if entry is None or is_fatal(error):
                 return
 
 
@@ -65,13 +66,13 @@ def is_fatal(error: Exception) -> bool:
     )
 
 
-def _failure(part: str, work: ops.Work | None, error: Exception) -> Row:
+def _failure(part: str, entry: ops.Entry | None, error: Exception) -> Row:
     first = (str(error).splitlines() or [""])[0]
     note = f"{type(error).__name__}: {first}"
-    if work is None:
+    if entry is None:
         return Row(part=part, what=part, note=note, failed=True)
-    dtype = str(work.dtype).removeprefix("torch.")
-    return Row(part=part, what=work.what, shape=work.shape, dtype=dtype, note=note, failed=True)
+    dtype = str(entry.dtype).removeprefix("torch.")
+    return Row(part=part, what=entry.what, shape=entry.shape, dtype=dtype, note=note, failed=True)
 
 
 def _guarded(part: str, measure: Callable[[Clock], Iterator[Row]], clock: Clock) -> Iterator[Row]:
@@ -83,23 +84,23 @@ def _guarded(part: str, measure: Callable[[Clock], Iterator[Row]], clock: Clock)
 
 
 def _measure_peers(clock: Clock) -> Iterator[Row]:
-    yield from time_works(peers.torch_backend, clock, peers.PART)
+    yield from time_entries(peers.torch_backend, clock, peers.PART)
     try:
-        fla = peers.flash_linear_attention()
+        fla = flash_linear_attention.functions()
     except ImportError as error:
         yield Row(part=peers.PART, what="flash-linear-attention", note=f"not measured: {error}")
         return
-    yield from time_works(partial(peers.peers, fla=fla), clock, peers.PART)
-    for name in peers.FUNCTIONS:
+    yield from time_entries(partial(peers.peers, fla=fla), clock, peers.PART)
+    for name in flash_linear_attention.FUNCTIONS:
         if not hasattr(fla, name):
             yield Row(part=peers.PART, what=f"fla {name}", note="not measured: this version has none")
 
 
 PARTS: dict[str, Callable[[Clock], Iterator[Row]]] = {
     "floors": partial(_guarded, "floors", floors.measure),
-    "pop": lambda clock: time_works(ops.pop, clock, "pop"),
-    "retention": lambda clock: time_works(ops.retention, clock, "retention"),
-    "token-wise": lambda clock: time_works(ops.token_wise, clock, "token-wise"),
+    "pop": lambda clock: time_entries(ops.pop, clock, "pop"),
+    "retention": lambda clock: time_entries(ops.retention, clock, "retention"),
+    "token-wise": lambda clock: time_entries(ops.token_wise, clock, "token-wise"),
     "peers": _measure_peers,
     "decoder": partial(_guarded, "decoder", partial(decoders.measure, compiled=False)),
     "compiled decoder": partial(_guarded, "compiled decoder", partial(decoders.measure, compiled=True)),

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retpop.arguments import is_transformed
+
 # γ = 0 is a log-decay of -inf, and 0 * -inf is NaN. exp(-1e5) is 0 in every dtype and 0 * -1e5 is 0.
 _LOG_ZERO = -1e5
 
@@ -55,6 +57,7 @@ class DecayPowers:
         self.scale = scale
         # Pairs, not a dict: hashing a length would tie a compiled graph to that very length.
         self._blocks: list[tuple[int, BlockPowers]] = []
+        self._token: list[Across] = []
 
     def block(self, length: int) -> BlockPowers:
         """The powers for a block of ``length`` tokens."""
@@ -62,8 +65,19 @@ class DecayPowers:
             if known == length:
                 return powers
         powers = self._powers(length)
-        self._blocks.append((length, powers))
+        # A compiler finds equal computations itself, and lets no checkpointed layer write to a list outside.
+        if not torch.compiler.is_compiling():
+            self._blocks.append((length, powers))
         return powers
+
+    def across_token(self) -> Across:
+        """What is left of a state after one token, two of (H, 1, 1)."""
+        if self._token:
+            return self._token[0]
+        across = _across(self.log_decay[:, None, None])
+        if not torch.compiler.is_compiling():
+            self._token.append(across)
+        return across
 
     def _powers(self, length: int) -> BlockPowers:
         steps = torch.arange(length, device=self.log_decay.device)
@@ -86,10 +100,13 @@ class DecayPowers:
 
     def across(self, lengths: Tensor) -> Across:
         """γ^n, for what is left of a state after n tokens; lengths n (...): two of (H, ...)."""
-        exponents = self.log_decay.reshape(-1, *[1] * lengths.dim()) * lengths
-        value = exponents.exp()
-        whole = (value >= 0.5).to(value.dtype)
-        return Across(whole, torch.where(value >= 0.5, exponents.expm1(), value))
+        return _across(self.log_decay.reshape(-1, *[1] * lengths.dim()) * lengths)
+
+
+def _across(exponents: Tensor) -> Across:
+    value = exponents.exp()
+    near_one = value >= 0.5
+    return Across(near_one.to(value.dtype), torch.where(near_one, exponents.expm1(), value))
 
 
 def advance(state: Tensor, across: Across, added: Tensor) -> Tensor:
@@ -100,3 +117,10 @@ def advance(state: Tensor, across: Across, added: Tensor) -> Tensor:
     direction, which a state that lives for thousands of steps adds up to 6e-5.
     """
     return torch.addcmul(torch.addcmul(added, state, across.rest), state, across.whole)
+
+
+def advance_in_place(state: Tensor, across: Across, added: Tensor) -> Tensor:
+    """`advance`, written over ``added``, which nobody else holds; fresh memory costs more than the sums."""
+    if is_transformed(state) or is_transformed(added):  # torch.func writes over nothing, or slowly
+        return advance(state, across, added)
+    return added.addcmul_(state, across.rest).addcmul_(state, across.whole)

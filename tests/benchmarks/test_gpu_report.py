@@ -15,11 +15,13 @@ import pytest
 import torch
 
 import retpop
-from benchmarks.gpu import peers, report, suite, worker
+from benchmarks.gpu import report, suite, worker
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.floors import Ceilings
-from benchmarks.gpu.ops import Sizes, Work, rotation, separate_pop, timed
+from benchmarks.gpu.ops import Entry, Sizes, rotation, separate_pop, timed
 from benchmarks.gpu.rows import Row, append_row, read_rows
+from benchmarks.peers import flash_linear_attention
+from benchmarks.work import Work
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -106,7 +108,7 @@ class FlashLinearAttention:
 
 
 def test_flash_linear_attention_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(peers, "flash_linear_attention", FlashLinearAttention)
+    monkeypatch.setattr(flash_linear_attention, "functions", FlashLinearAttention)
     rows = tmp_path / "rows"
     assert worker.main(["peers", "--rows", str(rows), "--dry-run"]) == 0
     found = {(row.what, row.way, row.mode) for row in read_rows(rows) if "fla" in row.what}
@@ -120,13 +122,14 @@ def test_flash_linear_attention_where_it_is_there(monkeypatch: pytest.MonkeyPatc
 def test_the_composition_is_pop() -> None:
     sizes = Sizes(B=2, N=3, L=5, M=4, H=2, D=8)
     tokens = [torch.randn(2, 15, 2, 8) for _ in range(3)] + [torch.randn(2, 3, 4, 2, 8) for _ in range(3)]
-    found = peers.composed(FlashLinearAttention.chunk_retention, sizes, tokens)
-    expected = retpop.pop_retention(*tokens, retpop.retnet_decay(2), block_size=5)
-    for a, e in zip(found, expected, strict=True):
+    chunk_retention = FlashLinearAttention.chunk_retention
+    found = flash_linear_attention.compose_pop(chunk_retention, tokens[:3], tokens[3:], None, sizes.L, 0)
+    expected = retpop.pop_retention(*tokens, retpop.retnet_decay(2), block_size=sizes.L)
+    for a, e in zip(found, expected[:2], strict=True):
         torch.testing.assert_close(a, e)
 
 
-def _works(*errors: Exception | None) -> Iterator[Work]:
+def _works(*errors: Exception | None) -> Iterator[Entry]:
     for index, error in enumerate(errors):
 
         def run(error: Exception | None = error) -> list[torch.Tensor]:
@@ -134,7 +137,7 @@ def _works(*errors: Exception | None) -> Iterator[Work]:
                 raise error
             return [torch.zeros(1)]
 
-        yield Work(part="pop", what=str(index), shape="", dtype=torch.float32, inputs=[], run=run, graded=0)
+        yield Entry(part="pop", what=str(index), shape="", dtype=torch.float32, work=Work(run=run, graded=0))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def _works(*errors: Exception | None) -> Iterator[Work]:
 )
 def test_a_case_that_fails_costs_that_case(error: Exception, after: bool) -> None:
     """Unless the device is lost: what came after it would tell nothing."""
-    found = list(worker.time_works(lambda clock: _works(None, error, None), Clock(CPU), "pop"))
+    found = list(worker.time_entries(lambda clock: _works(None, error, None), Clock(CPU), "pop"))
     failed = [row for row in found if row.failed]
     assert [row.what for row in failed] == ["1"]
     assert failed[0].note == f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -1,0 +1,143 @@
+"""REM's imagination in the whole agent (rem_atari), at the paper's sizes and a batch of 8.
+
+"call" is what the controller's training asks for: 21 frames that were not seen before are encoded, the
+controller is burnt in on 20 of them, and 9 steps are imagined from the last. "steps" are these 9 alone. The
+floor counts encoding and the decoder's products, 129 tokens a step; heads, controller and draws are left out.
+What comes out is drawn at random; compared with float64 is what one step says before anything is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.work import DTYPES, FORWARD, Contender, Group, Problem, Work, product_flops
+
+FRAMES, STEPS = 21, 9
+
+ACTIONS = 4
+"""Of the game: as many as Breakout has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """B episodes side by side, by the agent of a preset."""
+
+    B: int
+    preset: str = "paper"
+
+    @property
+    def text(self) -> str:
+        """For tables."""
+        return f"B{self.B} {FRAMES} frames, {STEPS} steps, preset {self.preset}"
+
+
+SHAPES = {"tiny": Sizes(B=2, preset="debug"), "rem_8": Sizes(B=8)}
+
+
+def groups() -> Iterator[Group]:
+    """The call and its steps in each dtype; none where rem_atari cannot be imported."""
+    try:
+        import rem_atari.agent  # noqa: F401
+    except ImportError:
+        return
+    for shape, sizes in SHAPES.items():
+        for dtype in ("float32", "bfloat16"):
+            for mode in ("call", "steps"):
+                yield Group(
+                    op="agent",
+                    shape=shape,
+                    mode=mode,
+                    dtype=dtype,
+                    passes=(FORWARD,),
+                    problem=partial(problem, sizes, DTYPES[dtype]),
+                    contenders={
+                        "torch": Contender(
+                            make=partial(imagine, mode=mode),
+                            reference=partial(imagine, mode=mode),
+                            model=True,
+                        )
+                    },
+                )
+
+
+def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
+    """An agent with random weights, and frames and actions to begin from."""
+    from rem_atari.agent import Agent
+    from rem_atari.presets import PRESETS
+
+    config = PRESETS[sizes.preset]
+    agent = Agent.from_config(config, ACTIONS).to(device).eval()
+    side = config.env.frame_size
+    shape = (sizes.B, FRAMES, side, side, 3)
+    tensors = {
+        "frames": torch.randint(256, shape, dtype=torch.uint8, device=device),
+        "actions": torch.randint(ACTIONS, shape[:2], device=device),
+    }
+    return Problem(sizes=sizes, dtype=dtype, tensors=tensors, shared={"agent": agent})
+
+
+def imagine(problem: Problem, *, mode: str) -> Work:
+    """The agent's own functions, as its controller is trained by."""
+    from rem_atari.rollout import rollout
+
+    agent, frames, actions = (*problem.shared.values(), *problem.tensors.values())
+    generator = torch.Generator(problem.device).manual_seed(0)
+
+    def start() -> Any:
+        return _start(agent, agent.tokenizer.encode(frames), actions, generator)
+
+    begin = start if mode == "call" else cache(start)  # steps alone go on where the last ones ended
+
+    @torch.no_grad()
+    def run() -> tuple[Tensor, ...]:
+        with problem.autocast():
+            env, carry, seen = begin()
+            trajectory, _, _ = rollout(env, agent.controller, carry, seen, STEPS, generator=generator)
+        return (trajectory.rewards,)
+
+    @torch.no_grad()
+    def answer() -> tuple[Tensor, ...]:
+        world = agent.world_model
+        tokens = torch.arange(world.num_tokens, device=problem.device).expand(len(frames), -1)
+        with problem.autocast():
+            step = world.step(
+                tokens % agent.tokenizer.codebook_size,
+                actions[:, 0],
+                agent.tokenizer.codes,
+                world.init_state(len(frames)),
+            )
+        return step.token_logits, step.reward_logits[:, None], step.end_logits[:, None]
+
+    world = agent.world_model
+    flops = STEPS * (world.block_size + world.num_tokens) * product_flops(world.decoder)
+    if mode == "call":
+        flops += FRAMES * _encoding_flops(agent, frames)
+    return Work(inputs=[frames], run=run, answer=answer, flops=len(frames) * flops, graded=0)
+
+
+def _start(agent: Any, tokens: Tensor, actions: Tensor, generator: torch.Generator) -> Any:
+    """An imagined environment, the controller's memory, and what it sees first."""
+    from rem_atari.controller_loss import start_imagination
+    from rem_atari.imagination import ImaginedEnv
+    from rem_atari.models.sequence_tokens import SequenceTokens
+
+    never = torch.zeros_like(actions, dtype=torch.bool)
+    segments = SequenceTokens(tokens, actions, torch.zeros_like(actions).float(), never, never, ~never)
+    env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
+    return env, *start_imagination(env, agent, segments)
+
+
+def _encoding_flops(agent: Any, frames: Tensor) -> int:
+    """Products of encoding one frame, as torch counts them."""
+    if agent.tokenizer.codes.dtype == torch.float64:
+        return 0  # the reference, which nobody times
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        agent.tokenizer.encode(frames[:1, :1])
+    return int(counter.get_total_flops())

@@ -1,0 +1,68 @@
+"""What a result holds for: the machine, the commit, and the versions of what ran."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+MEASURED = ("retpop", "kernels", "examples", "benchmarks", ":!benchmarks/results")
+"""What a result depends on, as git's pathspecs."""
+
+
+def commit() -> str:
+    """The checkout's commit, with "+changes" where files differ from it; "unknown" outside git.
+
+    RETPOP_COMMIT names the commit of a copy without git.
+    """
+    if given := os.environ.get("RETPOP_COMMIT"):
+        return given
+    try:
+        name, changes = (
+            subprocess.run(
+                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *MEASURED])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{name}+changes" if changes else name
+
+
+def machine(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> str:
+    """For example "AMD EPYC, 2 threads" or "NVIDIA H200", with the clock if it is not the wall's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    timed = ", CPU time" if clock is time.process_time else ""
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}{timed}"
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def version_of(package: str) -> str:
+    """Its installed version, or "missing"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def slug(text: str) -> str:
+    """Text as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
