@@ -296,7 +296,7 @@ def pop_bwd_kernel(
         t += 1
         is_last = t == tiles_each
         if not ONE_TILE:
-            b_grad = tl.where(is_last & is_pred, b_grad + b_main, b_grad)
+            b_grad = tl.where(is_last, b_grad + b_main, b_grad)
         if p_reset is not None:
             starts = tl.load(p_reset, mask=is_last & (n < N), other=0)
             b_grad = tl.where(starts != 0, 0.0, b_grad)

@@ -279,7 +279,7 @@ def pop_bwd(*, split: bool, pairs: bool = False) -> list[Check]:
         (True, 3, 1, 17, 9, 3, True, True, 1, 16, "q q_pred"),
         (False, 1, 2, 21, 7, 0, True, False, 1, 17, "q q_pred"),
         (True, 0, 1, 1, 7, 0, True, False, 2, 17, "q q_pred"),
-        (True, 3, 1, 6, 5, 0, False, True, 1, 20, "q q_pred"),
+        (True, 3, 1, 6, 5, 0, False, True, 1, 32, "q q_pred"),
         (True, 1, 2, 5, 6, 0, False, False, 1, 16, "q q_pred k v_pred"),
         (True, 1, 2, 5, 6, 0, False, False, 1, 16, "q q_pred k_pred v"),
     ):
@@ -339,9 +339,7 @@ SUITES: dict[str, Callable[[], list[Check]]] = {
     "retention_fwd": lambda: large_state() + retention(),
     "retention_bwd": retention_bwd,
     "norm_gate_bwd": norm_gate_bwd,
-    "pop_bwd_sweep": lambda: (
-        pop_bwd(split=False, pairs=True) + pop_bwd(split=False) + pop_bwd(split=True)[:4]
-    ),
+    "pop_bwd_sweep": lambda: pop_bwd(split=False, pairs=True) + pop_bwd(split=False) + pop_bwd(split=True),
     "pop_fwd": lambda: pop(steps=False, split=False) + pop(steps=False, split=True),
     "pop_fwd_steps": lambda: (
         pop(steps=True, split=False)
