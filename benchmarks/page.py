@@ -20,6 +20,8 @@ from benchmarks.work import BOTH, FORWARD
 
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 
+PICTURES = ROOT / "docs" / "performance"
+
 PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Part = Callable[[Results], str]
@@ -106,7 +108,8 @@ def _targets(results: Results) -> str:
 
 
 def _picture(name: str, text: str) -> str:
-    return f"![{text}](performance/{name}.svg)\n\n"
+    """A link to a picture that could be drawn."""
+    return f"![{text}](performance/{name}.svg)\n\n" if (PICTURES / f"{name}.svg").exists() else ""
 
 
 def _table(records: Iterable[Record], *, named: bool = False) -> str:
@@ -312,11 +315,9 @@ def _summary(results: Results) -> str:
     first = results.records[0]
     table = markdown_table(["", "retpop", "other", "other / retpop"], body)
     commits = ", ".join(sorted({record.commit for record in results.records}))
-    return (
-        f"{table}\n\n`python -m benchmarks run` on {first.machine}, commit {commits}; medians and quartiles."
-        "\n\n"
-        "![Lines: time of an imagined observation over its tokens](docs/performance/imagination.svg)"
-    )
+    source = f"`python -m benchmarks run` on {first.machine}, commit {commits}; medians and quartiles."
+    picture = _picture("imagination", "Lines: time of an imagined observation over its tokens")
+    return f"{table}\n\n{source}\n\n{picture.replace('(', '(docs/')}".rstrip()
 
 
 PARTS: dict[str, Part] = {
