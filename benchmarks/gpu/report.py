@@ -68,8 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         sys.exit("gpu_report.sh: torch sees no GPU here; --dry-run walks through it on the CPU")
-    # A shell's background job ignores this signal, and so would the parts, which are stopped by it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     work = Path(os.environ["RETPOP_REPORT_FOLDER"])
     started = time.monotonic()
     found: list[Row] = []
@@ -136,6 +134,11 @@ def _environment(dry_run: bool) -> dict[str, str]:
     return {**os.environ, **extra}
 
 
+def _heed_interrupts() -> None:
+    """In a new process: do not inherit that a shell's background job ignores this signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_limited(command: Sequence[str], limit: float, log: Path, environment: Mapping[str, str]) -> Ended:
     """Run a command and all it starts, its output in ``log``, for at most ``limit`` seconds and `GRACE`."""
     started = time.monotonic()
@@ -147,6 +150,7 @@ def run_limited(command: Sequence[str], limit: float, log: Path, environment: Ma
             stderr=subprocess.STDOUT,
             env=dict(environment),
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
         try:
             status: int | None = process.wait(timeout=limit)

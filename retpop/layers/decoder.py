@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from retpop.config import RetNetConfig
 from retpop.layers.block import RetNetBlock
@@ -25,6 +26,9 @@ class RetNetDecoder(nn.Module):
     Args:
         cfg: the configuration.
         device, dtype: of the weights.
+        checkpoint_activations: keep for backward only what goes into each layer, and compute the rest again:
+            a forward pass more, for memory that hardly grows with the number of layers. An attribute that can
+            be set later, too; the results are the same.
 
     Example:
         >>> cfg = RetNetConfig(embed_dim=64, num_heads=4, num_layers=2, ffn_dim=256)
@@ -40,10 +44,17 @@ class RetNetDecoder(nn.Module):
         cfg: RetNetConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         check_construction("RetNetDecoder", cfg, dtype)
+        if not isinstance(checkpoint_activations, bool):
+            raise TypeError(
+                f"RetNetDecoder: checkpoint_activations is {checkpoint_activations!r}; it must be a bool."
+            )
         self.cfg = cfg
+        self.checkpoint_activations = checkpoint_activations
         self.layers = nn.ModuleList(RetNetBlock(cfg, device, dtype) for _ in range(cfg.num_layers))
         self.final_norm = residual_norm(cfg, device, dtype) if cfg.final_norm else nn.Identity()
 
@@ -157,7 +168,11 @@ class RetNetDecoder(nn.Module):
         states: list[Tensor] = []
         calls = [*[call.for_inner_layers()] * (self.cfg.num_layers - 1), call]
         for index, (layer, own_call) in enumerate(zip(self.layers, calls, strict=True)):
-            x, kv = layer(x, None if state is None else state.kv[index], own_call)
+            kv = None if state is None else state.kv[index]
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, kv = checkpoint(layer, x, kv, own_call, use_reentrant=False)
+            else:
+                x, kv = layer(x, kv, own_call)
             states.append(kv)
         return self.final_norm(x), torch.stack(states)
 

@@ -14,6 +14,9 @@ def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
     float64 stays, as in torch's own autocast. States and decays do not pass through here: they keep the
     precision that retention needs.
     """
+    devices = {x.device.type for x in inputs if isinstance(x, Tensor)}
+    if not any(autocast_is_on(device) for device in devices):
+        return inputs
     return tuple(x.to(dtype_after(x.device, x.dtype)) if isinstance(x, Tensor) else x for x in inputs)
 
 

@@ -55,6 +55,7 @@ class DecayPowers:
         self.scale = scale
         # Pairs, not a dict: hashing a length would tie a compiled graph to that very length.
         self._blocks: list[tuple[int, BlockPowers]] = []
+        self._token: list[Across] = []
 
     def block(self, length: int) -> BlockPowers:
         """The powers for a block of ``length`` tokens."""
@@ -62,8 +63,19 @@ class DecayPowers:
             if known == length:
                 return powers
         powers = self._powers(length)
-        self._blocks.append((length, powers))
+        # A compiler finds equal computations itself, and lets no checkpointed layer write to a list outside.
+        if not torch.compiler.is_compiling():
+            self._blocks.append((length, powers))
         return powers
+
+    def across_token(self) -> Across:
+        """What is left of a state after one token, two of (H, 1, 1)."""
+        if self._token:
+            return self._token[0]
+        across = _across(self.log_decay[:, None, None])
+        if not torch.compiler.is_compiling():
+            self._token.append(across)
+        return across
 
     def _powers(self, length: int) -> BlockPowers:
         steps = torch.arange(length, device=self.log_decay.device)
@@ -86,10 +98,13 @@ class DecayPowers:
 
     def across(self, lengths: Tensor) -> Across:
         """γ^n, for what is left of a state after n tokens; lengths n (...): two of (H, ...)."""
-        exponents = self.log_decay.reshape(-1, *[1] * lengths.dim()) * lengths
-        value = exponents.exp()
-        whole = (value >= 0.5).to(value.dtype)
-        return Across(whole, torch.where(value >= 0.5, exponents.expm1(), value))
+        return _across(self.log_decay.reshape(-1, *[1] * lengths.dim()) * lengths)
+
+
+def _across(exponents: Tensor) -> Across:
+    value = exponents.exp()
+    near_one = value >= 0.5
+    return Across(near_one.to(value.dtype), torch.where(near_one, exponents.expm1(), value))
 
 
 def advance(state: Tensor, across: Across, added: Tensor) -> Tensor:

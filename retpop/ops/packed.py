@@ -94,16 +94,12 @@ def retention(
         state = torch_backend.zero_state(q, v, len(packing.bounds) - 1)
     if longest == 0:
         return v.clone(), state
-    dtype = v.dtype
-    q, k, v = torch_backend.widen(q, k, v)
     if mode == "parallel":
-        out, state = _one_by_one(q, k, v, powers, state, packing.bounds)
-    elif mode == "recurrent" or longest == 1:
-        out, state = _recurrent(q, k, v, powers, state, packing.plan(1))
-    else:
-        plan = packing.plan(chunk_size or torch_backend.DEFAULT_CHUNK_SIZE)
-        out, state = _chunkwise(q, k, v, powers, state, plan)
-    return out.to(dtype), state
+        return _one_by_one(q, k, v, powers, state, packing.bounds)
+    if mode == "recurrent" or longest == 1:
+        return _recurrent(q, k, v, powers, state, packing.plan(1))
+    plan = packing.plan(chunk_size or torch_backend.DEFAULT_CHUNK_SIZE)
+    return _chunkwise(q, k, v, powers, state, plan)
 
 
 def _plan(bounds: list[int], chunk_size: int, device: torch.device) -> ChunkPlan:
@@ -150,7 +146,9 @@ def _one_by_one(
 def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, plan: ChunkPlan
 ) -> tuple[Tensor, Tensor]:
-    across = powers.across(torch.ones(1, 1, dtype=torch.int64, device=q.device))
+    across = powers.across_token()
+    dtype = v.dtype
+    q, k, v = torch_backend.widen(q, k, v)
     state = state[plan.order]
     outs = []
     for tokens in plan.steps:
@@ -159,7 +157,7 @@ def _recurrent(
         outs.append(torch_backend.read(q[0, tokens], new, powers.scale))
         state = torch.cat((new, state[rows:]))
     out = torch.cat(outs)[torch.cat(plan.steps).argsort()]
-    return out.unsqueeze(0), state[plan.order.argsort()]
+    return out.unsqueeze(0).to(dtype), state[plan.order.argsort()]
 
 
 def _chunkwise(
@@ -169,17 +167,18 @@ def _chunkwise(
     filled = torch.arange(width, device=q.device) < plan.lengths[:, None]  # (chunks, C)
     # Places past a chunk's end hold its last token again, so whatever is there is no worse than the data;
     # they come after all real tokens of their chunk, which causality keeps clean, and add nothing to states.
-    q, k, v = (x[0, plan.tokens].unsqueeze(0) for x in (q, k, v))  # (1, chunks, C, H, D)
+    dtype = v.dtype
+    q, k, v = (torch_backend.by_head(x[0, plan.tokens].unsqueeze(0), state.dtype) for x in (q, k, v))
     starts, last = scan(k, v, state, powers, plan, filled)
     out = torch_backend.attend(q, k, v, starts.unsqueeze(0), powers.block(width))
-    return out[0, filled].unsqueeze(0), last
+    return torch_backend.by_token(out)[0, filled].unsqueeze(0).to(dtype), last
 
 
 def scan(
     k: Tensor, v: Tensor, state: Tensor, powers: DecayPowers, plan: ChunkPlan, filled: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The state before every chunk, (chunks, H, Dk, Dv), and after every sequence, (S, H, Dk, Dv)."""
-    k = k.masked_fill(~filled[None, :, :, None, None], 0)
+    k = k.masked_fill(~filled[None, :, None, :, None], 0)
     added = torch_backend.block_additions(k, v, to_chunk_end(powers, plan, filled.shape[1])).squeeze(0)
     whole, rest = across_chunks(powers, plan)
     state = state[plan.order]

@@ -19,8 +19,10 @@ def join_row(main: Tensor, pred: Tensor) -> Tensor:
 def split_row(row: Tensor, predictions: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The two parts of a row with ``predictions`` = (P, M), as views: (B, T, ...) and (B, P, M, ...)."""
     num_predictions, size = predictions
-    length = row.shape[1] - num_predictions * size
-    return row[:, :length], row[:, length:].unflatten(1, (num_predictions, size))
+    # One `split`, whose gradient is one `cat`; those of two slices are two full rows, and their sum.
+    behind = num_predictions * size
+    main, pred = row.split((row.shape[1] - behind, behind), dim=1)
+    return main, pred.unflatten(1, (num_predictions, size))
 
 
 def last_tokens(main: Tensor, block_size: int) -> Tensor:

@@ -10,20 +10,27 @@ T tokens, chunkwise mode many blocks, and POP adds a second `attend` for the pre
 Source: RetNet, arXiv 2307.08621, equations 5 (parallel), 6 (recurrent), 7 (chunkwise); POP, arXiv
 2402.05643, section 3.2.
 
-All of it is computed in the states' dtype, float32 or wider: rounding scores and states to bfloat16 on
-their way would triple the error of the outputs, and float16 cannot hold sums over a few thousand tokens.
+All of it is computed in the states' dtype, float32 or wider. A product of bfloat16 matrices is rounded to
+bfloat16 as well, and two or three such roundings on the way double the error of the outputs
+(docs/performance_notes.md); float16 cannot hold sums over a few thousand tokens.
 """
 
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance
 from retpop.ops.dtypes import state_dtype
 
 DEFAULT_CHUNK_SIZE = 64
+
+TOKENS_AT_ONCE = 512
+"""Tokens, over all rows of a batch, that chunkwise mode takes at once: their tensors stay in a processor's
+cache, and their memory is used again, where fresh memory would cost as much as the arithmetic."""
+
+ROWS_AT_ONCE = 128
+"""Queries that parallel mode takes at once, with the keys up to the last of them."""
 
 
 def retention(
@@ -38,19 +45,15 @@ def retention(
 ) -> tuple[Tensor, Tensor]:
     """Retention of inputs (B, T, H, D) in one of the three modes; returns outputs and final state."""
     length = q.shape[1]
+    if mode == "parallel" and length > 1:
+        return _parallel(q, k, v, powers, state)
     if state is None:
         state = zero_state(q, v, q.shape[0])
     if length == 0:
         return v.clone(), state  # empty, and part of the graph
-    dtype = v.dtype
-    q, k, v = widen(q, k, v)
     if mode == "recurrent" or length == 1:
-        out, state = _recurrent(q, k, v, powers, state)
-    elif mode == "parallel":
-        out, state = _blockwise(q, k, v, powers, state, length)
-    else:
-        out, state = _chunkwise(q, k, v, powers, state, chunk_size or DEFAULT_CHUNK_SIZE)
-    return out.to(dtype), state
+        return _recurrent(q, k, v, powers, state)
+    return _chunkwise(q, k, v, powers, state, chunk_size or DEFAULT_CHUNK_SIZE)
 
 
 def pop_retention(
@@ -80,7 +83,9 @@ def pop_retention(
         out, states = v.clone(), [state]
     if q_pred.shape[1] and q_pred.shape[2]:
         starts = torch.stack(states[offset : offset + q_pred.shape[1]], dim=1)
-        pred = attend(*widen(q_pred, k_pred, v_pred), starts, powers.block(q_pred.shape[2])).to(v_pred.dtype)
+        dtype, tables = v_pred.dtype, powers.block(q_pred.shape[2])
+        q_pred, k_pred, v_pred = (by_head(x, state.dtype) for x in (q_pred, k_pred, v_pred))
+        pred = by_token(attend(q_pred, k_pred, v_pred, starts, tables)).to(dtype)
     else:
         pred = v_pred.clone()
     return out, pred, states[-1]
@@ -92,7 +97,7 @@ def block_states(
     """The states before and after each of N blocks, (B, H, Dk, Dv) each: they differ where ``reset`` is.
 
     Args:
-        k, v: (B, N, L, H, D).
+        k, v: (B, N, H, L, D).
         state: B_0, (B, H, Dk, Dv).
         tables: the powers of γ for L tokens.
         reset: (B, N), bool: B_n is zero where reset[:, n].
@@ -110,8 +115,7 @@ def block_states(
 
 
 def block_additions(k: Tensor, v: Tensor, to_end: Tensor) -> Tensor:
-    """What each block of (B, N, L, H, D) adds to the state after it: (B, N, H, Dk, Dv)."""
-    k, v = _by_head(k), _by_head(v)
+    """What each block of (B, N, H, L, D) adds to the state after it: (B, N, H, Dk, Dv)."""
     return (k * to_end).transpose(-1, -2) @ v
 
 
@@ -119,24 +123,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers)
     """The outputs of all blocks at once, each from the state before it.
 
     Args:
-        q, k, v: (B, N, L, H, D).
+        q, k, v: (B, N, H, L, D).
         states: (B, N, H, Dk, Dv).
         tables: the powers of γ for L tokens, with the scale c in them.
 
     Returns:
-        (B, N, L, H, Dv).
+        (B, N, H, L, Dv).
     """
-    batch, num_blocks, _, num_heads = q.shape[:4]
-    q, k, v = _by_head(q), _by_head(k), _by_head(v)
     scores = (q @ k.transpose(-1, -2)) * tables.within
-    from_state = (q * tables.from_start) @ states
-    # One addition inside the product: one pass over memory less than `from_state + scores @ v`.
-    out = torch.baddbmm(*(x.flatten(0, 2) for x in (from_state, scores, v)))
-    return rearrange(out, "(b n h) l d -> b n l h d", b=batch, n=num_blocks, h=num_heads)
+    return torch.addcmul(scores @ v, q @ states, tables.from_start)
 
 
-def _by_head(x: Tensor) -> Tensor:
-    return rearrange(x, "b n l h d -> b n h l d")
+def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks (B, N, L, H, D) as (B, N, H, L, D) in memory, cast on the way: no product copies them again."""
+    return x.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def by_token(x: Tensor) -> Tensor:
+    """The other way round, as a view."""
+    return x.transpose(2, 3)
 
 
 def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
@@ -145,7 +150,7 @@ def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
 
 
 def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs in the dtype of their states, which is what everything here is computed in."""
+    """Inputs in the dtype of their states."""
     dtype = state_dtype(v.dtype)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
@@ -162,55 +167,85 @@ def _pop_blocks(
 ) -> tuple[Tensor, list[Tensor]]:
     """Outputs of the main sequence, and the states B_0 .. B_N at its boundaries."""
     dtype = v.dtype
-    q, k, v = widen(q, k, v)
-    k, v = _blocks(k, block_size), _blocks(v, block_size)
+    k, v = _blocks(k, block_size, state.dtype), _blocks(v, block_size, state.dtype)
     tables = powers.block(block_size)
     before, after = block_states(k, v, state, tables, reset)
     if main_out == "last":  # the last token reads the state after its block, as in a recurrent step
-        out = read(q, torch.stack(after, dim=1), powers.scale)
+        out = read(q.to(state.dtype), torch.stack(after, dim=1), powers.scale)
     else:
-        out = attend(_blocks(q, block_size), k, v, torch.stack(before, dim=1), tables)
-        out = rearrange(out, "b n l h d -> b (n l) h d")
+        out = attend(_blocks(q, block_size, state.dtype), k, v, torch.stack(before, dim=1), tables)
+        out = by_token(out).flatten(1, 2)
     return out.to(dtype), [*before, after[-1]]
 
 
-def _blocks(x: Tensor, size: int) -> Tensor:
-    return rearrange(x, "b (n l) h d -> b n l h d", l=size)
+def _blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return by_head(x.unflatten(1, (-1, size)), dtype)
 
 
 def _blockwise(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (_blocks(x, size) for x in (q, k, v))
+    dtype = v.dtype
+    q, k, v = (_blocks(x, size, state.dtype) for x in (q, k, v))
     tables = powers.block(size)
     before, after = block_states(k, v, state, tables)
     out = attend(q, k, v, torch.stack(before, dim=1), tables)
-    return rearrange(out, "b n l h d -> b (n l) h d"), after[-1]
+    return by_token(out).flatten(1, 2).to(dtype), after[-1]
+
+
+def _parallel(
+    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One block of T tokens, its scores some rows at a time and without the half that is zero."""
+    length, dtype = q.shape[1], v.dtype
+    q, k, v = (_blocks(x, length, state_dtype(dtype)) for x in (q, k, v))
+    tables = powers.block(length)
+    outs = []
+    starts = [0] if torch.compiler.is_compiling() else range(0, length, ROWS_AT_ONCE)
+    for start, end in zip(starts, [*starts[1:], length], strict=True):
+        scores = q[..., start:end, :] @ k[..., :end, :].transpose(-1, -2)
+        outs.append((scores * tables.within[:, start:end, :end]) @ v[..., :end, :])
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
+    after = block_additions(k, v, tables.to_end).squeeze(1)
+    if state is not None:
+        out = torch.addcmul(out, q @ state.unsqueeze(1), tables.from_start)
+        after = advance(state, tables.across, after)
+    return by_token(out).flatten(1, 2).to(dtype), after
 
 
 def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Full chunks all at once, then the tokens left over as one shorter block."""
-    length = q.shape[1]
+    """Full chunks, as many at once as fit a cache, then the tokens left over as one shorter block."""
+    batch, length = q.shape[:2]
     full = length - length % chunk_size
-    outs = []
-    if full:
-        out, state = _blockwise(q[:, :full], k[:, :full], v[:, :full], powers, state, chunk_size)
-        outs.append(out)
+    # A compiler fuses passes itself; a loop would only tie its graph to one more property of the length.
+    chunks_at_once = max(1, TOKENS_AT_ONCE // (max(1, batch) * chunk_size))
+    stretch = full if torch.compiler.is_compiling() else chunks_at_once * chunk_size
+    stretches = [min(stretch, full - start) for start in range(0, full, stretch)] if full else []
     if full < length:
-        out, state = _blockwise(q[:, full:], k[:, full:], v[:, full:], powers, state, length - full)
+        stretches.append(length - full)
+    outs = []
+    parts = zip(*(x.split(stretches, dim=1) for x in (q, k, v)), strict=True)
+    for q_part, k_part, v_part in parts:
+        size = min(chunk_size, q_part.shape[1])
+        out, state = _blockwise(q_part, k_part, v_part, powers, state, size)
         outs.append(out)
     return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), state
 
 
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor) -> tuple[Tensor, Tensor]:
-    across = powers.across(torch.ones(1, 1, dtype=torch.int64, device=q.device))
+    across = powers.across_token()
+    dtype = v.dtype
+    q, k, v = widen(q, k, v)
+    if q.shape[1] == 1:
+        state = step(k.squeeze(1), v.squeeze(1), state, across)
+        return read(q.squeeze(1), state, powers.scale).unsqueeze(1).to(dtype), state
     outs = []
     for q_t, k_t, v_t in zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True):
         state = step(k_t, v_t, state, across)
         outs.append(read(q_t, state, powers.scale))
-    return torch.stack(outs, dim=1), state
+    return torch.stack(outs, dim=1).to(dtype), state
 
 
 def step(k: Tensor, v: Tensor, state: Tensor, across: Across) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from retpop.ops import packed, torch_backend
 from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance
+from retpop.ops.torch_backend import by_head, by_token
 
 
 class Gradients(NamedTuple):
@@ -69,7 +70,7 @@ class Blocks(NamedTuple):
         if ends is not None:
             dk = dk + (self.v * tables.to_end) @ ends.transpose(-1, -2)
             dv = dv + (self.k * tables.to_end) @ ends
-        return _by_token(dq), _by_token(dk), _by_token(dv)
+        return by_token(dq), by_token(dk), by_token(dv)
 
 
 def retention(
@@ -96,18 +97,16 @@ def retention(
     length = q.shape[1]
     full = length - length % chunk_size
     cuts = [(0, full, chunk_size), (full, length, length - full)]
-    starts = []
-    cuts = [cut for cut in cuts if cut[0] < cut[1]]
+    stretches = []
     for first, last, size in cuts:
-        tables = powers.block(size)
-        k_blocks, v_blocks = (x[:, first:last].unflatten(1, (-1, size)) for x in (k, v))
-        before, after = torch_backend.block_states(k_blocks, v_blocks, state, tables)
-        starts.append(torch.stack(before, dim=1))
-        state = after[-1]
+        if first < last:
+            tables = powers.block(size)
+            part = _blocks(size, *(x[:, first:last] for x in (q, k, v, grad)))
+            before, after = torch_backend.block_states(part.k, part.v, state, tables)
+            stretches.append((part, torch.stack(before, dim=1), tables))
+            state = after[-1]
     parts = []
-    for (first, last, size), start in zip(reversed(cuts), reversed(starts), strict=True):
-        tables = powers.block(size)
-        part = _blocks(size, *(x[:, first:last] for x in (q, k, v, grad)))
+    for part, start, tables in reversed(stretches):
         ends, grad_state = _sweep(grad_state, part.to_state(tables.from_start), tables.across)
         parts.append([x.flatten(1, 2) for x in part.gradients(start, ends, tables)])
     if not parts:
@@ -144,13 +143,13 @@ def pop_retention(
     states = [state]
     tables = powers.block(block_size)
     if num_blocks:
-        k_blocks, v_blocks = (x.unflatten(1, (num_blocks, block_size)) for x in main[1:])
-        before, after = torch_backend.block_states(k_blocks, v_blocks, state, tables, reset)
+        part = _blocks(block_size, *main, grad)
+        before, after = torch_backend.block_states(part.k, part.v, state, tables, reset)
         states = [*before, after[-1]]
     found = torch.zeros_like(pred[0]), torch.zeros_like(pred[1]), torch.zeros_like(pred[2])
     if num_predictions and pred[0].shape[2]:
         pred_tables = powers.block(pred[0].shape[2])
-        twins = Blocks(*(_by_head(x) for x in (*pred, grad_pred)))
+        twins = Blocks(*(by_head(x, state.dtype) for x in (*pred, grad_pred)))
         starts = torch.stack(states[offset : offset + num_predictions], dim=1)
         found = twins.gradients(starts, None, pred_tables)
         boundaries[:, offset : offset + num_predictions] = twins.to_state(pred_tables.from_start)
@@ -158,7 +157,6 @@ def pop_retention(
     if not num_blocks:
         dq, dk, dv = (torch.zeros_like(x) for x in main)
         return PopGradients(Gradients(dq, dk, dv, grad_state), found)
-    part = _blocks(block_size, *main, grad)
     added = part.to_state(tables.from_start) + boundaries[:, :-1]
     ends, grad_state = _sweep(grad_state, added, tables.across, reset)
     grads = part.gradients(torch.stack(states[:-1], dim=1), ends, tables)
@@ -187,8 +185,8 @@ def packed_retention(
     q, k, v, grad = (
         x[0, plan.tokens].masked_fill(~filled[:, :, None, None], 0).unsqueeze(0) for x in (q, k, v, grad)
     )
-    starts, _ = packed.scan(k, v, state, powers, plan, filled)
-    part = Blocks(*(_by_head(x) for x in (q, k, v, grad)))
+    part = Blocks(*(by_head(x, state.dtype) for x in (q, k, v, grad)))
+    starts, _ = packed.scan(part.k, part.v, state, powers, plan, filled)
     tables = powers.block(width)
     added = part.to_state(tables.from_start).squeeze(0)
     ends, grad_state = _packed_sweep(grad_state, added, packed.across_chunks(powers, plan), plan)
@@ -228,12 +226,4 @@ def _packed_sweep(
 
 
 def _blocks(size: int, *tokens: Tensor) -> Blocks:
-    return Blocks(*(_by_head(x.unflatten(1, (-1, size))) for x in tokens))
-
-
-def _by_head(x: Tensor) -> Tensor:
-    return x.transpose(2, 3)
-
-
-def _by_token(x: Tensor) -> Tensor:
-    return x.transpose(2, 3)
+    return Blocks(*(by_head(x.unflatten(1, (-1, size)), x.dtype) for x in tokens))

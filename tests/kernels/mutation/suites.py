@@ -276,7 +276,7 @@ def pop_bwd(*, split: bool, pairs: bool = False) -> list[Check]:
     for both, N, P, L, M, offset, given, resets, rows, Dv, without in (
         (True, 2, 1, 21, 18, 0, True, True, 1, 24, "q q_pred"),
         (False, 2, 1, 5, 32, 1, False, True, 1, 33, "q q_pred"),
-        (True, 3, 1, 17, 9, 2, True, True, 1, 16, "q q_pred"),
+        (True, 3, 1, 17, 9, 3, True, True, 1, 16, "q q_pred"),
         (False, 1, 2, 21, 7, 0, True, False, 1, 17, "q q_pred"),
         (True, 0, 1, 1, 7, 0, True, False, 2, 17, "q q_pred"),
         (True, 3, 1, 6, 5, 0, False, True, 1, 20, "q q_pred"),
