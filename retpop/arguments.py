@@ -17,7 +17,12 @@ def values_are_free(x: Tensor) -> bool:
     """Whether reading ``x``'s values costs nothing: eager, on the CPU, not inside a functorch transform."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or isinstance(x, FakeTensor):
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not is_transformed(x)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a transform of `torch.func` is at work on ``x``."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_num_heads(where: str, num_heads: int) -> None:

@@ -85,13 +85,19 @@ def rotate(x: Tensor, rotation: Rotation, kind: str) -> Tensor:
     if kind == "retnet" and not torch.compiler.is_compiling():
         # The same as a product of complex numbers: a fifth of the time. The compiler knows none.
         phase = torch.complex(rotation.cos[..., 1::2], rotation.sin[..., 1::2])
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * phase).flatten(-2).to(x.dtype)
+        return torch.view_as_real(_complex_pairs(wide) * phase).flatten(-2).to(x.dtype)
     if kind == "retnet":
         partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
         partner = wide.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(wide * rotation.cos, partner, rotation.sin).to(x.dtype)
+
+
+def _complex_pairs(x: Tensor) -> Tensor:
+    """Neighbouring pairs of (..., Dk) as complex numbers (..., Dk / 2), a view if memory allows one."""
+    pairs = x.unflatten(-1, (-1, 2))
+    even = all(step % 2 == 0 for step in (*pairs.stride()[:-1], pairs.storage_offset()))
+    return torch.view_as_complex(pairs if even and pairs.stride(-1) == 1 else pairs.contiguous())
 
 
 def sequence_positions(start: Tensor | None, length: int, device: torch.device) -> Tensor:

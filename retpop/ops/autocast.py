@@ -14,8 +14,8 @@ def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
     float64 stays, as in torch's own autocast. States and decays do not pass through here: they keep the
     precision that retention needs.
     """
-    devices = {x.device.type for x in inputs if isinstance(x, Tensor)}
-    if not any(autocast_is_on(device) for device in devices):
+    first = inputs[0]  # all share a device, or the checks that follow refuse them
+    if not isinstance(first, Tensor) or not autocast_is_on(first.device.type):
         return inputs
     return tuple(x.to(dtype_after(x.device, x.dtype)) if isinstance(x, Tensor) else x for x in inputs)
 

@@ -111,6 +111,8 @@ def check_inputs(where: str, q: Named, k: Named, v: Named, layout: str) -> None:
     shared = layout[:-1]
     for other, dims in ((k, layout), (v, shared)):
         _check_same_kind(where, q, other)
+        if other.value.shape[: len(dims)] == q.value.shape[: len(dims)]:
+            continue
         for axis, dim in enumerate(dims):
             if other.value.shape[axis] != q.value.shape[axis]:
                 rule = "q and k must have the same shape" if other is k else f"must share {_listed(shared)}"
@@ -142,9 +144,10 @@ def check_log_decay(where: str, log_decay: Tensor, q: Tensor) -> None:
         raise ValueError(f"{where}: log_decay is on {log_decay.device} but q is on {q.device}.")
     if log_decay.requires_grad:
         raise ValueError(f"{where}: log_decay requires grad, but gradients to the decay are not supported.")
-    if values_are_free(log_decay) and not bool((log_decay <= 0).all()):  # NaN fails the comparison too
-        worst = log_decay[~(log_decay <= 0)][0].item()
-        raise ValueError(f"{where}: log_decay holds {worst}; ln γ must be at most 0 and not NaN.")
+    if values_are_free(log_decay):
+        for value in log_decay.tolist():
+            if not value <= 0:  # NaN fails the comparison too
+                raise ValueError(f"{where}: log_decay holds {value}; ln γ must be at most 0 and not NaN.")
 
 
 def check_scale(where: str, scale: float | None) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retpop.arguments import is_transformed
+
 # γ = 0 is a log-decay of -inf, and 0 * -inf is NaN. exp(-1e5) is 0 in every dtype and 0 * -1e5 is 0.
 _LOG_ZERO = -1e5
 
@@ -115,3 +117,10 @@ def advance(state: Tensor, across: Across, added: Tensor) -> Tensor:
     direction, which a state that lives for thousands of steps adds up to 6e-5.
     """
     return torch.addcmul(torch.addcmul(added, state, across.rest), state, across.whole)
+
+
+def advance_in_place(state: Tensor, across: Across, added: Tensor) -> Tensor:
+    """`advance`, written over ``added``, which nobody else holds; fresh memory costs more than the sums."""
+    if is_transformed(state) or is_transformed(added):  # torch.func writes over nothing, or slowly
+        return advance(state, across, added)
+    return added.addcmul_(state, across.rest).addcmul_(state, across.whole)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance
+from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance, advance_in_place
 from retpop.ops.dtypes import state_dtype
 
 DEFAULT_CHUNK_SIZE = 64
@@ -152,7 +152,7 @@ def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
 def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs in the dtype of their states."""
     dtype = state_dtype(v.dtype)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    return (q, k, v) if v.dtype == dtype else (q.to(dtype), k.to(dtype), v.to(dtype))
 
 
 def _pop_blocks(
@@ -250,7 +250,7 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tens
 
 def step(k: Tensor, v: Tensor, state: Tensor, across: Across) -> Tensor:
     """The state after one more token of keys and values (B, H, D): γ S + kᵀ v."""
-    return advance(state, across, k.unsqueeze(-1) * v.unsqueeze(-2))
+    return advance_in_place(state, across, k.unsqueeze(-1) * v.unsqueeze(-2))
 
 
 def read(q: Tensor, state: Tensor, scale: float) -> Tensor:

@@ -91,6 +91,7 @@ MAY_WRITE = {
     "durable.py": "the place for it",
     "run_folder.py": "the lock, which is empty to anybody but its holder",
     "metrics.py": "appends lines, each whole with its line feed",
+    "session.py": "appends a line, which the report alone reads",
     "weights/downloads.py": "resumes a download under a name of its own",
     "weights/fetch.py": "a lock",
     "envs/process.py": "the null device",

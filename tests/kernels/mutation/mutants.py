@@ -153,6 +153,8 @@ def _of_call(node: ast.Call) -> Iterator[tuple[ast.expr, str]]:
         yield node, ast.unparse(node.args[0])
     for keyword in node.keywords:
         if keyword.arg == "mask":
-            yield keyword.value, f"{ast.unparse(keyword.value)} | True"
+            mask = ast.unparse(keyword.value)
+            # `n < N | True` would be a comparison with N | True.
+            yield keyword.value, f"{f'({mask})' if isinstance(keyword.value, ast.Compare) else mask} | True"
         elif keyword.arg == "other":
             yield keyword.value, "1"
