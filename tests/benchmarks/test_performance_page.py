@@ -77,6 +77,16 @@ def test_slopes_are_those_of_the_logarithms() -> None:
     assert judged(Results(records=lengths(1.2)), "tokens, forward, memory").verdict == "met"
 
 
+def test_a_later_token_may_not_take_longer() -> None:
+    first = replace(RECORD, op="step", shape="positions_in_turn", backend="torch, position 256")
+    later = replace(first, backend="torch, position 4096", samples=(2.1, 1.05, 3.15))
+    found = judged(Results(records=[first, later]), "recurrent step")
+    assert found.verdict == "met"
+    assert found.figure.text == "1.05x (1.05 to 1.05) the first's: position 4096"
+    slow = replace(later, samples=(2.4, 1.2, 3.6))
+    assert judged(Results(records=[first, later, slow]), "recurrent step").verdict == "**missed** by 9%"
+
+
 def test_the_audits_targets_keep_their_verdicts() -> None:
     row = {"part": "target", "limit": "1.05", "where": "pop_fwd, rem training"}
     rows = [row | {"target": "bytes", "worst": "1.01"}, row | {"target": "flops", "worst": "1.3"}]
