@@ -243,7 +243,8 @@ def _losses(results: Results) -> str:
                     continue
                 found = ratio(other, ours)
                 if found.high < 1:
-                    what = f"{other.op}, {_name(other)}, {other.dtype}, {direction}"
+                    size = f" {other.size:,}" if other.size else ""
+                    what = f"{other.op}, {other.shape}{size}, {_name(other)}, {other.dtype}, {direction}"
                     computes = f" ({other.computes})" if other.computes else ""
                     lines.append(f"- {what}: {other.backend}{computes} takes {found} our time.")
     return "\n".join(lines) or "Nowhere, in these results."

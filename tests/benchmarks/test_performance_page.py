@@ -139,7 +139,7 @@ def test_what_is_written_by_hand_stays() -> None:
 def test_where_we_lose_is_said() -> None:
     faster = replace(RECORD, backend="rival", samples=(1.0, 0.5, 1.5), computes="attention")
     lost = page.render("<!-- generated: losses -->\n<!-- end -->", Results(records=[RECORD, faster]))
-    assert "- pop, pop, B4, float32, forward: rival (attention) takes 0.50x" in lost
+    assert "- pop, rem_train, pop, B4, float32, forward: rival (attention) takes 0.50x" in lost
     wrong = replace(faster, verdict="wrong")
     assert "Nowhere" in page.render(
         "<!-- generated: losses -->\n<!-- end -->", Results(records=[RECORD, wrong])
