@@ -129,7 +129,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     from benchmarks import plots  # Matplotlib, which a machine that only measures can do without
 
-    for path in plots.write(_results(options.results), options.out or plots.FOLDER, options.format):
+    for path in plots.write(_results(options.results), options.out or page.PICTURES, options.format):
         print(path)
     return 0
 

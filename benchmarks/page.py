@@ -20,6 +20,8 @@ from benchmarks.work import BOTH, FORWARD
 
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 
+PICTURES = ROOT / "docs" / "performance"
+
 PART = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Part = Callable[[Results], str]
@@ -106,7 +108,8 @@ def _targets(results: Results) -> str:
 
 
 def _picture(name: str, text: str) -> str:
-    return f"![{text}](performance/{name}.svg)\n\n"
+    """A link to a picture that could be drawn."""
+    return f"![{text}](performance/{name}.svg)\n\n" if (PICTURES / f"{name}.svg").exists() else ""
 
 
 def _table(records: Iterable[Record], *, named: bool = False) -> str:
@@ -240,7 +243,8 @@ def _losses(results: Results) -> str:
                     continue
                 found = ratio(other, ours)
                 if found.high < 1:
-                    what = f"{other.op}, {_name(other)}, {other.dtype}, {direction}"
+                    size = f" {other.size:,}" if other.size else ""
+                    what = f"{other.op}, {other.shape}{size}, {_name(other)}, {other.dtype}, {direction}"
                     computes = f" ({other.computes})" if other.computes else ""
                     lines.append(f"- {what}: {other.backend}{computes} takes {found} our time.")
     return "\n".join(lines) or "Nowhere, in these results."
@@ -312,11 +316,9 @@ def _summary(results: Results) -> str:
     first = results.records[0]
     table = markdown_table(["", "retpop", "other", "other / retpop"], body)
     commits = ", ".join(sorted({record.commit for record in results.records}))
-    return (
-        f"{table}\n\n`python -m benchmarks run` on {first.machine}, commit {commits}; medians and quartiles."
-        "\n\n"
-        "![Lines: time of an imagined observation over its tokens](docs/performance/imagination.svg)"
-    )
+    source = f"`python -m benchmarks run` on {first.machine}, commit {commits}; medians and quartiles."
+    picture = _picture("imagination", "Lines: time of an imagined observation over its tokens")
+    return f"{table}\n\n{source}\n\n{picture.replace('(', '(docs/')}".rstrip()
 
 
 PARTS: dict[str, Part] = {

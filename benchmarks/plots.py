@@ -14,14 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from benchmarks.machine import ROOT
+from benchmarks.page import PICTURES
 from benchmarks.peers.yet_another_retnet import NAME as THEIRS
 from benchmarks.records import RIGHT, Record
 from benchmarks.targets import OURS, Results, is_ours, series
 from benchmarks.text import duration, size_of
 from benchmarks.work import BOTH, FORWARD
-
-FOLDER = ROOT / "docs" / "performance"
 
 BLUE, ORANGE, GREEN, GREY = "#2a6f97", "#c7741b", "#5b8c5a", "#8a8a8a"
 LIGHT = {BLUE: "#9fc3d8", ORANGE: "#e6c49d", GREEN: "#b5ceb4", GREY: "#cfcfcf"}
@@ -227,14 +225,16 @@ def digest(results: Results) -> str:
     return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
 
 
-def write(results: Results, folder: Path = FOLDER, formats: Sequence[str] = ("svg",)) -> list[Path]:
-    """Draw what there are results for; returns the files."""
+def write(results: Results, folder: Path = PICTURES, formats: Sequence[str] = ("svg",)) -> list[Path]:
+    """Draw what there are results for; returns the files. What cannot be drawn any more is deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with plt.rc_context(STYLE):
         for name, draw in PLOTS.items():
             figure = draw(results)
             if figure is None:
+                for kind in formats:
+                    (folder / f"{name}.{kind}").unlink(missing_ok=True)
                 continue
             for kind in formats:
                 path = folder / f"{name}.{kind}"

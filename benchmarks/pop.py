@@ -132,7 +132,8 @@ def two_passes(problem: Problem) -> Work:
     """yet-another-retnet: a pass over the blocks that keeps all states, then one over all predictions."""
     s, work = problem.sizes, ours(problem, backend="torch")
     *tokens, state = work.inputs
-    state = None if state is None else s.D**-0.5 * state  # as it keeps states
+    if state is not None:  # as it keeps states: smaller, and in the queries' dtype
+        state = (s.D**-0.5 * state).to(problem.dtype)
     return replace(
         work,
         run=lambda: yet_another_retnet.pop_retention(tokens[:3], tokens[3:], state, s.L, s.offset),

@@ -28,10 +28,11 @@ SHAPES = {
 
 
 def groups() -> Iterator[Group]:
-    """A token at each position."""
+    """A token at each position, beside others; and ours at all positions, timed in turn."""
     for shape, series in SHAPES.items():
         for sizes in series:
             yield group(shape, sizes)
+    yield constant(SHAPES["position"])
 
 
 def group(shape: str, sizes: decoder.Sizes) -> Group:
@@ -59,6 +60,33 @@ def group(shape: str, sizes: decoder.Sizes) -> Group:
         problem=partial(problem, sizes, torch.float32),
         contenders=contenders,
     )
+
+
+def constant(series: list[decoder.Sizes]) -> Group:
+    """Ours at every position: does a later token take longer?"""
+    return Group(
+        op="step",
+        shape="positions_in_turn",
+        mode="recurrent",
+        dtype="float32",
+        passes=(FORWARD,),
+        problem=partial(problem, series[0], torch.float32),
+        contenders={
+            f"torch, position {sizes.past}": Contender(
+                make=partial(ours_at, past=sizes.past, backend="torch"),
+                reference=partial(ours_at, past=sizes.past, backend="reference"),
+                model=True,
+                states=1,
+            )
+            for sizes in series
+        },
+    )
+
+
+def ours_at(problem: Problem, *, past: int, backend: str) -> Work:
+    """Ours, so many tokens after the start."""
+    position = torch.full_like(problem.tensors["position"], past)
+    return ours(replace(problem, tensors={**problem.tensors, "position": position}), backend=backend)
 
 
 def problem(sizes: decoder.Sizes, dtype: torch.dtype, device: torch.device) -> Problem:

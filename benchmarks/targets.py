@@ -233,13 +233,14 @@ def _length_slope(
 
 
 def _constant_step(results: Results) -> Figure | None:
-    points = series(results, "torch", steady_time, op="step", shape="position")
-    if len(points) < 2:
+    at_positions = results.of(op="step", shape="positions_in_turn")
+    if len(at_positions) < 2:
         return None
-    values = [y for _, y in points]
-    found = max(values) / min(values)
-    ends = f"positions {points[0][0]:,} to {points[-1][0]:,}"
-    return Figure(value=found, text=f"slowest {found:.2f}x the fastest, {ends}")
+    first, *later = at_positions
+    found = [ratio(record, first) for record in later]
+    slowest = max(found, key=lambda each: each.middle)
+    name = later[found.index(slowest)].backend.partition(", ")[2]
+    return Figure(value=slowest.middle, text=f"{slowest} the first's: {name}")
 
 
 _TRAINING = {"op": "decoder", "shape": "rem_train", "mode": "pop", "direction": BOTH}

@@ -77,6 +77,16 @@ def test_slopes_are_those_of_the_logarithms() -> None:
     assert judged(Results(records=lengths(1.2)), "tokens, forward, memory").verdict == "met"
 
 
+def test_a_later_token_may_not_take_longer() -> None:
+    first = replace(RECORD, op="step", shape="positions_in_turn", backend="torch, position 256")
+    later = replace(first, backend="torch, position 4096", samples=(2.1, 1.05, 3.15))
+    found = judged(Results(records=[first, later]), "recurrent step")
+    assert found.verdict == "met"
+    assert found.figure.text == "1.05x (1.05 to 1.05) the first's: position 4096"
+    slow = replace(later, samples=(2.4, 1.2, 3.6))
+    assert judged(Results(records=[first, later, slow]), "recurrent step").verdict == "**missed** by 9%"
+
+
 def test_the_audits_targets_keep_their_verdicts() -> None:
     row = {"part": "target", "limit": "1.05", "where": "pop_fwd, rem training"}
     rows = [row | {"target": "bytes", "worst": "1.01"}, row | {"target": "flops", "worst": "1.3"}]
@@ -129,7 +139,7 @@ def test_what_is_written_by_hand_stays() -> None:
 def test_where_we_lose_is_said() -> None:
     faster = replace(RECORD, backend="rival", samples=(1.0, 0.5, 1.5), computes="attention")
     lost = page.render("<!-- generated: losses -->\n<!-- end -->", Results(records=[RECORD, faster]))
-    assert "- pop, pop, B4, float32, forward: rival (attention) takes 0.50x" in lost
+    assert "- pop, rem_train, pop, B4, float32, forward: rival (attention) takes 0.50x" in lost
     wrong = replace(faster, verdict="wrong")
     assert "Nowhere" in page.render(
         "<!-- generated: losses -->\n<!-- end -->", Results(records=[RECORD, wrong])
@@ -164,7 +174,7 @@ def test_every_picture_is_drawn_where_there_are_results(tmp_path: Path) -> None:
 def shown() -> Results:
     """What the pages show: the results that the performance page names."""
     text = page.PAGES[0].read_text(encoding="utf-8")
-    (name,) = re.findall(r"`benchmarks/results/([\w-]+\.csv)`", text)
+    (name,) = re.findall(r"^\| rows \| `benchmarks/results/(\S+)`", text, re.MULTILINE)
     return page.load(page.RESULTS / name)
 
 
@@ -176,8 +186,8 @@ def test_the_pages_are_up_to_date(path: Path, shown: Results) -> None:
 
 
 def test_the_pictures_are_up_to_date(shown: Results) -> None:
-    text = (plots.FOLDER.parent / "performance.md").read_text(encoding="utf-8")
+    text = page.PAGES[0].read_text(encoding="utf-8")
     pictures = re.findall(r"\(performance/(\w+)\.svg\)", text)
     assert pictures
     for name in pictures:
-        assert plots.digest(shown) in (plots.FOLDER / f"{name}.svg").read_text(encoding="utf-8"), name
+        assert plots.digest(shown) in (page.PICTURES / f"{name}.svg").read_text(encoding="utf-8"), name
