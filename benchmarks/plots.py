@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmarks.page import PICTURES
 from benchmarks.peers.yet_another_retnet import NAME as THEIRS
-from benchmarks.records import RIGHT, Record
+from benchmarks.records import RIGHT, Record, ratio
 from benchmarks.targets import OURS, Results, is_ours, series
 from benchmarks.text import duration, size_of
 from benchmarks.work import BOTH, FORWARD
@@ -80,20 +80,21 @@ def modes(results: Results) -> Figure | None:
                 wanted = {"op": "retention", "shape": shape, "mode": mode, "direction": direction}
                 ours, theirs = (side(dtype="float32", **wanted) for side in (results.ours, results.theirs))
                 if ours is not None and theirs is not None:
-                    names.append((f"{mode}, T {_tokens(ours)}, {direction}", theirs.seconds / ours.seconds))
+                    name = f"{mode}, T {_tokens(ours)}, {direction}"
+                    names.append((name, ratio(theirs, ours).middle))
     if not names:
         return None
     figure, axes = plt.subplots(figsize=(7.4, 0.34 * len(names) + 1.1), layout="constrained")
     for place, (_, value) in enumerate(names):
         axes.barh(place, value, color=BLUE if value >= 1 else ORANGE, height=0.66)
-        axes.text(value, place, f"  {value:.1f}x", va="center", fontsize=9)
+        axes.text(value, place, f"  {value:.2f}x", va="center", fontsize=9)
     axes.axvline(1, color="#333", linewidth=1)
     axes.set_yticks(range(len(names)), [name for name, _ in names])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.set(xlabel=f"time of {THEIRS} over ours; its fastest chunk size")
-    axes.set_xlim(0, 1.12 * max(value for _, value in names))
+    axes.set_xlim(0, 1.14 * max(value for _, value in names))
     axes.set_title("Retention, float32: above 1 we are faster")
     return figure
 
@@ -127,7 +128,7 @@ def scaling(results: Results) -> Figure | None:
     if not drawn:
         plt.close(figure)
         return None
-    pair[0].legend(loc="upper left", fontsize=9)
+    pair[1].legend(loc="upper left", fontsize=9)
     return figure
 
 
