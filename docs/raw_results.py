@@ -166,6 +166,8 @@ def add_result(run: Path, experiment: str, name: str, folder: Path = RESULTS) ->
         "metrics": "all" if every == 1 else f"1 in {every} epochs of the training phases",
     }
     summary = newest_summary(source)
+    if summary is not None and summary["env_steps"] < max((line["env_steps"] for line in lines), default=0):
+        summary = None  # it judges an agent that has learned more since
     quality = _load(run / QUALITY_FILE)
     _write(target / "config.json", config.to_dict())
     _write(target / "result.json", about)

@@ -53,7 +53,8 @@ def make_scored_run(
 
 def add_evaluation(run: RunFolder, step: int, **changes: Any) -> Path:
     """What `rem-atari evaluate` leaves for a checkpoint, as far as others read it."""
-    summary = {"step": step, "epoch": 2, "episodes": 50, "mean_return": 1.0, "temperature": 0.5} | changes
+    summary = {"step": step, "epoch": 2, "env_steps": 300, "episodes": 50, "mean_return": 1.0}
+    summary |= {"temperature": 0.5} | changes
     path = run.evaluation / f"step-{step:08d}" / "summary.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(summary))

@@ -148,6 +148,14 @@ def test_what_evaluate_found_out_goes_before_the_run_s_own_evaluation(
     assert len(list(raw.evaluations(result))) == 4
 
 
+def test_an_evaluation_of_an_agent_that_learned_on_is_left_out(raw: ModuleType, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    add_evaluation(run, 42, mean_return=3.0, env_steps=299)
+    result = raw.load_result(raw.add_result(run.path, "toy", "seed-0", tmp_path / "results"))
+    assert result.evaluation is None
+    assert result.agent.mean == 2.0
+
+
 def test_a_run_taken_in_again_leaves_nothing_of_the_earlier_one(raw: ModuleType, tmp_path: Path) -> None:
     add_evaluation(finished_run(tmp_path / "first"), 42)
     raw.add_result(tmp_path / "first", "toy", "seed-0", tmp_path / "results")
