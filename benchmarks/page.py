@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.machine import ROOT
 from benchmarks.peers.yet_another_retnet import NAME as THEIRS
 from benchmarks.records import RESULTS, RIGHT, Record, RefusedError, by_group, ratio, read
-from benchmarks.targets import LONGEST_FIT, Results, is_ours, judge, series, slope, steady_time
+from benchmarks.targets import LONGEST_FIT, Results, is_ours, is_series, judge, series, slope, steady_time
 from benchmarks.text import duration, markdown_table, size_of
 from benchmarks.work import BOTH, FORWARD
 
@@ -172,7 +172,7 @@ def _training(results: Results) -> str:
 
 def _operations(results: Results) -> str:
     records = [
-        r for r in results.records if r.op in ("retention", "pop") and not r.size and r.shape != "tiny"
+        r for r in results.records if r.op in ("retention", "pop") and not is_series(r) and r.shape != "tiny"
     ]
     picture = _picture("modes", "Bars: how many times as long yet-another-retnet takes, by mode")
     return picture + _table(records, named=True) if records else ""

@@ -1,7 +1,8 @@
 """Retention in its three modes, beside yet-another-retnet's, attention, and flash-linear-attention.
 
-Shapes: "rem_train" is the world model's sequence in training; "long" one long sequence; "length" and
-"batch" are series, whose times over the length of a sequence or the rows of a batch make a slope.
+Shapes: "rem_train" is the world model's sequence in training; "long" one long sequence; "token" one token
+and a state, for some sizes of a batch; "length" and "batch" are series, whose times over the length of a
+sequence or the rows of a batch make a slope.
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ SERIES_CHUNK = 128
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 
+TOKEN_BATCHES = (1, 8, 64)
+
 MODES = ("chunkwise", "parallel", "recurrent")
 
 
 def groups() -> Iterator[Group]:
-    """Every mode at every shape, and the two series."""
+    """Every mode at every shape, single tokens, and the two series."""
     for shape, sizes in SHAPES.items():
         for dtype in ("float32", "bfloat16"):
             for mode in MODES:
@@ -67,6 +70,10 @@ def groups() -> Iterator[Group]:
                     continue
                 passes = (FORWARD,) if mode == "recurrent" else (FORWARD, BOTH)
                 yield group(shape, sizes, mode, dtype, passes)
+    for mode in MODES:
+        yield token("tiny", replace(SHAPES["tiny"], T=1), mode)
+        for rows in TOKEN_BATCHES:
+            yield token("token", replace(SHAPES["rem_train"], B=rows, T=1), mode)
     row = SHAPES["long"]
     for length in LENGTHS:
         passes = (FORWARD, BOTH) if length <= LONGEST_TRAINED else (FORWARD,)
@@ -105,6 +112,26 @@ def group(
     )
 
 
+def token(shape: str, sizes: Sizes, mode: str) -> Group:
+    """One token from a state, in ours by any mode; theirs is the recurrent step, which is made for it."""
+    contenders = {
+        "torch": _same(partial(ours, mode=mode, backend="torch"), states=1),
+        "triton": _same(partial(ours, mode=mode, backend="triton"), states=1),
+    }
+    if yet_another_retnet.is_there():
+        contenders[yet_another_retnet.NAME] = _same(their_token)
+    return Group(
+        op="retention",
+        shape=shape,
+        mode=mode,
+        dtype="float32",
+        size=sizes.B,
+        passes=(FORWARD,),
+        problem=partial(token_problem, sizes, torch.float32),
+        contenders=contenders,
+    )
+
+
 def _same(make: Callable[[Problem], Work], states: int = 0) -> Contender:
     return Contender(make=make, reference=reference, states=states)
 
@@ -116,14 +143,22 @@ def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
     return Problem(sizes=sizes, dtype=dtype, tensors=tokens, shared={"log_decay": log_decay})
 
 
+def token_problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
+    """A token, and the state that came before it."""
+    tokens = problem(sizes, dtype, device)
+    state = randoms("state", sizes.B, sizes.H, sizes.D, sizes.D, dtype=torch.float32, device=device)
+    return replace(tokens, tensors={**tokens.tensors, **state})
+
+
 def ours(problem: Problem, *, mode: str = "chunkwise", backend: str, compiled: bool = False) -> Work:
     """`retpop.retention`."""
     s = problem.sizes
     call = torch.compile(retpop.retention, dynamic=False) if compiled else retpop.retention
-    tokens, log_decay = list(problem.tensors.values()), problem.shared["log_decay"]
+    *tokens, state = (problem.tensors.get(name) for name in ("q", "k", "v", "state"))
+    log_decay = problem.shared["log_decay"]
     return Work(
-        inputs=tokens,
-        run=lambda: call(*tokens, log_decay, mode=mode, backend=backend),
+        inputs=[*tokens, state],
+        run=lambda: call(*tokens, log_decay, mode=mode, state=state, backend=backend),
         flops=s.B * s.H * chunk_flops(s.T, s.D, s.D),
         backward_flops=BACKWARD_FLOPS,
     )
@@ -145,6 +180,18 @@ def theirs(problem: Problem, *, run: Callable[..., Tensor]) -> Work:
     """A function of queries, keys and values (B, T, H, D)."""
     return replace(
         ours(problem, backend="torch"), run=lambda: (run(*problem.tensors.values(), **problem.shared),)
+    )
+
+
+def their_token(problem: Problem) -> Work:
+    """yet-another-retnet's recurrent step, given all as it wants it: no dim of tokens, c in the state."""
+    q, k, v = (problem.tensors[name].squeeze(1) for name in "qkv")
+    state = problem.sizes.D**-0.5 * problem.tensors["state"].detach()
+    step = yet_another_retnet.step()
+    return replace(
+        ours(problem, backend="torch"),
+        run=lambda: step(q, k, v, state),
+        answer=lambda: (step(q, k, v, state)[0].unsqueeze(1),),
     )
 
 

@@ -60,6 +60,11 @@ def is_ours(record: Record) -> bool:
     return record.backend.partition(",")[0] in OURS
 
 
+def is_series(record: Record) -> bool:
+    """Whether it is a point of a series, which is about a slope: single tokens are a shape of their own."""
+    return record.size > 0 and record.shape != "token"
+
+
 def _fastest(records: Iterable[Record]) -> Record | None:
     return min(records, key=lambda record: record.seconds, default=None)
 
@@ -177,12 +182,13 @@ def _modes(results: Results) -> list[tuple[str, Figure]]:
     """Every mode, shape and pass in float32 that both computed right."""
     found = []
     for op in ("retention", "decoder"):
-        names = {(r.shape, r.mode, r.direction) for r in results.of(op=op, size=0) if r.shape != "tiny"}
-        for shape, mode, direction in sorted(names):
-            wanted = {"op": op, "shape": shape, "mode": mode, "direction": direction, "dtype": "float32"}
-            figure = _against_theirs(**wanted)(results)
+        rows = [r for r in results.of(op=op, dtype="float32") if not is_series(r) and r.shape != "tiny"]
+        for shape, size, mode, direction in sorted({(r.shape, r.size, r.mode, r.direction) for r in rows}):
+            wanted = {"op": op, "shape": shape, "size": size, "mode": mode, "direction": direction}
+            figure = _against_theirs(dtype="float32", **wanted)(results)
             if figure is not None:
-                found.append((f"{op}, {mode}, {shape}, {direction}", figure))
+                batch = f" at batch {size}" if size else ""
+                found.append((f"{op}, {mode}, {shape}{batch}, {direction}", figure))
     return found
 
 

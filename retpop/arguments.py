@@ -15,14 +15,17 @@ def check_tensor(where: str, name: str, value: object) -> None:
 
 def values_are_free(x: Tensor) -> bool:
     """Whether reading ``x``'s values costs nothing: eager, on the CPU, not inside a functorch transform."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or isinstance(x, FakeTensor):
-        return False
-    return not is_transformed(x)
+    return x.is_cpu and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor) or is_transformed(x))
 
 
 def is_transformed(x: Tensor) -> bool:
     """Whether a transform of `torch.func` is at work on ``x``."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of `torch.func` is at work on anything."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def check_num_heads(where: str, num_heads: int) -> None:

@@ -67,6 +67,13 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     return torch.stack(outs, dim=1)
 
 
+def step() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Its retention of one token, (B, H, D), from a state as it keeps states: to output and state."""
+    from yet_another_retnet.retention import retention_recurrent
+
+    return retention_recurrent
+
+
 def pop_retention(
     main: list[Tensor], pred: list[Tensor], state: Tensor | None, block_size: int, offset: int
 ) -> tuple[Tensor, Tensor]:

@@ -6,15 +6,19 @@ after a few thousand tokens.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from retpop.arguments import is_transformed
+from retpop.arguments import transforms_are_active, values_are_free
 
 # γ = 0 is a log-decay of -inf, and 0 * -inf is NaN. exp(-1e5) is 0 in every dtype and 0 * -1e5 is 0.
 _LOG_ZERO = -1e5
+
+_LOG_HALF = math.log(0.5)
 
 
 def default_scale(scale: float | None, head_key_dim: int) -> float:
@@ -23,10 +27,14 @@ def default_scale(scale: float | None, head_key_dim: int) -> float:
 
 
 class Across(NamedTuple):
-    """γ^n = whole + rest, with whole 1 from γ^n = 1/2 on and 0 below; see `advance`."""
+    """γ^n = whole + rest, with whole 1 from γ^n = 1/2 on and 0 below; None: 1 for all. See `advance`."""
 
-    whole: Tensor
+    whole: Tensor | None
     rest: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Across:
+        """Both parts, changed in the same way."""
+        return Across(None if self.whole is None else change(self.whole), change(self.rest))
 
 
 class BlockPowers(NamedTuple):
@@ -53,7 +61,10 @@ class DecayPowers:
 
     def __init__(self, log_decay: Tensor, scale: float, dtype: torch.dtype) -> None:
         """Take log-decays (H,), the output's scale c, and the dtype that states have."""
-        self.log_decay = log_decay.to(dtype).clamp(min=_LOG_ZERO)
+        # Known where a look costs nothing, and as good as always so; else it is left open.
+        self._keeps_half = values_are_free(log_decay) and min(log_decay.tolist()) >= _LOG_HALF
+        log_decay = log_decay if log_decay.dtype == dtype else log_decay.to(dtype)
+        self.log_decay = log_decay if self._keeps_half else log_decay.clamp(min=_LOG_ZERO)
         self.scale = scale
         # Pairs, not a dict: hashing a length would tie a compiled graph to that very length.
         self._blocks: list[tuple[int, BlockPowers]] = []
@@ -74,7 +85,8 @@ class DecayPowers:
         """What is left of a state after one token, two of (H, 1, 1)."""
         if self._token:
             return self._token[0]
-        across = _across(self.log_decay[:, None, None])
+        exponents = self.log_decay.view(-1, 1, 1)
+        across = Across(None, exponents.expm1()) if self._keeps_half else _across(exponents)
         if not torch.compiler.is_compiling():
             self._token.append(across)
         return across
@@ -116,11 +128,13 @@ def advance(state: Tensor, across: Across, added: Tensor) -> Tensor:
     only random rounding errors remain. A product with a rounded γ errs by up to 3e-8, every time in the same
     direction, which a state that lives for thousands of steps adds up to 6e-5.
     """
-    return torch.addcmul(torch.addcmul(added, state, across.rest), state, across.whole)
+    change = torch.addcmul(added, state, across.rest)
+    return change + state if across.whole is None else torch.addcmul(change, state, across.whole)
 
 
 def advance_in_place(state: Tensor, across: Across, added: Tensor) -> Tensor:
     """`advance`, written over ``added``, which nobody else holds; fresh memory costs more than the sums."""
-    if is_transformed(state) or is_transformed(added):  # torch.func writes over nothing, or slowly
+    if transforms_are_active():  # they write over nothing, or slowly
         return advance(state, across, added)
-    return added.addcmul_(state, across.rest).addcmul_(state, across.whole)
+    change = added.addcmul_(state, across.rest)
+    return change.add_(state) if across.whole is None else change.addcmul_(state, across.whole)

@@ -9,6 +9,7 @@ is what keeps its quadratic cost to each sequence's own length.
 from __future__ import annotations
 
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from retpop.arguments import values_are_free
 from retpop.ops import torch_backend
 from retpop.ops.checks import check_bounds
-from retpop.ops.decay_powers import Across, DecayPowers, advance
+from retpop.ops.decay_powers import Across, DecayPowers, advance, advance_in_place
 
 
 class ChunkPlan(NamedTuple):
@@ -153,7 +154,8 @@ def _recurrent(
     outs = []
     for tokens in plan.steps:
         rows = tokens.shape[0]
-        new = torch_backend.step(k[0, tokens], v[0, tokens], state[:rows], across)
+        added = k[0, tokens].unsqueeze(-1) * v[0, tokens].unsqueeze(-2)
+        new = advance_in_place(state[:rows], across, added)
         outs.append(torch_backend.read(q[0, tokens], new, powers.scale))
         state = torch.cat((new, state[rows:]))
     out = torch.cat(outs)[torch.cat(plan.steps).argsort()]
@@ -180,13 +182,13 @@ def scan(
     """The state before every chunk, (chunks, H, Dk, Dv), and after every sequence, (S, H, Dk, Dv)."""
     k = k.masked_fill(~filled[None, :, None, :, None], 0)
     added = torch_backend.block_additions(k, v, to_chunk_end(powers, plan, filled.shape[1])).squeeze(0)
-    whole, rest = across_chunks(powers, plan)
+    across = across_chunks(powers, plan)
     state = state[plan.order]
     before = []
     for chunks in plan.steps:
         active = state[: chunks.shape[0]]
         before.append(active)
-        after = advance(active, Across(whole[chunks], rest[chunks]), added[chunks])
+        after = advance(active, across.each(itemgetter(chunks)), added[chunks])
         state = torch.cat((after, state[chunks.shape[0] :]))
     starts = torch.cat(before)[torch.cat(plan.steps).argsort()]
     return starts, state[plan.order.argsort()]
@@ -201,4 +203,4 @@ def to_chunk_end(powers: DecayPowers, plan: ChunkPlan, width: int) -> Tensor:
 
 def across_chunks(powers: DecayPowers, plan: ChunkPlan) -> Across:
     """What is left of a state after each chunk, two of (chunks, H, 1, 1)."""
-    return Across(*(rearrange(x, "h n -> n h 1 1") for x in powers.across(plan.lengths)))
+    return powers.across(plan.lengths).each(lambda x: rearrange(x, "h n -> n h 1 1"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from retpop.ops import packed, reference, torch_backend, triton_backend
-from retpop.ops.autocast import cast_inputs, without_autocast
+from retpop.ops.autocast import autocast_is_on, cast_inputs, without_autocast
 from retpop.ops.checks import check_retention
 from retpop.ops.decay_powers import DecayPowers, default_scale
 from retpop.ops.dispatch import BackendName, choose_backend
@@ -100,17 +100,31 @@ def run_retention(
     backend: BackendName,
 ) -> tuple[Tensor, Tensor]:
     """`retention` after its checks, with the powers of γ given, on a backend that has been chosen."""
+    if not autocast_is_on(q.device.type):
+        return _run(q, k, v, powers, mode, state, chunk_size, packing, backend)
     q, k, v = cast_inputs(q, k, v)
     with without_autocast(q.device):
-        if backend == "reference":
-            bounds = None if packing is None else packing.bounds
-            return reference.retention(
-                q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds
-            )
-        if backend == "triton":
-            return triton_backend.retention(q, k, v, powers, state=state, packing=packing)
-        if packing is not None:
-            return packed.retention(
-                q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, packing=packing
-            )
-        return torch_backend.retention(q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size)
+        return _run(q, k, v, powers, mode, state, chunk_size, packing, backend)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    powers: DecayPowers,
+    mode: str,
+    state: Tensor | None,
+    chunk_size: int | None,
+    packing: packed.Packing | None,
+    backend: BackendName,
+) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        bounds = None if packing is None else packing.bounds
+        return reference.retention(q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds)
+    if backend == "triton":
+        return triton_backend.retention(q, k, v, powers, state=state, packing=packing)
+    if packing is not None:
+        return packed.retention(
+            q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, packing=packing
+        )
+    return torch_backend.retention(q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size)

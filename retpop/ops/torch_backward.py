@@ -14,6 +14,7 @@ Everything is computed in the states' dtype, and each gradient is cast to the dt
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -219,7 +220,7 @@ def _packed_sweep(
     for chunks in reversed(plan.steps):
         active = grad_state[: chunks.shape[0]]
         ends.append(active)
-        before = advance(active, Across(across.whole[chunks], across.rest[chunks]), added[chunks])
+        before = advance(active, across.each(itemgetter(chunks)), added[chunks])
         grad_state = torch.cat((before, grad_state[chunks.shape[0] :]))
     in_order = torch.cat(ends)[torch.cat(plan.steps[::-1]).argsort()]
     return in_order, grad_state[plan.order.argsort()]

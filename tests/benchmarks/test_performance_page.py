@@ -59,6 +59,21 @@ def test_the_fastest_chunks_of_theirs_count() -> None:
     assert judged(Results(records=[ours, *theirs]), "every mode").verdict == "met"
 
 
+def test_single_tokens_count_among_the_modes() -> None:
+    """Of every batch by itself; points of a series do not."""
+    ours = replace(RECORD, op="retention", mode="recurrent", samples=(1.0,))
+    rows = []
+    for shape, size, seconds in (("token", 1, 1.2), ("token", 64, 0.9), ("batch", 1, 0.1)):
+        row = replace(ours, shape=shape, size=size)
+        rows += [row, replace(row, backend="yet-another-retnet", samples=(seconds,))]
+    found = judged(Results(records=rows), "every mode")
+    assert found.figure.text.endswith("retention, recurrent, token at batch 64, forward")
+    assert found.verdict == "**missed** by 10%"
+    assert judged(Results(records=rows[:2]), "every mode").verdict == "met"
+    shown = page.render("<!-- generated: operations -->\n<!-- end -->", Results(records=rows))
+    assert shown.count("| **retpop**, torch |") == 2
+
+
 def lengths(power: float, **changes: object) -> list[Record]:
     """Times that grow with a power of the length, up to 16k; beyond, as if they were quadratic."""
     row = replace(RECORD, op="retention", shape="length", mode="chunkwise", **changes)
