@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from retpop.arguments import transforms_are_active
 from retpop.ops.decay_powers import BlockPowers, DecayPowers, advance, advance_in_place
 from retpop.ops.dtypes import state_dtype
 
@@ -132,8 +133,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers)
     Returns:
         (B, N, H, L, Dv).
     """
-    scores = (q @ k.transpose(-1, -2)) * tables.within
-    return torch.addcmul(scores @ v, q @ states, tables.from_start)
+    out = weighted(q @ k.transpose(-1, -2), tables.within) @ v
+    if transforms_are_active():
+        return torch.addcmul(out, q @ states, tables.from_start)
+    return out.addcmul_(q @ states, tables.from_start)
+
+
+def weighted(scores: Tensor, within: Tensor) -> Tensor:
+    """Scores times powers of γ, written over the scores, which nobody else holds."""
+    return scores * within if transforms_are_active() else scores.mul_(within)
 
 
 def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,7 +214,7 @@ def _parallel(
     starts = [0] if torch.compiler.is_compiling() else range(0, length, ROWS_AT_ONCE)
     for start, end in zip(starts, [*starts[1:], length], strict=True):
         scores = q[..., start:end, :] @ k[..., :end, :].transpose(-1, -2)
-        outs.append((scores * tables.within[:, start:end, :end]) @ v[..., :end, :])
+        outs.append(weighted(scores, tables.within[:, start:end, :end]) @ v[..., :end, :])
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
     after = block_additions(k, v, tables.to_end).squeeze(1)
     if state is not None:

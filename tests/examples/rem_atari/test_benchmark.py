@@ -13,7 +13,7 @@ import torch
 from run_folders import DEBUG, files_in
 
 from rem_atari import benchmark
-from rem_atari.benchmark import Benchmark, Timing, expected_encodings, measure, scale_batches
+from rem_atari.benchmark import measure, scale_batches
 from rem_atari.cli import main
 from rem_atari.commands.benchmark import TITLES, describe, to_json
 from rem_atari.config import Config
@@ -21,10 +21,11 @@ from rem_atari.errors import RunError, UsageError
 from rem_atari.laps import Lap
 from rem_atari.models.lpips import Lpips
 from rem_atari.presets import PRESETS
+from rem_atari.projection import COMPONENTS, Benchmark, Timing, expected_encodings
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.weights.files import read_weights
 
-PARTS_OF = {name: ["data", "forward", "backward", "optimiser"] for name in benchmark.COMPONENTS} | {
+PARTS_OF = {name: ["data", "forward", "backward", "optimiser"] for name in COMPONENTS} | {
     "imagine": ["encode", "burn-in", "steps", "loss"]
 }
 
@@ -34,7 +35,7 @@ QUICK = ("--threads", "0", "--updates", "2", "--warmup", "0")
 def made_up(config: Config, *, batch_scale: float = 1.0, **seconds: float) -> Benchmark:
     """A benchmark in which every part takes a second, unless something else is said."""
     scaled = scale_batches(config, batch_scale)
-    sizes = {name: getattr(scaled, name).optim.batch_size for name in benchmark.COMPONENTS}
+    sizes = {name: getattr(scaled, name).optim.batch_size for name in COMPONENTS}
     batches = {"play at random": 2, "collect": 2, "encode": 256, "imagine": 8} | sizes
     timings = {
         name: Timing(
@@ -80,7 +81,7 @@ def test_the_command_measures_every_part(tmp_path: Path, capsys: pytest.CaptureF
         assert 0 < part["fastest_seconds"] <= part["median_seconds"] <= part["slowest_seconds"]
         assert TITLES[part["name"]] in shown
     timed = {part["name"]: part for part in found["parts"]}
-    assert {timed[name]["repetitions"] for name in benchmark.COMPONENTS} == {2}
+    assert {timed[name]["repetitions"] for name in COMPONENTS} == {2}
     assert (timed["controller"]["batch"], timed["imagine"]["batch"]) == (4, 4 * 2)
     assert found["imagined_frames_per_second"]["in_training"] == pytest.approx(
         2 * timed["controller"]["per_second"]
@@ -124,9 +125,9 @@ def test_updates_are_those_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(benchmark, "_time_phase", watch)
     parts: list[int] = []
     result = measure(DEBUG, updates=3, warmup=2, max_seconds=60.0, batch_scale=1.0, after_part=parts.append)
-    assert seen == {name: [True] * 6 for name in benchmark.COMPONENTS}
+    assert seen == {name: [True] * 6 for name in COMPONENTS}
     assert parts == [1] * benchmark.NUM_PARTS
-    assert {len(result.timings[name].seconds) for name in benchmark.COMPONENTS} == {3}
+    assert {len(result.timings[name].seconds) for name in COMPONENTS} == {3}
 
 
 def test_flops_are_those_of_the_products() -> None:
@@ -155,7 +156,7 @@ def test_a_part_is_timed_no_longer_than_allowed_but_once() -> None:
     result = measure(
         DEBUG, updates=50, warmup=0, max_seconds=1e-9, batch_scale=0.5, after_part=lambda done: None
     )
-    assert {len(result.timings[name].seconds) for name in benchmark.COMPONENTS} == {1}
+    assert {len(result.timings[name].seconds) for name in COMPONENTS} == {1}
     assert result.timings["tokenizer"].batch == 4
     assert "A part was timed 1x only" in describe(result)
 
@@ -176,7 +177,7 @@ def test_the_projection_is_the_schedules_arithmetic() -> None:
     assert projected["world_model"] == pytest.approx(3 * 10 * 5.0)
     assert projected["controller"] == pytest.approx(2 * 20 * 7.0)
     assert projected["encode"] == pytest.approx(expected_encodings(config) / 10)
-    assert set(projected) == {"collect", "encode", *benchmark.COMPONENTS}
+    assert set(projected) == {"collect", "encode", *COMPONENTS}
 
 
 def test_bounds_on_wall_time_bound_the_projection() -> None:
