@@ -18,6 +18,11 @@ def values_are_free(x: Tensor) -> bool:
     return x.is_cpu and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor) or is_transformed(x))
 
 
+def free_values(x: Tensor) -> list[float] | None:
+    """The values of ``x`` (N,), where reading them costs nothing."""
+    return x.tolist() if values_are_free(x) else None
+
+
 def is_transformed(x: Tensor) -> bool:
     """Whether a transform of `torch.func` is at work on ``x``."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retpop.arguments import check_tensor
+from retpop.arguments import check_tensor, free_values
 from retpop.config import RetNetConfig
 from retpop.layers.calls import PopCall, SequenceCall
 from retpop.ops import checks
@@ -135,7 +135,8 @@ def _choose(owner: Owner, x: Tensor, backend: str) -> BackendName:
 
 def _powers(owner: Owner) -> DecayPowers:
     scale = default_scale(owner.cfg.scale, owner.cfg.head_key_dim)
-    return DecayPowers(owner.log_decay, scale, state_dtype(owner.weight.dtype))
+    dtype = state_dtype(owner.weight.dtype)
+    return DecayPowers(owner.log_decay, scale, dtype, free_values(owner.log_decay))
 
 
 def _rotation(owner: Owner, positions: Tensor) -> Rotation | None:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retpop.arguments import check_chunk_size, check_tensor, values_are_free
-from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
+from retpop.arguments import check_chunk_size, check_tensor, free_values
+from retpop.ops.dtypes import DECAY_DTYPES, INPUT_DTYPES, state_dtype
 
 MODES = ("parallel", "chunkwise", "recurrent")
 MAIN_OUT = ("all", "last")
@@ -37,19 +37,22 @@ def check_retention(
     scale: float | None,
     chunk_size: int | None,
     cu_seqlens: Tensor | None,
-) -> None:
-    """Check the arguments of `retention`."""
+) -> list[float] | None:
+    """Check the arguments of `retention`; the log-decays' values where a look at them is free."""
     where = "retention()"
-    if not _agree(q, k, v):  # to say what does not takes longer than to compute a token
+    plain = scale is None and chunk_size is None and cu_seqlens is None and mode in MODES
+    # At one look what is nearly always so: a token has no time for more. Step by step only what is wrong.
+    if not (plain and _fit(q, k, v, log_decay, state)):
         check_inputs(where, Named("q", q), Named("k", k), Named("v", v), "BTHD")
-    check_log_decay(where, log_decay, q)
-    check_scale(where, scale)
-    check_mode(where, mode, chunk_size)
-    rows = q.shape[0]
-    if cu_seqlens is not None:
-        check_cu_seqlens(where, cu_seqlens, "q", q)
-        rows = cu_seqlens.shape[0] - 1
-    check_state(where, state, q, (rows, q.shape[2], q.shape[3], v.shape[3]))
+        check_log_decay(where, log_decay, q)
+        check_scale(where, scale)
+        check_mode(where, mode, chunk_size)
+        rows = q.shape[0]
+        if cu_seqlens is not None:
+            check_cu_seqlens(where, cu_seqlens, "q", q)
+            rows = cu_seqlens.shape[0] - 1
+        check_state(where, state, q, (rows, q.shape[2], q.shape[3], v.shape[3]))
+    return check_decay_values(where, log_decay)
 
 
 def check_pop(
@@ -84,6 +87,7 @@ def check_pop(
                     f"{pred.name} {_shape(pred.value)}); they must share B, H and D."
                 )
     check_log_decay(where, log_decay, q)
+    check_decay_values(where, log_decay)
     check_scale(where, scale)
     check_blocks(where, q.shape[1], q_pred.shape[1], block_size, offset)
     check_reset(where, reset, "q", q, block_size)
@@ -128,14 +132,14 @@ def check_inputs(where: str, q: Named, k: Named, v: Named, layout: str) -> None:
 
 
 def check_log_decay(where: str, log_decay: Tensor, q: Tensor) -> None:
-    """Check ln γ: (H,), float32 or float64, at most 0, no gradient wanted."""
+    """Check ln γ, all but its values: (H,), float32 or float64, no gradient wanted."""
     check_tensor(where, "log_decay", log_decay)
     num_heads = q.shape[-2]
     if log_decay.shape != (num_heads,):
         raise ValueError(
             f"{where}: log_decay has shape {_shape(log_decay)}; it must be (H,) = ({num_heads},), one a head."
         )
-    if log_decay.dtype not in (torch.float32, torch.float64):
+    if log_decay.dtype not in DECAY_DTYPES:
         raise TypeError(
             f"{where}: log_decay is {log_decay.dtype}; it must be float32 or float64: in lower precision "
             "a decay near 1 is lost."
@@ -144,10 +148,15 @@ def check_log_decay(where: str, log_decay: Tensor, q: Tensor) -> None:
         raise ValueError(f"{where}: log_decay is on {log_decay.device} but q is on {q.device}.")
     if log_decay.requires_grad:
         raise ValueError(f"{where}: log_decay requires grad, but gradients to the decay are not supported.")
-    if values_are_free(log_decay):
-        for value in log_decay.tolist():
-            if not value <= 0:  # NaN fails the comparison too
-                raise ValueError(f"{where}: log_decay holds {value}; ln γ must be at most 0 and not NaN.")
+
+
+def check_decay_values(where: str, log_decay: Tensor) -> list[float] | None:
+    """Check that ln γ is at most 0, where a look is free; and what it is, there."""
+    values = free_values(log_decay)
+    for value in values or ():
+        if not value <= 0:  # NaN fails the comparison too
+            raise ValueError(f"{where}: log_decay holds {value}; ln γ must be at most 0 and not NaN.")
+    return values
 
 
 def check_scale(where: str, scale: float | None) -> None:
@@ -260,21 +269,35 @@ def check_reset(where: str, reset: Tensor | None, name: str, x: Tensor, block_si
         raise ValueError(f"{where}: reset is on {reset.device} but {name} is on {x.device}.")
 
 
-def _agree(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `check_inputs` has nothing to say of queries, keys and values (B, T, H, D), at one look."""
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> bool:
+    """Whether the checks of retention's tensors have nothing to say, found at one look."""
+    if not (isinstance(q, Tensor) and isinstance(v, Tensor) and len(q.shape) == len(v.shape) == 4):
         return False
-    shape, value_shape, dtype, device = q.shape, v.shape, q.dtype, q.device
+    (rows, length, heads, key_dim), value_dim = q.shape, v.shape[3]
+    dtype, device = q.dtype, q.device
     return (
-        len(shape) == len(value_shape) == 4
-        and k.shape == shape
-        and value_shape[:-1] == shape[:-1]
-        and shape[-1] > 0
-        and shape[-2] > 0
-        and value_shape[-1] > 0
+        isinstance(k, Tensor)
+        and k.shape == q.shape
+        and v.shape == (rows, length, heads, value_dim)
+        and heads > 0
+        and key_dim > 0
+        and value_dim > 0
         and dtype in INPUT_DTYPES
         and dtype == k.dtype == v.dtype
-        and device == k.device == v.device
+        and isinstance(log_decay, Tensor)
+        and log_decay.shape == (heads,)
+        and log_decay.dtype in DECAY_DTYPES
+        and not log_decay.requires_grad
+        and device == k.device == v.device == log_decay.device
+        and (
+            state is None
+            or (
+                isinstance(state, Tensor)
+                and state.shape == (rows, heads, key_dim, value_dim)
+                and state.dtype == state_dtype(dtype)
+                and state.device == device
+            )
+        )
     )
 
 

@@ -6,6 +6,8 @@ import torch
 
 INPUT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+DECAY_DTYPES = (torch.float32, torch.float64)
+
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states for inputs of ``dtype``: float64 for float64, else float32."""

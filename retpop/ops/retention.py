@@ -57,7 +57,7 @@ def retention(
     Source: RetNet, arXiv 2307.08621, equations 5 (parallel), 6 (recurrent), 7 (chunkwise).
     """
     q, k, v = cast_inputs(q, k, v)
-    check_retention(
+    decays = check_retention(
         q,
         k,
         v,
@@ -73,7 +73,7 @@ def retention(
     packing = None
     if cu_seqlens is not None:
         packing = packed.Packing("retention()", cu_seqlens, q.shape[1], on_host=chosen != "triton")
-    powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype))
+    powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype), decays)
     return run_retention(
         q,
         k,

@@ -271,5 +271,5 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tens
 def read(q: Tensor, state: Tensor, scale: float) -> Tensor:
     """The output c · q S of queries (..., H, Dk) at as many states (..., H, Dk, Dv): (..., H, Dv)."""
     rows = q.reshape(-1, 1, q.shape[-1]) * scale
-    out = torch.bmm(rows, state.flatten(0, -3))  # `matmul` takes twice its time to get here
+    out = torch.bmm(rows, state.reshape(-1, *state.shape[-2:]))  # `matmul` takes twice its time to get here
     return out.view(*q.shape[:-1], state.shape[-1])
