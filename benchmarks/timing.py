@@ -58,12 +58,7 @@ def interleaved(runs: Mapping[str, Run], device: torch.device, effort: Effort) -
     A slow moment of the machine then slows all sides of a ratio. Every second round goes backwards, so that
     nobody always follows the same neighbour. Each run is warmed up before.
     """
-    repeats: dict[str, int] = {}
-    for name, run in runs.items():
-        once = _sample(run, 1, device, effort.clock)
-        if once < LONG:
-            once = _sample(run, 1, device, effort.clock)
-        repeats[name] = max(1, round(effort.sample_seconds / max(once, 1e-7)))
+    repeats = {name: _repeats(run, device, effort) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     started = effort.clock()
     with _without_collection():
@@ -111,6 +106,24 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
         return (values[0],) * 3
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
+
+
+def _repeats(run: Run, device: torch.device, effort: Effort) -> int:
+    """How many runs make a sample; finding out warms them up.
+
+    More and more of them are timed: one run after another's, with nothing of its own in a cache, may take ten
+    times as long as the next hundred.
+    """
+    once = _sample(run, 1, device, effort.clock)
+    if once >= LONG:
+        return 1
+    repeats = 1
+    while True:
+        once = _sample(run, repeats, device, effort.clock)
+        wanted = max(1, round(effort.sample_seconds / max(once, 1e-7)))
+        if wanted <= 2 * repeats:
+            return wanted
+        repeats = min(wanted, 8 * repeats)
 
 
 def _sample(run: Run, repeats: int, device: torch.device, clock: Callable[[], float]) -> float:
