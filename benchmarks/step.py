@@ -40,6 +40,7 @@ def group(shape: str, sizes: decoder.Sizes) -> Group:
     same = partial(Contender, reference=partial(ours, backend="reference"), model=True)
     contenders = {
         "torch": same(make=partial(ours, backend="torch"), states=1),
+        "compile": same(make=partial(ours, backend="torch", compiler="inductor"), states=1),
         "triton": same(make=partial(ours, backend="triton"), states=1),
     }
     if yet_another_retnet.is_there():
