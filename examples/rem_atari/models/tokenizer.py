@@ -28,8 +28,8 @@ class Tokenizer(nn.Module):
 
     A frame of S x S pixels becomes grid x grid tokens, row by row; the side is halved between one of the
     configured channels and the next. A token is the index of the code nearest to what the encoder says of its
-    patch, whose surroundings it sees too, unless it is patchwise. Weights start as torch initialises them, the
-    codes uniformly in ±1/codebook_size.
+    patch, whose surroundings it sees too, unless it is patchwise. Weights start as torch initialises them,
+    the codes uniformly in ±1/codebook_size.
 
     Args:
         cfg: sizes and weights of the losses.
