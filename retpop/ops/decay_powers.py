@@ -66,7 +66,7 @@ class DecayPowers:
 
         With ``values``, the log-decays where they are at hand, a token's decay takes fewer operations.
         """
-        self._keeps_half = values is not None and min(values) >= _LOG_HALF  # as good as always
+        self._keeps_half = values is not None and min(values) >= _LOG_HALF  # so it usually is
         log_decay = log_decay if log_decay.dtype == dtype else log_decay.to(dtype)
         self.log_decay = log_decay if self._keeps_half else log_decay.clamp(min=_LOG_ZERO)
         self.scale = scale
