@@ -192,3 +192,6 @@ HUGE = [
     rotary_bwd(BF16, "large batch", B=2**20, T=1290, H=4, D=64, kind="retnet"),
 ]
 """More than 2^31 elements along each dimension in turn: do offsets and grids hold? For meta tensors only."""
+
+PARTS = {"compile": CASES, "huge": HUGE, "traffic": COUNTED}
+"""What each part of the audit is made of; in a part, op, shape and dtype name a case."""
