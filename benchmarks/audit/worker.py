@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.audit.case import Case, floor_bytes, on_architecture
-from benchmarks.audit.cases import PARTS
+from benchmarks.audit.cases import CORE, PARTS
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 """Programs along each axis that CUDA launches."""
@@ -40,7 +40,7 @@ def main() -> None:
     for architecture in arguments.arch:
         chosen = [case for case in PARTS[arguments.part] if not arguments.op or case.op in arguments.op]
         for case in chosen:
-            if case.core or not arguments.core:
+            if not arguments.core or case.name in CORE[arguments.part]:
                 heading = {"part": arguments.part, **_heading(case, architecture)}
                 rows = _rows(arguments.part, case, architecture)
                 print(json.dumps([{**heading, **row} for row in rows]), flush=True)
