@@ -29,15 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .configs import (
-    MOST_PACKED_IN_A_SPLIT,
-    SCAN_COLUMNS,
-    RetentionConfig,
-    architecture_of,
-    dot_precision,
-    multiprocessors_of,
-    retention_config,
-)
+from .configs import MOST_PACKED_IN_A_SPLIT, SCAN_COLUMNS, RetentionConfig, retention_config
+from .gpus import architecture_of, dot_precision, multiprocessors_of
 from .launch import Launch, named_strides, run, with_contiguous_rows
 
 # Arguments that differ from call to call: none of their values compiles a kernel anew.

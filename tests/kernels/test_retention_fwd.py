@@ -14,12 +14,12 @@ from torch import Tensor
 from benchmarks.audit.traffic import audit
 from retpop.kernels.configs import (
     MOST_PACKED_IN_A_SPLIT,
-    SHARED_MEMORY,
     RetentionConfig,
     padded,
     retention_config,
     retention_tiles,
 )
+from retpop.kernels.gpus import SHARED_MEMORY
 from retpop.kernels.launch import run as run_launches
 from retpop.kernels.retention_fwd import plan_retention_fwd, retention_fwd
 
