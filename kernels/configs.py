@@ -262,6 +262,8 @@ def retention_tiles(
     else:
         table = _MMA if architecture.startswith("sm_") else _AMD
     rows, cols_v, num_warps, num_stages = table[max(64, padded(key_dim))]
+    if table is _WGMMA and padded(key_dim) == 128 and any(dim % 8 for dim in head_dims):
+        num_warps = 8  # copies of less than 16 bytes take more registers than 4 warps have
     return RetentionConfig(
         rows=rows,
         cols_k=padded(key_dim),
