@@ -88,6 +88,22 @@ def test_the_loop_of_a_listing() -> None:
     assert main_loop(read_sass(SASS.replace("@!P0 BRA 0x30", "NOP"))) == []
 
 
+WAITING = """
+\t\tFunction : waiting_kernel
+        /*0000*/                   UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ; /* 0x0 */
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR5+0x8000], R53 ; /* 0x0 */
+        /*0020*/              @!P3 BRA 0x10 ;                      /* 0x0 */
+        /*0030*/                   IADD3 R2, R2, 0x1, RZ ;         /* 0x0 */
+        /*0040*/               @P0 BRA 0x0 ;                       /* 0x0 */
+        /*0050*/                   EXIT ;                          /* 0x0 */
+"""
+
+
+def test_a_loop_that_only_waits_is_none() -> None:
+    assert len(main_loop(read_sass(WAITING))) == 5
+    assert main_loop(read_sass(WAITING.replace("@P0 BRA 0x0", "NOP"))) == []
+
+
 def test_the_loop_of_amd_assembly() -> None:
     code = read_amdgcn(AMDGCN)
     assert [line.opcode for line in main_loop(code)] == [
