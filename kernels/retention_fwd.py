@@ -132,10 +132,10 @@ def retention_fwd_kernel(
     chunk by chunk; the stretch that ends a sequence leaves S in p_final (None: nowhere). Strides of token
     tensors are counted in UNIT elements.
     """
-    stride_q_t = token_stride(stride_q_t, 0, UNIT)
-    stride_k_t = token_stride(stride_k_t, 0, UNIT)
-    stride_v_t = token_stride(stride_v_t, 0, UNIT)
-    stride_out_t = token_stride(stride_out_t, 0, UNIT)
+    stride_q_t = token_stride(stride_q_t, None, UNIT)
+    stride_k_t = token_stride(stride_k_t, None, UNIT)
+    stride_v_t = token_stride(stride_v_t, None, UNIT)
+    stride_out_t = token_stride(stride_out_t, None, UNIT)
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
     first_col = (tl.program_id(0) % SLICES) * COLS_V
     i_nh = tl.program_id(0) // SLICES
@@ -211,8 +211,8 @@ def stretch_states_kernel(
 
     Strides are counted in UNIT elements.
     """
-    stride_k_t = token_stride(stride_k_t, 0, UNIT)
-    stride_v_t = token_stride(stride_v_t, 0, UNIT)
+    stride_k_t = token_stride(stride_k_t, None, UNIT)
+    stride_v_t = token_stride(stride_v_t, None, UNIT)
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
     first_col = (tl.program_id(0) % SLICES) * COLS_V
     i_nh = tl.program_id(0) // SLICES
