@@ -1,6 +1,6 @@
 """Judge the Triton kernels without a GPU: what they compile to, what they move, which targets they meet.
 
-    python -m benchmarks.kernel_audit [--part compile] [--arch sm_90] [--op pop_fwd] [--core] [--csv PATH]
+    python -m benchmarks.kernel_audit [--part compile] [--arch sm_90] [--op pop_fwd] [--shape ...] [--csv ...]
 
 Three parts, each in a process of its own (`benchmarks.audit.worker`): every launch of every case compiled
 ahead of time, the TTIR of launches of more than 2^31 elements, and bytes and flops counted in the
@@ -88,6 +88,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--arch", type=_names(ARCHITECTURES), default=list(ARCHITECTURES), metavar="A,B")
     parser.add_argument("--op", type=_names(OPS), default=list(OPS), metavar="A,B")
+    parser.add_argument("--shape", action="append", default=[], help="only this shape; may be repeated")
     parser.add_argument("--part", type=_names(list(PARTS)), default=list(PARTS), metavar="A,B")
     parser.add_argument("--core", action="store_true", help="only the cases that `make test` runs")
     parser.add_argument("--csv", type=Path, help="merge the rows into this file, as they come")
@@ -121,6 +122,7 @@ def _run(part: str, options: argparse.Namespace) -> Iterator[list[Row]]:
         *options.op,
     ]
     command += ["--core"] if options.core else []
+    command += ["--shape", *options.shape] if options.shape else []
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as worker:
         for line in worker.stdout or ():
             yield [_with_ratios(row) for row in json.loads(line)]

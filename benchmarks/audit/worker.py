@@ -1,6 +1,6 @@
 """One part of the audit in a process of its own, for `benchmarks.kernel_audit`: a line of JSON a case.
 
-    python -m benchmarks.audit.worker compile|huge|traffic [--arch ...] [--op ...] [--core]
+    python -m benchmarks.audit.worker compile|huge|traffic [--arch ...] [--op ...] [--shape ...] [--core]
 
 Triton reads TRITON_INTERPRET when it decorates a kernel: `traffic` needs it set, the other two need it unset.
 """
@@ -32,18 +32,26 @@ def main() -> None:
     parser.add_argument("part", choices=AUDITS)
     parser.add_argument("--arch", nargs="+", default=["sm_90"])
     parser.add_argument("--op", nargs="*", default=[])
+    parser.add_argument("--shape", nargs="*", default=[])
     parser.add_argument("--core", action="store_true")
     arguments = parser.parse_args()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted != (arguments.part == "traffic"):
         raise RuntimeError(f"{arguments.part}: TRITON_INTERPRET=1 is wanted by `traffic` and by nothing else")
     for architecture in arguments.arch:
-        chosen = [case for case in PARTS[arguments.part] if not arguments.op or case.op in arguments.op]
-        for case in chosen:
-            if not arguments.core or case.name in CORE[arguments.part]:
+        for case in PARTS[arguments.part]:
+            if _is_chosen(case, arguments):
                 heading = {"part": arguments.part, **_heading(case, architecture)}
                 rows = _rows(arguments.part, case, architecture)
                 print(json.dumps([{**heading, **row} for row in rows]), flush=True)
+
+
+def _is_chosen(case: Case, arguments: argparse.Namespace) -> bool:
+    return (
+        (not arguments.op or case.op in arguments.op)
+        and (not arguments.shape or case.shape in arguments.shape)
+        and (not arguments.core or case.name in CORE[arguments.part])
+    )
 
 
 def _rows(part: str, case: Case, architecture: str) -> list[dict[str, Any]]:
