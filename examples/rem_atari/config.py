@@ -92,6 +92,8 @@ class TokenizerConfig:
     """Dimension of a code."""
     groups: int = 8
     """Groups of every GroupNorm."""
+    patchwise: bool = False
+    """Encode each patch by itself, so that its token changes only where its pixels do. Off in the paper."""
     reconstruction_weight: float = 1.0
     """Weight of the mean squared error of the pixels."""
     codebook_weight: float = 1.0
@@ -256,7 +258,7 @@ class EvaluationConfig:
     """Steps of the last evaluation so far that are kept in heldout/, for the report; never trained on."""
 
 
-ADDED_FIELDS = {"cuda_graphs": False, "world_model.freeze_at_init": False}
+ADDED_FIELDS = {"cuda_graphs": False, "tokenizer.patchwise": False, "world_model.freeze_at_init": False}
 """Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
 what those runs did."""
 

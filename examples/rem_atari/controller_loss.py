@@ -90,6 +90,9 @@ def learn_from(
     only the controller's view of it, all steps at once.
     """
     trajectory = imagination.trajectory
+    # Autocast keeps the weights that it has cast. torch 2.9 hands out those that imagining cast without
+    # gradient, and the controller's layers learn nothing (2.13 does not).
+    torch.clear_autocast_cache()
     logits, values = controller.judge(trajectory.seen, trajectory.actions, imagination.before)
     return actor_critic_loss(replace(trajectory, logits=logits, values=values), imagination.bootstrap, cfg)
 

@@ -79,7 +79,8 @@ CATCH = Config(
             weight_decay=0.05,
             clip_norm=100.0,
             batch_size=16,
-            updates_per_epoch=50,
+            # Cheap beside the controller's, whose policy settles before the model is right if these are few.
+            updates_per_epoch=100,
             first_updates=400,
         ),
     ),
@@ -97,7 +98,7 @@ CATCH = Config(
         ),
     ),
     schedule=ScheduleConfig(
-        epochs=13, collect_epochs=13, steps_per_epoch=192, random_steps=2_400, checkpoint_every=4
+        epochs=16, collect_epochs=16, steps_per_epoch=192, random_steps=2_400, checkpoint_every=4
     ),
     evaluation=EvaluationConfig(every=4, episodes=40, final_episodes=200, random_episodes=200),
 )

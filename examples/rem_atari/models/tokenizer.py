@@ -28,7 +28,8 @@ class Tokenizer(nn.Module):
 
     A frame of S x S pixels becomes grid x grid tokens, row by row; the side is halved between one of the
     configured channels and the next. A token is the index of the code nearest to what the encoder says of its
-    patch. Weights start as torch initialises them, the codes uniformly in ±1/codebook_size.
+    patch, whose surroundings it sees too, unless it is patchwise. Weights start as torch initialises them,
+    the codes uniformly in ±1/codebook_size.
 
     Args:
         cfg: sizes and weights of the losses.
@@ -185,7 +186,10 @@ class Tokenizer(nn.Module):
     def _encoder_output(self, frames: Tensor) -> Tensor:
         """What the encoder says of each patch: uint8 (B, S, S, 3) to (B, K, E)."""
         images = _to_images(_to_floats(frames))
-        return rearrange(self.to_code(self.encoder(images)).float(), "b e h w -> b (h w) e")
+        if self.cfg.patchwise:
+            images = rearrange(images, "b c (h p) (w q) -> (b h w) c p q", h=self.grid, w=self.grid)
+        outputs = self.to_code(self.encoder(images)).float()
+        return rearrange(outputs, "(b n) e h w -> b (n h w) e", b=frames.shape[0])
 
     def _reconstruct(self, codes: Tensor) -> Tensor:
         """Frames of codes: (B, K, E) to (B, S, S, 3) about [-1, 1]."""

@@ -181,6 +181,13 @@ def test_a_rising_loss_is_not_laid_to_a_tokenizer_that_rests() -> None:
     assert "not the cause" in only("world_model_loss", curves).advice
 
 
+@pytest.mark.parametrize(("rise", "sign"), [(0.05, False), (0.15, True)])
+def test_a_loss_near_zero_may_multiply(rise: float, sign: bool) -> None:
+    curves = healthy()
+    curves["world_model"]["tokens"] = [0.5] * 3 + [0.02] * (EPOCHS - 6) + [0.02 + rise] * 3
+    assert only("world_model_loss", curves).sign is sign
+
+
 def test_large_values_alone_are_no_sign() -> None:
     """Dense rewards make large returns; only where clipping takes the policy's part it matters."""
     curves = healthy()

@@ -234,9 +234,11 @@ def test_a_segment_may_be_a_single_frame():
     assert torch.isfinite(loss)
 
 
-def test_the_loss_trains_the_controller_and_nothing_else():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_trains_the_controller_and_nothing_else(autocast):
     agent, segments = small_agent(), some_segments()
-    loss, metrics = controller_loss(agent, segments, CONFIG.controller, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, metrics = controller_loss(agent, segments, CONFIG.controller, torch.Generator().manual_seed(0))
     loss.backward()
     without = [name for name, p in agent.controller.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []

@@ -66,6 +66,21 @@ def test_shapes(frame_size, grid):
     assert decoded.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("patchwise", [False, True])
+def test_patchwise_a_code_depends_on_the_pixels_of_its_patch_alone(patchwise):
+    tokenizer = small_tokenizer(frame_size=16, channels=(4, 4, 8), patchwise=patchwise)
+    before = some_frames(2, size=16)
+    after = before.clone()
+    row, column = 1, 2  # of a grid of 4 x 4 patches of 4 x 4 pixels
+    after[:, 4:8, 8:12] = 255 - after[:, 4:8, 8:12]
+    changed = tokenizer._encoder_output(after) - tokenizer._encoder_output(before)
+    where = changed.abs().amax(dim=-1) > 1e-5
+    alone = torch.zeros(16, dtype=torch.bool)
+    alone[row * 4 + column] = True
+    assert where[:, alone].all()
+    assert bool(where[:, ~alone].any()) is not patchwise
+
+
 def test_a_single_frame_needs_no_batch():
     tokenizer = small_tokenizer()
     frames = some_frames(2)
