@@ -1,27 +1,28 @@
 """Judge the Triton kernels without a GPU: what they compile to, what they move, which targets they meet.
 
-    python -m benchmarks.kernel_audit [--arch sm_90,gfx942] [--op pop_fwd] [--core] [--csv PATH]
+    python -m benchmarks.kernel_audit [--part compile] [--arch sm_90] [--op pop_fwd] [--shape ...] [--csv ...]
 
 Three parts, each in a process of its own (`benchmarks.audit.worker`): every launch of every case compiled
 ahead of time, the TTIR of launches of more than 2^31 elements, and bytes and flops counted in the
 interpreter with the configurations of sm_90. Prints figures and targets; exits with 1 if a target is missed.
-The figures hold for the compiler of one version of Triton, which the CSV names.
+The figures hold for the compiler of one version of Triton, which the CSV names. Each case's rows go into the
+CSV as they come, in place of that case's rows of before, with the commit that their part began on.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.audit.cases import OPS
+from benchmarks.audit.cases import OPS, PARTS
+from benchmarks.audit.table import merge, text
 from benchmarks.audit.targets import Row, Verdict, judge
 from benchmarks.machine import ROOT, commit
 
@@ -69,11 +70,15 @@ HUGE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the audit; returns the exit status."""
     options = _parse(arguments)
-    rows = [row for part in ("compile", "huge", "traffic") for row in _run(part, options)]
+    rows: list[Row] = []
+    for part in options.part:
+        versions = {"commit": commit(), "triton": version("triton"), "torch": version("torch")}
+        for found in _run(part, options):
+            rows += found
+            if options.csv is not None:
+                merge(options.csv, found, versions)
     verdicts = judge(rows)
     _print_all(rows, verdicts)
-    if options.csv is not None:
-        write_csv(options.csv, rows, verdicts)
     return int(not all(verdict.met for verdict in verdicts))
 
 
@@ -83,8 +88,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--arch", type=_names(ARCHITECTURES), default=list(ARCHITECTURES), metavar="A,B")
     parser.add_argument("--op", type=_names(OPS), default=list(OPS), metavar="A,B")
+    parser.add_argument("--shape", action="append", default=[], help="only this shape; may be repeated")
+    parser.add_argument("--part", type=_names(list(PARTS)), default=list(PARTS), metavar="A,B")
     parser.add_argument("--core", action="store_true", help="only the cases that `make test` runs")
-    parser.add_argument("--csv", type=Path, help="write all rows to this file")
+    parser.add_argument("--csv", type=Path, help="merge the rows into this file, as they come")
     return parser.parse_args(arguments)
 
 
@@ -98,8 +105,8 @@ def _names(known: Sequence[str]) -> Any:
     return parse
 
 
-def _run(part: str, options: argparse.Namespace) -> list[Row]:
-    """The rows of one part, from a process of its own; counting and overflows take sm_90's configurations."""
+def _run(part: str, options: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of a part, case by case, from a process of its own; huge and traffic are sm_90's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if part == "traffic":
         environment["TRITON_INTERPRET"] = "1"
@@ -114,22 +121,20 @@ def _run(part: str, options: argparse.Namespace) -> list[Row]:
         "--op",
         *options.op,
     ]
-    done = subprocess.run(
-        [*command, *(["--core"] if options.core else [])],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    rows = [{"part": part, **json.loads(line)} for line in done.stdout.splitlines()]
-    for row in rows:
-        if part == "traffic" and not row["failure"]:
-            row["bytes_ratio"] = round(row["bytes"] / row["floor_bytes"], 4)
-            row["flops_ratio"] = (
-                round(row["flops"] / row["yardstick_flops"], 4) if row["yardstick_flops"] else ""
-            )
-    return rows
+    command += ["--core"] if options.core else []
+    command += ["--shape", *options.shape] if options.shape else []
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as worker:
+        for line in worker.stdout or ():
+            yield [_with_ratios(row) for row in json.loads(line)]
+    if worker.returncode:
+        raise subprocess.CalledProcessError(worker.returncode, command)
+
+
+def _with_ratios(row: Row) -> Row:
+    if row["part"] == "traffic" and not row["failure"]:
+        row["bytes_ratio"] = round(row["bytes"] / row["floor_bytes"], 4)
+        row["flops_ratio"] = round(row["flops"] / row["yardstick_flops"], 4) if row["yardstick_flops"] else ""
+    return row
 
 
 def _print_all(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
@@ -139,7 +144,7 @@ def _print_all(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
         ("Counted in the interpreter, sm_90's configurations, one row of the batch", "traffic", COUNTED),
     ):
         heading = {name: name for name in HEADING} | columns
-        body = [[_text(row.get(name, "")) for name in heading] for row in rows if row["part"] == part]
+        body = [[text(row.get(name, "")) for name in heading] for row in rows if row["part"] == part]
         print(f"\n{title} (Triton {version('triton')})\n")
         print_table(list(heading.values()), body)
     print("\nTargets\n")
@@ -162,38 +167,6 @@ def print_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list):
-        return (
-            " x ".join(map(str, value))
-            if all(isinstance(x, int) for x in value)
-            else "; ".join(map(str, value))
-        )
-    return str(value)
-
-
-def write_csv(path: Path, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
-    """All rows, then the targets, each with the versions and the commit that they hold for."""
-    key = {"commit": commit(), "triton": version("triton"), "torch": version("torch")}
-    records = [{**key, **{name: _text(value) for name, value in row.items()}} for row in rows]
-    for verdict in verdicts:
-        judged = {
-            "part": "target",
-            "target": verdict.target.name,
-            "limit": f"{verdict.target.limit:g}",
-            "worst": f"{verdict.worst:.6g}",
-            "where": verdict.where,
-            "verdict": "met" if verdict.met else "missed",
-        }
-        records.append({**key, **judged})
-    names = list(dict.fromkeys(name for record in records for name in record))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
 
 
 if __name__ == "__main__":

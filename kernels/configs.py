@@ -1,8 +1,7 @@
-"""Block sizes, warps, stages and schedules of every kernel: the one place where they are chosen.
+"""Block sizes, warps, stages and schedules: the one place where they are chosen, with `configs_bwd.py`.
 
 Everything here is a function of shapes, dtype and architecture (and the number of SMs where a schedule is
-chosen), so that it is tested without a GPU. An architecture is a name: "sm_80", "sm_86", "sm_89", "sm_90",
-"sm_100", "sm_120" or "gfx942"; `architecture_of` names a device's own.
+chosen), so that it is tested without a GPU. `gpus.architecture_of` names a device's architecture.
 
 How a launcher, these configs and the audit fit together (see `kernels/launch.py`): the launcher asks for a
 config, builds a list of `Launch` values from it (`plan_<op>`), and runs them; the audit calls the same
@@ -11,112 +10,10 @@ config, builds a list of `Launch` values from it (`plan_<op>`), and runs them; t
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
-
-# Shared memory that one program may take, in KiB.
-SHARED_MEMORY = {
-    "sm_80": 163,
-    "sm_86": 99,
-    "sm_89": 99,
-    "sm_90": 227,
-    "sm_100": 227,
-    "sm_120": 99,
-    "gfx942": 64,
-}
-
-INTERPRETED = "sm_90"
-"""The architecture whose configs tensors on a CPU (the interpreter) and meta tensors take."""
-
-
-def architecture_of(device: torch.device) -> str:
-    """The architecture of a device: sm_<major><minor>, or AMD's gfx name."""
-    if device.type != "cuda":
-        return INTERPRETED
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-def multiprocessors_of(device: torch.device) -> int:
-    """The number of SMs (AMD: compute units) of a device; an H200's where there is no GPU."""
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-class Fault(NamedTuple):
-    """Versions of Triton that are publicly reported to get products like these kernels' wrong on some GPUs.
-
-    Attributes:
-        architectures: of those GPUs.
-        first: the oldest version that is reported.
-        fixed: the first version without the fault.
-        what: what goes wrong.
-        report: where that is said.
-    """
-
-    architectures: tuple[str, ...]
-    first: str
-    fixed: str
-    what: str
-    report: str
-
-
-FAULTS = (
-    # The second half of `tiles.chunk_output` adds to what the first half left. The repair
-    # (https://github.com/triton-lang/triton/pull/10988) is later than 3.8's branch.
-    Fault(
-        ("sm_100", "sm_103"),
-        first="3.6.0",
-        fixed="3.9.0",
-        what="two products that add up in one accumulator come out wrong",
-        report="https://github.com/triton-lang/triton/issues/10821",
-    ),
-    # These kernels walk tokens in such loops, and slices are as narrow as 32 columns.
-    Fault(
-        ("sm_100", "sm_103"),
-        first="3.6.0",
-        fixed="3.7.0",
-        what="products of 32 columns in loops of run-time length come out differently each time",
-        report="https://github.com/triton-lang/triton/issues/9871",
-    ),
-)
-"""Pairs of a GPU and a Triton that are refused.
-
-Reports about Hopper (sm_90) are no rows here, because what they name is not in these kernels: the audit looks
-for it in the compiled code (`benchmarks/audit/hazards.py`).
-"""
-
-
-def why_wrong(architecture: str, triton_version: str = triton.__version__) -> str | None:
-    """Half a sentence that says why this Triton is refused on this GPU; None where nothing is known."""
-    for fault in FAULTS:
-        if architecture in fault.architectures and (
-            _release(fault.first) <= _release(triton_version) < _release(fault.fixed)
-        ):
-            return (
-                f"with Triton {triton_version} on {architecture} {fault.what} ({fault.report}); "
-                f"Triton {fault.fixed} has the repair"
-            )
-    return None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(3, 7, 1) of "3.7.1", "3.7.1+git0a1b" or "3.7.1.post2"; missing parts are 0."""
-    numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[+-]", version)[0])[:3]]
-    return (*numbers, 0, 0, 0)[:3]
-
-
-def dot_precision(dtype: torch.dtype, architecture: str) -> str:
-    """`tl.dot`'s input_precision: "tf32" where torch itself would use it for float32, else "ieee"."""
-    allowed = torch.get_float32_matmul_precision() != "highest" and architecture.startswith("sm_")
-    return "tf32" if dtype is torch.float32 and allowed else "ieee"
 
 
 def padded(head_dim: int) -> int:
@@ -192,7 +89,7 @@ class PopConfig:
 
 
 LARGEST_KEY_DIM = 256
-"""The largest Dk of `pop_fwd`: a program holds all of it. Dv comes in slices and has no limit."""
+"""The largest Dk of a forward kernel: a program holds all of it. Dv comes in slices and has no limit."""
 
 LONGEST_LINE = 160
 """Rows in the tiles of one boundary: with more, a line leaves no room for a second program on an SM."""
@@ -213,7 +110,7 @@ _LINE = {
 }
 
 # The same by padded Dk, for one tile a step; float32 by its dots' precision.
-_STEPS = {
+STEPS = {
     "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
     "sm_100": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     "sm_120": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (16, 32, 8, 2)},
@@ -251,12 +148,12 @@ def pop_tiles(
     key_dim, value_dim = head_dims
     if key_dim > LARGEST_KEY_DIM:
         raise ValueError(f"pop_fwd(): Dk is {key_dim}; the kernel takes at most {LARGEST_KEY_DIM}.")
-    tile, cols_v, num_warps, num_stages = _of(_LINE, architecture)
+    tile, cols_v, num_warps, num_stages = entry_of(_LINE, architecture)
     rows = sum(length // tile * tile + tail_rows(length, tile) for length in lengths)
     wide_copies = key_dim % 8 == value_dim % 8 == 0  # of 16 bytes; narrower ones take more registers
     steps = dtype is torch.float32 or padded(max(head_dims)) > 64 or rows > LONGEST_LINE or not wide_copies
     if steps:
-        table = _of(_STEPS, precision if dtype is torch.float32 else architecture)
+        table = entry_of(STEPS, precision if dtype is torch.float32 else architecture)
         tile, cols_v, num_warps, num_stages = table[max(64, padded(key_dim))]
         tile = min(tile, padded(max(lengths)))
         # Narrow copies, and the second state that a prediction of several tiles holds, take registers.
@@ -289,125 +186,15 @@ def pop_config(
     2. One pass, unless half of the multiprocessors still have no program, and there are 4 blocks or more.
     """
     config = pop_tiles(lengths, head_dims, dtype, precision, architecture)
-    cols_v = _narrowed(config.cols_v, head_dims[1], pairs, multiprocessors)
+    cols_v = narrowed(config.cols_v, head_dims[1], pairs, multiprocessors)
     programs = pairs * -(-head_dims[1] // cols_v)
     split = 2 * programs <= multiprocessors and num_blocks >= FEWEST_SPLIT_BLOCKS
     return replace(config, cols_v=cols_v, split=split)
 
 
-def _of(table: dict[str, Any], kind: str) -> Any:
+def entry_of(table: dict[str, Any], kind: str) -> Any:
     """A table's entry, or that of the vendor's other architectures."""
     return table[kind] if kind in table else table["sm_" if kind.startswith("sm_") else "gfx"]
-
-
-# ---- pop_bwd ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """How a reverse sweep of `pop_bwd` or `retention_bwd` cuts its work.
-
-    Attributes:
-        tile: tokens of a tile.
-        cols_v: columns in a slice of Dv (of Dk in the sweep for dk alone, where the two change places).
-        num_warps, num_stages: of a program, and of its pipeline.
-        scale_v: which operand takes the powers of γ on the way into the state; see `tiles.chunk_state`.
-    """
-
-    tile: int
-    cols_v: int
-    num_warps: int
-    num_stages: int
-    scale_v: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class PopBwdConfig:
-    """The reverse sweeps of `pop_bwd`.
-
-    Attributes:
-        both: the sweep that finds dk and dv at once, or None where it takes one for each.
-        keys, values: the sweep for dk alone, and for dv alone or neither.
-        split: the gradients of the block states first, and then a program for each boundary.
-    """
-
-    both: SweepConfig | None
-    keys: SweepConfig
-    values: SweepConfig
-    split: bool = False
-
-
-# (tile, warps, stages) of a sweep for both, unsliced, up to 64 x 64, found by compiling (DESIGN.md, 6). There
-# is none for float32 "ieee": it would need more registers than there are.
-_BOTH = {
-    "sm_90": (64, 4, 2),
-    "sm_100": (64, 8, 2),
-    "sm_": (32, 4, 2),
-    "gfx": (64, 4, 2),
-    "tf32": (16, 4, 2),
-}
-
-# The same where 64 columns are not all there: masks and narrower copies need registers too.
-_BOTH_MASKED = {**_BOTH, "sm_90": (64, 8, 2), "sm_": (16, 4, 2)}
-
-
-def _sweep_for_both(head_dims: tuple[int, int], kind: str) -> SweepConfig | None:
-    """The sweep that finds dk and dv at once, for an architecture or a float32 precision; None: has none."""
-    if padded(max(head_dims)) > 64 or kind == "ieee":
-        return None
-    masked = padded(max(head_dims)) == 64 and any(dim % 16 for dim in head_dims)
-    tile, num_warps, num_stages = _of(_BOTH_MASKED if masked else _BOTH, kind)
-    return SweepConfig(tile=tile, cols_v=padded(head_dims[1]), num_warps=num_warps, num_stages=num_stages)
-
-
-def pop_bwd_config(
-    *,
-    pairs: int,
-    num_blocks: int,
-    lengths: tuple[int, int],
-    head_dims: tuple[int, int],
-    dtype: torch.dtype,
-    precision: str,
-    architecture: str,
-    multiprocessors: int,
-) -> PopBwdConfig:
-    """The reverse sweeps of `pop_bwd`; arguments as those of `pop_config`.
-
-    1. One sweep for dk and dv where both head dims are at most 64: unsliced, because dk is a sum over Dv.
-       Else one each: the forward's walk with its tiles and slices, which are narrower where programs are few.
-    2. No split, unless half of the multiprocessors have no program, and there are 4 blocks or more.
-    """
-    if max(head_dims) > LARGEST_KEY_DIM:
-        raise ValueError(
-            f"pop_bwd(): (Dk, Dv) is {head_dims}; the kernels take at most {LARGEST_KEY_DIM} of each."
-        )
-    longest = padded(max(lengths))
-    kind = precision if dtype is torch.float32 else architecture
-    both = _sweep_for_both(head_dims, kind)
-    if both is not None:
-        several = (
-            kind == "sm_90" and lengths[1] > both.tile
-        )  # a prediction of several tiles holds a second state
-        both = replace(both, tile=min(both.tile, longest), num_warps=8 if several else both.num_warps)
-
-    def alone(key_dim: int, value_dim: int) -> SweepConfig:
-        tile, cols_v, num_warps, num_stages = _of(_STEPS, kind)[max(64, padded(key_dim))]
-        return SweepConfig(
-            tile=min(tile, longest),
-            cols_v=_narrowed(min(cols_v, padded(value_dim)), value_dim, pairs, multiprocessors),
-            num_warps=num_warps,
-            num_stages=min(num_stages, 2),  # a third stage would cost a stack
-            scale_v=kind == "sm_90" and padded(key_dim) > 64,
-        )
-
-    values = alone(*head_dims)
-    programs = pairs if both is not None else pairs * -(-head_dims[1] // values.cols_v)
-    return PopBwdConfig(
-        both=both,
-        keys=alone(*reversed(head_dims)),
-        values=values,
-        split=2 * programs <= multiprocessors and num_blocks >= FEWEST_SPLIT_BLOCKS,
-    )
 
 
 # ---- retention_fwd and retention_step ----
@@ -434,9 +221,6 @@ class RetentionConfig:
     scale_v: bool
     stretch: int | None = None
 
-
-MAX_KEY_DIM = 256
-"""The largest Dk of `retention_fwd`: a program holds all of it. Dv comes in slices and has no limit."""
 
 NARROWEST_SLICE = 32
 """Columns of Dv: half the slice means twice the reads of q and k, if mostly from the cache."""
@@ -467,8 +251,8 @@ def retention_tiles(
 ) -> RetentionConfig:
     """The tiles of `retention_fwd` where there are programs enough: (Dk, Dv) by dtype and architecture."""
     key_dim, value_dim = head_dims
-    if key_dim > MAX_KEY_DIM:
-        raise ValueError(f"retention_fwd(): Dk is {key_dim}; the kernel takes at most {MAX_KEY_DIM}.")
+    if key_dim > LARGEST_KEY_DIM:
+        raise ValueError(f"retention_fwd(): Dk is {key_dim}; the kernel takes at most {LARGEST_KEY_DIM}.")
     if dtype is torch.float32:
         table = _TF32 if precision == "tf32" else _IEEE
     elif architecture == "sm_90":
@@ -478,6 +262,8 @@ def retention_tiles(
     else:
         table = _MMA if architecture.startswith("sm_") else _AMD
     rows, cols_v, num_warps, num_stages = table[max(64, padded(key_dim))]
+    if table is _WGMMA and padded(key_dim) == 128 and any(dim % 8 for dim in head_dims):
+        num_warps = 8  # copies of less than 16 bytes take more registers than 4 warps have
     return RetentionConfig(
         rows=rows,
         cols_k=padded(key_dim),
@@ -509,8 +295,8 @@ def retention_config(
     Packed sequences are judged by their mean length, because their lengths are on the device.
     """
     config = retention_tiles(head_dims, dtype, precision, architecture)
-    cols_v = _narrowed(config.cols_v, head_dims[1], sequences * num_heads, multiprocessors)
-    stretch = _stretch(
+    cols_v = narrowed(config.cols_v, head_dims[1], sequences * num_heads, multiprocessors)
+    stretch = stretch_of(
         tokens=tokens,
         sequences=sequences,
         pairs=num_heads * -(-head_dims[1] // cols_v),
@@ -521,14 +307,14 @@ def retention_config(
     return replace(config, cols_v=cols_v, stretch=stretch)
 
 
-def _narrowed(cols_v: int, value_dim: int, pairs: int, multiprocessors: int) -> int:
+def narrowed(cols_v: int, value_dim: int, pairs: int, multiprocessors: int) -> int:
     """Slices of Dv, halved while there are fewer programs (pairs x slices) than multiprocessors."""
     while cols_v > NARROWEST_SLICE and pairs * -(-value_dim // cols_v) < multiprocessors:
         cols_v //= 2
     return cols_v
 
 
-def _stretch(
+def stretch_of(
     *, tokens: int, sequences: int, pairs: int, rows: int, cols_k: int, multiprocessors: int
 ) -> int | None:
     """A stretch's tokens by the rule of `retention_config`, with `pairs` programs each; None: one sweep."""
@@ -575,72 +361,3 @@ def step_config(pairs: int, head_dims: tuple[int, int], multiprocessors: int) ->
     ):
         cols //= 2
     return StepConfig(rows=rows, cols=cols, num_warps=max(1, min(4, rows * cols // 1024)))
-
-
-# ---- retention_bwd ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetentionBwdConfig:
-    """The reverse sweeps of `retention_bwd`.
-
-    Attributes:
-        both: the sweep that finds dk and dv at once, or None where it takes one for each.
-        keys, values: the sweep for dk alone, and for dv alone or neither.
-        stretch: tokens that one program walks; None: whole sequences, in one sweep.
-    """
-
-    both: SweepConfig | None
-    keys: SweepConfig
-    values: SweepConfig
-    stretch: int | None = None
-
-
-def retention_bwd_config(
-    *,
-    tokens: int,
-    sequences: int,
-    num_heads: int,
-    head_dims: tuple[int, int],
-    dtype: torch.dtype,
-    precision: str,
-    architecture: str,
-    multiprocessors: int,
-) -> RetentionBwdConfig:
-    """The reverse sweeps of `retention_bwd`; arguments and schedule as those of `retention_config`.
-
-    One sweep for dk and dv where both head dims are at most 64: unsliced, because dk is a sum over Dv. Else
-    one each, which multiply as the forward does, so with its tiles and slices.
-    """
-    if max(head_dims) > MAX_KEY_DIM:
-        raise ValueError(
-            f"retention_bwd(): (Dk, Dv) is {head_dims}; the kernels take at most {MAX_KEY_DIM} of each."
-        )
-    kind = precision if dtype is torch.float32 else architecture
-    both = _sweep_for_both(head_dims, kind)
-
-    def alone(key_dim: int, value_dim: int) -> SweepConfig:
-        config = retention_tiles((key_dim, value_dim), dtype, precision, architecture)
-        cols_v = _narrowed(config.cols_v, value_dim, sequences * num_heads, multiprocessors)
-        # On sm_90 with 128 x 64, E before the stretch is a pointer more than 4 warps have registers for.
-        full = kind == "sm_90" and config.cols_k * cols_v == 128 * 64
-        return SweepConfig(
-            tile=config.rows,
-            cols_v=cols_v,
-            num_warps=8 if full else config.num_warps,
-            num_stages=config.num_stages,
-            scale_v=config.scale_v,
-        )
-
-    keys, values = alone(*reversed(head_dims)), alone(*head_dims)
-    slices = 1 if both is not None else -(-head_dims[1] // values.cols_v)
-    sweeps = [keys, values] if both is None else [both]
-    stretch = _stretch(
-        tokens=tokens,
-        sequences=sequences,
-        pairs=num_heads * slices,
-        rows=max(sweep.tile for sweep in sweeps),
-        cols_k=padded(max(head_dims)),
-        multiprocessors=multiprocessors,
-    )
-    return RetentionBwdConfig(both=both, keys=keys, values=values, stretch=stretch)

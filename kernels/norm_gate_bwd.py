@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import multiprocessors_of, row_config, row_runs
+from .configs import row_config, row_runs
+from .gpus import multiprocessors_of
 from .launch import Launch, run, with_contiguous_rows
 
 Gradients = list[Tensor | None]

@@ -26,16 +26,9 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from .configs import (
-    SCAN_TILE,
-    PopBwdConfig,
-    SweepConfig,
-    architecture_of,
-    dot_precision,
-    multiprocessors_of,
-    padded,
-    pop_bwd_config,
-)
+from .configs import SCAN_TILE, padded
+from .configs_bwd import PopBwdConfig, SweepConfig, pop_bwd_config
+from .gpus import architecture_of, dot_precision, multiprocessors_of
 from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
 from .pop_bwd_sweep import pop_bwd_kernel, scan_back_kernel
 from .pop_fwd import plan_pop_fwd
@@ -343,7 +336,7 @@ def pop_bwd(
         needs: which gradients to find: of q, k, v, q_pred, k_pred, v_pred, state.
         out: where to write the first six, each with a contiguous last dim, or None for a new tensor. They may
             be views of one tensor, but not of one that is read here.
-        config: how to cut the reverse sweeps, or None for `configs.pop_bwd_config`.
+        config: how to cut the reverse sweeps, or None for `configs_bwd.pop_bwd_config`.
 
     Returns:
         One gradient for each of `needs`, in the dtype and shape of what it belongs to; None where not needed.

@@ -37,16 +37,8 @@ from torch import Tensor
 from triton import cdiv
 
 from . import tiles
-from .configs import (
-    SCAN_TILE,
-    PopConfig,
-    architecture_of,
-    dot_precision,
-    multiprocessors_of,
-    padded,
-    pop_config,
-    tail_rows,
-)
+from .configs import SCAN_TILE, PopConfig, padded, pop_config, tail_rows
+from .gpus import architecture_of, dot_precision, multiprocessors_of
 from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
 from .pop_fwd_split import block_states_kernel, scan_blocks_kernel
 from .pop_fwd_steps import RUN_TIME, chunk_powers, pass_tile, pop_fwd_steps_kernel, token_stride

@@ -18,7 +18,7 @@ a slice of Dv would hold only part of dk's sum over Dv, and no float is added at
 
 Schedules are the forward's, backwards: one launch whose stretches are whole sequences; or, where those leave
 much of the GPU idle, what each stretch adds to E (the same kernel, writing no dk and dv), a scan from the
-last stretch to the first, and the sweep of every stretch from its own E. `configs.retention_bwd_config`
+last stretch to the first, and the sweep of every stretch from its own E. `configs_bwd.retention_bwd_config`
 chooses.
 """
 
@@ -33,17 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .configs import (
-    MOST_PACKED_IN_A_SPLIT,
-    SCAN_COLUMNS,
-    RetentionBwdConfig,
-    SweepConfig,
-    architecture_of,
-    dot_precision,
-    multiprocessors_of,
-    padded,
-    retention_bwd_config,
-)
+from .configs import MOST_PACKED_IN_A_SPLIT, SCAN_COLUMNS, padded
+from .configs_bwd import RetentionBwdConfig, SweepConfig, retention_bwd_config
+from .gpus import architecture_of, dot_precision, multiprocessors_of
 from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
 from .pop_bwd_sweep import load_state, pull_tile, store_state
 from .pop_fwd_steps import token_stride
@@ -432,7 +424,7 @@ def retention_bwd(
         q, k, v, log_decay, state, scale, cu_seqlens: as in `retention_fwd`.
         grad_out, grad_state: of its results, in their shapes and dtypes, any strides; None for zeros.
         needs: which gradients to find: of q, k, v, state.
-        config: how to cut the reverse sweeps; None: `configs.retention_bwd_config` chooses.
+        config: how to cut the reverse sweeps; None: `configs_bwd.retention_bwd_config` chooses.
 
     Returns:
         One gradient for each of `needs`, new, contiguous, in the dtype and shape of what it belongs to; None

@@ -29,16 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .configs import (
-    MOST_PACKED_IN_A_SPLIT,
-    SCAN_COLUMNS,
-    RetentionConfig,
-    architecture_of,
-    dot_precision,
-    multiprocessors_of,
-    retention_config,
-)
-from .launch import Launch, named_strides, run, with_contiguous_rows
+from .configs import MOST_PACKED_IN_A_SPLIT, SCAN_COLUMNS, RetentionConfig, retention_config
+from .gpus import architecture_of, dot_precision, multiprocessors_of
+from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
+from .pop_fwd_steps import token_stride
 
 # Arguments that differ from call to call: none of their values compiles a kernel anew.
 _RUN_TIME = ["H", "T", "num_sequences", "stretch", "per_sequence"]
@@ -129,13 +123,19 @@ def retention_fwd_kernel(
     SEQUENCES: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALE_V: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """The sweep of one stretch, with p_state the state before each stretch (None: zeros):
 
         o_i = c γ^(i+1) q_i S + Σ_{j<=i} c γ^(i-j) (q_i · k_j) v_j,   S <- γ^n S + Σ_j γ^(n-1-j) k_jᵀ v_j
 
-    chunk by chunk; the stretch that ends a sequence leaves S in p_final (None: nowhere).
+    chunk by chunk; the stretch that ends a sequence leaves S in p_final (None: nowhere). Strides of token
+    tensors are counted in UNIT elements.
     """
+    stride_q_t = token_stride(stride_q_t, None, UNIT)
+    stride_k_t = token_stride(stride_k_t, None, UNIT)
+    stride_v_t = token_stride(stride_v_t, None, UNIT)
+    stride_out_t = token_stride(stride_out_t, None, UNIT)
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
     first_col = (tl.program_id(0) % SLICES) * COLS_V
     i_nh = tl.program_id(0) // SLICES
@@ -145,14 +145,14 @@ def retention_fwd_kernel(
         i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
     )
     if p_bounds is None:
-        p_q += i_row.to(tl.int64) * stride_q_b
-        p_k += i_row.to(tl.int64) * stride_k_b
-        p_v += i_row.to(tl.int64) * stride_v_b
-        p_out += i_row.to(tl.int64) * stride_out_b
-    p_q += i_h * stride_q_h
-    p_k += i_h * stride_k_h
-    p_v += i_h * stride_v_h
-    p_out += i_h * stride_out_h
+        p_q += i_row.to(tl.int64) * stride_q_b * UNIT
+        p_k += i_row.to(tl.int64) * stride_k_b * UNIT
+        p_v += i_row.to(tl.int64) * stride_v_b * UNIT
+        p_out += i_row.to(tl.int64) * stride_out_b * UNIT
+    p_q += i_h * stride_q_h * UNIT
+    p_k += i_h * stride_k_h * UNIT
+    p_v += i_h * stride_v_h * UNIT
+    p_out += i_h * stride_out_h * UNIT
 
     if p_state is None:
         b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
@@ -205,8 +205,14 @@ def stretch_states_kernel(
     SEQUENCES: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALE_V: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    """A_m = Σ_j γ^(n-1-j) k_jᵀ v_j, what stretch m of n tokens adds to the state; not for a last one."""
+    """A_m = Σ_j γ^(n-1-j) k_jᵀ v_j, what stretch m of n tokens adds to the state; not for a last one.
+
+    Strides are counted in UNIT elements.
+    """
+    stride_k_t = token_stride(stride_k_t, None, UNIT)
+    stride_v_t = token_stride(stride_v_t, None, UNIT)
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
     first_col = (tl.program_id(0) % SLICES) * COLS_V
     i_nh = tl.program_id(0) // SLICES
@@ -216,8 +222,8 @@ def stretch_states_kernel(
         i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
     )
     end = tl.where(is_last, start, end)
-    p_k += i_row.to(tl.int64) * stride_k_b + i_h * stride_k_h
-    p_v += i_row.to(tl.int64) * stride_v_b + i_h * stride_v_h
+    p_k += (i_row.to(tl.int64) * stride_k_b + i_h * stride_k_h) * UNIT
+    p_v += (i_row.to(tl.int64) * stride_v_b + i_h * stride_v_h) * UNIT
     log_decay = tiles.load_log_decay(p_log_decay, i_h)
     b_to_end = tiles.decay_to_end(log_decay, ROWS, ROWS)
     whole, rest = tiles.decay_across(log_decay, ROWS)
@@ -327,10 +333,11 @@ def plan_retention_fwd(
         "p_final": final if with_final else None,
         **{"H": H, "T": T, "num_sequences": sequences},
         **{"DK": Dk, "DV": Dv, "ROWS": config.rows, "COLS_K": config.cols_k, "COLS_V": config.cols_v},
-        **{"PRECISION": precision, "SCALE_V": config.scale_v},
+        **{"PRECISION": precision, "SCALE_V": config.scale_v, "UNIT": stride_unit((q, k, v, out))},
     }
-    for name, tensor, dims in (("q", q, "bth"), ("k", k, "bth"), ("v", v, "bth"), ("out", out, "bth")):
-        arguments |= named_strides(name, tensor, dims)
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        strides = named_strides(name, tensor, "bth")
+        arguments |= {key: stride // arguments["UNIT"] for key, stride in strides.items()}
     arguments |= named_strides("state", state, "bhk")
     launches = _one_sweep(arguments, config) if config.stretch is None else _split(arguments, config)
     return launches, (out, final)

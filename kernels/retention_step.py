@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .configs import StepConfig, multiprocessors_of, step_config
+from .configs import StepConfig, step_config
+from .gpus import multiprocessors_of
 from .launch import Launch, named_strides, run, with_contiguous_rows
 
 

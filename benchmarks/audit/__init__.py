@@ -3,6 +3,6 @@
 - `traffic`: bytes and flops counted, and faulty accesses found, in Triton's interpreter.
 - `launches`, `compiled`, `machine_code`, `offsets`: what the launchers would compile, compiled ahead of
 time, and read.
-- `cases`, `targets`: what is audited, and what it must meet.
-- `mutants`, `mutation`: small faults put into the kernels one by one, to see whether the tests catch them.
+- `calls`, `cases`, `targets`: what is audited, and what it must meet.
+- `table`: the CSV, which keeps the rows of earlier audits.
 """

@@ -49,7 +49,6 @@ class Case:
         batch: rows of the whole case; it is counted on one row and as small a part of the GPU.
         call: makes the inputs for (device, batch rows) and calls the launcher; returns (inputs, outputs).
         flops: the yardstick for one row of the batch; 0 where there are no dot products.
-        core: whether `make test` audits it.
     """
 
     op: str
@@ -59,7 +58,6 @@ class Case:
     batch: int
     call: Callable[[torch.device, int], Made]
     flops: int = 0
-    core: bool = False
 
     @property
     def name(self) -> str:

@@ -77,10 +77,16 @@ def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
     """The instructions of one iteration of the longest loop; empty if there is no loop.
 
     Loops are natural ones: a jump back to an instruction that every way to the jump passes through. So a slow
-    path that stands after the end of the kernel and jumps back is none.
+    path that stands after the end of the kernel and jumps back is none, and neither is one that only waits.
     """
-    bodies = _natural_loops(code)
-    return [code[i] for i in max(bodies, key=len, default=[])]
+    bodies = [[code[i] for i in body] for body in _natural_loops(code)]
+    return max((body for body in bodies if not _only_waits(body)), key=len, default=[])
+
+
+def _only_waits(body: Sequence[Instruction]) -> bool:
+    """Whether a loop asks again and again if a barrier or a resource is free; sm_100 has many."""
+    waits, works = (count(body, pattern) for pattern in (r"SYNCS\S*TRYWAIT|NANOSLEEP", r"\w*MMA|LD|ST"))
+    return waits > 0 and not works
 
 
 def count(code: Iterable[Instruction], pattern: str) -> int:

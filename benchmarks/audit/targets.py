@@ -96,7 +96,7 @@ def _small(row: Row) -> bool:
 
 
 def _large(row: Row) -> bool:
-    return row["head_dim"] in (128, 256)
+    return bool(row["head_dim"] > 64)
 
 
 def _rem(row: Row) -> bool:
@@ -146,7 +146,7 @@ TARGETS = [
         limit=1.45,
     ),
     Target(
-        name="backward, D 128 and 256: sweeps",
+        name="backward, D above 64: sweeps",
         part="traffic",
         covers=_both(_is(op=_SWEPT), _large),
         figure=lambda row: row["launches"],
@@ -162,7 +162,7 @@ TARGETS = [
             limit=limit,
         )
         for architecture, limit in (("sm_90", 0), ("sm_80", 64))
-        for heads, covers in (("D <= 64", _small), ("D 128 and 256", _large))
+        for heads, covers in (("D <= 64", _small), ("D above 64", _large))
     ),
     Target(
         name="POP forward, REM's shapes, sm_90: KiB of shared memory",
@@ -182,6 +182,14 @@ TARGETS = [
         name="POP forward, REM's shapes, sm_90: async copies in the block loop",
         part="compile",
         covers=_both(_is("pop_fwd", architecture="sm_90", dtype="bfloat16"), _rem),
+        figure=lambda row: row["loop_async_copies"],
+        limit=1,
+        at_least=True,
+    ),
+    Target(
+        name="retention forward, D 24, 60 and 100, sm_90: async copies in the loop over chunks",
+        part="compile",
+        covers=_is("retention_fwd", architecture="sm_90", dtype="bfloat16", shape=("D 24", "D 60", "D 100")),
         figure=lambda row: row["loop_async_copies"],
         limit=1,
         at_least=True,

@@ -1,6 +1,6 @@
-"""One part of the audit in a process of its own, for `benchmarks.kernel_audit`; prints a JSON object a line.
+"""One part of the audit in a process of its own, for `benchmarks.kernel_audit`: a line of JSON a case.
 
-    python -m benchmarks.audit.worker compile|huge|traffic [--arch ...] [--op ...] [--core]
+    python -m benchmarks.audit.worker compile|huge|traffic [--arch ...] [--op ...] [--shape ...] [--core]
 
 Triton reads TRITON_INTERPRET when it decorates a kernel: `traffic` needs it set, the other two need it unset.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.audit.case import Case, floor_bytes, on_architecture
-from benchmarks.audit.cases import CASES, COUNTED, HUGE
+from benchmarks.audit.cases import CORE, PARTS
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 """Programs along each axis that CUDA launches."""
@@ -29,28 +29,36 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)
 def main() -> None:
     """Run one part over the chosen cases."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=AUDITS)
     parser.add_argument("--arch", nargs="+", default=["sm_90"])
     parser.add_argument("--op", nargs="*", default=[])
+    parser.add_argument("--shape", nargs="*", default=[])
     parser.add_argument("--core", action="store_true")
     arguments = parser.parse_args()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted != (arguments.part == "traffic"):
         raise RuntimeError(f"{arguments.part}: TRITON_INTERPRET=1 is wanted by `traffic` and by nothing else")
     for architecture in arguments.arch:
-        cases = {"compile": CASES, "huge": HUGE, "traffic": COUNTED}[arguments.part]
-        chosen = [case for case in cases if not arguments.op or case.op in arguments.op]
-        for case in chosen:
-            if case.core or not arguments.core:
-                for row in _rows(arguments.part, case, architecture):
-                    print(json.dumps({**_heading(case, architecture), **row}), flush=True)
+        for case in PARTS[arguments.part]:
+            if _is_chosen(case, arguments):
+                heading = {"part": arguments.part, **_heading(case, architecture)}
+                rows = _rows(arguments.part, case, architecture)
+                print(json.dumps([{**heading, **row} for row in rows]), flush=True)
+
+
+def _is_chosen(case: Case, arguments: argparse.Namespace) -> bool:
+    return (
+        (not arguments.op or case.op in arguments.op)
+        and (not arguments.shape or case.shape in arguments.shape)
+        and (not arguments.core or case.name in CORE[arguments.part])
+    )
 
 
 def _rows(part: str, case: Case, architecture: str) -> list[dict[str, Any]]:
     """The rows of a case; if it cannot be audited, one row that says why."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Triton prints all of a kernel that ptxas refuses
-            return [{**row, "failure": ""} for row in PARTS[part](case, architecture)]
+            return [{**row, "failure": ""} for row in AUDITS[part](case, architecture)]
     except Exception as error:  # whatever a launcher, a compiler or the interpreter raises is a result
         traceback.print_exc(limit=-2)
         return [{"failure": f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]}]
@@ -130,7 +138,7 @@ def count_case(case: Case, architecture: str) -> Iterator[dict[str, Any]]:
     }
 
 
-PARTS = {"compile": compile_case, "huge": overflows_of_case, "traffic": count_case}
+AUDITS = {"compile": compile_case, "huge": overflows_of_case, "traffic": count_case}
 
 if __name__ == "__main__":
     main()

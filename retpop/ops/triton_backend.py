@@ -70,8 +70,8 @@ why_unavailable.__dict__["_dynamo_marked_constant"] = True
 
 
 def _why_not_on_gpu(device: torch.device) -> str | None:
-    configs = kernels("configs")
-    architecture = configs.architecture_of(device)
+    gpus = kernels("gpus")
+    architecture = gpus.architecture_of(device)
     if torch.version.hip is not None:
         if architecture not in AMD_ARCHITECTURES:
             return f"the GPU is {architecture}; of AMD's, kernels are for {' and '.join(AMD_ARCHITECTURES)}"
@@ -80,7 +80,7 @@ def _why_not_on_gpu(device: torch.device) -> str | None:
         if properties.major < 8:
             capability = f"{properties.major}.{properties.minor}"
             return f"the GPU has compute capability {capability}, and the kernels need 8.0"
-    reason: str | None = configs.why_wrong(architecture)
+    reason: str | None = gpus.why_wrong(architecture)
     return reason
 
 
@@ -97,14 +97,14 @@ def why_transformed() -> str | None:
 def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
     """Which kernel would run (B, T, H) tokens, and how it would go about it; for people."""
     batch, length, heads = shape
-    configs = kernels("configs")
-    architecture = configs.architecture_of(inputs.device)
+    configs, gpus = kernels("configs"), kernels("gpus")
+    architecture = gpus.architecture_of(inputs.device)
     common = {
         "head_dims": (inputs.key_dim, inputs.value_dim),
         "dtype": inputs.dtype,
-        "precision": configs.dot_precision(inputs.dtype, architecture),
+        "precision": gpus.dot_precision(inputs.dtype, architecture),
         "architecture": architecture,
-        "multiprocessors": configs.multiprocessors_of(inputs.device),
+        "multiprocessors": gpus.multiprocessors_of(inputs.device),
     }
     if mode == "pop":
         if block_size is None:

@@ -1,4 +1,4 @@
-"""The configurations that `kernels/configs.py` chooses, and that they are chosen without a GPU."""
+"""The configurations that `kernels/configs.py` chooses, without a GPU, and what `kernels/gpus.py` knows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from retpop.kernels.configs import (
+from retpop.kernels.configs import PopConfig, padded, pop_config, pop_tiles, tail_rows
+from retpop.kernels.gpus import (
     FAULTS,
     SHARED_MEMORY,
-    PopConfig,
     architecture_of,
     dot_precision,
     multiprocessors_of,
-    padded,
-    pop_config,
-    pop_tiles,
-    tail_rows,
     why_wrong,
 )
 

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from benchmarks.audit.case import chunk_flops
-from benchmarks.audit.cases import CASES
+from benchmarks.audit.cases import CASES, CORE, PARTS
 from benchmarks.audit.machine_code import count, main_loop, read_amdgcn, read_sass
 from benchmarks.audit.offsets import overflows
+from benchmarks.audit.table import merge, read
 from benchmarks.audit.targets import judge
-from benchmarks.kernel_audit import write_csv
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -86,6 +86,22 @@ def test_the_loop_of_a_listing() -> None:
     assert [line.opcode for line in loop] == opcodes
     assert (count(code, "LDGSTS"), count(loop, "LDGSTS"), count(loop, "HGMMA|HMMA")) == (2, 1, 1)
     assert main_loop(read_sass(SASS.replace("@!P0 BRA 0x30", "NOP"))) == []
+
+
+WAITING = """
+\t\tFunction : waiting_kernel
+        /*0000*/                   UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ; /* 0x0 */
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR5+0x8000], R53 ; /* 0x0 */
+        /*0020*/              @!P3 BRA 0x10 ;                      /* 0x0 */
+        /*0030*/                   IADD3 R2, R2, 0x1, RZ ;         /* 0x0 */
+        /*0040*/               @P0 BRA 0x0 ;                       /* 0x0 */
+        /*0050*/                   EXIT ;                          /* 0x0 */
+"""
+
+
+def test_a_loop_that_only_waits_is_none() -> None:
+    assert len(main_loop(read_sass(WAITING))) == 5
+    assert main_loop(read_sass(WAITING.replace("@P0 BRA 0x0", "NOP"))) == []
 
 
 def test_the_loop_of_amd_assembly() -> None:
@@ -178,14 +194,52 @@ def test_a_case_that_fails_is_a_miss() -> None:
     assert "do not compile or run" in missed
 
 
-def test_csv_names_versions_and_commit(tmp_path: Path) -> None:
-    rows = [counted(), counted(bytes=106)]
-    write_csv(tmp_path / "deep" / "audit.csv", rows, judge(rows))
-    with (tmp_path / "deep" / "audit.csv").open(encoding="utf-8") as file:
+VERSIONS = {"commit": "abc", "triton": "3.9.0", "torch": "2.13.0"}
+
+
+def test_the_csv_says_what_its_rows_hold_for(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "audit.csv"
+    merge(path, [counted(overflows=[]), counted(bytes=106, kernel="second")], VERSIONS)
+    with path.open(encoding="utf-8") as file:
         records = list(csv.DictReader(file))
-    assert all(record["commit"] and record["triton"] and record["torch"] for record in records)
+    assert all(record.items() >= VERSIONS.items() for record in records)
     assert [record["bytes"] for record in records[:2]] == ["104", "106"]
     assert {record["verdict"] for record in records[2:]} == {"met", "missed"}
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    rows = [
+        counted(overflows=["a b", "c d"], grid=[1, 2, 3], grid_fits=False, seconds=0.0, worst=1e-05),
+        counted(overflows=[], grid=[], failure="ValueError: 3.5 is none"),
+    ]
+    merge(tmp_path / "audit.csv", rows, VERSIONS)
+    found = read(tmp_path / "audit.csv")
+    assert [{**row, **VERSIONS, "hazards": []} for row in rows] == [{"hazards": [], **row} for row in found]
+
+
+def test_a_case_takes_the_place_of_its_rows(tmp_path: Path) -> None:
+    """The others stay, with their commit; the targets are judged over all; what is not audited now goes."""
+    path = tmp_path / "audit.csv"
+    imagined = counted(shape="rem imagination", bytes=106)
+    merge(path, [counted(), counted(kernel="second"), imagined], VERSIONS)
+    merge(path, [counted(bytes=103)], VERSIONS | {"commit": "def"})
+    assert [(row["shape"], row["commit"]) for row in read(path)] == [
+        ("rem training", "def"),
+        ("rem imagination", "abc"),
+    ]
+    assert "rem imagination: bytes" in "".join(misses(*read(path)))
+    merge(path, [counted()], VERSIONS | {"triton": "3.10.0"})
+    assert len(read(path)) == 1
+    path.write_text(path.read_text(encoding="utf-8").replace("rem training", "no such shape"))
+    merge(path, [imagined], VERSIONS | {"triton": "3.10.0"})
+    assert [row["shape"] for row in read(path)] == ["rem imagination"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_op_shape_and_dtype_name_a_case(part: str) -> None:
+    names = {case.name for case in PARTS[part]}
+    assert len(names) == len(PARTS[part])
+    assert CORE[part] <= names
 
 
 # ---- compilers ----

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.audit.case import on_architecture
 from benchmarks.audit.traffic import audit
-from retpop.kernels.configs import PopBwdConfig, pop_bwd_config
+from retpop.kernels.configs_bwd import PopBwdConfig, pop_bwd_config
 from retpop.kernels.pop_bwd import plan_pop_bwd, pop_bwd
 
 LIMIT = 2e-5

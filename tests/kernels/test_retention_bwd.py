@@ -14,13 +14,9 @@ from retention_cases import RetentionCase, largest_error, normal
 from torch import Tensor
 
 from benchmarks.audit.traffic import audit
-from retpop.kernels.configs import (
-    SHARED_MEMORY,
-    RetentionBwdConfig,
-    SweepConfig,
-    padded,
-    retention_bwd_config,
-)
+from retpop.kernels.configs import padded
+from retpop.kernels.configs_bwd import RetentionBwdConfig, SweepConfig, retention_bwd_config
+from retpop.kernels.gpus import SHARED_MEMORY
 from retpop.kernels.launch import run as run_launches
 from retpop.kernels.retention_bwd import plan_retention_bwd, retention_bwd
 

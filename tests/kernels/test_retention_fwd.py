@@ -14,12 +14,12 @@ from torch import Tensor
 from benchmarks.audit.traffic import audit
 from retpop.kernels.configs import (
     MOST_PACKED_IN_A_SPLIT,
-    SHARED_MEMORY,
     RetentionConfig,
     padded,
     retention_config,
     retention_tiles,
 )
+from retpop.kernels.gpus import SHARED_MEMORY
 from retpop.kernels.launch import run as run_launches
 from retpop.kernels.retention_fwd import plan_retention_fwd, retention_fwd
 
@@ -384,6 +384,28 @@ def test_tiles_fit_the_head_dims(dtype: torch.dtype, architecture: str) -> None:
             assert config.stretch is None or config.stretch % config.rows == 0
             if dtype is torch.float32:
                 assert config.rows == 16
+
+
+def test_narrow_copies_have_more_warps_where_registers_run_out() -> None:
+    """A head dim of 100 makes copies of 8 bytes; with 4 warps they cost sm_90 a stack."""
+    for head_dim, num_warps in ((100, 8), (104, 4), (128, 4), (60, 4)):
+        assert choose(650, 1, 2, head_dim).num_warps == num_warps
+    assert choose(650, 1, 2, 100, architecture="sm_80").num_warps == 4
+
+
+@pytest.mark.parametrize(("head_dim", "unit"), [(60, 4), (100, 4), (24, 8), (64, 1), (33, 1)])
+@pytest.mark.parametrize("T", [65, 65_536])
+def test_strides_are_counted_in_what_divides_them(T: int, head_dim: int, unit: int) -> None:
+    """So the compiler knows how wide it may copy, whatever the head dim; Triton sees only multiples of 16."""
+    q = torch.empty(1, T, 3, head_dim, dtype=torch.bfloat16, device="meta")
+    launches, _ = plan_retention_fwd(
+        q, q, q, torch.empty(3, device="meta"), None, 0.125, architecture="sm_90"
+    )
+    counted = [launch.arguments for launch in launches if "UNIT" in launch.arguments]
+    assert len(counted) == (1 if T == 65 else 2)
+    for arguments in counted:
+        assert arguments["UNIT"] == unit
+        assert [unit * arguments[f"stride_k_{dim}"] for dim in "bth"] == [*q.stride()[:3]]
 
 
 def test_a_key_dim_that_no_program_holds() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 import retpop
-from retpop.kernels import configs
+from retpop.kernels import gpus
 from retpop.ops import triton_backend
 from retpop.ops.dispatch import choose_backend
 from retpop.ops.triton_backend import Inputs
@@ -50,7 +50,7 @@ def test_auto_takes_the_kernels_on_a_gpu() -> None:
 def test_a_gpu_that_this_triton_gets_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name with an error that says what, where it is reported and what helps; "auto" takes torch."""
     on_a_gpu(monkeypatch, major=10, minor=0)
-    monkeypatch.setattr(configs.why_wrong, "__defaults__", ("3.7.1",))
+    monkeypatch.setattr(gpus.why_wrong, "__defaults__", ("3.7.1",))
     name, reason = choose_backend("here", "auto", inputs())
     assert name == "torch"
     assert "Triton 3.7.1 on sm_100" in reason
@@ -58,7 +58,7 @@ def test_a_gpu_that_this_triton_gets_wrong_is_refused(monkeypatch: pytest.Monkey
         RuntimeError, match=r"^here: .* come out wrong \(https://.*; Triton 3.9.0 has the repair"
     ):
         choose_backend("here", "triton", inputs())
-    monkeypatch.setattr(configs.why_wrong, "__defaults__", ("3.9.0",))
+    monkeypatch.setattr(gpus.why_wrong, "__defaults__", ("3.9.0",))
     assert choose_backend("here", "triton", inputs())[0] == "triton"
 
 

@@ -19,13 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.audit.traffic import audit
-from retpop.kernels.configs import (
-    PopBwdConfig,
-    PopConfig,
-    RetentionBwdConfig,
-    RetentionConfig,
-    SweepConfig,
-)
+from retpop.kernels.configs import PopConfig, RetentionConfig
+from retpop.kernels.configs_bwd import PopBwdConfig, RetentionBwdConfig, SweepConfig
 from retpop.ops import reference
 from retpop.position import rotary_frequencies, rotate, rotation_at
 

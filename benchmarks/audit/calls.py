@@ -1,0 +1,259 @@
+"""What is called: each operation at some sizes, forward and backward, on inputs as the layers make them.
+
+A backward call is given a gradient of each output and finds that of each input. Its floor: each input and
+each gradient of an output read once, each gradient of an input written once; the yardstick of its products is
+`BACKWARD_FLOPS` of the forward's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.audit.case import BACKWARD_FLOPS, FP32, Case, Made, chunk_flops, launcher, log_decays, tokens
+from retpop.ops.rows import split_row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """An operation at some sizes.
+
+    Attributes:
+        names: the launchers of its forward and, if it has one, of its backward.
+        B: rows of the batch; a call is made for as many as it is told.
+        H, D: heads and their dims.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    B: int
+    H: int
+    D: int
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """(Dk, Dv)."""
+        return self.D, self.D
+
+    @property
+    def flops(self) -> int:
+        """The yardstick of the forward for one row of the batch; 0 without products of tiles."""
+        return 0
+
+    def forward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        raise NotImplementedError
+
+    def backward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        raise NotImplementedError
+
+
+def forward(dtype: torch.dtype, shape: str, call: Call) -> Case:
+    """The forward call as a case, whose ``shape`` is a name for its sizes."""
+    return Case(
+        op=call.names[0],
+        shape=shape,
+        dtype=dtype,
+        head_dim=max(call.dims),
+        batch=call.B,
+        call=lambda device, rows: call.forward(dtype, device, rows),
+        flops=call.flops,
+    )
+
+
+def backward(dtype: torch.dtype, shape: str, call: Call) -> Case:
+    """The backward call as a case."""
+    return Case(
+        op=call.names[1],
+        shape=shape,
+        dtype=dtype,
+        head_dim=max(call.dims),
+        batch=call.B,
+        call=lambda device, rows: call.backward(dtype, device, rows),
+        flops=int(BACKWARD_FLOPS * call.flops),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pop(Call):
+    """``state``: with a first state, and a gradient of the last one. ``packed``: as the layers call it, with
+    views of a projection's q, k and v, and what comes out in rows of main and prediction tokens.
+    """
+
+    names: ClassVar = ("pop_fwd", "pop_bwd")
+
+    N: int
+    L: int
+    M: int
+    Dv: int | None = None
+    P: int | None = None
+    offset: int = 0
+    state: bool = False
+    reset: bool = False
+    packed: bool = False
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return self.D, self.Dv or self.D
+
+    @property
+    def predictions(self) -> int:
+        return self.N if self.P is None else self.P
+
+    @property
+    def flops(self) -> int:
+        blocks = self.N * chunk_flops(self.L, *self.dims)
+        return self.H * (blocks + self.predictions * chunk_flops(self.M, *self.dims, takes_in=False))
+
+    def forward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        inputs = self._inputs(dtype, device, rows)
+        into = dict(zip(("out", "pred"), self._pair(dtype, device, rows, self.D), strict=True))
+        launch = launcher("pop_fwd")
+        return inputs, launch(*inputs, self.L, self.offset, self.D**-0.5, **(into if self.packed else {}))
+
+    def backward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        inputs = self._inputs(dtype, device, rows)
+        inputs += self._pair(dtype, device, rows, self.dims[1])
+        inputs.append(self._state(device, rows))
+        pairs = [self._pair(dtype, device, rows, self.D) for _ in range(3)]
+        into = [*(main for main, _ in pairs), *(pred for _, pred in pairs)] if self.packed else None
+        grads = launcher("pop_bwd")(*inputs, self.L, self.offset, self.D**-0.5, [True] * 7, out=into)
+        return inputs, [x for x in grads if x is not None]
+
+    def _inputs(self, dtype: torch.dtype, device: torch.device, rows: int) -> list[Tensor | None]:
+        if self.packed:
+            projected = tokens(device, dtype, rows, self._length, 3, self.H, self.D)
+            pairs = [self._split(x) for x in projected.unbind(2)]
+        else:
+            pairs = [self._pair(dtype, device, rows, width) for width in (self.D, *self.dims)]
+        main, pred = zip(*pairs, strict=True)
+        starts = torch.zeros(rows, self.N, dtype=torch.bool, device=device) if self.reset else None
+        return [*main, *pred, log_decays(device, self.H), self._state(device, rows), starts]
+
+    def _pair(self, dtype: torch.dtype, device: torch.device, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        """Tokens of blocks and of predictions: views of one row if packed."""
+        if self.packed:
+            return self._split(tokens(device, dtype, rows, self._length, self.H, width))
+        main = tokens(device, dtype, rows, self.N * self.L, self.H, width)
+        return main, tokens(device, dtype, rows, self.predictions, self.M, self.H, width)
+
+    @property
+    def _length(self) -> int:
+        return self.N * self.L + self.predictions * self.M
+
+    def _split(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        return split_row(row, (self.predictions, self.M))
+
+    def _state(self, device: torch.device, rows: int) -> Tensor | None:
+        return torch.zeros(rows, self.H, *self.dims, device=device) if self.state else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention(Call):
+    """B sequences of T tokens, or packed ones of ``lengths`` (B is 1); ``state`` as in `Pop`."""
+
+    names: ClassVar = ("retention_fwd", "retention_bwd")
+
+    T: int
+    Dv: int | None = None
+    state: bool = False
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return self.D, self.Dv or self.D
+
+    @property
+    def flops(self) -> int:
+        return self.H * sum(chunk_flops(length, *self.dims) for length in self.lengths or [self.T])
+
+    def forward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        inputs = self._inputs(dtype, device, rows)
+        bounds = self._bounds(device)
+        return [*inputs, bounds], launcher("retention_fwd")(*inputs, self.D**-0.5, bounds)
+
+    def backward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        inputs = self._inputs(dtype, device, rows)
+        given = [
+            self._bounds(device),
+            tokens(device, dtype, rows, self.T, self.H, self.dims[1]),
+            self._state(device, rows),
+        ]
+        grads = launcher("retention_bwd")(*inputs, self.D**-0.5, *given)
+        return [*inputs, *given], [x for x in grads if x is not None]
+
+    def _inputs(self, dtype: torch.dtype, device: torch.device, rows: int) -> list[Tensor | None]:
+        qkv = [tokens(device, dtype, rows, self.T, self.H, width) for width in (self.D, *self.dims)]
+        return [*qkv, log_decays(device, self.H), self._state(device, rows)]
+
+    def _bounds(self, device: torch.device) -> Tensor | None:
+        ends = list(itertools.accumulate(self.lengths, initial=0))
+        return torch.tensor(ends, device=device) if self.lengths else None
+
+    def _state(self, device: torch.device, rows: int) -> Tensor | None:
+        sequences = len(self.lengths) or rows
+        return torch.zeros(sequences, self.H, *self.dims, device=device) if self.state else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Call):
+    """One token of each of B sequences."""
+
+    names: ClassVar = ("retention_step",)
+
+    def forward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        inputs = [
+            *(tokens(device, dtype, rows, self.H, self.D) for _ in range(3)),
+            log_decays(device, self.H),
+        ]
+        inputs.append(torch.zeros(rows, self.H, self.D, self.D, device=device))
+        return inputs, launcher("retention_step")(*inputs, self.D**-0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormGate(Call):
+    """With weight and bias for "rmsnorm", without for "groupnorm"."""
+
+    names: ClassVar = ("norm_gate_fwd", "norm_gate_bwd")
+
+    T: int
+    kind: str
+
+    def forward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        inputs = self._inputs(dtype, device, rows)
+        return inputs, [launcher("norm_gate_fwd")(*inputs, self.kind, 1e-6)]
+
+    def backward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        inputs = self._inputs(dtype, device, rows)
+        inputs.append(tokens(device, dtype, rows, self.T, self.H, self.D))
+        grads = launcher("norm_gate_bwd")(*inputs, self.kind, 1e-6)
+        return inputs, [x for x in grads if x is not None]
+
+    def _inputs(self, dtype: torch.dtype, device: torch.device, rows: int) -> list[Tensor | None]:
+        x = tokens(device, dtype, rows, self.T, self.H, self.D)
+        gate = tokens(device, dtype, rows, self.T, self.H * self.D)
+        affine = [tokens(device, dtype, self.H, self.D) if self.kind == "rmsnorm" else None for _ in range(2)]
+        return [x, gate, *affine]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary(Call):
+    """Of queries and keys, or of their gradients: the inverse."""
+
+    names: ClassVar = ("rotary_fwd", "rotary_bwd")
+
+    T: int
+    kind: str
+
+    def forward(self, dtype: torch.dtype, device: torch.device, rows: int, *, inverse: bool = False) -> Made:
+        q, k = (tokens(device, dtype, rows, self.T, self.H, self.D) for _ in range(2))
+        cos, sin = (tokens(device, FP32, 1, self.T, 1, self.D) for _ in range(2))
+        turned = launcher(self.names[inverse])(q, k, cos, sin, self.kind, inverse=inverse)
+        # The floor is half of each angle table: every cosine and sine stands there twice.
+        return [q, k, cos[..., : self.D // 2], sin[..., : self.D // 2]], turned
+
+    def backward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        return self.forward(dtype, device, rows, inverse=True)

@@ -1,0 +1,196 @@
+"""Tiles and schedules of the reverse sweeps of `pop_bwd` and `retention_bwd`; see `configs.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .configs import (
+    FEWEST_SPLIT_BLOCKS,
+    LARGEST_KEY_DIM,
+    STEPS,
+    entry_of,
+    narrowed,
+    padded,
+    retention_tiles,
+    stretch_of,
+)
+
+# ---- pop_bwd ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """How a reverse sweep of `pop_bwd` or `retention_bwd` cuts its work.
+
+    Attributes:
+        tile: tokens of a tile.
+        cols_v: columns in a slice of Dv (of Dk in the sweep for dk alone, where the two change places).
+        num_warps, num_stages: of a program, and of its pipeline.
+        scale_v: which operand takes the powers of γ on the way into the state; see `tiles.chunk_state`.
+    """
+
+    tile: int
+    cols_v: int
+    num_warps: int
+    num_stages: int
+    scale_v: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopBwdConfig:
+    """The reverse sweeps of `pop_bwd`.
+
+    Attributes:
+        both: the sweep that finds dk and dv at once, or None where it takes one for each.
+        keys, values: the sweep for dk alone, and for dv alone or neither.
+        split: the gradients of the block states first, and then a program for each boundary.
+    """
+
+    both: SweepConfig | None
+    keys: SweepConfig
+    values: SweepConfig
+    split: bool = False
+
+
+# (tile, warps, stages) of a sweep for both, unsliced, up to 64 x 64, found by compiling (DESIGN.md, 6). There
+# is none for float32 "ieee": it would need more registers than there are.
+_BOTH = {
+    "sm_90": (64, 4, 2),
+    "sm_100": (64, 8, 2),
+    "sm_": (32, 4, 2),
+    "gfx": (64, 4, 2),
+    "tf32": (16, 4, 2),
+}
+
+# The same where 64 columns are not all there: masks and narrower copies need registers too.
+_BOTH_MASKED = {**_BOTH, "sm_90": (64, 8, 2), "sm_": (16, 4, 2)}
+
+
+def _sweep_for_both(head_dims: tuple[int, int], kind: str) -> SweepConfig | None:
+    """The sweep that finds dk and dv at once, for an architecture or a float32 precision; None: has none."""
+    if padded(max(head_dims)) > 64 or kind == "ieee":
+        return None
+    masked = padded(max(head_dims)) == 64 and any(dim % 16 for dim in head_dims)
+    tile, num_warps, num_stages = entry_of(_BOTH_MASKED if masked else _BOTH, kind)
+    return SweepConfig(tile=tile, cols_v=padded(head_dims[1]), num_warps=num_warps, num_stages=num_stages)
+
+
+def pop_bwd_config(
+    *,
+    pairs: int,
+    num_blocks: int,
+    lengths: tuple[int, int],
+    head_dims: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    architecture: str,
+    multiprocessors: int,
+) -> PopBwdConfig:
+    """The reverse sweeps of `pop_bwd`; arguments as those of `pop_config`.
+
+    1. One sweep for dk and dv where both head dims are at most 64: unsliced, because dk is a sum over Dv.
+       Else one each: the forward's walk with its tiles and slices, which are narrower where programs are few.
+    2. No split, unless half of the multiprocessors have no program, and there are 4 blocks or more.
+    """
+    if max(head_dims) > LARGEST_KEY_DIM:
+        raise ValueError(
+            f"pop_bwd(): (Dk, Dv) is {head_dims}; the kernels take at most {LARGEST_KEY_DIM} of each."
+        )
+    longest = padded(max(lengths))
+    kind = precision if dtype is torch.float32 else architecture
+    both = _sweep_for_both(head_dims, kind)
+    if both is not None:
+        several = (
+            kind == "sm_90" and lengths[1] > both.tile
+        )  # a prediction of several tiles holds a second state
+        both = replace(both, tile=min(both.tile, longest), num_warps=8 if several else both.num_warps)
+
+    def alone(key_dim: int, value_dim: int) -> SweepConfig:
+        tile, cols_v, num_warps, num_stages = entry_of(STEPS, kind)[max(64, padded(key_dim))]
+        return SweepConfig(
+            tile=min(tile, longest),
+            cols_v=narrowed(min(cols_v, padded(value_dim)), value_dim, pairs, multiprocessors),
+            num_warps=num_warps,
+            num_stages=min(num_stages, 2),  # a third stage would cost a stack
+            scale_v=kind == "sm_90" and padded(key_dim) > 64,
+        )
+
+    values = alone(*head_dims)
+    programs = pairs if both is not None else pairs * -(-head_dims[1] // values.cols_v)
+    return PopBwdConfig(
+        both=both,
+        keys=alone(*reversed(head_dims)),
+        values=values,
+        split=2 * programs <= multiprocessors and num_blocks >= FEWEST_SPLIT_BLOCKS,
+    )
+
+
+# ---- retention_bwd ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionBwdConfig:
+    """The reverse sweeps of `retention_bwd`.
+
+    Attributes:
+        both: the sweep that finds dk and dv at once, or None where it takes one for each.
+        keys, values: the sweep for dk alone, and for dv alone or neither.
+        stretch: tokens that one program walks; None: whole sequences, in one sweep.
+    """
+
+    both: SweepConfig | None
+    keys: SweepConfig
+    values: SweepConfig
+    stretch: int | None = None
+
+
+def retention_bwd_config(
+    *,
+    tokens: int,
+    sequences: int,
+    num_heads: int,
+    head_dims: tuple[int, int],
+    dtype: torch.dtype,
+    precision: str,
+    architecture: str,
+    multiprocessors: int,
+) -> RetentionBwdConfig:
+    """The reverse sweeps of `retention_bwd`; arguments and schedule as those of `retention_config`.
+
+    One sweep for dk and dv where both head dims are at most 64: unsliced, because dk is a sum over Dv. Else
+    one each, which multiply as the forward does, so with its tiles and slices.
+    """
+    if max(head_dims) > LARGEST_KEY_DIM:
+        raise ValueError(
+            f"retention_bwd(): (Dk, Dv) is {head_dims}; the kernels take at most {LARGEST_KEY_DIM} of each."
+        )
+    kind = precision if dtype is torch.float32 else architecture
+    both = _sweep_for_both(head_dims, kind)
+
+    def alone(key_dim: int, value_dim: int) -> SweepConfig:
+        config = retention_tiles((key_dim, value_dim), dtype, precision, architecture)
+        cols_v = narrowed(config.cols_v, value_dim, sequences * num_heads, multiprocessors)
+        # On sm_90 with 128 x 64, E before the stretch is a pointer more than 4 warps have registers for.
+        full = kind == "sm_90" and config.cols_k * cols_v == 128 * 64
+        return SweepConfig(
+            tile=config.rows,
+            cols_v=cols_v,
+            num_warps=8 if full else config.num_warps,
+            num_stages=config.num_stages,
+            scale_v=config.scale_v,
+        )
+
+    keys, values = alone(*reversed(head_dims)), alone(*head_dims)
+    slices = 1 if both is not None else -(-head_dims[1] // values.cols_v)
+    sweeps = [keys, values] if both is None else [both]
+    stretch = stretch_of(
+        tokens=tokens,
+        sequences=sequences,
+        pairs=num_heads * slices,
+        rows=max(sweep.tile for sweep in sweeps),
+        cols_k=padded(max(head_dims)),
+        multiprocessors=multiprocessors,
+    )
+    return RetentionBwdConfig(both=both, keys=keys, values=values, stretch=stretch)

@@ -1,0 +1,112 @@
+"""What is known of GPUs: their names and sizes, and which versions of Triton are wrong on them.
+
+An architecture is a name: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120" or "gfx942".
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+import triton
+
+# Shared memory that one program may take, in KiB.
+SHARED_MEMORY = {
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+}
+
+INTERPRETED = "sm_90"
+"""The architecture whose configs tensors on a CPU (the interpreter) and meta tensors take."""
+
+
+def architecture_of(device: torch.device) -> str:
+    """The architecture of a device: sm_<major><minor>, or AMD's gfx name."""
+    if device.type != "cuda":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def multiprocessors_of(device: torch.device) -> int:
+    """The number of SMs (AMD: compute units) of a device; an H200's where there is no GPU."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Fault(NamedTuple):
+    """Versions of Triton that are publicly reported to get products like these kernels' wrong on some GPUs.
+
+    Attributes:
+        architectures: of those GPUs.
+        first: the oldest version that is reported.
+        fixed: the first version without the fault.
+        what: what goes wrong.
+        report: where that is said.
+    """
+
+    architectures: tuple[str, ...]
+    first: str
+    fixed: str
+    what: str
+    report: str
+
+
+FAULTS = (
+    # The second half of `tiles.chunk_output` adds to what the first half left. The repair
+    # (https://github.com/triton-lang/triton/pull/10988) is later than 3.8's branch.
+    Fault(
+        ("sm_100", "sm_103"),
+        first="3.6.0",
+        fixed="3.9.0",
+        what="two products that add up in one accumulator come out wrong",
+        report="https://github.com/triton-lang/triton/issues/10821",
+    ),
+    # These kernels walk tokens in such loops, and slices are as narrow as 32 columns.
+    Fault(
+        ("sm_100", "sm_103"),
+        first="3.6.0",
+        fixed="3.7.0",
+        what="products of 32 columns in loops of run-time length come out differently each time",
+        report="https://github.com/triton-lang/triton/issues/9871",
+    ),
+)
+"""Pairs of a GPU and a Triton that are refused.
+
+Reports about Hopper (sm_90) are no rows here, because what they name is not in these kernels: the audit looks
+for it in the compiled code (`benchmarks/audit/hazards.py`).
+"""
+
+
+def why_wrong(architecture: str, triton_version: str = triton.__version__) -> str | None:
+    """Half a sentence that says why this Triton is refused on this GPU; None where nothing is known."""
+    for fault in FAULTS:
+        if architecture in fault.architectures and (
+            _release(fault.first) <= _release(triton_version) < _release(fault.fixed)
+        ):
+            return (
+                f"with Triton {triton_version} on {architecture} {fault.what} ({fault.report}); "
+                f"Triton {fault.fixed} has the repair"
+            )
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(3, 7, 1) of "3.7.1", "3.7.1+git0a1b" or "3.7.1.post2"; missing parts are 0."""
+    numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[+-]", version)[0])[:3]]
+    return (*numbers, 0, 0, 0)[:3]
+
+
+def dot_precision(dtype: torch.dtype, architecture: str) -> str:
+    """`tl.dot`'s input_precision: "tf32" where torch itself would use it for float32, else "ieee"."""
+    allowed = torch.get_float32_matmul_precision() != "highest" and architecture.startswith("sm_")
+    return "tf32" if dtype is torch.float32 and allowed else "ieee"
