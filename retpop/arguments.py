@@ -14,18 +14,18 @@ def check_tensor(where: str, name: str, value: object) -> None:
 
 
 def values_are_free(x: Tensor) -> bool:
-    """Whether reading ``x``'s values costs nothing: eager, on the CPU, not inside a functorch transform."""
-    return x.is_cpu and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor) or is_transformed(x))
+    """Whether reading ``x``'s values costs nothing: eager, on the CPU, not inside a functorch transform.
+
+    Inside one torch 2.9 does not read tensors that the transform leaves alone either.
+    """
+    return x.is_cpu and not (
+        torch.compiler.is_compiling() or isinstance(x, FakeTensor) or transforms_are_active()
+    )
 
 
 def free_values(x: Tensor) -> list[float] | None:
     """The values of ``x`` (N,), where reading them costs nothing."""
     return x.tolist() if values_are_free(x) else None
-
-
-def is_transformed(x: Tensor) -> bool:
-    """Whether a transform of `torch.func` is at work on ``x``."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def transforms_are_active() -> bool:
