@@ -39,7 +39,7 @@ this page from the raw results in `examples/rem_atari/results/`: of every run it
 quality on held-out steps, and the machine that it ran on. Do not edit it: a test compares it with them.
 
 A return is the mean over whole games, with its standard error and the number of games; *ratio* is that to
-random play, where random play's return is above 0. *CPU* is the time of all threads together: machines did
+random play, where that is above 0 by twice its error. *CPU* is the time of all threads together: machines did
 other work at the same time, so the wall time, which ends with the last evaluation, says less. The quality
 of tokenizer and world model is explained with [the report](rem_atari.md#the-quality-of-the-model).
 """
@@ -218,8 +218,8 @@ def _returns(found: Returns | None) -> str:
 
 
 def _ratio(agent: Returns | None, random: Returns | None) -> str:
-    """How many times random play's return; of a return of 0 or less there are no multiples."""
-    if agent is None or random is None or random.mean <= 0:
+    """How many times random play's return; of one that may as well be 0 or less there are no multiples."""
+    if agent is None or random is None or random.mean <= 2 * (random.standard_error or 0.0):
         return "–"
     return f"{agent.mean / random.mean:.1f}"
 

@@ -30,7 +30,7 @@ def free_values(x: Tensor) -> list[float] | None:
 
 def transforms_are_active() -> bool:
     """Whether a transform of `torch.func` is at work on anything."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
 
 
 def check_num_heads(where: str, num_heads: int) -> None:

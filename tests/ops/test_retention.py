@@ -21,6 +21,7 @@ from retention_cases import (
 )
 
 import retpop
+from retpop.ops.autocast import autocast_is_on
 
 
 @st.composite
@@ -267,6 +268,20 @@ def test_autocast_casts_q_k_v_and_leaves_the_state_alone(mode: str) -> None:
     assert state.dtype is torch.float32
     assert torch.equal(out, expected_out)
     assert torch.equal(state, expected_state)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
+def test_autocast_is_seen_on_devices_that_have_it(device: str) -> None:
+    """On each for itself: no device's autocast is another's, and "meta" has none."""
+    assert not autocast_is_on(device)
+    if device == "meta":
+        return
+    torch.set_autocast_enabled(device, True)
+    try:
+        seen = [name for name in ("cpu", "mps", "meta") if autocast_is_on(name)]
+        assert seen == [device]
+    finally:
+        torch.set_autocast_enabled(device, False)
 
 
 def test_the_state_s_gradient_flows_through_many_carried_steps() -> None:

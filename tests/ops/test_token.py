@@ -21,13 +21,16 @@ from retention_cases import (
 from torch import Tensor
 
 import retpop
+from retpop.ops.decay_powers import DecayPowers
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 def slow_decays(num_heads: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """γ from 1/2 to 1, both of them included: where the state is carried as S + (γ - 1) S."""
-    return torch.linspace(math.log(0.5), 0, num_heads, dtype=dtype)
+    """γ from 1/2 to 1, both included but for rounding: where the state is carried as S + (γ - 1) S."""
+    log_decay = torch.linspace(math.log(0.5), 0, num_heads, dtype=dtype).clamp(min=math.log(0.5) + 1e-7)
+    assert DecayPowers(log_decay, 1.0, dtype, log_decay.tolist()).across_token().whole is None
+    return log_decay
 
 
 def token(

@@ -129,6 +129,24 @@ def test_compiled_without_a_graph_break(mode: str, T: int) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("mode", "T"), [("parallel", 18), ("chunkwise", 18), ("recurrent", 3), ("recurrent", 1)]
+)
+def test_vmap_over_the_state_compiled(mode: str, T: int) -> None:
+    """What the state is written over must not be a tensor that lacks its batch."""
+    cases = [RetentionCase.make(2, T, 2, 3, 4, seed=seed) for seed in range(2)]
+    states = torch.stack([case.state for case in cases])
+
+    def run(state: Tensor) -> tuple[Tensor, Tensor]:
+        return replace(cases[0], state=state).run(**mode_options(mode))
+
+    compiled = torch.compile(torch.vmap(run), fullgraph=True, backend="eager")
+    actual = compiled(states)
+    expected = [torch.stack(each) for each in zip(*(run(state) for state in states), strict=True)]
+    assert_same_results(actual, expected, 1e-12)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_parallel_form_compiles_once_for_all_lengths_but_the_first() -> None:
     counter = CompileCounterWithBackend("eager")
     log_decay = retpop.retnet_decay(2)

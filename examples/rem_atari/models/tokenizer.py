@@ -36,7 +36,8 @@ class Tokenizer(nn.Module):
         frame_size: S, the side of a frame in pixels.
 
     Raises:
-        ValueError: the frame cannot be halved so often, or the groups do not divide every layer's channels.
+        ValueError: the frame cannot be halved so often, the groups do not divide every layer's channels, or
+            a patchwise encoder's last norm has a group for each number and would make it constant.
 
     Source: arXiv 2402.05643 (the VQ-VAE of IRIS, arXiv 2209.00588, without attention and residual blocks);
     3,189,667 parameters at the published size.
@@ -56,6 +57,11 @@ class Tokenizer(nn.Module):
         if any(channels % cfg.groups != 0 for channels in cfg.channels):
             raise ValueError(
                 f"tokenizer.groups is {cfg.groups}; it must divide each of tokenizer.channels {cfg.channels}."
+            )
+        if cfg.patchwise and cfg.groups == cfg.channels[-1]:
+            raise ValueError(
+                f"tokenizer.groups is {cfg.groups}, the last of tokenizer.channels {cfg.channels}: "
+                "with tokenizer.patchwise norms over one number each make all patches equal; give fewer."
             )
         self.cfg = cfg
         self.frame_size = frame_size
@@ -188,8 +194,8 @@ class Tokenizer(nn.Module):
         images = _to_images(_to_floats(frames))
         if self.cfg.patchwise:
             images = rearrange(images, "b c (h p) (w q) -> (b h w) c p q", h=self.grid, w=self.grid)
-        outputs = self.to_code(self.encoder(images)).float()
-        return rearrange(outputs, "(b n) e h w -> b (n h w) e", b=frames.shape[0])
+        outputs = rearrange(self.to_code(self.encoder(images)).float(), "b e h w -> (b h w) e")
+        return outputs.unflatten(0, (frames.shape[0], self.num_tokens))
 
     def _reconstruct(self, codes: Tensor) -> Tensor:
         """Frames of codes: (B, K, E) to (B, S, S, 3) about [-1, 1]."""

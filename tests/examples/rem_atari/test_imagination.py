@@ -234,7 +234,7 @@ def test_a_segment_may_be_a_single_frame():
     assert torch.isfinite(loss)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])  # whose cache torch 2.9 and 2.13 keep differently
 def test_the_loss_trains_the_controller_and_nothing_else(autocast):
     agent, segments = small_agent(), some_segments()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

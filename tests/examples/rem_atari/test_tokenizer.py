@@ -81,6 +81,17 @@ def test_patchwise_a_code_depends_on_the_pixels_of_its_patch_alone(patchwise):
     assert bool(where[:, ~alone].any()) is not patchwise
 
 
+def test_patchwise_with_a_group_for_each_channel_is_refused():
+    with pytest.raises(ValueError, match=r"tokenizer\.groups is 8.*tokenizer\.patchwise"):
+        small_tokenizer(channels=(8, 8), groups=8, patchwise=True)
+
+
+@pytest.mark.parametrize("patchwise", [False, True])
+def test_no_frames_are_no_tokens(patchwise):
+    tokenizer = small_tokenizer(patchwise=patchwise)
+    assert tokenizer.encode(some_frames(0)).shape == (0, tokenizer.num_tokens)
+
+
 def test_a_single_frame_needs_no_batch():
     tokenizer = small_tokenizer()
     frames = some_frames(2)
