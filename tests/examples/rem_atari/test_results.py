@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from run_folders import DEBUG, add_evaluation
 
+from rem_atari.report.history import Returns
 from rem_atari.run_folder import RunFolder, create_run_folder
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -69,7 +70,7 @@ def line(phase: str, epoch: int, **values: object) -> dict[str, object]:
 def finished_run(path: Path, *, epochs: int = 4) -> RunFolder:
     """A run folder whose agent went from as good as random play to four times as good."""
     run = create_run_folder(path, DEBUG)
-    lines = [line("random", 0, mean_return=0.5, episodes=4, returns=[0.0, 1.0, 0.0, 1.0])]
+    lines = [line("random", 0, mean_return=0.5, episodes=16, returns=[0.0, 1.0] * 8)]
     for epoch in range(epochs):
         mean = 0.5 + 1.5 * epoch / (epochs - 1)
         lines.append(line("collect", epoch, mean_game_return=mean))
@@ -107,6 +108,16 @@ QUALITY = {
 }
 
 
+@pytest.mark.parametrize(
+    ("random", "error", "shown"), [(0.5, 0.2, "4.0"), (0.5, 0.3, "–"), (0.0, 0.0, "–"), (-1.0, 0.1, "–")]
+)
+def test_of_a_return_that_may_as_well_be_zero_there_are_no_multiples(
+    figures: ModuleType, random: float, error: float, shown: str
+) -> None:
+    agent = Returns(mean=2.0, standard_error=0.1, episodes=9)
+    assert figures._ratio(agent, Returns(mean=random, standard_error=error, episodes=9)) == shown
+
+
 def test_a_run_is_taken_in_and_shown(figures: ModuleType, raw: ModuleType, tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     raw.add_result(run.path, "toy", "seed-0", tmp_path / "results")
@@ -121,7 +132,7 @@ def test_a_run_is_taken_in_and_shown(figures: ModuleType, raw: ModuleType, tmp_p
     assert ": control, control-seed-0" in page
     assert "On a processor, 2 cores, 1 thread, cpu, torch 2.9." in page
     assert (
-        "| seed-0 | 2.00 ± 1.00 (2) | 0.50 ± 0.29 (4) | 4.0 | 300 | 3 min 0 s | 2 min 30 s | 0123456 |"
+        "| seed-0 | 2.00 ± 1.00 (2) | 0.50 ± 0.13 (16) | 4.0 | 300 | 3 min 0 s | 2 min 30 s | 0123456 |"
         in page
     )
     assert "| seed-0 | 1 min 0 s | 50 s | 100 | 1.00 ± 1.00 (2) | 2.0 |" in page
