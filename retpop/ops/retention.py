@@ -100,24 +100,20 @@ def run_retention(
     backend: BackendName,
 ) -> tuple[Tensor, Tensor]:
     """`retention` after its checks, with the powers of γ given, on a backend that has been chosen."""
-    if not autocast_is_on(q.device.type):
-        return _run(q, k, v, powers, mode, state, chunk_size, packing, backend)
-    q, k, v = cast_inputs(q, k, v)
-    with without_autocast(q.device):
-        return _run(q, k, v, powers, mode, state, chunk_size, packing, backend)
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    powers: DecayPowers,
-    mode: str,
-    state: Tensor | None,
-    chunk_size: int | None,
-    packing: packed.Packing | None,
-    backend: BackendName,
-) -> tuple[Tensor, Tensor]:
+    if autocast_is_on(q.device.type):
+        q, k, v = cast_inputs(q, k, v)
+        with without_autocast(q.device):
+            return run_retention(
+                q,
+                k,
+                v,
+                powers,
+                mode=mode,
+                state=state,
+                chunk_size=chunk_size,
+                packing=packing,
+                backend=backend,
+            )
     if backend == "reference":
         bounds = None if packing is None else packing.bounds
         return reference.retention(q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds)
