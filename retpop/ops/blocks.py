@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-VALUES_AT_ONCE = 2**17
-"""Queries (their numbers) that are taken at once on a CPU: all tensors of a stretch then stay in a core's
+VALUES_A_THREAD = 2**17
+"""Numbers of queries that each thread of a CPU takes at once: the tensors of a stretch then stay in its core's
 cache, and their memory is used again, where fresh memory would cost as much as the arithmetic."""
 
 
@@ -64,7 +64,8 @@ def stretches(x: Tensor, size: int) -> Iterator[Stretch]:
     """
     batch, length = x.shape[:2]
     full = length // size
-    limit = VALUES_AT_ONCE // (size * x.shape[2] * x.shape[3]) if x.is_cpu else batch * max(1, full)
+    at_once = VALUES_A_THREAD * torch.get_num_threads() if x.is_cpu else x.numel()
+    limit = at_once // (size * x.shape[2] * x.shape[3])  # blocks
     rows, blocks = max(1, min(batch, limit)), max(1, limit // max(1, batch))
     for first in range(0, full, blocks):
         last = min(first + blocks, full)

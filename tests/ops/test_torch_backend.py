@@ -28,7 +28,8 @@ VALUES = [1, 60, 200, 800]
 
 @pytest.fixture(params=VALUES)
 def values_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(blocks, "VALUES_AT_ONCE", request.param)
+    monkeypatch.setattr(blocks, "VALUES_A_THREAD", request.param)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return int(request.param)
 
 
