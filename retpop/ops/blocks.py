@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 VALUES_A_THREAD = 2**17
-"""Numbers of queries that each thread of a CPU takes at once: the tensors of a stretch then stay in its core's
+"""How many numbers of a tensor each thread of a CPU takes at once: those of a stretch then stay in its core's
 cache, and their memory is used again, where fresh memory would cost as much as the arithmetic."""
 
 
