@@ -52,6 +52,10 @@ class BlockPowers(NamedTuple):
     to_end: Tensor
     across: Across
 
+    def of_last_token(self) -> BlockPowers:
+        """The powers for a block of which only the last token's output is wanted."""
+        return self._replace(within=self.within[:, -1:], from_start=self.from_start[:, -1:])
+
 
 class DecayPowers:
     """The powers of one set of log-decays, computed once for each block length that is asked for.

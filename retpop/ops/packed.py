@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from retpop.arguments import values_are_free
-from retpop.ops import torch_backend
+from retpop.ops import torch_forms
 from retpop.ops.checks import check_bounds
 from retpop.ops.decay_powers import Across, DecayPowers, advance, advance_in_place
 
@@ -92,14 +92,14 @@ def retention(
     """Retention of packed inputs (1, T, H, D); states are (S, H, Dk, Dv), one a sequence."""
     longest = max((end - start for start, end in pairwise(packing.bounds)), default=0)
     if state is None:
-        state = torch_backend.zero_state(q, v, len(packing.bounds) - 1)
+        state = torch_forms.zero_state(q, v, len(packing.bounds) - 1)
     if longest == 0:
         return v.clone(), state
     if mode == "parallel":
         return _one_by_one(q, k, v, powers, state, packing.bounds)
     if mode == "recurrent" or longest == 1:
         return _recurrent(q, k, v, powers, state, packing.plan(1))
-    plan = packing.plan(chunk_size or torch_backend.DEFAULT_CHUNK_SIZE)
+    plan = packing.plan(chunk_size or torch_forms.DEFAULT_CHUNK_SIZE)
     return _chunkwise(q, k, v, powers, state, plan)
 
 
@@ -130,14 +130,14 @@ def _one_by_one(
 ) -> tuple[Tensor, Tensor]:
     outs, states = [], []
     for s, (start, end) in enumerate(pairwise(bounds)):
-        out, last = torch_backend.retention(
+        out, last = torch_forms.retention(
             q[:, start:end],
             k[:, start:end],
             v[:, start:end],
             powers,
             mode="parallel",
             state=state[s : s + 1],
-            chunk_size=None,
+            chunk_size=torch_forms.DEFAULT_CHUNK_SIZE,
         )
         outs.append(out)
         states.append(last)
@@ -149,14 +149,14 @@ def _recurrent(
 ) -> tuple[Tensor, Tensor]:
     across = powers.across_token()
     dtype = v.dtype
-    q, k, v = torch_backend.widen(q, k, v)
+    q, k, v = torch_forms.widen(q, k, v)
     state = state[plan.order]
     outs = []
     for tokens in plan.steps:
         rows = tokens.shape[0]
         added = k[0, tokens].unsqueeze(-1) * v[0, tokens].unsqueeze(-2)
         new = advance_in_place(state[:rows], across, added)
-        outs.append(torch_backend.read(q[0, tokens], new, powers.scale))
+        outs.append(torch_forms.read(q[0, tokens], new, powers.scale))
         state = torch.cat((new, state[rows:]))
     out = torch.cat(outs)[torch.cat(plan.steps).argsort()]
     return out.unsqueeze(0).to(dtype), state[plan.order.argsort()]
@@ -170,10 +170,10 @@ def _chunkwise(
     # Places past a chunk's end hold its last token again, so whatever is there is no worse than the data;
     # they come after all real tokens of their chunk, which causality keeps clean, and add nothing to states.
     dtype = v.dtype
-    q, k, v = (torch_backend.by_head(x[0, plan.tokens].unsqueeze(0), state.dtype) for x in (q, k, v))
+    q, k, v = (torch_forms.by_head(x[0, plan.tokens].unsqueeze(0), state.dtype) for x in (q, k, v))
     starts, last = scan(k, v, state, powers, plan, filled)
-    out = torch_backend.attend(q, k, v, starts.unsqueeze(0), powers.block(width))
-    return torch_backend.by_token(out)[0, filled].unsqueeze(0).to(dtype), last
+    out = torch_forms.attend(q, k, v, starts.unsqueeze(0), powers.block(width))
+    return torch_forms.by_token(out)[0, filled].unsqueeze(0).to(dtype), last
 
 
 def scan(
@@ -181,7 +181,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """The state before every chunk, (chunks, H, Dk, Dv), and after every sequence, (S, H, Dk, Dv)."""
     k = k.masked_fill(~filled[None, :, None, :, None], 0)
-    added = torch_backend.block_additions(k, v, to_chunk_end(powers, plan, filled.shape[1])).squeeze(0)
+    added = torch_forms.block_additions(k, v, to_chunk_end(powers, plan, filled.shape[1])).squeeze(0)
     across = across_chunks(powers, plan)
     state = state[plan.order]
     before = []

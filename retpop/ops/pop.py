@@ -11,6 +11,7 @@ from retpop.ops.decay_powers import DecayPowers, default_scale
 from retpop.ops.dispatch import BackendName, choose_backend
 from retpop.ops.dtypes import state_dtype
 from retpop.ops.rows import join_row, split_row
+from retpop.ops.torch_forms import PopSpec
 from retpop.ops.triton_backend import Inputs
 
 
@@ -106,13 +107,8 @@ def run_pop(
     state: Tensor | None,
     reset: Tensor | None,
     backend: BackendName,
-    main_out: str = "all",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`pop_retention` after its checks, of (q, k, v) twice, on a backend that has been chosen.
-
-    With ``main_out="last"``, for the torch backend alone, the sequence's queries and outputs are those of
-    the last token of each block, (B, N, H, D).
-    """
+    """`pop_retention` after its checks, of (q, k, v) twice, on a backend that has been chosen."""
     q, k, v, q_pred, k_pred, v_pred = cast_inputs(*main, *pred)
     with without_autocast(q.device):
         if backend == "reference":
@@ -156,7 +152,6 @@ def run_pop(
             offset=offset,
             state=state,
             reset=reset,
-            main_out=main_out,
         )
 
 
@@ -191,6 +186,11 @@ def run_pop_rows(
             state=state,
             reset=reset,
         )
+    if backend == "torch":
+        q, k, v = cast_inputs(q, k, v)
+        spec = PopSpec(powers, predictions, block_size, offset, reset, main_out)
+        with without_autocast(q.device):
+            return torch_backend.pop_rows(q, k, v, spec, state=state)
     (q, q_pred), (k, k_pred), (v, v_pred) = (split_row(x, predictions) for x in (q, k, v))
     out, pred, state = run_pop(
         (q, k, v),
@@ -201,6 +201,5 @@ def run_pop_rows(
         state=state,
         reset=reset,
         backend=backend,
-        main_out=main_out,
     )
     return join_row(out, pred), state

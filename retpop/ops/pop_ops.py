@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retpop.ops import torch_backend, torch_backward
+from retpop.ops import torch_backend, torch_backward, torch_forms, torch_forward
 from retpop.ops.custom import (
     check_log_decay,
     check_state,
@@ -28,7 +28,8 @@ from retpop.ops.custom import (
 )
 from retpop.ops.decay_powers import DecayPowers
 from retpop.ops.dtypes import state_dtype
-from retpop.ops.rows import join_row, split_row
+from retpop.ops.rows import split_row
+from retpop.ops.torch_forms import PopSpec
 
 Results = tuple[Tensor, Tensor, Tensor]
 
@@ -155,6 +156,36 @@ pop_fwd = kernel_op(
 )
 
 
+def _spec(
+    log_decay: Tensor,
+    reset: Tensor | None,
+    predictions: Sequence[int],
+    block_size: int,
+    offset: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> PopSpec:
+    powers = DecayPowers(log_decay, scale, state_dtype(dtype))
+    return PopSpec(powers, (predictions[0], predictions[1]), block_size, offset, reset)
+
+
+def _explicit_gradients(
+    tokens: Sequence[Tensor],
+    state: Tensor | None,
+    grads: Sequence[Tensor],
+    grad_state: Tensor | None,
+    spec: PopSpec,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Those gradients that are needed, of q, k and v (of rows, or twice) and the state."""
+    inputs = (*tokens, state)
+    state = torch_forms.zero_state(tokens[0], tokens[2], tokens[0].shape[0]) if state is None else state
+    grad_state = torch.zeros_like(state) if grad_state is None else grad_state
+    _, states = torch_forward.pop(tokens, spec, state=state)
+    found = torch_backward.pop(tokens, grads, grad_state, spec, states=states)
+    return selected(found, inputs, needs)
+
+
 def _compute_gradients(
     q: Tensor,
     k: Tensor,
@@ -173,27 +204,13 @@ def _compute_gradients(
     scale: float,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    inputs = (q, k, v, q_pred, k_pred, v_pred, state)
-    dtype = state_dtype(q.dtype)
-    state = torch_backend.zero_state(q, v, q.shape[0]) if state is None else state
-    grad_out = torch.zeros_like(v) if grad_out is None else grad_out
-    grad_pred = torch.zeros_like(v_pred) if grad_pred is None else grad_pred
-    grad_state = torch.zeros_like(state) if grad_state is None else grad_state
-    q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
-    q_pred, k_pred, v_pred, grad_pred = (x.to(dtype) for x in (q_pred, k_pred, v_pred, grad_pred))
-    main, pred = torch_backward.pop_retention(
-        (q, k, v),
-        (q_pred, k_pred, v_pred),
-        grad_out,
-        grad_pred,
-        grad_state,
-        DecayPowers(log_decay, scale, dtype),
-        state=state,
-        block_size=block_size,
-        offset=offset,
-        reset=reset,
-    )
-    return selected((*main[:3], *pred, main.state), inputs, needs)
+    tokens = (q, k, v, q_pred, k_pred, v_pred)
+    predictions = q_pred.shape[1], q_pred.shape[2]
+    grads = [
+        torch.zeros_like(x) if grad is None else grad for x, grad in ((v, grad_out), (v_pred, grad_pred))
+    ]
+    spec = _spec(log_decay, reset, predictions, block_size, offset, scale, q.dtype)
+    return _explicit_gradients(tokens, state, grads, grad_state, spec, needs)
 
 
 def _launch_gradients(*arguments: Any) -> list[Tensor]:
@@ -277,11 +294,9 @@ def _compute_rows(
     offset: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    (q, q_pred), (k, k_pred), (v, v_pred) = (split_row(x, predictions) for x in (q, k, v))
-    out, pred, final = _compute_pop(
-        q, k, v, q_pred, k_pred, v_pred, log_decay, state, reset, block_size, offset, scale
-    )
-    return join_row(out, pred), final
+    spec = _spec(log_decay, reset, predictions, block_size, offset, scale, q.dtype)
+    row, final = torch_backend.pop_rows(q, k, v, spec, state=state)
+    return row.contiguous(), own(final, state)
 
 
 def _fake_rows(
@@ -332,37 +347,8 @@ def _compute_row_gradients(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     grad_row = torch.zeros_like(v) if grad_row is None else grad_row
-    (q, q_pred), (k, k_pred), (v, v_pred), (grad_out, grad_pred) = (
-        split_row(x, predictions) for x in (q, k, v, grad_row)
-    )
-    both = [*needs[:3], *needs[:3], needs[3]]
-    *grads, dstate = spread(
-        _compute_gradients(
-            q,
-            k,
-            v,
-            q_pred,
-            k_pred,
-            v_pred,
-            log_decay,
-            state,
-            reset,
-            grad_out,
-            grad_pred,
-            grad_state,
-            block_size,
-            offset,
-            scale,
-            both,
-        ),
-        both,
-    )
-    rows = [
-        join_row(main, pred)
-        for main, pred in zip(grads[:3], grads[3:], strict=True)
-        if main is not None and pred is not None
-    ]
-    return rows if dstate is None else [*rows, dstate]
+    spec = _spec(log_decay, reset, predictions, block_size, offset, scale, q.dtype)
+    return _explicit_gradients((q, k, v), state, [grad_row], grad_state, spec, needs)
 
 
 def _launch_row_gradients(

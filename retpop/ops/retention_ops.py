@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retpop.ops import packed, torch_backend, torch_backward
+from retpop.ops import packed, torch_backend, torch_backward, torch_forms, torch_forward
 from retpop.ops.custom import (
     check_log_decay,
     check_state,
@@ -101,23 +101,23 @@ def _compute_gradients(
     scale: float,
     needs: list[bool],
 ) -> list[Tensor]:
-    dtype = state_dtype(q.dtype)
-    inputs = (q, k, v, state)
+    tokens = q, k, v
+    inputs = (*tokens, state)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = torch_backend.zero_state(q, v, rows) if state is None else state
+    state = torch_forms.zero_state(q, v, rows) if state is None else state
     grad_out = torch.zeros_like(v) if grad_out is None else grad_out
     grad_state = torch.zeros_like(state) if grad_state is None else grad_state
-    powers = DecayPowers(log_decay, scale, dtype)
-    q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
-    chunk_size = torch_backend.DEFAULT_CHUNK_SIZE
+    powers = DecayPowers(log_decay, scale, state.dtype)
+    chunk_size = torch_forms.DEFAULT_CHUNK_SIZE
     if cu_seqlens is None:
+        _, states = torch_forward.retention(tokens, powers, state=state, chunk_size=chunk_size, keep=True)
         found = torch_backward.retention(
-            q, k, v, grad_out, grad_state, powers, state=state, chunk_size=chunk_size
+            tokens, grad_out, grad_state, powers, states=states, chunk_size=chunk_size
         )
     else:
         packing = packed.Packing("retpop::retention_bwd", cu_seqlens, q.shape[1])
         found = torch_backward.packed_retention(
-            q, k, v, grad_out, grad_state, powers, state=state, chunk_size=chunk_size, packing=packing
+            tokens, grad_out, grad_state, powers, state=state, chunk_size=chunk_size, packing=packing
         )
     return selected(found, inputs, needs)
 

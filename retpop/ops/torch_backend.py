@@ -1,37 +1,27 @@
-"""Retention and POP in plain PyTorch operations: the fast form for a CPU, and for any device.
+"""The PyTorch backend: which of its two ways a call takes, and the gradients of the faster one.
 
-Everything rests on two functions. `block_states` finds the state at every boundary between blocks;
-`attend` computes the outputs of all blocks at once, each from its own state. Parallel mode is one block of
-T tokens, chunkwise mode many blocks, and POP adds a second `attend` for the prediction blocks:
-
-    B_{n+1} = γ^L B_n + Σ_j γ^(L-1-j) k_jᵀ v_j
-    o_i     = c γ^(i+1) q_i B_n + Σ_{j<=i} c γ^(i-j) (q_i · k_j) v_j
-
-Source: RetNet, arXiv 2307.08621, equations 5 (parallel), 6 (recurrent), 7 (chunkwise); POP, arXiv
-2402.05643, section 3.2.
-
-All of it is computed in the states' dtype, float32 or wider. A product of bfloat16 matrices is rounded to
-bfloat16 as well, and two or three such roundings on the way double the error of the outputs
-(docs/performance_notes.md); float16 cannot hold sums over a few thousand tokens.
+In eager PyTorch chunkwise mode and POP run a stretch of blocks at a time, written into place, with gradients
+by explicit formulas (`torch_forward`, `torch_backward`). Where somebody else wants to see every operation - a
+compiler, a transform of `torch.func`, forward-mode AD, a derivative of a derivative - the plain forms of
+`torch_forms` run, as the other modes always do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from retpop.arguments import transforms_are_active
-from retpop.ops.decay_powers import BlockPowers, DecayPowers, advance, advance_in_place
-from retpop.ops.dtypes import state_dtype
-
-DEFAULT_CHUNK_SIZE = 64
-
-TOKENS_AT_ONCE = 512
-"""Tokens, over all rows of a batch, that chunkwise mode takes at once: their tensors stay in a processor's
-cache, and their memory is used again, where fresh memory would cost as much as the arithmetic."""
-
-ROWS_AT_ONCE = 128
-"""Queries that parallel mode takes at once, with the keys up to the last of them."""
+from retpop.ops import torch_backward, torch_forms, torch_forward
+from retpop.ops.autocast import without_autocast
+from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.rows import join_row, split_row
+from retpop.ops.torch_forms import DEFAULT_CHUNK_SIZE, PopSpec, zero_state
 
 
 def retention(
@@ -45,18 +35,15 @@ def retention(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Retention of inputs (B, T, H, D) in one of the three modes; returns outputs and final state."""
-    length = q.shape[1]
-    if length == 1:
-        return _token(q, k, v, powers, state)
-    if mode == "parallel" and length:
-        return _parallel(q, k, v, powers, state)
-    if state is None:
-        state = zero_state(q, v, q.shape[0])
-    if length == 0:
-        return v.clone(), state  # empty, and part of the graph
-    if mode == "recurrent":
-        return _recurrent(q, k, v, powers, state)
-    return _chunkwise(q, k, v, powers, state, chunk_size or DEFAULT_CHUNK_SIZE)
+    chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
+    if mode != "chunkwise" or q.shape[1] < 2 or _is_watched():
+        return torch_forms.retention(q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size)
+    state = zero_state(q, v, q.shape[0]) if state is None else state
+    if _wants_gradients(q, k, v, state):
+        out, final = _Retention.apply(powers, chunk_size, q, k, v, state)
+        return out, final
+    out, states = torch_forward.retention((q, k, v), powers, state=state, chunk_size=chunk_size, keep=False)
+    return out, states[-1].clone()
 
 
 def pop_retention(
@@ -72,204 +59,129 @@ def pop_retention(
     offset: int,
     state: Tensor | None,
     reset: Tensor | None,
-    main_out: str = "all",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """POP of tokens (B, N·L, H, D) and predictions (B, P, M, H, D); outputs, predictions, final state.
+    """POP of tokens (B, N·L, H, D) and predictions (B, P, M, H, D); outputs, predictions, final state."""
+    predictions = q_pred.shape[1], q_pred.shape[2]
+    spec = PopSpec(powers, predictions, block_size, offset, reset)
+    out, pred, final = _pop((q, k, v, q_pred, k_pred, v_pred), state, spec)
+    return out, pred, final
 
-    With ``main_out="last"``, ``q`` and the outputs are those of the last token of each block, (B, N, H, D).
+
+def pop_rows(
+    q: Tensor, k: Tensor, v: Tensor, spec: PopSpec, *, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`pop_retention` of rows (B, T + P·M, H, D), see `retpop.ops.rows`: a row of outputs, the final state.
+
+    With ``main_out="last"`` queries and outputs are short rows.
     """
-    if state is None:
-        state = zero_state(q, v, q.shape[0])
-    if k.shape[1]:
-        out, states = _pop_blocks(q, k, v, powers, block_size, state, reset, main_out)
-    else:  # predictions alone, which need no powers for a block
-        out, states = v.clone(), [state]
-    if q_pred.shape[1] and q_pred.shape[2]:
-        starts = torch.stack(states[offset : offset + q_pred.shape[1]], dim=1)
-        dtype, tables = v_pred.dtype, powers.block(q_pred.shape[2])
-        q_pred, k_pred, v_pred = (by_head(x, state.dtype) for x in (q_pred, k_pred, v_pred))
-        pred = by_token(attend(q_pred, k_pred, v_pred, starts, tables)).to(dtype)
-    else:
-        pred = v_pred.clone()
-    return out, pred, states[-1]
+    out, final = _pop((q, k, v), state, spec)
+    return out, final
 
 
-def block_states(
-    k: Tensor, v: Tensor, state: Tensor, tables: BlockPowers, reset: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The states before and after each of N blocks, (B, H, Dk, Dv) each: they differ where ``reset`` is.
-
-    Args:
-        k, v: (B, N, H, L, D).
-        state: B_0, (B, H, Dk, Dv).
-        tables: the powers of γ for L tokens.
-        reset: (B, N), bool: B_n is zero where reset[:, n].
-    """
-    added = block_additions(k, v, tables.to_end)
-    before, after = [], []
-    for n, added_by_block in enumerate(added.unbind(1)):
-        if reset is not None:
-            # `where`, not a product: 0 * NaN would carry a NaN over into the next episode.
-            state = torch.where(reset[:, n, None, None, None], torch.zeros_like(state), state)
-        before.append(state)
-        state = advance(state, tables.across, added_by_block)
-        after.append(state)
-    return before, after
+def _pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
+    state = zero_state(tokens[0], tokens[2], tokens[0].shape[0]) if state is None else state
+    if _is_watched():
+        return _plain_pop(spec, *tokens, state)
+    if _wants_gradients(*tokens, state):
+        results: tuple[Tensor, ...] = _Pop.apply(spec, *tokens, state)
+        return results
+    outs, states = torch_forward.pop(tokens, spec, state=state)
+    return (*outs, states[-1].clone())
 
 
-def block_additions(k: Tensor, v: Tensor, to_end: Tensor) -> Tensor:
-    """What each block of (B, N, H, L, D) adds to the state after it: (B, N, H, Dk, Dv)."""
-    return (k * to_end).transpose(-1, -2) @ v
+def _is_watched() -> bool:
+    """Whether somebody else wants to see plain operations: a compiler, a transform, forward-mode AD."""
+    return (
+        torch.compiler.is_compiling()
+        or transforms_are_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers) -> Tensor:
-    """The outputs of all blocks at once, each from the state before it.
-
-    Args:
-        q, k, v: (B, N, H, L, D).
-        states: (B, N, H, Dk, Dv).
-        tables: the powers of γ for L tokens, with the scale c in them.
-
-    Returns:
-        (B, N, H, L, Dv).
-    """
-    out = weighted(q @ k.transpose(-1, -2), tables.within) @ v
-    if transforms_are_active():
-        return torch.addcmul(out, q @ states, tables.from_start)
-    return out.addcmul_(q @ states, tables.from_start)
+def _wants_gradients(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
-def weighted(scores: Tensor, within: Tensor) -> Tensor:
-    """Scores times powers of γ, written over the scores, which nobody else holds."""
-    return scores * within if transforms_are_active() else scores.mul_(within)
+class _Retention(torch.autograd.Function):
+    """`torch_forward.retention` with its gradients; what it keeps are its inputs and the chunks' states."""
+
+    @staticmethod
+    def forward(ctx: Any, powers: DecayPowers, chunk_size: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        *tokens, state = inputs
+        out, states = torch_forward.retention(tokens, powers, state=state, chunk_size=chunk_size, keep=True)
+        ctx.powers, ctx.chunk_size = powers, chunk_size
+        ctx.save_for_backward(*inputs, states)
+        final = states[-1].clone()
+        if not any(ctx.needs_input_grad[3:]):  # keys, values and state
+            ctx.mark_non_differentiable(final)
+        return out, final
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, states = ctx.saved_tensors
+        powers, chunk_size = ctx.powers, ctx.chunk_size
+        with without_autocast(states.device):
+            if torch.is_grad_enabled():
+                plain = partial(_plain_retention, powers, chunk_size)
+                found = _plain_gradients(plain, inputs, (grad, grad_state))
+            else:
+                found = torch_backward.retention(
+                    inputs[:-1], grad, grad_state, powers, states=states, chunk_size=chunk_size
+                )
+        return None, None, *found
 
 
-def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks (B, N, L, H, D) as (B, N, H, L, D) in memory, cast on the way: no product copies them again."""
-    return x.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
+class _Pop(torch.autograd.Function):
+    """`torch_forward.pop` with its gradients, of rows or of sequence and predictions."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: PopSpec, *inputs: Tensor) -> tuple[Tensor, ...]:
+        *tokens, state = inputs
+        outs, states = torch_forward.pop(tokens, spec, state=state)
+        ctx.spec = spec
+        ctx.save_for_backward(*inputs, states)
+        final = states[-1].clone()
+        needs = ctx.needs_input_grad[1:]
+        carried = needs[1] or needs[2] or needs[-1]  # keys, values and state
+        own = [any(needs[3 * i : 3 * i + 3]) for i in range(len(outs))]
+        results = zip((*outs, final), (*own, False), strict=True)
+        ctx.mark_non_differentiable(*(x for x, needed in results if not (needed or carried)))
+        return (*outs, final)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, states = ctx.saved_tensors
+        with without_autocast(states.device):
+            if torch.is_grad_enabled():
+                found = _plain_gradients(partial(_plain_pop, ctx.spec), inputs, grads)
+            else:
+                found = torch_backward.pop(inputs[:-1], grads[:-1], grads[-1], ctx.spec, states=states)
+        return None, *found
 
 
-def by_token(x: Tensor) -> Tensor:
-    """The other way round, as a view."""
-    return x.transpose(2, 3)
+def _plain_retention(powers: DecayPowers, chunk_size: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, state = inputs
+    return torch_forms.retention(q, k, v, powers, mode="chunkwise", state=state, chunk_size=chunk_size)
 
 
-def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
-    """The state before any token, (rows, H, Dk, Dv)."""
-    return q.new_zeros(rows, *q.shape[2:], v.shape[-1], dtype=state_dtype(q.dtype))
+def _plain_pop(spec: PopSpec, *inputs: Tensor) -> tuple[Tensor, ...]:
+    if len(inputs) == 7:
+        q, k, v, q_pred, k_pred, v_pred, state = inputs
+        return torch_forms.pop_retention(q, k, v, q_pred, k_pred, v_pred, state, spec)
+    *rows, state = inputs
+    (q, q_pred), (k, k_pred), (v, v_pred) = (split_row(x, spec.predictions) for x in rows)
+    out, pred, state = torch_forms.pop_retention(q, k, v, q_pred, k_pred, v_pred, state, spec)
+    return join_row(out, pred), state
 
 
-def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs in the dtype of their states."""
-    dtype = state_dtype(v.dtype)
-    return (q, k, v) if v.dtype == dtype else (q.to(dtype), k.to(dtype), v.to(dtype))
-
-
-def _pop_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    powers: DecayPowers,
-    block_size: int,
-    state: Tensor,
-    reset: Tensor | None,
-    main_out: str,
-) -> tuple[Tensor, list[Tensor]]:
-    """Outputs of the main sequence, and the states B_0 .. B_N at its boundaries."""
-    dtype = v.dtype
-    k, v = _blocks(k, block_size, state.dtype), _blocks(v, block_size, state.dtype)
-    tables = powers.block(block_size)
-    before, after = block_states(k, v, state, tables, reset)
-    if main_out == "last":  # the last token reads the state after its block, as in a recurrent step
-        out = read(q.to(state.dtype), torch.stack(after, dim=1), powers.scale)
-    else:
-        out = attend(_blocks(q, block_size, state.dtype), k, v, torch.stack(before, dim=1), tables)
-        out = by_token(out).flatten(1, 2)
-    return out.to(dtype), [*before, after[-1]]
-
-
-def _blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    return by_head(x.unflatten(1, (-1, size)), dtype)
-
-
-def _blockwise(
-    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, size: int
-) -> tuple[Tensor, Tensor]:
-    dtype = v.dtype
-    q, k, v = (_blocks(x, size, state.dtype) for x in (q, k, v))
-    tables = powers.block(size)
-    before, after = block_states(k, v, state, tables)
-    out = attend(q, k, v, torch.stack(before, dim=1), tables)
-    return by_token(out).flatten(1, 2).to(dtype), after[-1]
-
-
-def _parallel(
-    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One block of T tokens, its scores some rows at a time and without the half that is zero."""
-    length, dtype = q.shape[1], v.dtype
-    q, k, v = (_blocks(x, length, state_dtype(dtype)) for x in (q, k, v))
-    tables = powers.block(length)
-    outs = []
-    starts = [0] if torch.compiler.is_compiling() else range(0, length, ROWS_AT_ONCE)
-    for start, end in zip(starts, [*starts[1:], length], strict=True):
-        scores = q[..., start:end, :] @ k[..., :end, :].transpose(-1, -2)
-        outs.append(weighted(scores, tables.within[:, start:end, :end]) @ v[..., :end, :])
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
-    after = block_additions(k, v, tables.to_end).squeeze(1)
-    if state is not None:
-        out = torch.addcmul(out, q @ state.unsqueeze(1), tables.from_start)
-        after = advance(state, tables.across, after)
-    return by_token(out).flatten(1, 2).to(dtype), after
-
-
-def _chunkwise(
-    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """Full chunks, as many at once as fit a cache, then the tokens left over as one shorter block."""
-    batch, length = q.shape[:2]
-    full = length - length % chunk_size
-    # A compiler fuses passes itself; a loop would only tie its graph to one more property of the length.
-    chunks_at_once = max(1, TOKENS_AT_ONCE // (max(1, batch) * chunk_size))
-    stretch = full if torch.compiler.is_compiling() else chunks_at_once * chunk_size
-    stretches = [min(stretch, full - start) for start in range(0, full, stretch)] if full else []
-    if full < length:
-        stretches.append(length - full)
-    outs = []
-    parts = zip(*(x.split(stretches, dim=1) for x in (q, k, v)), strict=True)
-    for q_part, k_part, v_part in parts:
-        size = min(chunk_size, q_part.shape[1])
-        out, state = _blockwise(q_part, k_part, v_part, powers, state, size)
-        outs.append(out)
-    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), state
-
-
-def _token(
-    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One token, (B, 1, H, D): what decoding repeats, so that every operation on the way counts."""
-    dtype = v.dtype
-    q, k, v = widen(q, k, v)
-    after = k.squeeze(1).unsqueeze(-1) * v.transpose(1, 2)  # kᵀ v, (B, H, Dk, Dv)
-    if state is not None:
-        after = advance_in_place(state, powers.across_token(), after)
-    out = read(q, after, powers.scale)
-    return (out if out.dtype == dtype else out.to(dtype)), after
-
-
-def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor) -> tuple[Tensor, Tensor]:
-    across = powers.across_token()
-    dtype = v.dtype
-    q, k, v = widen(q, k, v)
-    outs = []
-    for q_t, k_t, v_t in zip(q.unbind(1), k.unsqueeze(-1).unbind(1), v.unsqueeze(-2).unbind(1), strict=True):
-        state = advance_in_place(state, across, k_t * v_t)
-        outs.append(read(q_t, state, powers.scale))
-    return torch.stack(outs, dim=1).to(dtype), state
-
-
-def read(q: Tensor, state: Tensor, scale: float) -> Tensor:
-    """The output c · q S of queries (..., H, Dk) at as many states (..., H, Dk, Dv): (..., H, Dv)."""
-    rows = q.reshape(-1, 1, q.shape[-1]) * scale
-    out = torch.bmm(rows, state.reshape(-1, *state.shape[-2:]))  # `matmul` takes twice its time to get here
-    return out.view(*q.shape[:-1], state.shape[-1])
+def _plain_gradients(
+    plain: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Any]:
+    """The gradients by autograd through the plain forms, which can be differentiated again."""
+    inputs = [x.view_as(x) for x in inputs]  # one each, where the same tensor came twice
+    pairs = [pair for pair in zip(plain(*inputs), grads, strict=True) if pair[0].requires_grad]
+    wanted = [x for x in inputs if x.requires_grad]
+    results, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(results, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in inputs]

@@ -1,14 +1,14 @@
-"""The gradients of retention and POP by explicit formulas, in plain PyTorch operations.
+"""The gradients of retention and POP by explicit formulas, a stretch of blocks at a time, as `torch_forward`.
 
-The Triton backend's backward, until kernels stand behind the same operations. With G the gradient of the
-state after a block of L tokens, S the state before it, and g_i the gradient of output o_i:
+With G the gradient of the state after a block of L tokens, S the state before it, and g_i the gradient of
+output o_i:
 
     dq_i = Σ_{j<=i} c γ^(i-j) (g_i · v_j) k_j  +  c γ^(i+1) S g_i
     dk_j = Σ_{i>=j} c γ^(i-j) (g_i · v_j) q_i  +  γ^(L-1-j) G v_j
     dv_j = Σ_{i>=j} c γ^(i-j) (q_i · k_j) g_i  +  γ^(L-1-j) Gᵀ k_j
     dS   = γ^L G + Σ_i c γ^(i+1) q_i g_iᵀ
 
-The last line runs backwards over the blocks, as the states run forwards; the others take all blocks at once.
+The last line runs backwards over the blocks, as the states run forwards; the others take blocks at once.
 Everything is computed in the states' dtype, and each gradient is cast to the dtype of what it belongs to.
 """
 
@@ -20,155 +20,131 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retpop.ops import packed, torch_backend
-from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance
-from retpop.ops.torch_backend import by_head, by_token
-
-
-class Gradients(NamedTuple):
-    """Gradients of queries, keys, values and the state before them."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    state: Tensor
-
-
-class PopGradients(NamedTuple):
-    """Gradients of a sequence and its state, and those of the predictions' queries, keys and values."""
-
-    main: Gradients
-    pred: tuple[Tensor, Tensor, Tensor]
+from retpop.ops import packed
+from retpop.ops.blocks import flat, scale_in_place, scaled, stretches
+from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance, advance_in_place
+from retpop.ops.torch_forms import PopSpec, by_head
+from retpop.ops.torch_forward import (
+    Tokens,
+    parts,
+    prediction_stretches,
+    readers_of,
+    reset_boundaries,
+)
 
 
 class Blocks(NamedTuple):
-    """Blocks of tokens with the gradient of their outputs, by head: each (B, N, H, L, D)."""
+    """Blocks of tokens with the gradient of their outputs, by head: each (N·B·H, L, D).
+
+    Where only the last token's output is wanted, ``q`` and ``grad`` hold one token a block, and the tables
+    that come with them are for it.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     grad: Tensor
 
-    def to_state(self, from_start: Tensor) -> Tensor:
-        """What each block's outputs give to the gradient of the state before it: (B, N, H, Dk, Dv)."""
-        return (self.q * from_start).transpose(-1, -2) @ self.grad
-
-    def gradients(
-        self, starts: Tensor, ends: Tensor | None, tables: BlockPowers
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv, (B, N, L, H, D).
+    def gradients(self, read: Tensor, starts: Tensor, ends: Tensor | None, tables: BlockPowers) -> Tokens:
+        """dq, dk and dv, laid out as the blocks.
 
         Args:
-            starts: the states before the blocks, (B, N, H, Dk, Dv).
+            read: ``grad`` times ``tables.from_start``.
+            starts: the states before the blocks, (N, B, H, Dk, Dv).
             ends: the gradients of the states after them, likewise; None where nothing comes after.
             tables: the powers of γ for L tokens.
         """
-        scores = (self.q @ self.k.transpose(-1, -2)) * tables.within
-        pairs = (self.grad @ self.v.transpose(-1, -2)) * tables.within
-        dq = pairs @ self.k + (self.grad * tables.from_start) @ starts.transpose(-1, -2)
-        dk = pairs.transpose(-1, -2) @ self.q
-        dv = scores.transpose(-1, -2) @ self.grad
+        pairs = scale_in_place(torch.bmm(self.grad, self.v.mT), tables.within)
+        scores = scale_in_place(torch.bmm(self.q, self.k.mT), tables.within)
+        dq = torch.bmm(pairs, self.k).baddbmm_(read, flat(starts).mT)
+        dk = torch.bmm(pairs.mT, self.q)
+        dv = torch.bmm(scores.mT, self.grad)
         if ends is not None:
-            dk = dk + (self.v * tables.to_end) @ ends.transpose(-1, -2)
-            dv = dv + (self.k * tables.to_end) @ ends
-        return by_token(dq), by_token(dk), by_token(dv)
+            dk.baddbmm_(scaled(self.v, tables.to_end), flat(ends).mT)
+            dv.baddbmm_(scaled(self.k, tables.to_end), flat(ends))
+        return dq, dk, dv
 
 
 def retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    grad_state: Tensor,
-    powers: DecayPowers,
-    *,
-    state: Tensor,
-    chunk_size: int,
-) -> Gradients:
-    """Gradients of `torch_backend.retention`.
+    tokens: Tokens, grad: Tensor, grad_state: Tensor, powers: DecayPowers, *, states: Tensor, chunk_size: int
+) -> list[Tensor]:
+    """Gradients of `torch_forward.retention`.
 
     Args:
-        q, k, v: (B, T, H, D), in the state's dtype.
+        tokens: q, k, v, (B, T, H, D).
         grad: of the outputs, (B, T, H, Dv).
         grad_state: of the final state, (B, H, Dk, Dv).
         powers: the decays, with the scale c.
-        state: before the first token.
+        states: what the forward pass kept.
         chunk_size: tokens in a chunk.
+
+    Returns:
+        dq, dk, dv and the gradient of the state before the first token.
     """
-    length = q.shape[1]
-    full = length - length % chunk_size
-    cuts = [(0, full, chunk_size), (full, length, length - full)]
-    stretches = []
-    for first, last, size in cuts:
-        if first < last:
-            tables = powers.block(size)
-            part = _blocks(size, *(x[:, first:last] for x in (q, k, v, grad)))
-            before, after = torch_backend.block_states(part.k, part.v, state, tables)
-            stretches.append((part, torch.stack(before, dim=1), tables))
-            state = after[-1]
-    parts = []
-    for part, start, tables in reversed(stretches):
-        ends, grad_state = _sweep(grad_state, part.to_state(tables.from_start), tables.across)
-        parts.append([x.flatten(1, 2) for x in part.gradients(start, ends, tables)])
-    if not parts:
-        return Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), grad_state.clone())
-    dq, dk, dv = (torch.cat(list(reversed(x)), dim=1) for x in zip(*parts, strict=True))
-    return Gradients(dq, dk, dv, grad_state)
+    found = [x.new_empty(x.shape) for x in tokens]
+    cuts = list(stretches(tokens[1], chunk_size))
+    grads = states.new_empty(1 + (cuts[0].num_blocks if cuts else 0), *grad_state.shape)
+    grads[0] = grad_state
+    for part in reversed(cuts):  # the first place holds the gradient of the state after this stretch
+        window = grads[: part.num_blocks + 1, part.rows]
+        window[-1] = grads[0, part.rows]
+        tables = powers.block(part.size)
+        blocks = Blocks(*(part.take(x, states.dtype) for x in (*tokens, grad)))
+        read = scaled(blocks.grad, tables.from_start)
+        torch.bmm(blocks.q.mT, read, out=flat(window[:-1]))
+        _carry_back(window, tables.across)
+        starts = states[part.blocks, part.rows]
+        for x, gradient in zip(found, blocks.gradients(read, starts, window[1:], tables), strict=True):
+            part.put(x, gradient)
+    return [*found, grads[0].clone()]
 
 
-def pop_retention(
-    main: tuple[Tensor, Tensor, Tensor],
-    pred: tuple[Tensor, Tensor, Tensor],
-    grad: Tensor,
-    grad_pred: Tensor,
-    grad_state: Tensor,
-    powers: DecayPowers,
-    *,
-    state: Tensor,
-    block_size: int,
-    offset: int,
-    reset: Tensor | None,
-) -> PopGradients:
-    """Gradients of `torch_backend.pop_retention`.
+def pop(tokens: Tokens, grads: Tokens, grad_state: Tensor, spec: PopSpec, *, states: Tensor) -> list[Tensor]:
+    """Gradients of `torch_forward.pop`.
 
     Args:
-        main: q, k, v, (B, N·L, H, D), in the state's dtype.
-        pred: their prediction twins, (B, P, M, H, D).
-        grad, grad_pred, grad_state: of the outputs, the predictions and the final state.
-        powers: the decays, with the scale c.
-        state: before the first block.
-        block_size, offset, reset: as in `retpop.pop_retention`.
+        tokens: q, k, v of rows, or of the sequence and then of the predictions.
+        grads: of the outputs, one of rows or two.
+        grad_state: of the final state, (B, H, Dk, Dv).
+        spec: what is told beside them.
+        states: what the forward pass returned.
+
+    Returns:
+        The gradients of ``tokens`` and of the state before the first block.
     """
-    num_blocks, num_predictions = main[0].shape[1] // block_size, pred[0].shape[1]
-    boundaries = state.new_zeros(state.shape[0], num_blocks + 1, *state.shape[1:])
-    states = [state]
-    tables = powers.block(block_size)
-    if num_blocks:
-        part = _blocks(block_size, *main, grad)
-        before, after = torch_backend.block_states(part.k, part.v, state, tables, reset)
-        states = [*before, after[-1]]
-    found = torch.zeros_like(pred[0]), torch.zeros_like(pred[1]), torch.zeros_like(pred[2])
-    if num_predictions and pred[0].shape[2]:
-        pred_tables = powers.block(pred[0].shape[2])
-        twins = Blocks(*(by_head(x, state.dtype) for x in (*pred, grad_pred)))
-        starts = torch.stack(states[offset : offset + num_predictions], dim=1)
-        found = twins.gradients(starts, None, pred_tables)
-        boundaries[:, offset : offset + num_predictions] = twins.to_state(pred_tables.from_start)
-    grad_state = grad_state + boundaries[:, -1]
-    if not num_blocks:
-        dq, dk, dv = (torch.zeros_like(x) for x in main)
-        return PopGradients(Gradients(dq, dk, dv, grad_state), found)
-    added = part.to_state(tables.from_start) + boundaries[:, :-1]
-    ends, grad_state = _sweep(grad_state, added, tables.across, reset)
-    grads = part.gradients(torch.stack(states[:-1], dim=1), ends, tables)
-    dq, dk, dv = (x.flatten(1, 2) for x in grads)
-    return PopGradients(Gradients(dq, dk, dv, grad_state), found)
+    found = [x.new_empty(x.shape) for x in tokens]
+    (main, pred), ((grad,), (grad_pred,)), (into, into_pred) = (
+        parts(x, spec) for x in (tokens, grads, found)
+    )
+    boundaries = torch.zeros_like(states)
+    boundaries[-1] = grad_state
+    for part in prediction_stretches(pred, spec):
+        tables = spec.powers.block(part.size)
+        blocks = Blocks(*(part.take(x, states.dtype) for x in (*pred, grad_pred)))
+        read = scaled(blocks.grad, tables.from_start)
+        starts, grad_starts = (x[spec.offset :][part.blocks, part.rows] for x in (states, boundaries))
+        flat(grad_starts).baddbmm_(blocks.q.mT, read)
+        for x, gradient in zip(into_pred, blocks.gradients(read, starts, None, tables), strict=True):
+            part.put(x, gradient)
+    resets = reset_boundaries(spec)
+    for part in reversed(list(stretches(main[1], spec.block_size))):
+        at = slice(part.blocks.start, part.blocks.stop + 1), part.rows
+        window, starts = boundaries[at], states[part.blocks, part.rows]
+        readers, tables = readers_of(part, spec)
+        places = readers, part, part, readers
+        pairs = zip(places, (*main, grad), strict=True)
+        blocks = Blocks(*(place.take(x, states.dtype) for place, x in pairs))
+        read = scaled(blocks.grad, tables.from_start)
+        flat(window[:-1]).baddbmm_(blocks.q.mT, read)
+        _carry_back(window, tables.across, None if resets is None else resets[at])
+        grads_found = blocks.gradients(read, starts, window[1:], tables)
+        for place, x, gradient in zip(places, into, grads_found, strict=False):
+            place.put(x, gradient)
+    return [*found, boundaries[0].clone()]
 
 
 def packed_retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    tokens: Tokens,
     grad: Tensor,
     grad_state: Tensor,
     powers: DecayPowers,
@@ -176,45 +152,45 @@ def packed_retention(
     state: Tensor,
     chunk_size: int,
     packing: packed.Packing,
-) -> Gradients:
-    """Gradients of `packed.retention`: inputs (1, T, H, D), states (S, H, Dk, Dv)."""
-    if q.shape[1] == 0:
-        return Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), grad_state.clone())
+) -> list[Tensor]:
+    """Gradients of `packed.retention`: dq, dk and dv, (1, T, H, D), and that of the states (S, H, Dk, Dv)."""
+    if grad.shape[1] == 0:
+        dq, dk, dv = (torch.zeros_like(x) for x in tokens)
+        return [dq, dk, dv, grad_state.clone()]
     plan = packing.plan(chunk_size)
     width = plan.tokens.shape[1]
-    filled = torch.arange(width, device=q.device) < plan.lengths[:, None]  # (chunks, C)
+    filled = torch.arange(width, device=grad.device) < plan.lengths[:, None]  # (chunks, C)
     q, k, v, grad = (
-        x[0, plan.tokens].masked_fill(~filled[:, :, None, None], 0).unsqueeze(0) for x in (q, k, v, grad)
+        by_head(x[0, plan.tokens].masked_fill(~filled[:, :, None, None], 0).unsqueeze(0), state.dtype)
+        for x in (*tokens, grad)
     )
-    part = Blocks(*(by_head(x, state.dtype) for x in (q, k, v, grad)))
-    starts, _ = packed.scan(part.k, part.v, state, powers, plan, filled)
-    tables = powers.block(width)
-    added = part.to_state(tables.from_start).squeeze(0)
+    starts, _ = packed.scan(k, v, state, powers, plan, filled)
+    part = Blocks(*(x.flatten(0, 2) for x in (q, k, v, grad)))
+    tables = powers.block(width)._replace(to_end=packed.to_chunk_end(powers, plan, width))
+    read = scaled(part.grad, tables.from_start)
+    added = torch.bmm(part.q.mT, read).view(starts.shape)
     ends, grad_state = _packed_sweep(grad_state, added, packed.across_chunks(powers, plan), plan)
-    tables = tables._replace(to_end=packed.to_chunk_end(powers, plan, width))
-    found = part.gradients(starts.unsqueeze(0), ends.unsqueeze(0), tables)
-    dq, dk, dv = (x[0, filled].unsqueeze(0) for x in found)
-    return Gradients(dq, dk, dv, grad_state)
+    found = part.gradients(read, starts, ends, tables)
+    shapes = zip(found, (q, k, v), strict=True)
+    dq, dk, dv = (x.view(like.shape).transpose(2, 3)[0, filled].unsqueeze(0) for x, like in shapes)
+    return [dq, dk, dv, grad_state]
 
 
-def _sweep(
-    grad_state: Tensor, added: Tensor, across: Across, reset: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the states after each block, (B, N, H, Dk, Dv), and of the one before the first."""
-    ends = []
-    for n in range(added.shape[1] - 1, -1, -1):
-        ends.append(grad_state)
-        grad_state = advance(grad_state, across, added[:, n])
-        if reset is not None:
-            # What came before a reset has no influence; `where`, since 0 * NaN would carry a NaN back.
-            grad_state = torch.where(reset[:, n, None, None, None], torch.zeros_like(grad_state), grad_state)
-    return torch.stack(ends[::-1], dim=1), grad_state
+def _carry_back(grads: Tensor, across: Across, resets: Tensor | None = None) -> None:
+    """Add to the gradients of states (N + 1, B, H, Dk, Dv) what comes from the states after them.
+
+    The last of them is finished. The others hold what comes from outputs.
+    """
+    for n in range(grads.shape[0] - 2, -1, -1):
+        advance_in_place(grads[n + 1], across, grads[n])
+        if resets is not None:  # what came before has no influence; 0 * NaN would carry a NaN back
+            grads[n].masked_fill_(resets[n], 0)
 
 
 def _packed_sweep(
     grad_state: Tensor, added: Tensor, across: Across, plan: packed.ChunkPlan
 ) -> tuple[Tensor, Tensor]:
-    """As `_sweep` over the chunks of all sequences: (chunks, H, Dk, Dv), and (S, H, Dk, Dv)."""
+    """Gradients of the states after all chunks, (chunks, H, Dk, Dv), and of those before all sequences."""
     grad_state = grad_state[plan.order]
     ends = []
     for chunks in reversed(plan.steps):
@@ -224,7 +200,3 @@ def _packed_sweep(
         grad_state = torch.cat((before, grad_state[chunks.shape[0] :]))
     in_order = torch.cat(ends)[torch.cat(plan.steps[::-1]).argsort()]
     return in_order, grad_state[plan.order.argsort()]
-
-
-def _blocks(size: int, *tokens: Tensor) -> Blocks:
-    return Blocks(*(by_head(x.unflatten(1, (-1, size)), x.dtype) for x in tokens))

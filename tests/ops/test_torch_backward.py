@@ -14,9 +14,10 @@ from retention_cases import (
 )
 from torch import Tensor
 
-from retpop.ops import torch_backward
+from retpop.ops import torch_backward, torch_forward
 from retpop.ops.decay_powers import DecayPowers
 from retpop.ops.packed import Packing
+from retpop.ops.torch_forms import PopSpec
 
 
 def weights_of(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -33,9 +34,11 @@ def powers_of(case: RetentionCase | PopCase) -> DecayPowers:
 def test_retention(T: int, seed: int) -> None:
     case = RetentionCase.make(2, T, 3, 4, 5, seed=seed).for_gradients()
     results = case.run(backend="reference")
+    tokens, powers = (case.q, case.k, case.v), powers_of(case)
     with torch.no_grad():
+        _, states = torch_forward.retention(tokens, powers, state=case.state, chunk_size=CHUNK, keep=True)
         actual = torch_backward.retention(
-            case.q, case.k, case.v, *weights_of(results), powers_of(case), state=case.state, chunk_size=CHUNK
+            tokens, *weights_of(results), powers, states=states, chunk_size=CHUNK
         )
     assert_same_gradients(list(actual), gradients(results, case.leaves()), 1e-12)
 
@@ -47,9 +50,7 @@ def test_packed_retention(bounds: list[int]) -> None:
     results = case.run(backend="reference", cu_seqlens=cu_seqlens)
     with torch.no_grad():
         actual = torch_backward.packed_retention(
-            case.q,
-            case.k,
-            case.v,
+            (case.q, case.k, case.v),
             *weights_of(results),
             powers_of(case),
             state=case.state,
@@ -75,38 +76,26 @@ def test_packed_retention(bounds: list[int]) -> None:
 def test_pop(N: int, L: int, P: int, M: int, offset: int, with_reset: bool) -> None:
     case = PopCase.make(2, N, L, P, M, 3, 4, 5, offset=offset, with_reset=with_reset, seed=2).for_gradients()
     results = case.run(backend="reference")
+    tokens = case.q, case.k, case.v, case.q_pred, case.k_pred, case.v_pred
+    spec = PopSpec(powers_of(case), (P, M), L, offset, case.reset)
+    *grads, grad_state = weights_of(results)
     with torch.no_grad():
-        main, pred = torch_backward.pop_retention(
-            (case.q, case.k, case.v),
-            (case.q_pred, case.k_pred, case.v_pred),
-            *weights_of(results),
-            powers_of(case),
-            state=case.state,
-            block_size=L,
-            offset=offset,
-            reset=case.reset,
-        )
-    assert_same_gradients([*main[:3], *pred, main.state], gradients(results, case.leaves()), 1e-12)
+        _, states = torch_forward.pop(tokens, spec, state=case.state)
+        actual = torch_backward.pop(tokens, grads, grad_state, spec, states=states)
+    assert_same_gradients(actual, gradients(results, case.leaves()), 1e-12)
 
 
 def test_a_nan_does_not_cross_a_reset_backwards() -> None:
     """The new episode's gradients are NaN; those of the one before it are as if it were not there."""
     case = PopCase.make(1, 3, 2, 0, 0, 2, 3, 4)
     reset = torch.tensor([[False, False, True]])
-    empty = case.q_pred, case.k_pred, case.v_pred
-    grads = normal(1, 6, 2, 4, seed=1), case.v_pred, normal(1, 2, 3, 4, seed=2)
+    spec = PopSpec(powers_of(case), (0, 0), 2, 0, reset)
+    grads = normal(1, 6, 2, 4, seed=1), case.v_pred
     grads[0][:, 4:] = torch.nan
-    main, _ = torch_backward.pop_retention(
-        (case.q, case.k, case.v),
-        empty,
-        *grads,
-        powers_of(case),
-        state=case.state,
-        block_size=2,
-        offset=0,
-        reset=reset,
-    )
-    for grad in main[:3]:
+    tokens = case.q, case.k, case.v, case.q_pred, case.k_pred, case.v_pred
+    _, states = torch_forward.pop(tokens, spec, state=case.state)
+    *found, grad_state = torch_backward.pop(tokens, grads, normal(1, 2, 3, 4, seed=2), spec, states=states)
+    for grad in found[:3]:
         assert grad[:, 4:].isnan().any()
         assert grad[:, :4].isfinite().all()
-    assert main.state.isfinite().all()
+    assert grad_state.isfinite().all()

@@ -1,0 +1,267 @@
+"""Retention and POP in plain PyTorch operations: the fast form for a CPU, and for any device.
+
+Everything rests on two functions. `block_states` finds the state at every boundary between blocks;
+`attend` computes the outputs of all blocks at once, each from its own state. Parallel mode is one block of
+T tokens, chunkwise mode many blocks, and POP adds a second `attend` for the prediction blocks:
+
+    B_{n+1} = γ^L B_n + Σ_j γ^(L-1-j) k_jᵀ v_j
+    o_i     = c γ^(i+1) q_i B_n + Σ_{j<=i} c γ^(i-j) (q_i · k_j) v_j
+
+Source: RetNet, arXiv 2307.08621, equations 5 (parallel), 6 (recurrent), 7 (chunkwise); POP, arXiv
+2402.05643, section 3.2.
+
+All of it is computed in the states' dtype, float32 or wider. A product of bfloat16 matrices is rounded to
+bfloat16 as well, and two or three such roundings on the way double the error of the outputs
+(docs/performance_notes.md); float16 cannot hold sums over a few thousand tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retpop.arguments import transforms_are_active
+from retpop.ops.decay_powers import BlockPowers, DecayPowers, advance, advance_in_place
+from retpop.ops.dtypes import state_dtype
+
+DEFAULT_CHUNK_SIZE = 64
+
+ROWS_AT_ONCE = 128
+"""Queries that parallel mode takes at once, with the keys up to the last of them."""
+
+
+class PopSpec(NamedTuple):
+    """What POP is told beside its tensors.
+
+    Attributes:
+        powers: the decays, with the scale c.
+        predictions: (P, M).
+        block_size, offset, reset: as in `retpop.pop_retention`.
+        main_out: "all"; or "last": queries and outputs of the sequence are those of each block's last
+            token, (B, N, H, D).
+    """
+
+    powers: DecayPowers
+    predictions: tuple[int, int]
+    block_size: int
+    offset: int
+    reset: Tensor | None
+    main_out: str = "all"
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    powers: DecayPowers,
+    *,
+    mode: str,
+    state: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Retention of inputs (B, T, H, D) in one of the three modes; returns outputs and final state."""
+    length = q.shape[1]
+    if length == 1:
+        return _token(q, k, v, powers, state)
+    if mode == "parallel" and length:
+        return _parallel(q, k, v, powers, state)
+    if state is None:
+        state = zero_state(q, v, q.shape[0])
+    if length == 0:
+        return v.clone(), state  # empty, and part of the graph
+    if mode == "recurrent":
+        return _recurrent(q, k, v, powers, state)
+    return _chunkwise(q, k, v, powers, state, chunk_size)
+
+
+def pop_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pred: Tensor,
+    k_pred: Tensor,
+    v_pred: Tensor,
+    state: Tensor,
+    spec: PopSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """POP of tokens (B, N·L, H, D) and predictions (B, P, M, H, D); outputs, predictions, final state."""
+    if k.shape[1]:
+        out, states = _pop_blocks(q, k, v, spec, state)
+    else:  # predictions alone, which need no powers for a block
+        out, states = v.clone(), [state]
+    if q_pred.shape[1] and q_pred.shape[2]:
+        starts = torch.stack(states[spec.offset : spec.offset + q_pred.shape[1]], dim=1)
+        dtype, tables = v_pred.dtype, spec.powers.block(q_pred.shape[2])
+        q_pred, k_pred, v_pred = (by_head(x, state.dtype) for x in (q_pred, k_pred, v_pred))
+        pred = by_token(attend(q_pred, k_pred, v_pred, starts, tables)).to(dtype)
+    else:
+        pred = v_pred.clone()
+    return out, pred, states[-1]
+
+
+def block_states(
+    k: Tensor, v: Tensor, state: Tensor, tables: BlockPowers, reset: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The states before and after each of N blocks, (B, H, Dk, Dv) each: they differ where ``reset`` is.
+
+    Args:
+        k, v: (B, N, H, L, D).
+        state: B_0, (B, H, Dk, Dv).
+        tables: the powers of γ for L tokens.
+        reset: (B, N), bool: B_n is zero where reset[:, n].
+    """
+    added = block_additions(k, v, tables.to_end)
+    before, after = [], []
+    for n, added_by_block in enumerate(added.unbind(1)):
+        if reset is not None:
+            # `where`, not a product: 0 * NaN would carry a NaN over into the next episode.
+            state = torch.where(reset[:, n, None, None, None], torch.zeros_like(state), state)
+        before.append(state)
+        state = advance(state, tables.across, added_by_block)
+        after.append(state)
+    return before, after
+
+
+def block_additions(k: Tensor, v: Tensor, to_end: Tensor) -> Tensor:
+    """What each block of (B, N, H, L, D) adds to the state after it: (B, N, H, Dk, Dv)."""
+    return (k * to_end).transpose(-1, -2) @ v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers) -> Tensor:
+    """The outputs of all blocks at once, each from the state before it.
+
+    Args:
+        q, k, v: (B, N, H, L, D).
+        states: (B, N, H, Dk, Dv).
+        tables: the powers of γ for L tokens, with the scale c in them.
+
+    Returns:
+        (B, N, H, L, Dv).
+    """
+    out = weighted(q @ k.transpose(-1, -2), tables.within) @ v
+    if transforms_are_active():
+        return torch.addcmul(out, q @ states, tables.from_start)
+    return out.addcmul_(q @ states, tables.from_start)
+
+
+def weighted(scores: Tensor, within: Tensor) -> Tensor:
+    """Scores times powers of γ, written over the scores, which nobody else holds."""
+    return scores * within if transforms_are_active() else scores.mul_(within)
+
+
+def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocks (B, N, L, H, D) as (B, N, H, L, D) in memory, cast on the way: no product copies them again."""
+    return x.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def by_token(x: Tensor) -> Tensor:
+    """The other way round, as a view."""
+    return x.transpose(2, 3)
+
+
+def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
+    """The state before any token, (rows, H, Dk, Dv)."""
+    return q.new_zeros(rows, *q.shape[2:], v.shape[-1], dtype=state_dtype(q.dtype))
+
+
+def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs in the dtype of their states."""
+    dtype = state_dtype(v.dtype)
+    return (q, k, v) if v.dtype == dtype else (q.to(dtype), k.to(dtype), v.to(dtype))
+
+
+def _pop_blocks(q: Tensor, k: Tensor, v: Tensor, spec: PopSpec, state: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Outputs of the main sequence, and the states B_0 .. B_N at its boundaries."""
+    dtype = v.dtype
+    k, v = _blocks(k, spec.block_size, state.dtype), _blocks(v, spec.block_size, state.dtype)
+    tables = spec.powers.block(spec.block_size)
+    before, after = block_states(k, v, state, tables, spec.reset)
+    if spec.main_out == "last":  # the last token reads the state after its block, as in a recurrent step
+        out = read(q.to(state.dtype), torch.stack(after, dim=1), spec.powers.scale)
+    else:
+        out = attend(_blocks(q, spec.block_size, state.dtype), k, v, torch.stack(before, dim=1), tables)
+        out = by_token(out).flatten(1, 2)
+    return out.to(dtype), [*before, after[-1]]
+
+
+def _blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return by_head(x.unflatten(1, (-1, size)), dtype)
+
+
+def _blockwise(
+    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    dtype = v.dtype
+    q, k, v = (_blocks(x, size, state.dtype) for x in (q, k, v))
+    tables = powers.block(size)
+    before, after = block_states(k, v, state, tables)
+    out = attend(q, k, v, torch.stack(before, dim=1), tables)
+    return by_token(out).flatten(1, 2).to(dtype), after[-1]
+
+
+def _parallel(
+    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One block of T tokens, its scores some rows at a time and without the half that is zero."""
+    length, dtype = q.shape[1], v.dtype
+    q, k, v = (_blocks(x, length, state_dtype(dtype)) for x in (q, k, v))
+    tables = powers.block(length)
+    outs = []
+    starts = [0] if torch.compiler.is_compiling() else range(0, length, ROWS_AT_ONCE)
+    for start, end in zip(starts, [*starts[1:], length], strict=True):
+        scores = q[..., start:end, :] @ k[..., :end, :].transpose(-1, -2)
+        outs.append(weighted(scores, tables.within[:, start:end, :end]) @ v[..., :end, :])
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-2)
+    after = block_additions(k, v, tables.to_end).squeeze(1)
+    if state is not None:
+        out = torch.addcmul(out, q @ state.unsqueeze(1), tables.from_start)
+        after = advance(state, tables.across, after)
+    return by_token(out).flatten(1, 2).to(dtype), after
+
+
+def _chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """All full chunks at once, then the tokens left over as one shorter block."""
+    length = q.shape[1]
+    full = length - length % chunk_size
+    sizes = [full, length - full] if 0 < full < length else [length]
+    outs = []
+    for q_part, k_part, v_part in zip(*(x.split(sizes, dim=1) for x in (q, k, v)), strict=True):
+        size = min(chunk_size, q_part.shape[1])
+        out, state = _blockwise(q_part, k_part, v_part, powers, state, size)
+        outs.append(out)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)), state
+
+
+def _token(
+    q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token, (B, 1, H, D): what decoding repeats, so that every operation on the way counts."""
+    dtype = v.dtype
+    q, k, v = widen(q, k, v)
+    after = k.squeeze(1).unsqueeze(-1) * v.transpose(1, 2)  # kᵀ v, (B, H, Dk, Dv)
+    if state is not None:
+        after = advance_in_place(state, powers.across_token(), after)
+    out = read(q, after, powers.scale)
+    return (out if out.dtype == dtype else out.to(dtype)), after
+
+
+def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor) -> tuple[Tensor, Tensor]:
+    across = powers.across_token()
+    dtype = v.dtype
+    q, k, v = widen(q, k, v)
+    outs = []
+    for q_t, k_t, v_t in zip(q.unbind(1), k.unsqueeze(-1).unbind(1), v.unsqueeze(-2).unbind(1), strict=True):
+        state = advance_in_place(state, across, k_t * v_t)
+        outs.append(read(q_t, state, powers.scale))
+    return torch.stack(outs, dim=1).to(dtype), state
+
+
+def read(q: Tensor, state: Tensor, scale: float) -> Tensor:
+    """The output c · q S of queries (..., H, Dk) at as many states (..., H, Dk, Dv): (..., H, Dv)."""
+    rows = q.reshape(-1, 1, q.shape[-1]) * scale
+    out = torch.bmm(rows, state.reshape(-1, *state.shape[-2:]))  # `matmul` takes twice its time to get here
+    return out.view(*q.shape[:-1], state.shape[-1])
