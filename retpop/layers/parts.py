@@ -19,7 +19,11 @@ from retpop.config import RetNetConfig
 from retpop.layers.calls import Call
 
 ELEMENTS_AT_ONCE = 2**21
-"""Elements that the widest tensor of a layer has in one part."""
+"""Elements that the widest tensor of a layer has in one part, for each thread."""
+
+THREADS = 3
+"""Threads that parts grow with, at most: then such a tensor of float32 is still below the 32 MB from which on
+glibc keeps no memory, and a part has enough work beside its calls."""
 
 Layers = Callable[[Tensor, Tensor | None, Call], tuple[Tensor, Tensor]]
 
@@ -34,7 +38,7 @@ def tokens_at_once(decoder: nn.Module, cfg: RetNetConfig, x: Tensor) -> int | No
         return None
     hidden = cfg.ffn_dim * (2 if cfg.ffn == "glu" else 1)
     widest = max(hidden, 2 * cfg.num_heads * (cfg.head_key_dim + cfg.head_value_dim))
-    most = max(1, ELEMENTS_AT_ONCE // widest)
+    most = max(1, ELEMENTS_AT_ONCE * min(torch.get_num_threads(), THREADS) // widest)
     return None if x.shape[0] * x.shape[1] <= most or _is_watched(decoder) else most
 
 

@@ -37,6 +37,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return whole(self, x, *arguments)
 
     monkeypatch.setattr(parts, "ELEMENTS_AT_ONCE", 40 * WIDEST)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(RetNetDecoder, "_run_layers", note)
     return seen
 
@@ -180,6 +181,15 @@ def test_transforms_and_the_compiler_see_one_pass(passes: list) -> None:
     assert len(graphs) == 1
     products = [node for node in graphs[0].graph.nodes if node.target is torch._C._nn.linear]
     assert len(products) == 4 * decoder.cfg.num_layers
+
+
+def test_more_threads_take_more_at_once(passes: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, x = make_decoder(), normal(16, 15, 12, seed=0)
+    with torch.no_grad():
+        for threads in (2, 3, 64):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            decoder(x)
+    assert passes == [*[(4, 15)] * 4, *[(8, 15)] * 4]
 
 
 @given(total=st.integers(1, 200), most=st.integers(1, 200), unit=st.integers(1, 40))
