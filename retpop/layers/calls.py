@@ -9,6 +9,7 @@ layer treats both alike, and tells them apart only here.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -40,6 +41,23 @@ class AnyCall:
         """The call of a layer that another one follows, which wants all of its tokens."""
         return self
 
+    @property
+    def tokens_apart(self) -> int | None:
+        """Tokens after any multiple of which the call may be cut in two, state in between; None: nowhere."""
+        return None
+
+    def of_rows(self, rows: slice) -> Self:
+        """The call of some rows of the batch."""
+        if self.rotation is None or self.rotation.cos.shape[0] == 1:  # one for all rows
+            return self
+        return replace(self, rotation=Rotation(*(x[rows] for x in self.rotation)))
+
+    def of_tokens(self, tokens: slice) -> Self:
+        """The call of some tokens of every row."""
+        if self.rotation is None:
+            return self
+        return replace(self, rotation=Rotation(*(x[:, tokens] for x in self.rotation)))
+
     def readers(self, x: Tensor) -> Tensor:
         """The tokens of (B, T, ...) whose outputs are wanted: the only ones that need queries and a gate."""
         return x
@@ -65,6 +83,11 @@ class SequenceCall(AnyCall):
     mode: str
     chunk_size: int | None
     packing: Packing | None
+
+    @property
+    def tokens_apart(self) -> int | None:
+        """See `AnyCall.tokens_apart`; parallel mode is one product over all tokens."""
+        return None if self.mode == "parallel" or self.packing is not None else self.chunk_size or 1
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retention of (B, T, H, D): outputs (B, T, H, Dv) and the state after them."""
@@ -101,6 +124,11 @@ class PopCall(AnyCall):
     def for_inner_layers(self) -> PopCall:
         """The same call, with all tokens coming out."""
         return replace(self, main_out="all")
+
+    def of_rows(self, rows: slice) -> Self:
+        """The call of some rows of the batch."""
+        reset = None if self.reset is None else self.reset[rows]
+        return replace(super().of_rows(rows), reset=reset)
 
     def readers(self, x: Tensor) -> Tensor:
         """The row (B, T + P·M, ...) itself, or its short row."""

@@ -12,6 +12,7 @@ from retpop.config import RetNetConfig
 from retpop.layers.block import RetNetBlock
 from retpop.layers.calls import Call
 from retpop.layers.norm import residual_norm
+from retpop.layers.parts import run_in_parts, tokens_at_once
 from retpop.layers.prepare import Owner, check_construction, prepare_pop, prepare_sequence
 from retpop.layers.retention import empty_state
 from retpop.ops.rows import join_row, split_row
@@ -165,15 +166,22 @@ class RetNetDecoder(nn.Module):
         return self.cfg.describe()
 
     def _run(self, x: Tensor, state: RetNetState | None, call: Call) -> tuple[Tensor, Tensor]:
+        kv = None if state is None else state.kv
+        most = tokens_at_once(self, self.cfg, x)
+        if most is None:
+            return self._run_layers(x, kv, call)
+        return run_in_parts(self._run_layers, x, kv, call, most)
+
+    def _run_layers(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         states: list[Tensor] = []
         calls = [*[call.for_inner_layers()] * (self.cfg.num_layers - 1), call]
         for index, (layer, own_call) in enumerate(zip(self.layers, calls, strict=True)):
-            kv = None if state is None else state.kv[index]
+            own_kv = None if kv is None else kv[index]
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, kv = checkpoint(layer, x, kv, own_call, use_reentrant=False)
+                x, own_kv = checkpoint(layer, x, own_kv, own_call, use_reentrant=False)
             else:
-                x, kv = layer(x, kv, own_call)
-            states.append(kv)
+                x, own_kv = layer(x, own_kv, own_call)
+            states.append(own_kv)
         return self.final_norm(x), torch.stack(states)
 
     def _owner(self, where: str) -> Owner:

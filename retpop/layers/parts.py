@@ -1,0 +1,85 @@
+"""A large pass without gradient, part by part: what it computes then stays in a processor's cache.
+
+Its memory is used again, too. Fresh memory comes page by page, and into that a matrix product of REM's
+decoder takes 1.3 times as long (docs/performance_notes.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from retpop.arguments import values_are_free
+from retpop.config import RetNetConfig
+from retpop.layers.calls import Call
+
+ELEMENTS_AT_ONCE = 2**21
+"""Elements that the widest tensor of a layer has in one part, for each thread."""
+
+THREADS = 3
+"""Threads that parts grow with, at most: then such a tensor of float32 is still below the 32 MB from which on
+glibc keeps no memory, and a part has enough work beside its calls."""
+
+Layers = Callable[[Tensor, Tensor | None, Call], tuple[Tensor, Tensor]]
+
+
+def tokens_at_once(decoder: nn.Module, cfg: RetNetConfig, x: Tensor) -> int | None:
+    """How many tokens of (B, T, E) a part has; None: all pass a layer before any passes the next.
+
+    So it is on a GPU, where parts would be seen (by a gradient, a compiler, a transform, a hook inside the
+    decoder), and where dropout draws: a checkpoint that draws again, with gradient, must find the same.
+    """
+    if torch.is_grad_enabled() or not values_are_free(x) or (decoder.training and cfg.dropout):
+        return None
+    hidden = cfg.ffn_dim * (2 if cfg.ffn == "glu" else 1)
+    widest = max(hidden, 2 * cfg.num_heads * (cfg.head_key_dim + cfg.head_value_dim))
+    most = max(1, ELEMENTS_AT_ONCE * min(torch.get_num_threads(), THREADS) // widest)
+    return None if x.shape[0] * x.shape[1] <= most or _is_watched(decoder) else most
+
+
+def run_in_parts(
+    layers: Layers, x: Tensor, kv: Tensor | None, call: Call, most: int
+) -> tuple[Tensor, Tensor]:
+    """What ``layers`` make of (B, T, E) and states (layers, B, H, Dk, Dv), ``most`` tokens at once.
+
+    Rows of the batch go one after another; where a row alone is longer, its tokens do, if the call allows it.
+    """
+    batch, length = x.shape[:2]
+    if batch > 1 and batch * length > most:
+        outs, states = [], []
+        for rows in even_slices(batch, max(1, most // length)):
+            own_kv = None if kv is None else kv[:, rows]
+            out, after = run_in_parts(layers, x[rows], own_kv, call.of_rows(rows), most)
+            outs.append(out)
+            states.append(after)
+        return torch.cat(outs), torch.cat(states, dim=1)
+    unit = call.tokens_apart
+    parts = [slice(None)] if unit is None else even_slices(length, most, unit)
+    if len(parts) == 1:
+        return layers(x, kv, call)
+    outs = []
+    for tokens in parts:
+        out, kv = layers(x[:, tokens], kv, call.of_tokens(tokens))
+        outs.append(out)
+    return torch.cat(outs, dim=1), cast(Tensor, kv)
+
+
+def even_slices(total: int, most: int, unit: int = 1) -> list[slice]:
+    """``total`` in slices of about equal size, multiples of ``unit`` but for the last.
+
+    They have ``most`` or less, or one ``unit``.
+    """
+    parts = math.ceil(total / max(unit, most - most % unit))
+    size = math.ceil(total / (parts * unit)) * unit
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees what goes through a part of ``module``."""
+    inside = (part for child in module.children() for part in child.modules())
+    return _has_any_global_hook() or any(part._forward_hooks or part._forward_pre_hooks for part in inside)
