@@ -45,7 +45,7 @@ def newest(folder: Path = RESULTS) -> Path:
 
 
 def load(path: Path, folder: Path = RESULTS) -> Results:
-    """Results of a file, with the kernels' audit and a GPU's report where they are in the folder."""
+    """Results of a file, with the kernels' audit, a GPU's report, and others of its commit in the folder."""
     reports = sorted(folder.glob("gpu_*.csv"))
     audit = folder / "kernel_audit.csv"
     return Results(
@@ -53,6 +53,11 @@ def load(path: Path, folder: Path = RESULTS) -> Results:
         audit=_rows(audit) if audit.exists() else (),
         gpu=_rows(reports[-1]) if reports else (),
         name=path.name,
+        others=[
+            Results(records=read(other), name=other.name)
+            for other in sorted(folder.glob(f"*-{path.stem.rpartition('-')[2]}.csv"))
+            if other.name != path.name
+        ],
     )
 
 
@@ -105,6 +110,25 @@ def _targets(results: Results) -> str:
     missed = sum(line[3].startswith("**") for line in body)
     table = markdown_table(["what", "wanted", "measured", ""], body)
     return f"{met} met, {missed} missed, {len(body) - met - missed} not measured.\n\n{table}"
+
+
+def _others(results: Results) -> str:
+    """The targets that the same commit's other results measure, side by side."""
+    sides = [[j for j in judge(x) if j.figure] for x in results.others]
+    verdicts = [{j.target.name: f"{j.figure.text}, {j.verdict}" for j in side if j.figure} for side in sides]
+    body = [
+        [
+            j.target.name,
+            j.target.wanted,
+            j.figure.text if j.figure else "",
+            *(v.get(j.target.name, "") for v in verdicts),
+        ]
+        for j in judge(results)
+        if any(j.target.name in v for v in verdicts)
+    ]
+    machines = [x.records[0].machine for x in (results, *results.others) if x.records]
+    files = ", ".join(f"`benchmarks/results/{x.name}`" for x in results.others)
+    return f"{markdown_table(['what', 'wanted', *machines], body)}\n\nFrom {files}." if body else ""
 
 
 def _picture(name: str, text: str) -> str:
@@ -324,6 +348,7 @@ def _summary(results: Results) -> str:
 PARTS: dict[str, Part] = {
     "source": _source,
     "targets": _targets,
+    "others": _others,
     "training": _training,
     "operations": _operations,
     "scaling": _scaling,

@@ -31,12 +31,14 @@ class Results:
         audit: rows of kernel_audit.csv.
         gpu: rows of a GPU's report; empty where no GPU was measured.
         name: of the records' file.
+        others: results of the same commit on other machines, or with other numbers of threads.
     """
 
     records: Sequence[Record] = ()
     audit: Sequence[Row] = ()
     gpu: Sequence[Row] = ()
     name: str = ""
+    others: Sequence[Results] = ()
 
     def of(self, **wanted: object) -> list[Record]:
         """The right records whose fields have these values."""

@@ -161,6 +161,27 @@ def test_where_we_lose_is_said() -> None:
     )
 
 
+def test_other_results_of_the_same_commit_stand_beside(tmp_path: Path) -> None:
+    """Two threads beside one; of another commit, nothing."""
+    for name, machine, seconds in (
+        ("cpu_1_thread-abc", "cpu, 1 thread", 1.0),
+        ("cpu_2_threads-abc", "cpu, 2 threads", 2.0),
+        ("cpu_4_threads-def", "cpu, 4 threads", 1.0),
+    ):
+        append(tmp_path / f"{name}.csv", [replace(TRAINING, machine=machine, samples=(seconds,))])
+    results = page.load(tmp_path / "cpu_1_thread-abc.csv", tmp_path)
+    shown = page.render("<!-- generated: others -->\n<!-- end -->", results)
+    assert "| what | wanted | cpu, 1 thread | cpu, 2 threads |" in shown
+    (line,) = [line for line in shown.splitlines() if "decoder, float32" in line]
+    assert "70%" in line
+    assert "35%" in line
+    assert "**missed** by 46%" in line
+    assert "`benchmarks/results/cpu_2_threads-abc.csv`" in shown
+    assert "4 threads" not in shown
+    alone = page.load(tmp_path / "cpu_4_threads-def.csv", tmp_path)
+    assert "Not measured." in page.render("<!-- generated: others -->\n<!-- end -->", alone)
+
+
 def test_the_newest_results_are_shown(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         page.newest(tmp_path)
