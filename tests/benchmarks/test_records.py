@@ -89,7 +89,7 @@ def test_runs_take_turns() -> None:
     order: list[str] = []
     effort = Effort(rounds=3, least=1, sample_seconds=0.0, group_seconds=60.0)
     found = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, CPU, effort)
-    assert "".join(order) == "aabbcc" + "abc" + "cba" + "abc"  # warmed up one by one
+    assert "".join(order) == "aabbcc" + "aabbcc" + "ccbbaa" + "aabbcc"  # each after itself
     assert {name: len(samples) for name, samples in found.items()} == dict.fromkeys("abc", 3)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -36,8 +38,22 @@ def test_a_slow_start_does_not_shorten_the_samples(slow: int) -> None:
     assert before > 4 * 1_600  # samples of 2,000 runs; the estimate is rough where some of it was slow
 
 
-def test_a_long_run_is_warmed_up_once_and_sampled_singly() -> None:
+def test_a_long_run_is_sampled_singly_and_after_itself() -> None:
     runs = Runs(slow=0, first=0.0, then=1.5)
     effort = Effort(rounds=3, sample_seconds=0.02, group_seconds=100.0, clock=runs.clock)
     assert interleaved({"it": runs}, CPU, effort)["it"] == pytest.approx([1.5] * 3)
-    assert runs.count == 1 + 3
+    assert runs.count == 1 + 2 * 3
+
+
+def test_what_a_neighbour_leaves_behind_is_not_timed() -> None:
+    """Runs that take twice as long after another's are sampled as in a loop of their own."""
+    now, last = 0.0, ""
+
+    def run(name: str) -> None:
+        nonlocal now, last
+        now += 1.0 if last == name else 2.0
+        last = name
+
+    effort = Effort(rounds=4, group_seconds=100.0, clock=lambda: now)
+    samples = interleaved({name: partial(run, name) for name in "ab"}, CPU, effort)
+    assert samples == {"a": [1.0] * 4, "b": [1.0] * 4}
