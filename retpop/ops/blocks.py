@@ -43,7 +43,7 @@ class Stretch(NamedTuple):
         return Stretch(self.rows, self.blocks, self.blocks, 1)
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The blocks of (B, T, H, D) by head: (N·B·H, L, D), cast, in memory of their own."""
+        """Blocks of (B, T, H, D) by head, cast: (N·B·H, L, D). Perhaps ``x`` itself: not to be written to."""
         x = _by_head(x[self.rows, self.tokens], self.size)
         return x.to(dtype, memory_format=torch.contiguous_format).contiguous().flatten(0, 2)
 

@@ -121,12 +121,14 @@ def own(result: Tensor, *inputs: Tensor | None) -> Tensor:
     return result.clone() if any(result is x for x in inputs) else result
 
 
-def selected(grads: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+def selected(
+    grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
     """The gradients that are needed, each in its input's dtype and in memory of its own."""
     return [
         grad.to(x.dtype).contiguous()
         for grad, x, need in zip(grads, inputs, needs, strict=True)
-        if need and x is not None
+        if need and x is not None and grad is not None
     ]
 
 

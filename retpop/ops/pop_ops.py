@@ -182,7 +182,7 @@ def _explicit_gradients(
     state = torch_forms.zero_state(tokens[0], tokens[2], tokens[0].shape[0]) if state is None else state
     grad_state = torch.zeros_like(state) if grad_state is None else grad_state
     _, states = torch_forward.pop(tokens, spec, state=state)
-    found = torch_backward.pop(tokens, grads, grad_state, spec, states=states)
+    found = torch_backward.pop(tokens, grads, grad_state, spec, states=states, needs=needs)
     return selected(found, inputs, needs)
 
 

@@ -110,9 +110,9 @@ def _compute_gradients(
     powers = DecayPowers(log_decay, scale, state.dtype)
     chunk_size = torch_forms.DEFAULT_CHUNK_SIZE
     if cu_seqlens is None:
-        _, states = torch_forward.retention(tokens, powers, state=state, chunk_size=chunk_size, keep=True)
+        _, _, states = torch_forward.retention(tokens, powers, state=state, chunk_size=chunk_size, keep=True)
         found = torch_backward.retention(
-            tokens, grad_out, grad_state, powers, states=states, chunk_size=chunk_size
+            tokens, grad_out, grad_state, powers, states=states, chunk_size=chunk_size, needs=needs
         )
     else:
         packing = packed.Packing("retpop::retention_bwd", cu_seqlens, q.shape[1])

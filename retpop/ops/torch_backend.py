@@ -42,8 +42,8 @@ def retention(
     if _wants_gradients(q, k, v, state):
         out, final = _Retention.apply(powers, chunk_size, q, k, v, state)
         return out, final
-    out, states = torch_forward.retention((q, k, v), powers, state=state, chunk_size=chunk_size, keep=False)
-    return out, states[-1].clone()
+    out, final, _ = torch_forward.retention((q, k, v), powers, state=state, chunk_size=chunk_size, keep=False)
+    return out, final
 
 
 def pop_retention(
@@ -109,10 +109,11 @@ class _Retention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, powers: DecayPowers, chunk_size: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *tokens, state = inputs
-        out, states = torch_forward.retention(tokens, powers, state=state, chunk_size=chunk_size, keep=True)
+        out, final, states = torch_forward.retention(
+            tokens, powers, state=state, chunk_size=chunk_size, keep=True
+        )
         ctx.powers, ctx.chunk_size = powers, chunk_size
         ctx.save_for_backward(*inputs, states)
-        final = states[-1].clone()
         if not any(ctx.needs_input_grad[3:]):  # keys, values and state
             ctx.mark_non_differentiable(final)
         return out, final
@@ -120,14 +121,14 @@ class _Retention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, states = ctx.saved_tensors
-        powers, chunk_size = ctx.powers, ctx.chunk_size
+        powers, chunk_size, needs = ctx.powers, ctx.chunk_size, ctx.needs_input_grad[2:]
         with without_autocast(states.device):
-            if torch.is_grad_enabled():
+            if _want_plain_gradients(grad, grad_state):
                 plain = partial(_plain_retention, powers, chunk_size)
                 found = _plain_gradients(plain, inputs, (grad, grad_state))
             else:
                 found = torch_backward.retention(
-                    inputs[:-1], grad, grad_state, powers, states=states, chunk_size=chunk_size
+                    inputs[:-1], grad, grad_state, powers, states=states, chunk_size=chunk_size, needs=needs
                 )
         return None, None, *found
 
@@ -139,8 +140,8 @@ class _Pop(torch.autograd.Function):
     def forward(ctx: Any, spec: PopSpec, *inputs: Tensor) -> tuple[Tensor, ...]:
         *tokens, state = inputs
         outs, states = torch_forward.pop(tokens, spec, state=state)
-        ctx.spec = spec
-        ctx.save_for_backward(*inputs, states)
+        ctx.spec = spec._replace(reset=None)
+        ctx.save_for_backward(*inputs, states, spec.reset)  # so that it is noticed if they are written over
         final = states[-1].clone()
         needs = ctx.needs_input_grad[1:]
         carried = needs[1] or needs[2] or needs[-1]  # keys, values and state
@@ -151,13 +152,22 @@ class _Pop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, states = ctx.saved_tensors
+        *inputs, states, reset = ctx.saved_tensors
+        spec, needs = ctx.spec._replace(reset=reset), ctx.needs_input_grad[1:]
         with without_autocast(states.device):
-            if torch.is_grad_enabled():
-                found = _plain_gradients(partial(_plain_pop, ctx.spec), inputs, grads)
+            if _want_plain_gradients(*grads):
+                found = _plain_gradients(partial(_plain_pop, spec), inputs, grads)
             else:
-                found = torch_backward.pop(inputs[:-1], grads[:-1], grads[-1], ctx.spec, states=states)
+                found = torch_backward.pop(
+                    inputs[:-1], grads[:-1], grads[-1], spec, states=states, needs=needs
+                )
         return None, *found
+
+
+def _want_plain_gradients(*grads: Tensor) -> bool:
+    """Whether gradients are to have gradients, or come in a batch (of `is_grads_batched`, an older vmap)."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return torch.is_grad_enabled() or _is_watched() or any(batched(grad) for grad in grads)
 
 
 def _plain_retention(powers: DecayPowers, chunk_size: int, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -177,11 +187,16 @@ def _plain_pop(spec: PopSpec, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 def _plain_gradients(
     plain: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor]
-) -> list[Any]:
+) -> list[Tensor | None]:
     """The gradients by autograd through the plain forms, which can be differentiated again."""
-    inputs = [x.view_as(x) for x in inputs]  # one each, where the same tensor came twice
-    pairs = [pair for pair in zip(plain(*inputs), grads, strict=True) if pair[0].requires_grad]
+    with torch.enable_grad():
+        inputs = [x.view_as(x) for x in inputs]  # one each, where the same tensor came twice
+        pairs = [pair for pair in zip(plain(*inputs), grads, strict=True) if pair[0].requires_grad]
+    if not pairs:  # of no tokens, say
+        return [None] * len(inputs)
     wanted = [x for x in inputs if x.requires_grad]
     results, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(results, wanted, grads, create_graph=True, allow_unused=True))
+    found = iter(
+        torch.autograd.grad(results, wanted, grads, create_graph=torch.is_grad_enabled(), allow_unused=True)
+    )
     return [next(found) if x.requires_grad else None for x in inputs]

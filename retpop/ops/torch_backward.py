@@ -9,11 +9,13 @@ output o_i:
     dS   = γ^L G + Σ_i c γ^(i+1) q_i g_iᵀ
 
 The last line runs backwards over the blocks, as the states run forwards; the others take blocks at once.
-Everything is computed in the states' dtype, and each gradient is cast to the dtype of what it belongs to.
+Everything is computed in the states' dtype, and each gradient is cast to the dtype of what it belongs to; those of
+packed sequences stay as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from retpop.ops import packed
-from retpop.ops.blocks import flat, scale_in_place, scaled, stretches
+from retpop.ops.blocks import Stretch, flat, scale_in_place, scaled, stretches
 from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance, advance_in_place
 from retpop.ops.torch_forms import PopSpec, by_head
 from retpop.ops.torch_forward import (
@@ -45,29 +47,50 @@ class Blocks(NamedTuple):
     v: Tensor
     grad: Tensor
 
-    def gradients(self, read: Tensor, starts: Tensor, ends: Tensor | None, tables: BlockPowers) -> Tokens:
-        """dq, dk and dv, laid out as the blocks.
+    def gradients(
+        self,
+        read: Tensor,
+        starts: Tensor,
+        ends: Tensor | None,
+        tables: BlockPowers,
+        needs: Sequence[bool] = (True, True, True),
+    ) -> list[Tensor | None]:
+        """dq, dk and dv, laid out as the blocks; None where they are not needed.
 
         Args:
             read: ``grad`` times ``tables.from_start``.
             starts: the states before the blocks, (N, B, H, Dk, Dv).
             ends: the gradients of the states after them, likewise; None where nothing comes after.
             tables: the powers of γ for L tokens.
+            needs: which of the three are wanted.
         """
-        pairs = scale_in_place(torch.bmm(self.grad, self.v.mT), tables.within)
-        scores = scale_in_place(torch.bmm(self.q, self.k.mT), tables.within)
-        dq = torch.bmm(pairs, self.k).baddbmm_(read, flat(starts).mT)
-        dk = torch.bmm(pairs.mT, self.q)
-        dv = torch.bmm(scores.mT, self.grad)
-        if ends is not None:
-            dk.baddbmm_(scaled(self.v, tables.to_end), flat(ends).mT)
-            dv.baddbmm_(scaled(self.k, tables.to_end), flat(ends))
-        return dq, dk, dv
+        dq = dk = dv = None
+        if needs[0] or needs[1]:
+            pairs = scale_in_place(torch.bmm(self.grad, self.v.mT), tables.within)
+        if needs[0]:
+            dq = torch.bmm(pairs, self.k).baddbmm_(read, flat(starts).mT)
+        if needs[1]:
+            dk = torch.bmm(pairs.mT, self.q)
+            if ends is not None:
+                dk.baddbmm_(scaled(self.v, tables.to_end), flat(ends).mT)
+        if needs[2]:
+            scores = scale_in_place(torch.bmm(self.q, self.k.mT), tables.within)
+            dv = torch.bmm(scores.mT, self.grad)
+            if ends is not None:
+                dv.baddbmm_(scaled(self.k, tables.to_end), flat(ends))
+        return [dq, dk, dv]
 
 
 def retention(
-    tokens: Tokens, grad: Tensor, grad_state: Tensor, powers: DecayPowers, *, states: Tensor, chunk_size: int
-) -> list[Tensor]:
+    tokens: Tokens,
+    grad: Tensor,
+    grad_state: Tensor,
+    powers: DecayPowers,
+    *,
+    states: Tensor,
+    chunk_size: int,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
     """Gradients of `torch_forward.retention`.
 
     Args:
@@ -77,9 +100,10 @@ def retention(
         powers: the decays, with the scale c.
         states: what the forward pass kept.
         chunk_size: tokens in a chunk.
+        needs: which gradients are wanted.
 
     Returns:
-        dq, dk, dv and the gradient of the state before the first token.
+        dq, dk, dv and the gradient of the state before the first token; None where it is not wanted.
     """
     found = [x.new_empty(x.shape) for x in tokens]
     cuts = list(stretches(tokens[1], chunk_size))
@@ -91,15 +115,23 @@ def retention(
         tables = powers.block(part.size)
         blocks = Blocks(*(part.take(x, states.dtype) for x in (*tokens, grad)))
         read = scaled(blocks.grad, tables.from_start)
-        torch.bmm(blocks.q.mT, read, out=flat(window[:-1]))
-        _carry_back(window, tables.across)
+        if any(needs[1:]):  # all but the queries' gradient come from later blocks as well
+            flat(window[:-1]).baddbmm_(blocks.q.mT, read, beta=0)
+            _carry_back(window, tables.across)
         starts = states[part.blocks, part.rows]
-        for x, gradient in zip(found, blocks.gradients(read, starts, window[1:], tables), strict=True):
-            part.put(x, gradient)
-    return [*found, grads[0].clone()]
+        _put((part,) * 3, found, blocks.gradients(read, starts, window[1:], tables, needs))
+    return [x if need else None for x, need in zip((*found, grads[0].clone()), needs, strict=True)]
 
 
-def pop(tokens: Tokens, grads: Tokens, grad_state: Tensor, spec: PopSpec, *, states: Tensor) -> list[Tensor]:
+def pop(
+    tokens: Tokens,
+    grads: Tokens,
+    grad_state: Tensor,
+    spec: PopSpec,
+    *,
+    states: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
     """Gradients of `torch_forward.pop`.
 
     Args:
@@ -108,14 +140,16 @@ def pop(tokens: Tokens, grads: Tokens, grad_state: Tensor, spec: PopSpec, *, sta
         grad_state: of the final state, (B, H, Dk, Dv).
         spec: what is told beside them.
         states: what the forward pass returned.
+        needs: which gradients are wanted.
 
     Returns:
-        The gradients of ``tokens`` and of the state before the first block.
+        The gradients of ``tokens`` and of the state before the first block; None where it is not wanted.
     """
     found = [x.new_empty(x.shape) for x in tokens]
     (main, pred), ((grad,), (grad_pred,)), (into, into_pred) = (
         parts(x, spec) for x in (tokens, grads, found)
     )
+    carried = needs[1] or needs[2] or needs[-1]  # keys, values and state: not the queries
     boundaries = torch.zeros_like(states)
     boundaries[-1] = grad_state
     for part in prediction_stretches(pred, spec):
@@ -123,9 +157,9 @@ def pop(tokens: Tokens, grads: Tokens, grad_state: Tensor, spec: PopSpec, *, sta
         blocks = Blocks(*(part.take(x, states.dtype) for x in (*pred, grad_pred)))
         read = scaled(blocks.grad, tables.from_start)
         starts, grad_starts = (x[spec.offset :][part.blocks, part.rows] for x in (states, boundaries))
-        flat(grad_starts).baddbmm_(blocks.q.mT, read)
-        for x, gradient in zip(into_pred, blocks.gradients(read, starts, None, tables), strict=True):
-            part.put(x, gradient)
+        if carried:
+            flat(grad_starts).baddbmm_(blocks.q.mT, read)
+        _put((part,) * 3, into_pred, blocks.gradients(read, starts, None, tables, needs[-4:-1]))
     resets = reset_boundaries(spec)
     for part in reversed(list(stretches(main[1], spec.block_size))):
         at = slice(part.blocks.start, part.blocks.stop + 1), part.rows
@@ -135,12 +169,11 @@ def pop(tokens: Tokens, grads: Tokens, grad_state: Tensor, spec: PopSpec, *, sta
         pairs = zip(places, (*main, grad), strict=True)
         blocks = Blocks(*(place.take(x, states.dtype) for place, x in pairs))
         read = scaled(blocks.grad, tables.from_start)
-        flat(window[:-1]).baddbmm_(blocks.q.mT, read)
-        _carry_back(window, tables.across, None if resets is None else resets[at])
-        grads_found = blocks.gradients(read, starts, window[1:], tables)
-        for place, x, gradient in zip(places, into, grads_found, strict=False):
-            place.put(x, gradient)
-    return [*found, boundaries[0].clone()]
+        if carried:
+            flat(window[:-1]).baddbmm_(blocks.q.mT, read)
+            _carry_back(window, tables.across, None if resets is None else resets[at])
+        _put(places[:3], into, blocks.gradients(read, starts, window[1:], tables, needs[:3]))
+    return [x if need else None for x, need in zip((*found, boundaries[0].clone()), needs, strict=True)]
 
 
 def packed_retention(
@@ -152,7 +185,7 @@ def packed_retention(
     state: Tensor,
     chunk_size: int,
     packing: packed.Packing,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Gradients of `packed.retention`: dq, dk and dv, (1, T, H, D), and that of the states (S, H, Dk, Dv)."""
     if grad.shape[1] == 0:
         dq, dk, dv = (torch.zeros_like(x) for x in tokens)
@@ -171,9 +204,18 @@ def packed_retention(
     added = torch.bmm(part.q.mT, read).view(starts.shape)
     ends, grad_state = _packed_sweep(grad_state, added, packed.across_chunks(powers, plan), plan)
     found = part.gradients(read, starts, ends, tables)
-    shapes = zip(found, (q, k, v), strict=True)
-    dq, dk, dv = (x.view(like.shape).transpose(2, 3)[0, filled].unsqueeze(0) for x, like in shapes)
-    return [dq, dk, dv, grad_state]
+    unpacked = (
+        x.view(like.shape).transpose(2, 3)[0, filled].unsqueeze(0)
+        for x, like in zip(found, (q, k, v), strict=True)
+        if x is not None
+    )
+    return [*unpacked, grad_state]
+
+
+def _put(places: Sequence[Stretch], into: Tokens, found: Sequence[Tensor | None]) -> None:
+    for place, x, gradient in zip(places, into, found, strict=True):
+        if gradient is not None:
+            place.put(x, gradient)
 
 
 def _carry_back(grads: Tensor, across: Across, resets: Tensor | None = None) -> None:

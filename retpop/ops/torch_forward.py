@@ -11,7 +11,6 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from retpop.ops.blocks import Stretch, flat, scale_in_place, scaled, stretches
 from retpop.ops.decay_powers import BlockPowers, DecayPowers, advance_in_place
@@ -23,7 +22,7 @@ Tokens = Sequence[Tensor]
 
 def retention(
     tokens: Tokens, powers: DecayPowers, *, state: Tensor, chunk_size: int, keep: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Retention of q, k and v.
 
     Args:
@@ -34,26 +33,25 @@ def retention(
         keep: whether the states between are wanted as well.
 
     Returns:
-        The outputs, (B, T, H, Dv), and the states before all chunks and after the last,
-        (N + 1, B, H, Dk, Dv); without ``keep`` only the last of them means anything.
+        The outputs, (B, T, H, Dv); the state after the last token; and, with ``keep``, the states before all
+        chunks and after the last, (N + 1, B, H, Dk, Dv).
     """
     q, k, v = tokens
     out = v.new_empty(v.shape)
     cuts = list(stretches(k, chunk_size))
     held = 0 if not cuts else cuts[-1].blocks.stop if keep else cuts[0].num_blocks
     states = state.new_empty(held + 1, *state.shape)
-    states[0 if keep else -1] = state
+    states[0] = state
     for part in cuts:
-        if keep:
-            window = states[part.blocks.start : part.blocks.stop + 1, part.rows]
-        else:  # the stretch before left its last state in the last place
-            window = states[-1 - part.num_blocks :, part.rows]
-            window[0] = states[-1, part.rows]
+        first = part.blocks.start if keep else 0
+        window = states[first : first + part.num_blocks + 1, part.rows]
         tables = powers.block(part.size)
         q_part, k_part, v_part = (part.take(x, state.dtype) for x in (q, k, v))
         _carry(window, k_part, v_part, tables)
         part.put(out, _attend(q_part, k_part, v_part, window[:-1], tables))
-    return out, states
+        if not keep:
+            states[0, part.rows] = window[-1]
+    return out, states[-1 if keep else 0].clone(), states
 
 
 def pop(tokens: Tokens, spec: PopSpec, *, state: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -107,7 +105,8 @@ def reset_boundaries(spec: PopSpec) -> Tensor | None:
     """Where the state at a boundary is dropped, (N + 1, B, 1, 1, 1); never at the last one."""
     if spec.reset is None:
         return None
-    return pad(spec.reset.T, (0, 0, 0, 1))[:, :, None, None, None]
+    never = spec.reset.new_zeros(1, spec.reset.shape[0])
+    return torch.cat((spec.reset.T, never))[:, :, None, None, None]
 
 
 def readers_of(part: Stretch, spec: PopSpec) -> tuple[Stretch, BlockPowers]:
@@ -118,7 +117,7 @@ def readers_of(part: Stretch, spec: PopSpec) -> tuple[Stretch, BlockPowers]:
 
 def _carry(states: Tensor, k: Tensor, v: Tensor, tables: BlockPowers, resets: Tensor | None = None) -> None:
     """Fill in the states (N + 1, B, H, Dk, Dv) behind the first one, which is given."""
-    torch.bmm(scaled(k, tables.to_end).mT, v, out=flat(states[1:]))
+    flat(states[1:]).baddbmm_(scaled(k, tables.to_end).mT, v, beta=0)
     for n in range(1, states.shape[0]):
         advance_in_place(states[n - 1], tables.across, states[n])
         if resets is not None:  # not a product: 0 * NaN would carry a NaN over into the next episode

@@ -17,6 +17,8 @@ from retention_cases import (
     normal,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import retpop
 from retpop import RetNetConfig, RetNetDecoder
@@ -122,6 +124,77 @@ def test_inputs_written_over_before_backward_are_noticed() -> None:
         out.sum().backward()
 
 
+def test_resets_written_over_before_backward_are_noticed() -> None:
+    case = CASES["POP"].for_gradients()
+    reset = case.reset.clone()
+    out, *_ = run(replace(case, reset=reset), "torch")
+    reset.fill_(False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["one row", "POP, offset"])
+def test_gradients_in_batches(name: str) -> None:
+    case = CASES[name].for_gradients()
+    results = run(case, "torch")
+    batch = [normal(3, *x.shape, seed=i) for i, x in enumerate(results)]
+    actual = torch.autograd.grad(results, case.leaves(), batch, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        expected = torch.autograd.grad(results, case.leaves(), [x[i] for x in batch], retain_graph=True)
+        assert_same_gradients([x[i] for x in actual], list(expected), 1e-12)
+
+
+def test_tangents_of_gradients() -> None:
+    """Forward-mode AD through backward alone: the gradient is linear in what comes from above."""
+    case = CASES["one row"].for_gradients()
+    out, _ = run(case, "torch")
+    above, tangent = (normal(*out.shape, seed=seed) for seed in (1, 2))
+    expected = torch.autograd.grad(out, case.leaves(), tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        duals = torch.autograd.grad(out, case.leaves(), forward_ad.make_dual(above, tangent))
+        actual = [forward_ad.unpack_dual(x).tangent for x in duals]
+    assert_same_gradients(actual, list(expected), 1e-12)
+
+
+def test_a_traced_training_step() -> None:
+    case = CASES["one row"]
+
+    def step(v: Tensor) -> Tensor:
+        v = v.detach().requires_grad_()
+        return torch.autograd.grad(run(replace(case, v=v), "torch")[0].square().sum(), v)[0]
+
+    others = normal(*case.v.shape, seed=5)
+    assert_same_gradients([make_fx(step)(case.v)(others)], [step(others)], 1e-12)
+
+
+@pytest.mark.parametrize("leaf", ["q", "k", "q_pred"])
+def test_second_derivatives_of_what_nothing_depends_on(leaf: str) -> None:
+    """No tokens, or no predictions: gradients are None or zero, and none are missed."""
+    case = PopCase.make(2, 0, 4, 1, 0, 2, 3, 4)
+    x = getattr(case, leaf).requires_grad_()
+    results = run(replace(case, **{leaf: x}), "torch")
+    loss = sum(r.sum() for r in results if r.requires_grad)
+    (found,) = torch.autograd.grad(loss, x, create_graph=True, allow_unused=True)
+    assert found is None or found.numel() == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("subset", [(0,), (1,), (2,), (-1,), (0, 2)], ids=str)
+def test_gradients_of_some_inputs(name: str, subset: tuple[int, ...]) -> None:
+    """What is not wanted is not computed; what is wanted does not miss it."""
+    case = CASES[name].for_gradients()
+    names = [n for n in ("q", "k", "v", "q_pred", "k_pred", "v_pred", "state") if hasattr(case, n)]
+    chosen = {names[i]: getattr(case, names[i]) for i in subset if getattr(case, names[i]) is not None}
+    if not chosen:
+        return
+    frozen = {n: x.detach() for n in names if n not in chosen and (x := getattr(case, n)) is not None}
+    found = []
+    for backend in ("torch", "reference"):
+        results = run(replace(case, **frozen), backend)
+        found.append(gradients(results, list(chosen.values())))
+    assert_same_gradients(*found, 1e-12)
+
+
 def test_backward_may_run_twice() -> None:
     case = CASES["POP"].for_gradients()
     results = run(case, "torch")
@@ -156,15 +229,16 @@ def test_what_training_keeps_is_its_inputs_and_the_states() -> None:
     assert sum(kept.values()) == states + sum(x.nbytes for x in case.leaves())
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # tracing is deprecated, and warns of every length that it takes as given
 def test_a_traced_program_sees_plain_operations() -> None:
     case = RetentionCase.make(1, 20, 2, 3, 4, with_state=False).for_gradients()
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return retpop.retention(q, k, v, case.log_decay, backend="torch")[0]
 
-    with pytest.warns(DeprecationWarning, match="trace"):
-        traced = torch.jit.trace(function, (case.q, case.k, case.v))
+    traced = torch.jit.trace(function, (case.q, case.k, case.v))
     assert "PythonOp" not in str(traced.graph)
     others = normal(*case.q.shape, seed=8), case.k, case.v
     assert largest_error(traced(*others), function(*others)) < 1e-7  # a trace has the scale in float32

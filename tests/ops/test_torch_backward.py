@@ -36,9 +36,9 @@ def test_retention(T: int, seed: int) -> None:
     results = case.run(backend="reference")
     tokens, powers = (case.q, case.k, case.v), powers_of(case)
     with torch.no_grad():
-        _, states = torch_forward.retention(tokens, powers, state=case.state, chunk_size=CHUNK, keep=True)
+        _, _, states = torch_forward.retention(tokens, powers, state=case.state, chunk_size=CHUNK, keep=True)
         actual = torch_backward.retention(
-            tokens, *weights_of(results), powers, states=states, chunk_size=CHUNK
+            tokens, *weights_of(results), powers, states=states, chunk_size=CHUNK, needs=[True] * 4
         )
     assert_same_gradients(list(actual), gradients(results, case.leaves()), 1e-12)
 
@@ -81,7 +81,7 @@ def test_pop(N: int, L: int, P: int, M: int, offset: int, with_reset: bool) -> N
     *grads, grad_state = weights_of(results)
     with torch.no_grad():
         _, states = torch_forward.pop(tokens, spec, state=case.state)
-        actual = torch_backward.pop(tokens, grads, grad_state, spec, states=states)
+        actual = torch_backward.pop(tokens, grads, grad_state, spec, states=states, needs=[True] * 7)
     assert_same_gradients(actual, gradients(results, case.leaves()), 1e-12)
 
 
@@ -94,7 +94,9 @@ def test_a_nan_does_not_cross_a_reset_backwards() -> None:
     grads[0][:, 4:] = torch.nan
     tokens = case.q, case.k, case.v, case.q_pred, case.k_pred, case.v_pred
     _, states = torch_forward.pop(tokens, spec, state=case.state)
-    *found, grad_state = torch_backward.pop(tokens, grads, normal(1, 2, 3, 4, seed=2), spec, states=states)
+    *found, grad_state = torch_backward.pop(
+        tokens, grads, normal(1, 2, 3, 4, seed=2), spec, states=states, needs=[True] * 7
+    )
     for grad in found[:3]:
         assert grad[:, 4:].isnan().any()
         assert grad[:, :4].isfinite().all()
