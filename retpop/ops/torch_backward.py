@@ -9,8 +9,8 @@ output o_i:
     dS   = γ^L G + Σ_i c γ^(i+1) q_i g_iᵀ
 
 The last line runs backwards over the blocks, as the states run forwards; the others take blocks at once.
-Everything is computed in the states' dtype, and each gradient is cast to the dtype of what it belongs to; those of
-packed sequences stay as they are.
+Everything is computed in the states' dtype, and each gradient cast to the dtype of what it belongs to; those
+of packed sequences stay as they are.
 """
 
 from __future__ import annotations
