@@ -60,21 +60,25 @@ def _by_head(x: Tensor, size: int) -> Tensor:
 def stretches(x: Tensor, size: int) -> Iterator[Stretch]:
     """Cut (B, T, H, D) into blocks of ``size`` tokens, the last perhaps shorter, and those into stretches.
 
-    Those of a row come in its order.
+    Those of a row come in its order, and all rows' full blocks before what is left over.
     """
-    batch, length = x.shape[:2]
-    full = length // size
+    full, left = divmod(x.shape[1], size)
+    yield from _cut(x, size, 0, full)
+    if left:
+        for part in _cut(x, left, full, 1):
+            yield part._replace(tokens=slice(full * size, full * size + left))
+
+
+def _cut(x: Tensor, size: int, first: int, count: int) -> Iterator[Stretch]:
+    """Stretches of ``count`` blocks of equal size, from number ``first`` on."""
+    batch = x.shape[0]
     at_once = VALUES_A_THREAD * torch.get_num_threads() if x.is_cpu else x.numel()
     limit = at_once // (size * x.shape[2] * x.shape[3])  # blocks
     rows, blocks = max(1, min(batch, limit)), max(1, limit // max(1, batch))
-    for first in range(0, full, blocks):
-        last = min(first + blocks, full)
+    for start in range(first, first + count, blocks):
+        end = min(start + blocks, first + count)
         for row in range(0, batch, rows):
-            yield Stretch(slice(row, row + rows), slice(first, last), slice(first * size, last * size), size)
-    if full * size < length:
-        for row in range(0, batch, rows):
-            tail = slice(full * size, length)
-            yield Stretch(slice(row, row + rows), slice(full, full + 1), tail, length - full * size)
+            yield Stretch(slice(row, row + rows), slice(start, end), slice(start * size, end * size), size)
 
 
 def flat(states: Tensor) -> Tensor:

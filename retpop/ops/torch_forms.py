@@ -1,4 +1,4 @@
-"""Retention and POP in plain PyTorch operations: the fast form for a CPU, and for any device.
+"""Retention and POP in plain PyTorch operations, which autograd, compilers and transforms see through.
 
 Everything rests on two functions. `block_states` finds the state at every boundary between blocks;
 `attend` computes the outputs of all blocks at once, each from its own state. Parallel mode is one block of
