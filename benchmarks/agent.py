@@ -70,7 +70,7 @@ def groups() -> Iterator[Group]:
 def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
     """An agent with random weights, and frames and actions to begin from."""
     from rem_atari.agent import Agent
-    from rem_atari.presets import PRESETS
+    from rem_atari.config.presets import PRESETS
 
     config = PRESETS[sizes.preset]
     agent = Agent.from_config(config, ACTIONS).to(device).eval()
@@ -85,7 +85,7 @@ def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
 
 def imagine(problem: Problem, *, mode: str) -> Work:
     """The agent's own functions, as its controller is trained by."""
-    from rem_atari.rollout import rollout
+    from rem_atari.play.rollout import rollout
 
     agent, frames, actions = (*problem.shared.values(), *problem.tensors.values())
     generator = torch.Generator(problem.device).manual_seed(0)
@@ -124,9 +124,9 @@ def imagine(problem: Problem, *, mode: str) -> Work:
 
 def _start(agent: Any, tokens: Tensor, actions: Tensor, generator: torch.Generator) -> Any:
     """An imagined environment, the controller's memory, and what it sees first."""
-    from rem_atari.controller_loss import start_imagination
-    from rem_atari.imagination import ImaginedEnv
     from rem_atari.models.sequence_tokens import SequenceTokens
+    from rem_atari.play.imagination import ImaginedEnv
+    from rem_atari.training.actor_critic import start_imagination
 
     never = torch.zeros_like(actions, dtype=torch.bool)
     segments = SequenceTokens(tokens, actions, torch.zeros_like(actions).float(), never, never, ~never)

@@ -24,7 +24,7 @@ PROJECT = PYPROJECT["project"]
 SOURCES = {"retpop": "retpop", "retpop/kernels": "kernels", "rem_atari": "examples/rem_atari"}
 """Folders of the wheel, and where they lie in the checkout."""
 
-LEFT_OUT = {"__pycache__", "results"}
+LEFT_OUT = {"__pycache__"}
 """Folders that are not for the wheel; results are measured runs, which the docs cite."""
 
 USE_A_LAYER = """
@@ -55,7 +55,7 @@ for name in names:
 print(json.dumps([len(names), missing]))
 """
 
-OF_THE_SCORES = {"rem_atari.commands.scores", "rem_atari.score_plots", "rem_atari.scores"}
+OF_THE_SCORES = {"rem_atari.commands.scores", "rem_atari.scores.plots", "rem_atari.scores.aggregates"}
 """Modules that need the extra `scores`; `rem-atari scores` alone imports them."""
 
 

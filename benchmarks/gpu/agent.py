@@ -1,4 +1,4 @@
-"""REM at the paper's sizes, by `rem_atari.benchmark`: step times, imagination, and the projected run.
+"""REM at the paper's sizes, by `rem_atari.timing.benchmark`: step times, imagination, and the projected run.
 
 On the preset "paper" in bfloat16; where ale-py is missing, on Catch with frames of the same size.
 """
@@ -18,8 +18,8 @@ PART = "rem_atari"
 def measure(clock: Clock, *, max_seconds: float) -> Iterator[Row]:
     """Each part of a run, and the run they make; a row that says so where rem_atari cannot be imported."""
     try:
-        from rem_atari import benchmark
-        from rem_atari.presets import CATCH_ID, PRESETS
+        from rem_atari.config.presets import CATCH_ID, PRESETS
+        from rem_atari.timing import benchmark
     except ImportError as error:
         yield Row(part=PART, what="rem_atari", note=f"not measured: {error}")
         return

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import tyro
 
 from rem_atari.config import Config
+from rem_atari.config.presets import PRESETS
 from rem_atari.errors import UsageError
-from rem_atari.presets import PRESETS
 
 DEFAULT_PRESET = "tiny"
 

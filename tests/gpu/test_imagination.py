@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config, ControllerConfig
-from rem_atari.controller_loss import Imagination, imagine, learn_from
+from rem_atari.config.presets import PRESETS
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.presets import PRESETS
-from rem_atari.recorded import Recorded
+from rem_atari.play.cuda_graph import Recorded
+from rem_atari.training.actor_critic import Imagination, imagine, learn_from
 
 pytestmark = pytest.mark.gpu
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from rem_atari.agent import Agent
-from rem_atari.checkpoint import Checkpoint, save_checkpoint
 from rem_atari.config import Config
-from rem_atari.presets import PRESETS
-from rem_atari.run_folder import RunFolder, create_run_folder
+from rem_atari.config.presets import PRESETS
+from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
+from rem_atari.runs.folder import RunFolder, create_run_folder
 
 DEBUG = replace(PRESETS["debug"], threads=0)
 """Without a say on torch's threads, which belong to the whole test run."""

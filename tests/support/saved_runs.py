@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rem_atari.checkpoint import (
+from rem_atari.replay.buffer import Replay
+from rem_atari.replay.recovery import recover_shards
+from rem_atari.replay.shards import ShardEntry
+from rem_atari.runs.checkpoint import (
     REPLAY_FOLDER,
     Checkpoint,
     find_best,
@@ -19,9 +22,6 @@ from rem_atari.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from rem_atari.replay import Replay
-from rem_atari.replay_recovery import recover_shards
-from rem_atari.replay_shards import ShardEntry
 
 SHAPE = (8, 8, 3)
 ROWS = 5

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rem_atari.checkpoint import Checkpoint, load_checkpoint
 from rem_atari.config import Config
+from rem_atari.config.presets import PRESETS
 from rem_atari.errors import StoppedError
-from rem_atari.metrics import read_metrics
-from rem_atari.presets import PRESETS
-from rem_atari.progress import LineProgress
-from rem_atari.replay import Replay
-from rem_atari.run_folder import RunFolder, create_run_folder
+from rem_atari.replay.buffer import Replay
+from rem_atari.runs.checkpoint import Checkpoint, load_checkpoint
+from rem_atari.runs.folder import RunFolder, create_run_folder
+from rem_atari.runs.metrics import read_metrics
+from rem_atari.runs.progress import LineProgress
 from rem_atari.training.resume import newest_checkpoint
 from rem_atari.training.schedule import plan_run
 from rem_atari.training.setup import prepare_training

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from rem_atari.arguments import BenchmarkArguments
-from rem_atari.benchmark import MATRIX, NUM_PARTS, measure
 from rem_atari.commands.counting import counting
 from rem_atari.commands.tables import format_table
-from rem_atari.durable import replace_file
 from rem_atari.envs import env_name
 from rem_atari.errors import UsageError
-from rem_atari.projection import COMPONENTS, Benchmark, Timing
 from rem_atari.report.text import duration, size
+from rem_atari.runs.durable import replace_file
+from rem_atari.timing.benchmark import MATRIX, NUM_PARTS, measure
+from rem_atari.timing.projection import COMPONENTS, Benchmark, Timing
 from rem_atari.training.schedule import evaluation_episodes
 
 TITLES = {

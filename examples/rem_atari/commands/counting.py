@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rem_atari.progress import format_duration
+from rem_atari.runs.progress import format_duration
 
 LINES = 4
 """Where nobody watches a bar, at most so many lines tell how it goes."""

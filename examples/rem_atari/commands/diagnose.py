@@ -13,7 +13,7 @@ from rem_atari.errors import RunError
 from rem_atari.report.diagnosis import Finding, diagnose, first_sign
 from rem_atari.report.history import MetricLine, Returns, last_value, returns_of
 from rem_atari.report.load import read_lines
-from rem_atari.run_folder import open_run_folder
+from rem_atari.runs.folder import open_run_folder
 
 SCHEMA = 1
 """Version of what --json prints; docs/does_not_learn.md tells what is in it."""

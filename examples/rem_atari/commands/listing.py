@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from rem_atari.arguments import ListArguments
 from rem_atari.commands.tables import format_table
 from rem_atari.config import Config
-from rem_atari.presets import CATCH8_ID, CATCH_ID, PRESETS
-from rem_atari.published import atari100k_games
+from rem_atari.config.presets import CATCH8_ID, CATCH_ID, PRESETS
+from rem_atari.scores.published import atari100k_games
 
 PURPOSES = {
     "debug": ("seconds", "runs every part at toy sizes; learns nothing"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rem_atari.arguments import ReportArguments
 from rem_atari.errors import RunError, UsageError
-from rem_atari.run_folder import RunFolder, open_run_folder
+from rem_atari.runs.folder import RunFolder, open_run_folder
 
 
 def report(arguments: ReportArguments) -> None:

@@ -10,9 +10,9 @@ from rem_atari.arguments import ResumeArguments
 from rem_atari.commands.counting import tell
 from rem_atari.commands.train import check_stop_after, conclude, run_and_report
 from rem_atari.config import Config
-from rem_atari.durable import replace_file
 from rem_atari.errors import UsageError
-from rem_atari.run_folder import RunFolder, hold_run_folder, open_run_folder
+from rem_atari.runs.durable import replace_file
+from rem_atari.runs.folder import RunFolder, hold_run_folder, open_run_folder
 
 Part = TypeVar("Part")
 

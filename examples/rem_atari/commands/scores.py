@@ -12,17 +12,17 @@ from typing import Any
 from rem_atari.arguments import ScoresArguments
 from rem_atari.commands.counting import counting, tell
 from rem_atari.commands.tables import format_table
-from rem_atari.durable import replace_file
 from rem_atari.errors import UsageError
-from rem_atari.published import (
+from rem_atari.runs.durable import replace_file
+from rem_atari.scores.aggregates import FEW_SEEDS, METRICS, Aggregates, Estimate, aggregate
+from rem_atari.scores.published import (
     atari100k_games,
     human_normalised,
     published_agents,
     published_scores,
     reference_scores,
 )
-from rem_atari.run_scores import NoScoreError, RunScore, read_run_score
-from rem_atari.scores import FEW_SEEDS, METRICS, Aggregates, Estimate, aggregate
+from rem_atari.scores.runs import NoScoreError, RunScore, read_run_score
 
 
 def scores(arguments: ScoresArguments) -> None:
@@ -50,7 +50,7 @@ def scores(arguments: ScoresArguments) -> None:
         replace_file(arguments.csv, aggregates_csv(results).encode())
     if arguments.plot is not None:
         # Imported here: matplotlib takes a while.
-        from rem_atari.score_plots import plot_scores
+        from rem_atari.scores.plots import plot_scores
 
         plot_scores(arguments.plot, results, highlight=arguments.name if runs else None)
 

@@ -11,10 +11,10 @@ from rem_atari.arguments import TrainArguments
 from rem_atari.commands.report import explain_unwritten
 from rem_atari.config import Config
 from rem_atari.errors import RunError, UsageError
-from rem_atari.run_folder import RunFolder, create_run_folder, default_run_path, hold_run_folder
+from rem_atari.runs.folder import RunFolder, create_run_folder, default_run_path, hold_run_folder
 
 if TYPE_CHECKING:
-    from rem_atari.checkpoint import Checkpoint
+    from rem_atari.runs.checkpoint import Checkpoint
     from rem_atari.training.setup import TrainingParts
 
 
@@ -47,10 +47,10 @@ def run_and_report(
     Raises:
         StoppedError: a signal has come, or `stop_after` seconds have passed, and the run was not done.
     """
-    from rem_atari.presets import PRESETS
-    from rem_atari.progress import make_progress
+    from rem_atari.config.presets import PRESETS
     from rem_atari.report.colophon import train_command
-    from rem_atari.session import record_session
+    from rem_atari.runs.progress import make_progress
+    from rem_atari.runs.session import record_session
     from rem_atari.training.schedule import plan_run
     from rem_atari.training.signals import StopRequest
     from rem_atari.training.trainer import Trainer
@@ -82,8 +82,8 @@ def conclude(run: RunFolder) -> None:
     Raises:
         RunError: the report could not be written.
     """
-    from rem_atari.metrics import read_metrics
     from rem_atari.report import write_report
+    from rem_atari.runs.metrics import read_metrics
 
     try:
         page = write_report(run.path)

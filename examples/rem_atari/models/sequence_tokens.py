@@ -10,7 +10,7 @@ from torch import Tensor
 from rem_atari.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from rem_atari.replay import SequenceBatch
+    from rem_atari.replay.buffer import SequenceBatch
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.sampling import sample_categorical
 from rem_atari.models.world_model import BaseWorldModel, Imagined, SequenceLogits
-from rem_atari.sampling import sample_categorical
 from retpop import RetNetState
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.sampling import sample_categorical
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.sampling import sample_categorical
 from retpop import RetNetConfig, RetNetDecoder, RetNetState
 
 REWARD_CLASSES = 3

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from rem_atari.config import Config
-from rem_atari.presets import PRESETS
+from rem_atari.config.presets import PRESETS
 from rem_atari.report.contents import Report, RunFile
 from rem_atari.report.sections import section
 from rem_atari.report.text import size

@@ -37,7 +37,7 @@ class Report:
         step: number of the checkpoint whose weights were looked at, or None.
         quality: what was measured on held-out frames.
         scenes: imagined films; empty where none could be made.
-        evaluation: what `rem-atari evaluate` found out, see `evaluation_files.newest_summary`, or None.
+        evaluation: what `rem-atari evaluate` found out, see `evaluations.newest_summary`, or None.
     """
 
     game: str

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from rem_atari.agent import Agent
-from rem_atari.imagination import ImaginedEnv
 from rem_atari.models.sequence_tokens import SequenceTokens
+from rem_atari.play.imagination import ImaginedEnv
+from rem_atari.play.rollout import TokenStep, rollout
 from rem_atari.report.films import Film, FilmStep, Scene
-from rem_atari.rollout import TokenStep, rollout
 
 
 class _RecordingEnv:

@@ -16,9 +16,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from rem_atari.durable import replace_file
 from rem_atari.report.charts import LOG_RATIO, Chart
 from rem_atari.report.films import Film, Scene
+from rem_atari.runs.durable import replace_file
 
 DIFFERENCE_CEILING = 64
 """Levels (of 255) of difference that are drawn at full brightness."""

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from rem_atari.agent import Agent
-from rem_atari.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from rem_atari.config import Config
 from rem_atari.envs.host import number_actions
 from rem_atari.errors import RunError
-from rem_atari.replay import Replay
+from rem_atari.replay.buffer import Replay
 from rem_atari.report.history import MetricLine
-from rem_atari.run_folder import RunFolder, open_run_folder
+from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from rem_atari.runs.folder import RunFolder, open_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)

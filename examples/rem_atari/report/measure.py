@@ -13,7 +13,7 @@ from rem_atari.config import Config
 from rem_atari.models.sequence_tokens import tokenize
 from rem_atari.models.tokenizer import foreground_of
 from rem_atari.models.world_model import REWARD_CLASSES, reward_classes
-from rem_atari.replay import Replay, SequenceBatch
+from rem_atari.replay.buffer import Replay, SequenceBatch
 from rem_atari.report.analysis import codebook_use, fit_baselines, frame_errors, psnr, score_events
 from rem_atari.report.dreams import make_scenes
 from rem_atari.report.films import Scene

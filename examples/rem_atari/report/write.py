@@ -9,10 +9,8 @@ from pathlib import Path
 
 import torch
 
-from rem_atari.durable import replace_file
+from rem_atari.config.presets import PRESETS
 from rem_atari.envs import env_name
-from rem_atari.evaluation_files import newest_summary
-from rem_atari.presets import PRESETS
 from rem_atari.report.charts import charts_of
 from rem_atari.report.colophon import train_command
 from rem_atari.report.contents import Report, RunFile
@@ -23,7 +21,9 @@ from rem_atari.report.load import RunData, action_names, load_run
 from rem_atari.report.measure import imagine_scenes, look_at_frames, look_at_horizon, look_at_predictions
 from rem_atari.report.page import render
 from rem_atari.report.quality import QUALITY_FILE, Quality
-from rem_atari.session import read_sessions
+from rem_atari.runs.durable import replace_file
+from rem_atari.runs.evaluations import newest_summary
+from rem_atari.runs.session import read_sessions
 
 PURPOSES = {
     "config.json": "the resolved configuration",

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from rem_atari.collector import RealEnv
 from rem_atari.config import Config
 from rem_atari.models.parameter_groups import parameter_groups
-from rem_atari.replay import Replay
+from rem_atari.play.collector import RealEnv
+from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.controller_phase import ControllerPhase
 from rem_atari.training.phase import TrainingPhase

@@ -9,12 +9,12 @@ import torch
 
 from rem_atari.agent import Agent
 from rem_atari.config import ControllerConfig
-from rem_atari.controller_loss import Imagination, imagine, learn_from
-from rem_atari.laps import Lap, untimed
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.recorded import Recorded
-from rem_atari.replay import Replay
+from rem_atari.play.cuda_graph import Recorded
+from rem_atari.replay.buffer import Replay
+from rem_atari.training.actor_critic import Imagination, imagine, learn_from
 from rem_atari.training.component import Component
+from rem_atari.training.laps import Lap, untimed
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Metrics
@@ -74,7 +74,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         return learn_from(self.imagine(batch), self._agent.controller, self._config)
 
     def imagine(self, segments: SequenceTokens, lap: Lap = untimed) -> Imagination:
-        """Imagine from the segments' last frames, see `controller_loss.imagine`.
+        """Imagine from the segments' last frames, see `actor_critic.imagine`.
 
         A recording has no parts: then `lap` is told "burn-in and steps".
         """

@@ -8,9 +8,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from rem_atari.laps import Lap, untimed
-from rem_atari.replay import Replay
+from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
+from rem_atari.training.laps import Lap, untimed
 from rem_atari.training.updates import Metrics
 
 PARTS = ("data", "forward", "backward", "optimiser")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rem_atari.replay import Replay
+from rem_atari.replay.buffer import Replay
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from rem_atari.checkpoint import (
+from rem_atari.config import Config
+from rem_atari.replay.buffer import Replay
+from rem_atari.replay.recovery import recover_shards
+from rem_atari.replay.shards import ShardEntry
+from rem_atari.runs.checkpoint import (
     REPLAY_FOLDER,
     Checkpoint,
     CheckpointError,
@@ -17,11 +21,7 @@ from rem_atari.checkpoint import (
     load_checkpoint,
     set_aside_newer,
 )
-from rem_atari.config import Config
-from rem_atari.replay import Replay
-from rem_atari.replay_recovery import recover_shards
-from rem_atari.replay_shards import ShardEntry
-from rem_atari.run_folder import RunFolder
+from rem_atari.runs.folder import RunFolder
 from rem_atari.training.schedule import replay_capacity
 from rem_atari.training.seeding import derive_seed
 

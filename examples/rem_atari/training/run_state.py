@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rem_atari.agent import Agent
-from rem_atari.checkpoint import Checkpoint, CheckpointError
-from rem_atari.collector import Collection, RealEnv
 from rem_atari.models.controller import Carry, reset_carry
-from rem_atari.replay import Replay
+from rem_atari.play.collector import Collection, RealEnv
+from rem_atari.replay.buffer import Replay
+from rem_atari.runs.checkpoint import Checkpoint, CheckpointError
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.random_sources import RandomSources, RandomState
 from rem_atari.training.schedule import UNITS

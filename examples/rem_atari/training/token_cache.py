@@ -8,7 +8,7 @@ import torch
 
 from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.models.tokenizer import Tokenizer
-from rem_atari.replay import Replay, SequenceBatch
+from rem_atari.replay.buffer import Replay, SequenceBatch
 
 
 class TokenCache:

@@ -11,7 +11,7 @@ import torch
 from rem_atari.config import TokenizerConfig
 from rem_atari.models.lpips import Lpips
 from rem_atari.models.tokenizer import Tokenizer
-from rem_atari.replay import Replay
+from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.token_cache import TokenCache

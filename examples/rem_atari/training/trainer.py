@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from rem_atari.checkpoint import Checkpoint, save_checkpoint
-from rem_atari.collector import collect, collect_random
 from rem_atari.config import Config
 from rem_atari.errors import EnvironmentDiedError, NonFiniteError, StoppedError
-from rem_atari.evaluation import EvaluationResult, evaluate, evaluate_random
-from rem_atari.metrics import MetricsLog, MetricValue
-from rem_atari.progress import Progress
-from rem_atari.replay import Replay
-from rem_atari.replay_shards import delete_shards
-from rem_atari.run_folder import RunFolder
+from rem_atari.play.collector import collect, collect_random
+from rem_atari.play.evaluation import EvaluationResult, evaluate, evaluate_random
+from rem_atari.replay.buffer import Replay
+from rem_atari.replay.shards import delete_shards
+from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
+from rem_atari.runs.folder import RunFolder
+from rem_atari.runs.metrics import MetricsLog, MetricValue
+from rem_atari.runs.progress import Progress
 from rem_atari.training.assembly import assemble
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.resume import LogState, describe_machine, explain_differences, reopen_replay

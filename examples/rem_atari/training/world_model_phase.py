@@ -9,7 +9,7 @@ import torch
 from rem_atari.config import WorldModelConfig
 from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.models.world_model import WorldModel
-from rem_atari.replay import Replay
+from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.token_cache import TokenCache

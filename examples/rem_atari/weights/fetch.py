@@ -10,9 +10,9 @@ from typing import TextIO
 
 import safetensors.torch
 
-from rem_atari.durable import replace_file
 from rem_atari.errors import RunError, UsageError
 from rem_atari.models.lpips import Lpips
+from rem_atari.runs.durable import replace_file
 from rem_atari.weights.cache import cached_weights
 from rem_atari.weights.downloads import DownloadError, Network, RemoteFile, fetch
 from rem_atari.weights.files import JAX_PACKAGE, read_weights

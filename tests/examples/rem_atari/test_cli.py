@@ -25,9 +25,9 @@ from rem_atari.arguments import ReportArguments, TrainArguments, parse_arguments
 from rem_atari.cli import EXTRAS, HELP, main
 from rem_atari.commands import listing
 from rem_atari.config import Config
+from rem_atari.config.presets import PRESETS
 from rem_atari.errors import StoppedError, UsageError
-from rem_atari.presets import PRESETS
-from rem_atari.run_folder import create_run_folder
+from rem_atari.runs.folder import create_run_folder
 from rem_atari.training import trainer
 
 COMMANDS = (

@@ -12,21 +12,21 @@ import pytest
 from run_folders import DEBUG, add_evaluation
 
 from rem_atari.report.history import Returns
-from rem_atari.run_folder import RunFolder, create_run_folder
+from rem_atari.runs.folder import RunFolder, create_run_folder
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-RESULTS = CHECKOUT / "examples" / "rem_atari" / "results"
+RESULTS = CHECKOUT / "docs" / "results" / "data"
 
-AGAIN = "run `python docs/figures.py`"
+AGAIN = "run `python docs/tools/figures.py`"
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
 def figures() -> Iterator[ModuleType]:
-    """docs/figures.py, which is a script beside the pages."""
+    """docs/tools/figures.py, which is a script."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(CHECKOUT / "docs"), *sys.path])
+        patch.setattr(sys, "path", [str(CHECKOUT / "docs" / "tools"), *sys.path])
         import figures
 
         yield figures

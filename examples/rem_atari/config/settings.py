@@ -1,0 +1,324 @@
+"""Every setting of a run, in one tree of frozen dataclasses; the command line is made from it.
+
+The defaults are the published agent's (arXiv 2402.05643), but for two fields of the controller whose
+defaults are the better ones, `burn_in_actions` and `mask_after_end`: ``presets.PRESETS["paper"]`` sets these
+two as published and changes nothing else. The presets for a CPU override sizes, and switch on what the
+fields' docstrings call off in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rem_atari.config.reading import from_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinAtarConfig:
+    """MinAtar's games (an `env.id` such as MinAtar/Breakout-v1); the defaults are its own."""
+
+    sticky_actions: float = 0.1
+    """Chance that a step repeats the action before instead of the one that was chosen."""
+    difficulty_ramping: bool = True
+    """Whether a game grows harder as it goes on, where it can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """The game and its preprocessing (Atari 100K's protocol)."""
+
+    game: str = "Breakout"
+    """ALE game, by its name in ale-py, for example Breakout or MsPacman. Not used with an `id`."""
+    id: str | None = None
+    """Any gymnasium id with pixels and discrete actions, for example MinAtar/Breakout-v1, or
+    my_module:MyGame-v0, which imports my_module first. Pixels are RGB observations, or else rendered
+    pictures. `game`, `frame_skip` and `noop_max` are not used. None: the ALE game `game`."""
+    action_repeat: int = 1
+    """With an `id`: steps of the environment that one action lasts; their rewards are added up, and the last
+    frame is shown."""
+    frame_size: int = 64
+    """Height and width of a frame in pixels."""
+    frame_skip: int = 4
+    """ALE games: raw frames that one action lasts; the observation is the maximum over the last two."""
+    noop_max: int = 30
+    """ALE games, training: a game starts with 1 to this many no-ops, each one raw frame."""
+    max_raw_frames: int = 20_000
+    """Training: raw frames (with an `id`, steps) after which a game is truncated."""
+    eval_max_raw_frames: int = 108_000
+    """Evaluation: raw frames (with an `id`, steps) after which a game is truncated."""
+    num_envs: int = 1
+    """Environments stepped side by side while collecting."""
+    processes: bool = False
+    """Run each environment in a process of its own: one that crashes or hangs is replaced, and several work
+    at the same time. Costs about 0.4 ms a step; without it only an environment that raises is replaced."""
+    timeout_seconds: float = 5.0
+    """With `processes`: an environment that takes longer to answer counts as dead."""
+    minatar: MinAtarConfig = field(default_factory=MinAtarConfig)
+    """What only MinAtar's games have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """One component's optimiser (AdamW) and how much it trains."""
+
+    lr: float
+    """Learning rate."""
+    weight_decay: float
+    """AdamW's decoupled weight decay."""
+    clip_norm: float
+    """Gradients are clipped to this global norm."""
+    batch_size: int
+    """Frames (tokenizer), sequences (world model) or segments (controller) in an update."""
+    updates_per_epoch: int
+    """Updates in an epoch."""
+    first_updates: int | None = None
+    """Updates in the component's first epoch, where they differ (a warm-up); None: as in any other."""
+    start_epoch: int = 0
+    """First epoch in which the component trains."""
+    max_seconds: float | None = None
+    """Bound on a phase's wall time: a slow machine finishes with fewer updates. None: counts alone decide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The VQ-VAE that turns a frame into a square of tokens."""
+
+    channels: tuple[int, ...] = (32, 64, 128, 256)
+    """Channels of the encoder: the first convolution's, then after each halving of the frame."""
+    codebook_size: int = 512
+    """Number of codes."""
+    code_dim: int = 256
+    """Dimension of a code."""
+    groups: int = 8
+    """Groups of every GroupNorm."""
+    patchwise: bool = False
+    """Encode each patch by itself, so that its token changes only where its pixels do. Off in the paper."""
+    reconstruction_weight: float = 1.0
+    """Weight of the mean squared error of the pixels."""
+    codebook_weight: float = 1.0
+    """Weight of MSE(z_q, sg z), which moves the codes."""
+    commitment_weight: float = 1.0
+    """Weight of MSE(z, sg z_q), which moves the encoder."""
+    perceptual_weight: float = 1.0
+    """Weight of LPIPS, whose own weights `rem-atari weights` fetches once. 0 leaves it out."""
+    lpips_weights: str | None = None
+    """File with the weights of LPIPS: safetensors or a torch state dict, VGG16 by torchvision's names. None:
+    the file that `rem-atari weights` has fetched."""
+    foreground_weight: float = 0.0
+    """Extra weight in the pixel error of pixels that differ from the median frame. Off in the paper."""
+    init_from_data: bool = False
+    """Start the codes from encoder outputs of the first batch. Off in the paper."""
+    restart_dead_codes: bool = False
+    """Move codes that no frame uses onto encoder outputs. Off in the paper."""
+    freeze_epoch: int | None = None
+    """From this epoch on the tokenizer rests, if its foreground error allows it. None (paper): never."""
+    freeze_foreground_error: float = 0.02
+    """Mean squared error on foreground pixels (frames in [-1, 1]) above which it is not frozen yet."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-4, weight_decay=0.01, clip_norm=10.0, batch_size=128, updates_per_epoch=200, start_epoch=5
+        )
+    )
+    """Optimiser and amount of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldModelConfig:
+    """The POP world model: a RetNet decoder over blocks of observation tokens and one action."""
+
+    embed_dim: int = 256
+    """Width of the decoder; equals the tokenizer's code_dim unless own_token_embedding is on."""
+    num_layers: int = 5
+    """Layers of the decoder."""
+    num_heads: int = 4
+    """Retention heads."""
+    ffn_dim: int = 1024
+    """Hidden width of the feed-forward layers."""
+    dropout: float = 0.1
+    """Dropout at the four places of the paper's decoder."""
+    sequence_blocks: int = 10
+    """Blocks (environment steps) in a training sequence."""
+    context_blocks: int = 2
+    """First blocks of a sequence that carry no loss."""
+    own_token_embedding: bool = False
+    """Embed observation tokens with a table of the world model's own, not the codebook. Off in the paper,
+    where it is an ablation ("separate embeddings")."""
+    pop: bool = True
+    """Predict all tokens of an observation in one pass. False (an ablation of the paper): one after another,
+    each from those before it, at a pass a token."""
+    shared_prediction_token: bool = False
+    """One prediction token for all places of an observation, not one each. An ablation of the paper."""
+    position_in_block: bool = False
+    """Add a learned embedding of a token's place in its block. Off in the paper."""
+    freeze_at_init: bool = False
+    """Leave the world model as random as it was drawn: a control, which imagination can teach nothing.
+    Its updates are made with a learning rate of 0, so that everything else of the run stays the same."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=2e-4, weight_decay=0.05, clip_norm=100.0, batch_size=64, updates_per_epoch=200, start_epoch=25
+        )
+    )
+    """Optimiser and amount of training; no weight decay on biases, norms and embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig:
+    """The actor-critic, trained in imagination."""
+
+    space: Literal["tokens", "pixels"] = "tokens"
+    """What it sees of an observation: the codes of its tokens, or the frame that the tokenizer decodes from
+    them (an ablation of the paper)."""
+    channels: tuple[int, int] = (128, 64)
+    """In token space: channels of the two convolutions over the square of codes."""
+    hidden_dim: int = 512
+    """In token space: width of the linear layer after them."""
+    pixel_channels: tuple[int, ...] = (32, 32, 64, 64)
+    """In pixel space: channels of the convolutions, each of which halves the frame."""
+    cell: Literal["lstm", "gru"] = "lstm"
+    """The recurrent cell."""
+    lstm_dim: int = 512
+    """Width of the recurrent cell."""
+    action_input: bool = True
+    """Feed the actions taken to the recurrent cell. Without: an ablation of the paper."""
+    normalize_codes: bool = False
+    """Divide the codes by their standard deviation before the first convolution. Off in the paper."""
+    burn_in: int = 20
+    """Frames of a segment that warm up the cell, without gradient; the segment has one more."""
+    min_real_frames: int = 3
+    """A segment has at least this many real frames; the rest is padding on the left."""
+    burn_in_actions: bool = True
+    """Feed the actions of the burn-in to the cell too. The published agent does not."""
+    horizon: int = 9
+    """Observations of an imagined episode, the one it starts from included: the world model takes horizon - 1
+    steps. The loss covers all observations but the last, whose value is the bootstrap."""
+    gamma: float = 0.995
+    """Discount."""
+    td_lambda: float = 0.95
+    """λ of the λ-return."""
+    entropy_weight: float = 0.001
+    """Weight of the policy's entropy."""
+    mask_after_end: bool = True
+    """Leave imagined steps after an imagined end out of the loss. The published agent keeps them."""
+    epsilon: float = 0.01
+    """While collecting: chance that a random action is taken."""
+    temperature: float = 1.0
+    """Temperature of the actions while collecting."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-4, weight_decay=0.01, clip_norm=3.0, batch_size=128, updates_per_epoch=100, start_epoch=50
+        )
+    )
+    """Optimiser and amount of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Epochs, and how much is collected in each."""
+
+    epochs: int = 600
+    """Epochs: collect, train the tokenizer, the world model, the controller."""
+    collect_epochs: int = 500
+    """Only the first so many epochs collect."""
+    steps_per_epoch: int = 200
+    """Environment steps (all environments together) collected in an epoch."""
+    random_steps: int = 0
+    """Environment steps with random actions before the first epoch. 0 in the paper."""
+    collect_max_seconds: float | None = None
+    """Bound on the wall time of an epoch's collection; None: counts alone decide."""
+    checkpoint_every: int = 10
+    """Epochs between checkpoints; the last epoch is always saved."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    keep_best: bool = False
+    """Keep the checkpoint of the evaluation with the highest mean return too, as checkpoints/best-..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation while training and at the end."""
+
+    every: int = 10
+    """Epochs between evaluations; 0: only at the end."""
+    episodes: int = 16
+    """Episodes of an evaluation while training."""
+    final_episodes: int = 100
+    """Episodes of the evaluation at the end."""
+    num_envs: int = 8
+    """Environments stepped side by side."""
+    temperature: float = 0.5
+    """Temperature of the actions."""
+    random_episodes: int = 20
+    """Episodes of a random agent, played once for comparison; 0: none."""
+    max_steps: int | None = None
+    """Bound on the agent's steps in an episode, beyond the game's own; None: the game's own alone."""
+    max_seconds: float | None = None
+    """Bound on an evaluation's wall time; episodes still open then are counted as they stand, and marked."""
+    heldout_steps: int = 2_000
+    """Steps of the last evaluation so far that are kept in heldout/, for the report; never trained on."""
+
+
+ADDED_FIELDS = {"cuda_graphs": False, "tokenizer.patchwise": False, "world_model.freeze_at_init": False}
+"""Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
+what those runs did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    preset: str = "paper"
+    """Preset that the settings start from: debug, tiny, catch, minatar or paper. Other flags override it."""
+    seed: int = 0
+    """Seed of everything random: weights, environments, replay, actions."""
+    device: str = "cpu"
+    """torch device: cpu, cuda or mps (which is not tested)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: the networks' training passes run under autocast, weights and losses stay float32. Faster on
+    a GPU; on a CPU measure first (`rem-atari benchmark`): at small sizes it is slower."""
+    compile: bool = False
+    """Compile the networks with torch.compile: the first updates take minutes, those after them less time.
+    Off in the presets for a CPU, whose runs are too short for it."""
+    cuda_graphs: bool = True
+    """On a CUDA device: record imagination as a CUDA graph and replay it, which is the same to the last bit
+    and saves the launching of its many small kernels. Off: launch them one by one."""
+    threads: int = 0
+    """CPU threads torch uses; 0 leaves torch's own choice."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """The game and its preprocessing."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The VQ-VAE."""
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    """The POP world model."""
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    """The actor-critic."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Epochs and collection."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Config:
+        """A configuration from `to_dict`'s data; unknown and missing names raise ValueError.
+
+        What a run folder of an earlier version lacks, `ADDED_FIELDS`, is filled in.
+        """
+        return from_dict(cls, _with_added_fields(data))
+
+
+def _with_added_fields(data: Any) -> Any:
+    """JSON data with `ADDED_FIELDS` where they are missing; what is no configuration stays as it is."""
+    if not isinstance(data, dict):
+        return data
+    filled = dict(data)
+    for path, value in ADDED_FIELDS.items():
+        part, _, name = path.rpartition(".")
+        inner = filled if not part else filled.get(part)
+        if isinstance(inner, dict):
+            with_it = {name: value, **inner}
+            filled = with_it if not part else {**filled, part: with_it}
+    return filled

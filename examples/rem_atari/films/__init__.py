@@ -1,0 +1,1 @@
+"""Films of games, real and imagined."""

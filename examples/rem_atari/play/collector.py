@@ -1,0 +1,314 @@
+"""Playing the real game: the environment in the agent's terms, and the collection of experience."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rem_atari.envs.vector import GameReturn, VectorEnv, VectorStep
+from rem_atari.models.controller import Carry, Controller, entropy
+from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.play.rollout import TokenStep, rollout
+from rem_atari.replay.buffer import Replay
+
+
+class RealEnv:
+    """The real game as a `TokenEnv`: frames go through the tokenizer, every step into the replay.
+
+    Args:
+        env: E environments; `reset` starts them.
+        tokenizer: turns frames into codes, as it is at the time.
+        replay: where steps are recorded, or None.
+        device: where the tokenizer is and codes are wanted.
+        show: what the controller sees of tokens, as `Agent.show`; None: their codes.
+        stop_recording_when_full: a full replay ends the recording, for a sample of an evaluation's episodes;
+            otherwise it is an error, for experience that must not be lost.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        tokenizer: Tokenizer,
+        replay: Replay | None,
+        *,
+        device: torch.device | str = "cpu",
+        show: Callable[[Tensor], Tensor] | None = None,
+        stop_recording_when_full: bool = False,
+    ) -> None:
+        self._env = env
+        self._tokenizer = tokenizer
+        self._replay = replay
+        self._device = torch.device(device)
+        self._show = tokenizer.embed if show is None else show
+        self._stop_recording_when_full = stop_recording_when_full
+        self._frames: np.ndarray | None = None
+        self._finished_games: list[GameReturn] = []
+
+    @property
+    def num_envs(self) -> int:
+        """Number of environments E."""
+        return self._env.num_envs
+
+    @property
+    def num_actions(self) -> int:
+        """Number of actions A."""
+        return self._env.num_actions
+
+    @property
+    def frames(self) -> np.ndarray:
+        """The frames to act on, (E, S, S, 3) uint8.
+
+        Raises:
+            RuntimeError: `reset` was not called yet.
+        """
+        if self._frames is None:
+            raise RuntimeError("RealEnv: reset() comes first.")
+        return self._frames
+
+    def reset(self) -> Tensor:
+        """Start all environments anew, give up open episodes, and return what to act on, as `observe`."""
+        self._frames = self._env.reset()
+        if self._replay is not None:
+            self._replay.cut()
+        return self.observe()
+
+    def observe(self) -> Tensor:
+        """What the controller sees of the frames to act on, with the tokenizer as it is now."""
+        frames = torch.from_numpy(self.frames).to(self._device)
+        return self._show(self._tokenizer.encode(frames))
+
+    def step(self, actions: Tensor) -> TokenStep:
+        """Take and record one step in every environment; `actions` (E,) int64."""
+        step = self.play(actions.cpu().numpy())
+        terminated, truncated = torch.from_numpy(step.terminated), torch.from_numpy(step.truncated)
+        return TokenStep(
+            seen=self.observe(),
+            rewards=torch.from_numpy(step.rewards).to(self._device),
+            ended=terminated.to(self._device),
+            truncated=truncated.to(self._device),
+            restarted=(terminated | truncated).to(self._device),
+        )
+
+    def play(self, actions: np.ndarray) -> VectorStep:
+        """`step` in terms of frames, without the tokenizer; `actions` (E,) integers."""
+        acted_on = self.frames
+        self._close_full_replay()
+        step = self._env.step(actions)
+        if self._replay is not None:
+            columns = zip(acted_on, actions, step.rewards, step.terminated, step.truncated, strict=True)
+            for env_index, (frame, action, reward, terminated, truncated) in enumerate(columns):
+                if step.lost[env_index]:
+                    self._replay.cut(env_index)  # nobody knows what the action led to
+                    continue
+                self._replay.append(
+                    env_index, frame, int(action), float(reward), bool(terminated), bool(truncated)
+                )
+        self._frames = step.frames
+        self._finished_games.extend(step.game_returns)
+        return step
+
+    def take_finished_games(self) -> list[GameReturn]:
+        """The games that ended since the last call, oldest first."""
+        finished, self._finished_games = self._finished_games, []
+        return finished
+
+    def open_games(self) -> list[GameReturn]:
+        """The games under way as they stand, one an environment."""
+        return self._env.open_games()
+
+    def resume_states(self) -> list[dict[str, Any] | None]:
+        """The environments' states for `resume`, plain JSON data; None for one that cannot be saved."""
+        return self._env.resume_states()
+
+    def resume(self, states: list[dict[str, Any] | None], frames: np.ndarray, *, seed: int) -> list[int]:
+        """Go on, in place of the first `reset`, where the environments stood.
+
+        An environment that could not be saved starts anew; its open episode in the replay ends as truncated.
+
+        Args:
+            states: what `resume_states` said.
+            frames: what `frames` was.
+            seed: for the environments that start anew.
+        Returns:
+            The indices of those that start anew.
+        Raises:
+            ValueError: the states are those of other environments.
+        """
+        first_frames = self._env.resume(states, seed=seed)
+        restarted = [index for index, frame in enumerate(first_frames) if frame is not None]
+        self._frames = frames.copy()
+        for index in restarted:
+            self._frames[index] = first_frames[index]
+            if self._replay is not None:
+                self._replay.cut(index)
+        return restarted
+
+    def close(self) -> None:
+        """Close the environments."""
+        self._env.close()
+
+    def _close_full_replay(self) -> None:
+        """Stop recording if the next step would not fit and that is what was asked for."""
+        if self._replay is None or not self._stop_recording_when_full:
+            return
+        if self._replay.room < self.num_envs:
+            self._replay.cut()
+            self._replay = None
+
+
+@dataclass
+class Collection:
+    """A collection as far as it has come; one that was interrupted goes on from here.
+
+    Attributes:
+        carry: the controller's memory, from the collections before too; None: blank.
+        steps: environment steps, all environments together.
+        episodes: episodes that ended, as they are stored (for Atari: lives).
+        games: whole games that ended.
+        total_entropy: sum over the steps of the policy's entropy in nats.
+        seconds: wall time.
+    """
+
+    carry: Carry | None = None
+    steps: int = 0
+    episodes: int = 0
+    games: list[GameReturn] = field(default_factory=list)
+    total_entropy: float = 0.0
+    seconds: float = 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """The collection's line of metrics; no mean_game_return where no game ended."""
+        metrics = {
+            "steps": float(self.steps),
+            "episodes": float(self.episodes),
+            "entropy": self.total_entropy / max(self.steps, 1),
+            "phase_seconds": self.seconds,
+            "rate": self.steps / max(self.seconds, 1e-9),
+        }
+        if self.games:
+            metrics["mean_game_return"] = sum(game.raw_return for game in self.games) / len(self.games)
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the memory, plain JSON data."""
+        return {
+            "steps": self.steps,
+            "episodes": self.episodes,
+            "games": [asdict(game) for game in self.games],
+            "total_entropy": self.total_entropy,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], carry: Carry | None) -> Collection:
+        """The collection of a `state`, with the controller's memory."""
+        return cls(carry=carry, **{**state, "games": [GameReturn(**game) for game in state["games"]]})
+
+
+def collect(
+    env: RealEnv,
+    controller: Controller,
+    collection: Collection,
+    *,
+    steps: int,
+    temperature: float,
+    epsilon: float,
+    generator: torch.Generator,
+    after_step: Callable[[int], None],
+    max_seconds: float | None = None,
+) -> None:
+    """Let the controller play the real game, without gradient; the environment's replay records it.
+
+    Args:
+        env: the environment, reset before the first collection and then left as the last one ended.
+        controller: who plays; its mode (train or eval) is the caller's.
+        collection: what was done so far, nothing or an interrupted part; it grows with every step.
+        steps: environment steps, all environments together, those of an interrupted part included; rounded up
+            to whole steps of all of them.
+        temperature: temperature of the actions.
+        epsilon: chance of a random action, drawn for each environment.
+        generator: source of the actions' randomness, on the controller's device.
+        after_step: called after each step of all environments with their number; may raise to stop, and the
+            collection holds all that was done.
+        max_seconds: no further step begins after so long; None: no bound.
+    """
+    if collection.carry is None:
+        collection.carry = controller.initial_carry(env.num_envs)
+    # The tokenizer may have learned since the last collection: its codes of the frames are new.
+    observation = env.observe()
+
+    @torch.no_grad()
+    def step() -> int:
+        nonlocal observation
+        trajectory, collection.carry, observation = rollout(
+            env,
+            controller,
+            collection.carry,
+            observation,
+            1,
+            temperature=temperature,
+            epsilon=epsilon,
+            generator=generator,
+        )
+        collection.total_entropy += float(entropy(trajectory.logits).sum())
+        return int((trajectory.ended | trajectory.truncated).sum())
+
+    _step_until(env, collection, step, steps, after_step, max_seconds)
+
+
+def collect_random(
+    env: RealEnv,
+    collection: Collection,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    after_step: Callable[[int], None],
+    max_seconds: float | None = None,
+) -> None:
+    """Play uniformly random actions, recorded as `collect` records; no network runs.
+
+    Args:
+        env: the environment, reset before.
+        collection: as for `collect`; the controller's memory stays as it is.
+        steps: as for `collect`.
+        generator: source of the actions, on the CPU.
+        after_step: as for `collect`.
+        max_seconds: no further step begins after so long; None: no bound.
+    """
+
+    def step() -> int:
+        actions = torch.randint(env.num_actions, (env.num_envs,), generator=generator)
+        answer = env.play(actions.numpy())
+        collection.total_entropy += env.num_envs * math.log(env.num_actions)
+        return int((answer.terminated | answer.truncated).sum())
+
+    _step_until(env, collection, step, steps, after_step, max_seconds)
+
+
+def _step_until(
+    env: RealEnv,
+    collection: Collection,
+    step: Callable[[], int],
+    steps: int,
+    after_step: Callable[[int], None],
+    max_seconds: float | None,
+) -> None:
+    """Take steps until there are enough or the time is up; `step` says how many episodes it ended."""
+    env.take_finished_games()
+    started = time.monotonic() - collection.seconds
+    while collection.steps < steps:
+        episodes = step()
+        collection.steps += env.num_envs
+        collection.episodes += episodes
+        collection.games.extend(env.take_finished_games())
+        collection.seconds = time.monotonic() - started
+        after_step(env.num_envs)
+        if max_seconds is not None and time.monotonic() - started >= max_seconds:
+            break

@@ -1,0 +1,108 @@
+"""The world model as an environment: the controller acts in it through the same loop as in the game."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.models.world_model import BaseWorldModel
+from rem_atari.play.rollout import TokenStep
+from retpop import RetNetState
+
+
+class ImaginedEnv:
+    """B imagined episodes side by side (a `rollout.TokenEnv`).
+
+    In a step the world model reads the observation and the action, and gives the reward, the end and the next
+    observation, each drawn from its distribution; with POP that is one pass. An episode that has ended is not
+    restarted; it goes on meaninglessly, and whoever learns from it leaves out what follows the end. Nothing
+    here has a gradient, and nothing waits for the device.
+
+    With POP the tokens of an observation are drawn independently of each other (that is what makes it fast),
+    so where the world can go one way or another a drawn frame may show both or neither.
+
+    Args:
+        world_model: in eval mode.
+        tokenizer: gives the codes of the tokens.
+        generator: source of the draws, on the models' device.
+        show: what the controller sees of tokens, as `Agent.show`; None: their codes.
+
+    Raises:
+        ValueError: the world model is in training mode, in which dropout would garble what it imagines.
+    """
+
+    def __init__(
+        self,
+        world_model: BaseWorldModel,
+        tokenizer: Tokenizer,
+        generator: torch.Generator,
+        show: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if world_model.training:
+            raise ValueError("ImaginedEnv: world_model is in training mode; call world_model.eval() first.")
+        self.num_actions = world_model.action_embedding.num_embeddings
+        self._world_model = world_model
+        self._tokenizer = tokenizer
+        self._generator = generator
+        self._show = tokenizer.embed if show is None else show
+        self._state: RetNetState | None = None
+        self._tokens: Tensor | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of the observations to act on next, (B, K) int64.
+
+        Raises:
+            ValueError: `reset` has not been called.
+        """
+        if self._tokens is None:
+            raise ValueError("ImaginedEnv: there is no observation yet; call reset() first.")
+        return self._tokens
+
+    @torch.no_grad()
+    def reset(
+        self,
+        tokens: Tensor,
+        context_tokens: Tensor | None = None,
+        context_actions: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Begin B imagined episodes.
+
+        Args:
+            tokens: the observations to begin with, (B, K) int64.
+            context_tokens: the N real observations before them, (B, N, K) int64; None: no context.
+            context_actions: the actions taken on those, (B, N) int64; given exactly if `context_tokens` is.
+            context_mask: (B,) bool, False where a row has no context (it is padding); None: all have.
+
+        Returns:
+            What the controller sees of `tokens`: their codes, (B, K, E), unless `show` says otherwise.
+
+        Raises:
+            ValueError: only one of context tokens and actions is given.
+        """
+        if (context_tokens is None) != (context_actions is None):
+            raise ValueError("ImaginedEnv.reset(): context_tokens and context_actions must come together.")
+        if context_tokens is None or context_actions is None:
+            state = self._world_model.init_state(tokens.shape[0])
+        else:
+            state = self._world_model.take_in(context_tokens, context_actions, self._tokenizer.codes)
+            if context_mask is not None:
+                state = state.reset(~context_mask)
+        self._state = self._world_model.begin(tokens, self._tokenizer.codes, state)
+        self._tokens = tokens
+        return self._show(tokens)
+
+    @torch.no_grad()
+    def step(self, actions: Tensor) -> TokenStep:
+        """Imagine what follows the actions (B,) int64; rewards are -1, 0 or 1."""
+        answer = self._world_model.imagine(
+            self.tokens, actions, self._tokenizer.codes, self._state, self._generator
+        )
+        self._tokens, self._state = answer.tokens, answer.state
+        never = torch.zeros_like(answer.ended)
+        shown = self._show(answer.tokens)
+        return TokenStep(shown, answer.rewards.float(), answer.ended, truncated=never, restarted=never)

@@ -1,0 +1,149 @@
+"""The one loop in which the controller acts, in the real game and in imagination alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rem_atari.models.controller import Carry, Controller, reset_carry
+from rem_atari.models.sampling import sample_categorical
+
+
+@dataclass(frozen=True)
+class TokenStep:
+    """What B environments answer to one action each.
+
+    Attributes:
+        seen: the observations to act on next, as the controller sees them (`Agent.show`: codes (B, K, E)
+            unless it is in pixel space); already the new episode's first where `restarted`.
+        rewards: rewards of the actions, (B,) float32.
+        ended: episodes that came to an end of their own, (B,) bool; no value lies beyond them.
+        truncated: episodes cut short from outside, (B,) bool.
+        restarted: rows whose `seen` begins a new episode, (B,) bool. A real environment restarts what ended
+            or was truncated; an imagined one never restarts.
+    """
+
+    seen: Tensor
+    rewards: Tensor
+    ended: Tensor
+    truncated: Tensor
+    restarted: Tensor
+
+
+class TokenEnv(Protocol):
+    """B environments side by side that a controller can act in: the real game, or the world model."""
+
+    @property
+    def num_actions(self) -> int:
+        """Number of actions A; an action is an integer in [0, A)."""
+        ...
+
+    def step(self, actions: Tensor) -> TokenStep:
+        """Take one step in every environment; `actions` (B,) int64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """T steps in each of B environments.
+
+    Attributes:
+        seen: the observations acted on, as the controller sees them, (B, T, ...).
+        logits: the policy's logits before temperature and ε, (B, T, A).
+        values: the critic's values of the observations acted on, (B, T).
+        actions: the actions taken, (B, T) int64.
+        rewards: their rewards, (B, T) float32.
+        ended: (B, T) bool, the step ended its episode.
+        truncated: (B, T) bool, the step's episode was cut short after it.
+    """
+
+    seen: Tensor
+    logits: Tensor
+    values: Tensor
+    actions: Tensor
+    rewards: Tensor
+    ended: Tensor
+    truncated: Tensor
+
+
+def choose_actions(
+    logits: Tensor, generator: torch.Generator, *, temperature: float = 1.0, epsilon: float = 0.0
+) -> Tensor:
+    """Sample from each row of `logits` (B, A), or, with chance `epsilon`, a uniform action; (B,) int64.
+
+    Every row draws for itself whether it explores. The draws are made on the device of `logits`, without
+    waiting for it.
+    """
+    actions = sample_categorical(logits, generator, temperature=temperature)
+    if epsilon == 0:
+        return actions
+    rows, num_actions = logits.shape
+    explores = torch.rand(rows, generator=generator, device=logits.device) < epsilon
+    uniform = torch.randint(num_actions, (rows,), generator=generator, device=logits.device)
+    return torch.where(explores, uniform, actions)
+
+
+def rollout(
+    env: TokenEnv,
+    controller: Controller,
+    carry: Carry,
+    observation: Tensor,
+    steps: int,
+    *,
+    temperature: float = 1.0,
+    epsilon: float = 0.0,
+    generator: torch.Generator,
+) -> tuple[Trajectory, Carry, Tensor]:
+    """Let the controller act for `steps` steps in B environments.
+
+    Each step: the controller sees the observation and decides, an action is drawn, the controller is told the
+    action that is *taken* (not the one its policy would have taken had it not explored), the environment
+    steps. Where an episode restarts, the controller's memory starts anew.
+
+    Gradients flow through the controller if the caller has them enabled. Nobody needs them here: who learns
+    from a trajectory has the controller judge it once more, all steps at once (`Controller.judge`).
+
+    Args:
+        env: B environments.
+        controller: who acts; its mode (train or eval) is the caller's.
+        carry: the controller's memory of what came before; `Controller.initial_carry` at the start.
+        observation: what to act on first, as `TokenStep.seen`.
+        steps: steps to take, at least 1.
+        temperature: temperature of the actions.
+        epsilon: chance of a uniformly random action, drawn for each environment.
+        generator: source of the actions' randomness, on the controller's device.
+
+    Returns:
+        The trajectory, and the carry and the observation to go on from.
+
+    Raises:
+        ValueError: `steps` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"rollout(): steps is {steps}; it must be at least 1.")
+    seen, logits, values, taken, answers = [], [], [], [], []
+    for _ in range(steps):
+        decision = controller(observation, carry)
+        actions = choose_actions(decision.logits, generator, temperature=temperature, epsilon=epsilon)
+        carry = controller.observe_action(actions, decision.carry)
+        answer = env.step(actions)
+        carry = reset_carry(carry, answer.restarted)
+        seen.append(observation)
+        observation = answer.seen
+        logits.append(decision.logits)
+        values.append(decision.value)
+        taken.append(actions)
+        answers.append(answer)
+    trajectory = Trajectory(
+        seen=torch.stack(seen, dim=1),
+        logits=torch.stack(logits, dim=1),
+        values=torch.stack(values, dim=1),
+        actions=torch.stack(taken, dim=1),
+        rewards=torch.stack([answer.rewards for answer in answers], dim=1),
+        ended=torch.stack([answer.ended for answer in answers], dim=1),
+        truncated=torch.stack([answer.truncated for answer in answers], dim=1),
+    )
+    return trajectory, carry, observation

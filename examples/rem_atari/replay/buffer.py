@@ -1,0 +1,408 @@
+"""The replay: every step played, in memory to sample from and on disk to come back to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rem_atari.errors import RunError
+from rem_atari.replay.shards import Rows, ShardEntry, find_shards, has_shards, read_shard, write_shard
+
+NONE = -1
+"""The row that is none: beyond an episode's edge, and padding."""
+
+MEDIAN_SAMPLE = 256
+"""Frames that `Replay.median_frame` looks at."""
+
+
+class ReplayFullError(RunError):
+    """The replay holds as many rows as it has room for."""
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """n stretches of T steps, each within one episode, on the CPU. Padding is 0 or False throughout.
+
+    Attributes:
+        actions: the actions taken, (n, T) int64.
+        rewards: the raw rewards that followed, (n, T) float32.
+        ended: the episode ended of itself with this step, (n, T) bool.
+        truncated: the episode was cut short after this step, (n, T) bool.
+        mask: the step is real, not padding, (n, T) bool.
+        rows: where in the replay the step is, (n, T) int64; -1 for padding.
+        stored: all frames of the replay, (capacity, S, S, 3) uint8, not copied.
+    """
+
+    actions: Tensor
+    rewards: Tensor
+    ended: Tensor
+    truncated: Tensor
+    mask: Tensor
+    rows: Tensor
+    stored: Tensor
+
+    @property
+    def frames(self) -> Tensor:
+        """The frames acted on, (n, T, S, S, 3) uint8, copied when asked for; who has tokens needs none."""
+        frames = self.stored.index_select(0, self.rows.clamp(min=0).flatten()).unflatten(0, self.rows.shape)
+        frames[~self.mask] = 0
+        return frames
+
+    def select(self, stretches: list[int]) -> SequenceBatch:
+        """Some of the n stretches, in the order given."""
+        columns = [column.name for column in fields(self) if column.name != "stored"]
+        return replace(self, **{name: getattr(self, name)[stretches] for name in columns})
+
+
+class Replay:
+    """Steps of several environments in order of arrival, sampled without ever crossing an episode's edge.
+
+    Memory is reserved for `capacity` rows at once but taken only as rows arrive; frames stay uint8. Nothing
+    is ever overwritten: the schedule knows how many steps there will be, so a full replay is an error.
+
+    Rows of one episode need not be neighbours, because environments take turns. Each row knows the rows
+    before and after it in its episode; all samples of a batch walk along these links together.
+
+    Args:
+        frame_shape: (S, S, 3).
+        capacity: rows there is room for.
+        folder: where `flush` writes, or None for a replay in memory only. It must hold no shards yet: `load`
+            opens one that does.
+        seed: seed of the sampling.
+
+    Raises:
+        ValueError: `frame_shape` or `capacity` makes no sense.
+        FileExistsError: there are shards in `folder`.
+    """
+
+    def __init__(
+        self, frame_shape: tuple[int, ...], capacity: int, *, folder: Path | None = None, seed: int
+    ) -> None:
+        _check_sizes(frame_shape, capacity)
+        if folder is not None and has_shards(folder):
+            raise FileExistsError(f"There is a replay in {folder} already; Replay.load() opens it.")
+        self._rows = Rows.allocate(capacity, frame_shape)
+        self._size = 0
+        # Links within an episode. Their extra last entry answers for row NONE: beyond an edge lies nothing.
+        self._before = np.zeros(capacity + 1, dtype=np.int64)
+        self._after = np.zeros(capacity + 1, dtype=np.int64)
+        self._before[NONE] = self._after[NONE] = NONE
+        # Steps of the episode before this row; NONE for a row that was lost, which is never sampled.
+        self._place = np.zeros(capacity, dtype=np.int64)
+        self._open: dict[int, int] = {}  # environment -> last row of its open episode
+        self._num_episodes = 0
+        self._folder = folder
+        self._num_shards = 0
+        self._shards: list[ShardEntry] = []
+        self._num_flushed = 0
+        self._cut_rows: list[int] = []  # flushed rows that were truncated since the last flush
+        self._generator = np.random.default_rng(seed)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        frame_shape: tuple[int, ...] | None = None,
+        capacity: int | None = None,
+        seed: int = 0,
+        entries: Sequence[ShardEntry] | None = None,
+    ) -> Replay:
+        """The replay whose shards lie in `folder`, as it was at its last flush, open episodes included.
+
+        The state of the sampling is not in the shards: see `sampling_state`. Rows that were lost keep their
+        place and count as steps, but are never sampled; episodes that lost rows end, truncated, before them.
+
+        Args:
+            folder: the shards' folder; later flushes go on there.
+            frame_shape: (S, S, 3); None: what the shards say, so that there must be one.
+            capacity: rows there is room for; None: as many as there are.
+            seed: seed of the sampling.
+            entries: what `shards` said of them; None: whoever loads will not ask `shards`.
+
+        Raises:
+            ReplayCorruptError: a shard cannot be read, or one is missing; the message names it.
+            ReplayFullError: there are more rows than `capacity`.
+            ValueError: the frames' shape is unknown, or another than `frame_shape`.
+        """
+        shards = find_shards(folder)
+        if not shards and frame_shape is None:
+            raise ValueError(f"Replay.load(): there are no shards in {folder}, and frame_shape is not given.")
+        shape = tuple(frame_shape or shards[0].frame_shape)
+        if shards and shards[0].frame_shape != shape:
+            raise ValueError(
+                f"Replay.load(): frames in {folder} are {shards[0].frame_shape}; wanted {shape}."
+            )
+        num_rows = sum(shard.num_rows + shard.lost_rows for shard in shards)
+        replay = cls(shape, max(num_rows, 1) if capacity is None else capacity, seed=seed)
+        if num_rows > replay.capacity:
+            raise ReplayFullError(
+                f"The replay in {folder} holds {num_rows} rows; its capacity is {capacity}."
+            )
+        for shard in shards:
+            replay._take_in(*read_shard(shard))
+            if shard.lost_rows > 0:
+                replay._pass_over(shard.lost_rows)
+        replay._folder, replay._num_shards = folder, len(shards)
+        replay._shards = list(entries) if entries is not None else []
+        return replay
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for."""
+        return len(self._rows)
+
+    @property
+    def room(self) -> int:
+        """Rows that can still be stored."""
+        return self.capacity - self._size
+
+    @property
+    def num_steps(self) -> int:
+        """Rows stored: environment steps."""
+        return self._size
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes begun, open ones included."""
+        return self._num_episodes
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """Shape of a frame, (S, S, 3)."""
+        return self._rows.frames.shape[1:]
+
+    @property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        """The shards on disk, oldest first, for a checkpoint.
+
+        Raises:
+            RuntimeError: the replay was loaded without their entries.
+        """
+        if len(self._shards) != self._num_shards:
+            raise RuntimeError("Replay.shards: the replay was loaded without entries, so they are not known.")
+        return tuple(self._shards)
+
+    def append(
+        self, env_index: int, frame: np.ndarray, action: int, reward: float, terminated: bool, truncated: bool
+    ) -> None:
+        """Store one step of environment `env_index`.
+
+        Args:
+            env_index: the environment, from 0; its steps arrive in order.
+            frame: the frame that was acted on, (S, S, 3) uint8.
+            action: the action that was taken, from 0.
+            reward: the raw reward that followed.
+            terminated: the episode ended of itself with this step.
+            truncated: the episode was cut short after this step.
+
+        Raises:
+            ReplayFullError: there is no room.
+            ValueError: the frame is of another shape or type, or an index is negative.
+        """
+        if self.room == 0:
+            raise ReplayFullError(f"The replay is full: its capacity is {self.capacity} steps.")
+        if frame.shape != self.frame_shape or frame.dtype != np.uint8:
+            got = f"{frame.dtype} {frame.shape}"
+            raise ValueError(f"Replay.append(): frame is {got}; wanted uint8 {self.frame_shape}.")
+        if env_index < 0 or action < 0:
+            raise ValueError(f"Replay.append(): env_index is {env_index}, action is {action}; both are >= 0.")
+        row = self._size
+        self._rows.frames[row] = frame
+        self._rows.env_indices[row] = env_index
+        self._rows.actions[row] = action
+        self._rows.rewards[row] = reward
+        self._rows.terminated[row] = terminated
+        self._rows.truncated[row] = truncated
+        self._link(row)
+
+    def cut(self, env_index: int | None = None) -> None:
+        """End an open episode as truncated: its environment was restarted, and no step follows.
+
+        To be called when environments are started anew, or the next episode would be taken for the open one's
+        continuation.
+
+        Args:
+            env_index: the environment that was restarted; None: all of them.
+        """
+        for index in list(self._open) if env_index is None else [env_index]:
+            row = self._open.pop(index, NONE)
+            if row == NONE:
+                continue
+            self._rows.truncated[row] = True
+            if row < self._num_flushed:
+                self._cut_rows.append(row)
+
+    def ready(self, min_real: int) -> bool:
+        """Whether some episode has `min_real` steps, so that there is something to sample."""
+        return bool((self._place[: self._size] >= min_real - 1).any())
+
+    def sample_frames(self, n: int) -> Tensor:
+        """n frames, uniform over all stored ones, with replacement: (n, S, S, 3) uint8.
+
+        Raises:
+            ValueError: the replay is empty.
+        """
+        return torch.from_numpy(self._rows.frames[self._draw(n, min_real=1)])
+
+    def sample_sequences(self, n: int, length: int, *, min_real: int) -> SequenceBatch:
+        """n sequences of `length` steps, uniform over their first steps, padded on the right.
+
+        A step is a possible start if at least `min_real` steps of its episode begin with it.
+
+        Raises:
+            ValueError: no episode has `min_real` steps, or 1 <= min_real <= length does not hold.
+        """
+        _check_lengths(length, min_real)
+        # Steps with min_real - 1 others before them correspond one to one to the possible starts.
+        starts = _walk(self._before, self._draw(n, min_real), min_real)[:, -1]
+        return self._gather(_walk(self._after, starts, length))
+
+    def sample_segments(self, n: int, length: int, *, min_real: int) -> SequenceBatch:
+        """n segments of `length` steps, uniform over their last steps, padded on the left.
+
+        A step is a possible end if at least `min_real` steps of its episode end with it.
+
+        Raises:
+            ValueError: no episode has `min_real` steps, or 1 <= min_real <= length does not hold.
+        """
+        _check_lengths(length, min_real)
+        ends = self._draw(n, min_real)
+        return self._gather(_walk(self._before, ends, length)[:, ::-1])
+
+    def median_frame(self) -> Tensor:
+        """Each pixel's median over a sample of the stored frames, evenly spaced in time: (S, S, 3) uint8.
+
+        The background, where the camera stands still. Of an even number of frames it is the upper median.
+
+        Raises:
+            ValueError: the replay is empty.
+        """
+        if self._size == 0:
+            raise ValueError("Replay.median_frame(): the replay is empty.")
+        stored = np.flatnonzero(self._place[: self._size] != NONE)
+        if len(stored) == 0:
+            raise ValueError("Replay.median_frame(): every stored row was lost.")
+        count = min(len(stored), MEDIAN_SAMPLE)
+        chosen = stored[np.linspace(0, len(stored) - 1, count).round().astype(np.int64)]
+        return torch.from_numpy(np.partition(self._rows.frames[chosen], count // 2, axis=0)[count // 2])
+
+    def flush(self) -> Path | None:
+        """Write what came since the last flush as one new shard; None if there is nothing to write.
+
+        A replay without a folder writes nothing.
+
+        Raises:
+            OSError: the shard could not be written; the next flush tries again.
+        """
+        if self._folder is None or (self._size == self._num_flushed and not self._cut_rows):
+            return None
+        rows = self._rows.view(self._num_flushed, self._size)
+        entry = write_shard(self._folder, self._num_shards, self._num_flushed, rows, self._cut_rows)
+        self._shards.append(entry)
+        self._num_shards += 1
+        self._num_flushed = self._size
+        self._cut_rows = []
+        return self._folder / entry.name
+
+    def sampling_state(self) -> dict[str, Any]:
+        """The state of the sampling's random numbers, plain JSON data."""
+        return dict(self._generator.bit_generator.state)
+
+    def set_sampling_state(self, state: Mapping[str, Any]) -> None:
+        """Go on sampling from a `sampling_state`."""
+        self._generator.bit_generator.state = dict(state)
+
+    def _link(self, row: int) -> None:
+        """Make the row that was just written the newest of its environment's episode."""
+        env_index = int(self._rows.env_indices[row])
+        before = self._open.get(env_index, NONE)
+        self._before[row], self._after[row] = before, NONE
+        if before == NONE:
+            self._num_episodes += 1
+        else:
+            self._after[before] = row
+            self._place[row] = self._place[before] + 1
+        if self._rows.terminated[row] or self._rows.truncated[row]:
+            self._open.pop(env_index, None)
+        else:
+            self._open[env_index] = row
+        self._size += 1
+
+    def _take_in(self, rows: Rows, cut_rows: np.ndarray) -> None:
+        """Repeat what happened between two flushes. Cuts of flushed rows came before the new rows."""
+        for row in cut_rows:
+            if self._place[row] == NONE:
+                continue  # it was lost, and with it all that was open then
+            self._rows.truncated[row] = True
+            self._open.pop(int(self._rows.env_indices[row]), None)
+        start = self._size
+        self._rows.view(start, start + len(rows)).copy_from(rows)
+        for row in range(start, start + len(rows)):
+            self._link(row)
+        self._num_flushed = self._size
+
+    def _pass_over(self, num_rows: int) -> None:
+        """Leave room for rows that were lost. What was open before them ends there: who knows how it went."""
+        for row in self._open.values():
+            self._rows.truncated[row] = True
+        self._open.clear()
+        lost = slice(self._size, self._size + num_rows)
+        self._before[lost] = self._after[lost] = self._place[lost] = NONE
+        self._size += num_rows
+        self._num_flushed = self._size
+
+    def _draw(self, n: int, min_real: int) -> np.ndarray:
+        """n rows (n,), uniform over those that at least `min_real` steps of their episode end with."""
+        candidates = np.flatnonzero(self._place[: self._size] >= min_real - 1)
+        if len(candidates) == 0:
+            raise ValueError(
+                f"Replay: nothing to sample; no episode of {self._num_episodes} has {min_real} steps."
+            )
+        return candidates[self._generator.integers(len(candidates), size=n)]
+
+    def _gather(self, rows: np.ndarray) -> SequenceBatch:
+        """The steps at `rows` (n, T), where NONE is padding."""
+        mask = rows != NONE
+        columns = self._rows.columns()
+        found = {name: columns[name][rows] for name in ("actions", "rewards", "terminated", "truncated")}
+        for column in found.values():
+            column[~mask] = 0
+        return SequenceBatch(
+            actions=torch.from_numpy(found["actions"].astype(np.int64)),
+            rewards=torch.from_numpy(found["rewards"]),
+            ended=torch.from_numpy(found["terminated"]),
+            truncated=torch.from_numpy(found["truncated"]),
+            mask=torch.from_numpy(mask),
+            rows=torch.from_numpy(rows.copy()),
+            stored=torch.from_numpy(self._rows.frames),
+        )
+
+
+def _walk(links: np.ndarray, rows: np.ndarray, length: int) -> np.ndarray:
+    """The first `length` rows of the paths that begin at `rows` (n,) and follow `links`: (n, length)."""
+    path = np.empty((len(rows), length), dtype=np.int64)
+    for step in range(length):
+        path[:, step] = rows
+        rows = links[rows]
+    return path
+
+
+def _check_sizes(frame_shape: tuple[int, ...], capacity: int) -> None:
+    if len(frame_shape) != 3 or frame_shape[2] != 3 or min(frame_shape) < 1:
+        raise ValueError(f"Replay: frame_shape is {frame_shape}; wanted (height, width, 3).")
+    if capacity < 1:
+        raise ValueError(f"Replay: capacity is {capacity}; it must be at least 1.")
+
+
+def _check_lengths(length: int, min_real: int) -> None:
+    if not 1 <= min_real <= length:
+        raise ValueError(
+            f"Replay: min_real is {min_real}, length is {length}; wanted 1 <= min_real <= length."
+        )

@@ -1,0 +1,51 @@
+"""What `rem-atari evaluate` left in a run's folder, read with care: anybody may have written it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rem_atari.runs.folder import RunFolder
+
+SUMMARY_FILE, EPISODES_FILE = "summary.json", "episodes.csv"
+
+MOST_SUMMARY_BYTES = 1_000_000
+
+NUMBERS = ("step", "epoch", "episodes", "mean_return", "temperature")
+"""What a summary must hold to be believed."""
+
+_STEP = re.compile(r"step-([0-9]{8,18})")
+
+
+def newest_summary(run: RunFolder) -> Mapping[str, Any] | None:
+    """The summary of the newest checkpoint that was evaluated, damaged ones passed over; None: there is none.
+
+    It holds the numbers `NUMBERS`; of everything else in it nothing is known.
+    """
+    if not run.evaluation.is_dir():
+        return None
+    matches = [(_STEP.fullmatch(folder.name), folder) for folder in run.evaluation.iterdir()]
+    folders = sorted(((int(match[1]), folder) for match, folder in matches if match), reverse=True)
+    summaries = (read_summary(folder / SUMMARY_FILE) for _, folder in folders)
+    return next((summary for summary in summaries if summary is not None), None)
+
+
+def read_summary(path: Path) -> Mapping[str, Any] | None:
+    """What `rem-atari evaluate` wrote, or None if it is not there or not whole."""
+    try:
+        if path.is_symlink() or path.stat().st_size > MOST_SUMMARY_BYTES:
+            return None
+        summary = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(summary, dict) or not all(_is_number(summary.get(name)) for name in NUMBERS):
+        return None
+    return summary
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,225 @@
+"""The folder of a run: where each of its files lies, how it is created and opened again."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from rem_atari.config import Config
+from rem_atari.errors import RunError, UsageError, describe_os_error
+from rem_atari.runs.durable import replace_file
+
+LOCK_FILE = ".lock"
+"""Held (flock) by the process that writes into the folder; says which one that is."""
+
+MOST_LOCK_BYTES = 1_000
+MOST_CONFIG_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, JSON."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: what each phase of each epoch measured."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def sessions(self) -> Path:
+        """One JSON object a line: when, with which code and on what the run was started and resumed."""
+        return self.path / "sessions.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, ``step-00000042`` each."""
+        return self.path / "checkpoints"
+
+    @property
+    def replay(self) -> Path:
+        """Folder of the replay's shards: the experience trained on."""
+        return self.path / "replay"
+
+    @property
+    def heldout(self) -> Path:
+        """Folder of shards of the last evaluation, never trained on."""
+        return self.path / "heldout"
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of what `rem-atari evaluate` found out, ``step-00000042`` for each checkpoint."""
+        return self.path / "evaluation"
+
+    @property
+    def media(self) -> Path:
+        """Folder of pictures and films."""
+        return self.path / "media"
+
+    def load_config(self) -> Config:
+        """The run's configuration.
+
+        Raises:
+            UsageError: it cannot be read, or it isn't one.
+        """
+        try:
+            size = self.config.stat().st_size
+            if size > MOST_CONFIG_BYTES:
+                raise ValueError(f"it has {size} bytes, at most {MOST_CONFIG_BYTES}")
+            return Config.from_dict(json.loads(self.config.read_bytes()))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"{self.config} is not the configuration of a run: {error}") from error
+
+
+def default_run_path(config: Config, environment: str, now: datetime) -> Path:
+    """``runs/<env>-<preset>-<seed>-<time>``, the folder of a run that names none."""
+    safe_name = re.sub(r"[^A-Za-z0-9._]+", "_", environment)
+    return Path("runs") / f"{safe_name}-{config.preset}-{config.seed}-{now:%Y%m%d-%H%M%S}"
+
+
+@contextmanager
+def hold_run_folder(path: Path) -> Iterator[None]:
+    """Keep every other process from writing into a run's folder, which is made if it is not there.
+
+    The system gives the lock back when this process is gone, however it went.
+
+    Raises:
+        UsageError: another process holds it, the message says which and since when; or it cannot be made.
+        RunError: there is no room on the disk.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path)
+    except OSError as error:
+        raise _explain(error, f"cannot create or lock the run folder {path}") from error
+    try:
+        yield
+    finally:
+        # A folder that never became a run's is left as it was.
+        if not os.path.lexists(RunFolder(path).config):
+            (path / LOCK_FILE).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def create_run_folder(path: Path, config: Config) -> RunFolder:
+    """Make the folder of a new run and save the resolved configuration in it.
+
+    Raises:
+        UsageError: the path is taken by a file or a folder that is not empty, or cannot be written.
+        RunError: there is no room on the disk.
+    """
+    run = RunFolder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(entry.name != LOCK_FILE for entry in path.iterdir()):
+            raise UsageError(f"the run folder {path} exists and is not empty; name another with --run")
+        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        replace_file(run.config, text.encode())
+    except OSError as error:
+        raise _explain(error, f"cannot create the run folder {path}") from error
+    return run
+
+
+def _explain(error: OSError, failed: str) -> RunError:
+    """What to raise: a folder that cannot be had is the user's to change, a full disk is not wrong use."""
+    if error.errno == errno.ENOSPC:
+        return RunError(describe_os_error(error))
+    return UsageError(f"{failed}: {error.strerror or error}")
+
+
+def open_run_folder(path: Path) -> RunFolder:
+    """The folder of a run that was started before.
+
+    The folder itself may be a link, but nothing in it that a run writes to: a folder from somebody else must
+    not lead to files elsewhere.
+
+    Raises:
+        UsageError: there is no run in it, or what is in it are links.
+    """
+    run = RunFolder(path)
+    if not run.config.is_file():
+        raise UsageError(f"{os.fspath(path)} is not a run folder: it has no {run.config.name}")
+    for part in (
+        run.config,
+        run.metrics,
+        run.sessions,
+        run.tensorboard,
+        run.checkpoints,
+        run.replay,
+        run.heldout,
+        run.evaluation,
+        run.media,
+    ):
+        if part.is_symlink():
+            raise UsageError(f"{part} is a link; a run folder holds its files itself")
+    return run
+
+
+def _lock(path: Path) -> int:
+    """Lock a folder's lock file and write down who has it; the lock lasts until the descriptor is closed.
+
+    Raises:
+        UsageError: another process holds it.
+        OSError: it cannot be opened or locked.
+    """
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(path / LOCK_FILE, flags, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(descriptor, path / LOCK_FILE):
+                os.close(descriptor)  # its last holder deleted it just now: another one is to be locked
+                continue
+            os.ftruncate(descriptor, 0)
+            holder = {"pid": os.getpid(), "since": datetime.now().isoformat(" ", "seconds")}
+            os.write(descriptor, json.dumps(holder).encode())
+        except BlockingIOError as error:
+            in_use_by = _describe_holder(os.read(descriptor, MOST_LOCK_BYTES))
+            os.close(descriptor)
+            raise UsageError(
+                f"the run folder {path} is in use by {in_use_by}; stop it or wait until it is done"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _describe_holder(written: bytes) -> str:
+    """Who holds a folder's lock, as far as its file says so."""
+    try:
+        holder = json.loads(written)
+        return f"process {int(holder['pid'])} since {datetime.fromisoformat(holder['since'])}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "another process"

@@ -1,0 +1,1 @@
+"""Scores: those of runs and the published ones, normalised and aggregated."""

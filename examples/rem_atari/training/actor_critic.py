@@ -1,0 +1,178 @@
+"""What trains the controller: imagined steps, their λ-returns, and the actor-critic loss on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rem_atari.agent import Agent
+from rem_atari.config import ControllerConfig
+from rem_atari.models.controller import Carry, Controller, entropy
+from rem_atari.models.sequence_tokens import SequenceTokens
+from rem_atari.play.imagination import ImaginedEnv
+from rem_atari.play.rollout import Trajectory, rollout
+from rem_atari.training.laps import Lap, untimed
+from rem_atari.training.returns import lambda_return
+
+
+class Imagination(NamedTuple):
+    """Imagined episodes, and what their loss needs besides.
+
+    Attributes:
+        before: the controller's memory before the first observation.
+        trajectory: the episodes.
+        bootstrap: the value of the observation after the last step, (B,).
+    """
+
+    before: Carry
+    trajectory: Trajectory
+    bootstrap: Tensor
+
+
+def controller_loss(
+    agent: Agent, segments: SequenceTokens, cfg: ControllerConfig, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Imagine from the segments' last frames and judge what the controller did.
+
+    Args:
+        agent: whose controller learns; world model in eval mode.
+        segments: B segments of burn_in + 1 steps, padded on the left, their last step real.
+        cfg: horizon, discount, weights.
+        generator: source of every draw, on the agent's device.
+
+    Returns:
+        The loss, whose gradient reaches only the controller, and the metrics as scalars without gradient; see
+        `actor_critic_loss`.
+
+    Source: arXiv 2402.05643, with the loss of IRIS (arXiv 2209.00588, appendix B).
+    """
+    return learn_from(imagine(agent, segments, cfg, generator), agent.controller, cfg)
+
+
+@torch.no_grad()
+def imagine(
+    agent: Agent,
+    segments: SequenceTokens,
+    cfg: ControllerConfig,
+    generator: torch.Generator,
+    lap: Lap = untimed,
+) -> Imagination:
+    """Imagine `horizon` observations, the segments' last frames the first of them, without gradient.
+
+    One pass of the world model a step; nothing waits for the device, and no shape depends on what comes out.
+
+    Args:
+        agent, segments, cfg, generator: as in `controller_loss`.
+        lap: told as "burn-in" and "steps" end.
+    """
+    env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
+    before, observation = start_imagination(env, agent, segments)
+    lap("burn-in")
+    trajectory, after, observation = rollout(
+        env, agent.controller, before, observation, cfg.horizon - 1, generator=generator
+    )
+    bootstrap = agent.controller(observation, after).value
+    lap("steps")
+    return Imagination(before, trajectory, bootstrap)
+
+
+def learn_from(
+    imagination: Imagination, controller: Controller, cfg: ControllerConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of imagined episodes.
+
+    Of the observations that an episode shows, all but the last are learned from; the last gives the value
+    that the returns start from. What was seen and done does not depend on the weights, so the gradient needs
+    only the controller's view of it, all steps at once.
+    """
+    trajectory = imagination.trajectory
+    # Autocast keeps the weights that it has cast. torch 2.9 hands out those that imagining cast without
+    # gradient, and the controller's layers learn nothing (2.13 does not).
+    torch.clear_autocast_cache()
+    logits, values = controller.judge(trajectory.seen, trajectory.actions, imagination.before)
+    return actor_critic_loss(replace(trajectory, logits=logits, values=values), imagination.bootstrap, cfg)
+
+
+def start_imagination(env: ImaginedEnv, agent: Agent, segments: SequenceTokens) -> tuple[Carry, Tensor]:
+    """Bring the controller and the world model to the segments' last frames, without gradient.
+
+    The controller's memory burns in on all frames but the last. The world model takes in the block of the one
+    before the last, where that is real; the published sizes make that and the imagined blocks a sequence as
+    long as in training.
+
+    Returns:
+        The controller's carry, and what it sees of the last frames (`Agent.show`).
+    """
+    past = agent.show(segments.tokens[:, :-1])
+    carry = agent.controller.burn_in(past, segments.actions[:, :-1], segments.mask[:, :-1])
+    if segments.tokens.shape[1] == 1:
+        return carry, env.reset(segments.tokens[:, -1])
+    observation = env.reset(
+        segments.tokens[:, -1],
+        context_tokens=segments.tokens[:, -2:-1],
+        context_actions=segments.actions[:, -2:-1],
+        context_mask=segments.mask[:, -2],
+    )
+    return carry, observation
+
+
+def actor_critic_loss(
+    trajectory: Trajectory, bootstrap: Tensor, cfg: ControllerConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """REINFORCE with the critic as baseline, the critic's squared error, and a bonus for entropy.
+
+        -log π(a) (G - sg V)  +  (V - sg G)²  -  entropy_weight · H(π)
+
+    averaged over the steps; with `mask_after_end`, over those that no end came before.
+
+    Args:
+        trajectory: T steps in B environments.
+        bootstrap: the value after the last step, (B,), without gradient.
+        cfg: discount, λ, entropy weight and mask.
+
+    Returns:
+        The loss, and the metrics as scalars without gradient: loss, policy, value (the first two terms),
+        entropy in nats, imagined_return (mean over environments of the rewards' sum up to the end),
+        imagined_reward (mean over the steps up to the end) and imagined_end (share of those steps that end).
+    """
+    returns = lambda_return(
+        trajectory.rewards,
+        trajectory.ended,
+        trajectory.values.detach(),
+        bootstrap,
+        gamma=cfg.gamma,
+        lambda_=cfg.td_lambda,
+    )
+    alive = before_the_end(trajectory.ended).float()
+    weights = alive if cfg.mask_after_end else torch.ones_like(alive)
+    advantages = returns - trajectory.values.detach()
+    log_probabilities = functional.log_softmax(trajectory.logits, dim=-1)
+    taken = log_probabilities.gather(-1, trajectory.actions[..., None]).squeeze(-1)
+    policy = _weighted_mean(-taken * advantages, weights)
+    value = _weighted_mean((trajectory.values - returns).square(), weights)
+    mean_entropy = _weighted_mean(entropy(trajectory.logits), weights)
+    loss = policy + value - cfg.entropy_weight * mean_entropy
+    metrics = {
+        "loss": loss,
+        "policy": policy,
+        "value": value,
+        "entropy": mean_entropy,
+        "imagined_return": (trajectory.rewards * alive).sum(dim=1).mean(),
+        "imagined_reward": _weighted_mean(trajectory.rewards, alive),
+        "imagined_end": _weighted_mean(trajectory.ended.float(), alive),
+    }
+    return loss, {name: metric.detach() for name, metric in metrics.items()}
+
+
+def before_the_end(ended: Tensor) -> Tensor:
+    """Steps that no end came before, (B, T) bool; the step that ends an episode is one of them."""
+    ends = ended.long()
+    return ends.cumsum(dim=1) - ends == 0
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum()

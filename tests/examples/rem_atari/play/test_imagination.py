@@ -1,0 +1,461 @@
+"""Imagination as an environment, and the controller's loss on what it imagines."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rem_atari.agent import Agent
+from rem_atari.config import Config, ControllerConfig, EnvConfig, TokenizerConfig, WorldModelConfig
+from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
+from rem_atari.play.cuda_graph import Recorded
+from rem_atari.play.imagination import ImaginedEnv
+from rem_atari.play.rollout import Trajectory, rollout
+from rem_atari.training.actor_critic import (
+    Imagination,
+    actor_critic_loss,
+    before_the_end,
+    controller_loss,
+    imagine,
+    start_imagination,
+)
+from rem_atari.training.returns import lambda_return
+
+ACTIONS, K, CODES = 3, 4, 7
+CONFIG = Config(
+    env=EnvConfig(frame_size=8),
+    tokenizer=TokenizerConfig(
+        channels=(4, 4, 4), groups=2, code_dim=8, codebook_size=CODES, perceptual_weight=0.0
+    ),
+    world_model=WorldModelConfig(embed_dim=8, num_layers=2, num_heads=2, ffn_dim=16, dropout=0.5),
+    controller=ControllerConfig(channels=(4, 4), hidden_dim=8, lstm_dim=6, burn_in=3, horizon=5),
+)
+
+
+def small_agent(**controller) -> Agent:
+    torch.manual_seed(0)
+    cfg = replace(CONFIG, controller=replace(CONFIG.controller, **controller))
+    agent = Agent.from_config(cfg, ACTIONS)
+    torch.nn.init.normal_(agent.tokenizer.codebook.weight)
+    return agent.eval()
+
+
+def some_segments(batch: int = 4, steps: int = 4) -> SequenceTokens:
+    generator = torch.Generator().manual_seed(1)
+    flags = torch.zeros(batch, steps, dtype=torch.bool)
+    return SequenceTokens(
+        tokens=torch.randint(CODES, (batch, steps, K), generator=generator),
+        actions=torch.randint(ACTIONS, (batch, steps), generator=generator),
+        rewards=torch.zeros(batch, steps),
+        ended=flags,
+        truncated=flags,
+        mask=~flags,
+    )
+
+
+def env_of(agent: Agent, seed: int = 0) -> ImaginedEnv:
+    return ImaginedEnv(agent.world_model, agent.tokenizer, torch.Generator().manual_seed(seed))
+
+
+def always(head: torch.nn.Sequential, index: int) -> None:
+    """Make a head predict one class whatever it sees."""
+    with torch.no_grad():
+        head[-1].weight.zero_()
+        head[-1].bias.zero_()
+        head[-1].bias[index] = 1e6
+
+
+def test_steps_have_the_shapes_of_an_environment():
+    agent, segments = small_agent(), some_segments()
+    env = env_of(agent)
+    codes = env.reset(segments.tokens[:, -1])
+    assert torch.equal(codes, agent.tokenizer.embed(segments.tokens[:, -1]))
+    for _ in range(20):
+        step = env.step(segments.actions[:, -1])
+        assert step.seen.shape == (4, K, 8)
+        assert set(step.rewards.tolist()) <= {-1.0, 0.0, 1.0}
+        assert step.rewards.dtype == torch.float32
+        assert step.ended.dtype == torch.bool
+        assert not step.restarted.any()
+        assert not step.truncated.any()
+        assert not step.seen.requires_grad
+    assert env.num_actions == ACTIONS
+
+
+@pytest.mark.parametrize("reward", [-1, 0, 1])
+@pytest.mark.parametrize("end", [False, True])
+def test_rewards_ends_and_tokens_come_from_the_heads(reward, end):
+    agent, segments = small_agent(), some_segments()
+    always(agent.world_model.reward_head, reward + 1)
+    always(agent.world_model.end_head, int(end))
+    always(agent.world_model.token_head, 5)
+    env = env_of(agent)
+    env.reset(segments.tokens[:, -1])
+    step = env.step(segments.actions[:, -1])
+    assert (step.rewards == reward).all()
+    assert (step.ended == end).all()
+    assert (env.tokens == 5).all()
+    assert torch.equal(step.seen, agent.tokenizer.embed(env.tokens))
+
+
+def test_imagination_is_repeated_by_its_seed():
+    agent, segments = small_agent(), some_segments()
+
+    def play(seed):
+        env = env_of(agent, seed)
+        env.reset(segments.tokens[:, -1])
+        return torch.stack([env.step(segments.actions[:, -1]).rewards for _ in range(8)])
+
+    assert torch.equal(play(0), play(0))
+    assert not torch.equal(play(0), play(1))
+
+
+def test_a_step_is_one_pass_of_the_decoder(monkeypatch):
+    agent, segments = small_agent(), some_segments()
+    env = env_of(agent)
+    env.reset(segments.tokens[:, -1], segments.tokens[:, :1], segments.actions[:, :1])
+    calls = []
+    decoder = agent.world_model.decoder
+    whole_pop = decoder.pop
+    monkeypatch.setattr(
+        decoder, "pop", lambda *args, **options: calls.append(1) or whole_pop(*args, **options)
+    )
+    monkeypatch.setattr(decoder, "forward", lambda *args, **options: pytest.fail("a second pass"))
+    env.step(segments.actions[:, -1])
+    assert len(calls) == 1
+
+
+def test_what_is_imagined_follows_the_context_and_the_past_steps():
+    """The logits behind a step are those of the whole sequence: context, observation, what was imagined."""
+    agent, segments = small_agent(), some_segments()
+    model, codebook = agent.world_model, agent.tokenizer.codes
+    env = env_of(agent)
+    env.reset(segments.tokens[:, 1], segments.tokens[:, :1], segments.actions[:, :1])
+    env.step(segments.actions[:, 1])
+    imagined = env.tokens
+    tokens = torch.stack([segments.tokens[:, 0], segments.tokens[:, 1], imagined, imagined], dim=1)
+    seen = []
+    model_step = model.step
+    model.step = lambda *args: seen.append(model_step(*args)) or seen[-1]
+    env.step(segments.actions[:, 2])
+    with torch.no_grad():
+        whole = model(tokens, segments.actions, codebook)
+    torch.testing.assert_close(seen[0].token_logits, whole.tokens[:, 3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[0].reward_logits, whole.rewards[:, 2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_padded_context_is_no_context():
+    agent, segments = small_agent(), some_segments()
+    mask = torch.tensor([True, False, True, False])
+    states = []
+    for context in [(segments.tokens[:, :1], segments.actions[:, :1], mask), (None, None, None)]:
+        env = env_of(agent)
+        env.reset(segments.tokens[:, -1], *context)
+        states.append(env._state)
+    assert torch.equal(states[0].kv[:, ~mask], states[1].kv[:, ~mask])
+    assert states[0].position.tolist() == [K + 1, 0, K + 1, 0]
+    assert states[0].kv[:, mask].any()
+
+
+def test_misuse_is_named():
+    agent, segments = small_agent(), some_segments()
+    with pytest.raises(ValueError, match=r"call reset\(\) first"):
+        env_of(agent).step(segments.actions[:, 0])
+    with pytest.raises(ValueError, match="come together"):
+        env_of(agent).reset(segments.tokens[:, -1], segments.tokens[:, :1])
+    agent.world_model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        env_of(agent)
+
+
+def test_segments_prepare_the_controller_and_the_world_model():
+    agent, segments = small_agent(), some_segments()
+    env = env_of(agent)
+    carry, observation = start_imagination(env, agent, segments)
+    assert torch.equal(observation, agent.tokenizer.embed(segments.tokens[:, 3]))
+    codes = agent.tokenizer.embed(segments.tokens[:, :3])
+    wanted = agent.controller.burn_in(codes, segments.actions[:, :3], segments.mask[:, :3])
+    torch.testing.assert_close(carry, wanted)
+    state = agent.world_model.take_in(
+        segments.tokens[:, 2:3], segments.actions[:, 2:3], agent.tokenizer.codes
+    )
+    torch.testing.assert_close(env._state.kv, state.kv)
+
+
+def test_a_segment_of_one_real_frame_gives_the_world_model_no_context():
+    agent, segments = small_agent(), some_segments()
+    mask = segments.mask.clone()
+    mask[1, :3] = False
+    env = env_of(agent)
+    start_imagination(env, agent, replace(segments, mask=mask))
+    assert env._state.position.tolist() == [K + 1, 0, K + 1, K + 1]
+
+
+def test_the_last_observation_is_judged_but_not_acted_on(monkeypatch):
+    """With a horizon of 5 the world model steps four times: only the fifth observation's value is wanted."""
+    agent, segments = small_agent(), some_segments()
+    steps = []
+    one_step = agent.world_model.step
+    monkeypatch.setattr(agent.world_model, "step", lambda *args: steps.append(1) or one_step(*args))
+    controller_loss(agent, segments, CONFIG.controller, torch.Generator().manual_seed(0))
+    assert len(steps) == 4
+
+
+def test_padding_on_the_left_changes_nothing():
+    agent, segments = small_agent(), some_segments()
+    mask = segments.mask.clone()
+    mask[0, :2], mask[1, :3] = False, False
+    masked = replace(segments, mask=mask)
+    other = replace(
+        masked,
+        tokens=torch.where(mask[..., None], segments.tokens, (segments.tokens + 1) % CODES),
+        actions=torch.where(mask, segments.actions, (segments.actions + 1) % ACTIONS),
+    )
+    losses = [
+        controller_loss(agent, batch, CONFIG.controller, torch.Generator().manual_seed(0))[0]
+        for batch in (masked, other, segments)
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_a_segment_may_be_a_single_frame():
+    agent = small_agent(burn_in=0)
+    loss, _ = controller_loss(
+        agent, some_segments(steps=1), CONFIG.controller, torch.Generator().manual_seed(0)
+    )
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("autocast", [False, True])  # whose cache torch 2.9 and 2.13 keep differently
+def test_the_loss_trains_the_controller_and_nothing_else(autocast):
+    agent, segments = small_agent(), some_segments()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, metrics = controller_loss(agent, segments, CONFIG.controller, torch.Generator().manual_seed(0))
+    loss.backward()
+    without = [name for name, p in agent.controller.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+    for part in (agent.tokenizer, agent.world_model):
+        assert all(parameter.grad is None for parameter in part.parameters())
+    assert set(metrics) == {
+        "loss", "policy", "value", "entropy", "imagined_return", "imagined_reward", "imagined_end"
+    }  # fmt: skip
+    assert not any(metric.requires_grad for metric in metrics.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"cell": "gru"}, {"action_input": False}, {"normalize_codes": True}])
+def test_judging_all_steps_at_once_is_judging_them_in_the_rollout(options):
+    """Logits, values and the gradient are those of a rollout with gradient."""
+    agent, segments = small_agent(**options), some_segments()
+    controller = agent.controller
+    before, imagined, bootstrap = imagine(
+        agent, segments, CONFIG.controller, torch.Generator().manual_seed(0)
+    )
+    assert not any(tensor.requires_grad for tensor in (imagined.logits, imagined.values, bootstrap, *before))
+    env = env_of(agent)
+    carry, observation = start_imagination(env, agent, segments)
+    wanted, _, _ = rollout(env, controller, carry, observation, 4, generator=torch.Generator().manual_seed(0))
+    found = controller.judge(wanted.seen, wanted.actions, carry)
+    gradients = []
+    for logits, values in ((wanted.logits, wanted.values), found):
+        torch.testing.assert_close(logits, wanted.logits, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(values, wanted.values, atol=1e-6, rtol=1e-5)
+        controller.zero_grad()
+        (logits.square().sum() + (3 * values).cos().sum()).backward()
+        gradients.append([parameter.grad for parameter in controller.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def a_trajectory(batch: int = 3, steps: int = 4) -> tuple[Trajectory, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ended = torch.zeros(batch, steps, dtype=torch.bool)
+    ended[0, 1], ended[1, 3] = True, True
+    trajectory = Trajectory(
+        seen=torch.zeros(batch, steps, 0),
+        logits=torch.randn(batch, steps, ACTIONS, generator=generator).requires_grad_(),
+        values=torch.randn(batch, steps, generator=generator).requires_grad_(),
+        actions=torch.randint(ACTIONS, (batch, steps), generator=generator),
+        rewards=torch.randn(batch, steps, generator=generator),
+        ended=ended,
+        truncated=torch.zeros_like(ended),
+    )
+    return trajectory, torch.randn(batch, generator=generator)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_loss_by_hand(masked):
+    cfg = replace(CONFIG.controller, mask_after_end=masked, entropy_weight=0.1, gamma=0.9, td_lambda=0.8)
+    trajectory, bootstrap = a_trajectory()
+    loss, metrics = actor_critic_loss(trajectory, bootstrap, cfg)
+    values = trajectory.values.detach()
+    returns = lambda_return(trajectory.rewards, trajectory.ended, values, bootstrap, gamma=0.9, lambda_=0.8)
+    terms = []
+    for row in range(3):
+        for step in range(4):
+            if masked and trajectory.ended[row, :step].any():
+                continue
+            log_policy = trajectory.logits[row, step].log_softmax(dim=0)
+            advantage = returns[row, step] - values[row, step]
+            policy = -log_policy[trajectory.actions[row, step]] * advantage
+            value = (trajectory.values[row, step] - returns[row, step]) ** 2
+            entropy = -(log_policy.exp() * log_policy).sum()
+            terms.append(policy + value - 0.1 * entropy)
+    assert len(terms) == (10 if masked else 12)
+    wanted = torch.stack(terms).mean()
+    torch.testing.assert_close(loss, wanted)
+    parameters = [trajectory.logits, trajectory.values]
+    for found, expected in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(wanted, parameters), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    rewards = [trajectory.rewards[0, :2], trajectory.rewards[1], trajectory.rewards[2]]
+    torch.testing.assert_close(metrics["imagined_return"], torch.stack([r.sum() for r in rewards]).mean())
+    torch.testing.assert_close(metrics["imagined_reward"], torch.cat(rewards).mean())
+    assert metrics["imagined_end"] == pytest.approx(2 / 10)
+
+
+def test_what_follows_an_imagined_end_is_masked():
+    trajectory, bootstrap = a_trajectory()
+    other = replace(trajectory, rewards=trajectory.rewards.clone())
+    other.rewards[0, 2:] += 100.0
+    masked = CONFIG.controller
+    unmasked = replace(masked, mask_after_end=False)
+    assert (
+        actor_critic_loss(trajectory, bootstrap, masked)[0] == actor_critic_loss(other, bootstrap, masked)[0]
+    )
+    assert (
+        actor_critic_loss(trajectory, bootstrap, unmasked)[0]
+        != actor_critic_loss(other, bootstrap, unmasked)[0]
+    )
+
+
+def test_before_the_end():
+    ended = torch.tensor([[False, True, False, True], [True, False, False, False], [False] * 4])
+    assert before_the_end(ended).tolist() == [[True, True, False, False], [True] + [False] * 3, [True] * 4]
+
+
+def test_the_controller_learns_which_action_pays():
+    """In a world whose reward is the action, the policy moves to the action that pays."""
+    agent, segments = small_agent(horizon=3), some_segments(batch=16)
+    cfg = replace(CONFIG.controller, horizon=3, entropy_weight=0.001, gamma=0.5)
+
+    class Paying(ImaginedEnv):
+        def step(self, actions):
+            return replace(super().step(actions), rewards=actions.float() - 1)
+
+    optimizer = torch.optim.Adam(agent.controller.parameters(), lr=3e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(25):
+        env = Paying(agent.world_model, agent.tokenizer, generator)
+        carry, observation = start_imagination(env, agent, segments)
+        trajectory, carry, observation = rollout(
+            env, agent.controller, carry, observation, 2, generator=generator
+        )
+        bootstrap = agent.controller(observation, carry).value.detach()
+        loss, _ = actor_critic_loss(trajectory, bootstrap, cfg)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (trajectory.actions == 2).float().mean() > 0.8
+
+
+def test_a_replay_batch_is_tokenised():
+    agent = small_agent()
+    sequence = some_segments()
+    frames = torch.randint(0, 256, (4, 4, 8, 8, 3), dtype=torch.uint8)
+    batch = type("Batch", (), {**vars(sequence), "frames": frames})()
+    tokens = tokenize(batch, agent.tokenizer)
+    assert torch.equal(tokens.tokens, agent.tokenizer.encode(frames))
+    assert torch.equal(tokens.actions, sequence.actions)
+    assert torch.equal(tokens.mask, sequence.mask)
+
+
+def test_the_published_agent():
+    agent = Agent.from_config(Config(), 18)
+    assert sum(parameter.numel() for parameter in agent.parameters()) == 3_189_667 + 4_628_997 + 4_586_707
+    assert agent.controller.num_actions == 18
+
+
+class Operations(TorchDispatchMode):
+    """Writes down every operation with the shapes it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.seen.append((func.name(), shapes))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"space": "pixels", "pixel_channels": (4,)}, {"burn_in_actions": False}]
+)
+def test_imagination_can_be_recorded(options):
+    """The same operations on the same shapes whatever the segments hold, and none that waits for the host."""
+    agent, segments = small_agent(**options), some_segments()
+    other = replace(
+        segments,
+        tokens=(segments.tokens + 1) % CODES,
+        actions=(segments.actions + 1) % ACTIONS,
+        mask=segments.mask & (torch.arange(4) > 1),
+    )
+    recorded = []
+    for batch in (segments, other):
+        with Operations() as operations:
+            imagine(agent, batch, CONFIG.controller, torch.Generator().manual_seed(0))
+        recorded.append(operations.seen)
+    assert recorded[0] == recorded[1]
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
+    assert not [name for name, _ in recorded[0] if name.removeprefix("aten::").split(".")[0] in waiting]
+
+
+class PretendedGraph:
+    """A CUDA graph for a machine without one: replays by calling the function, into the same tensors."""
+
+    def __init__(self) -> None:
+        self.registered: list[torch.Generator] = []
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.registered.append(generator)
+
+    def replay(self) -> None:
+        recorded = self.recorded
+        for kept, new in zip(
+            leaves(recorded._result), leaves(recorded._function(recorded._segments)), strict=True
+        ):
+            kept.copy_(new)
+
+
+def leaves(imagination: Imagination) -> list[torch.Tensor]:
+    before, trajectory, bootstrap = imagination
+    return tree_leaves((before, vars(trajectory), bootstrap))
+
+
+def test_a_recording_gives_what_the_function_gives(monkeypatch):
+    """But for the graph itself, see tests/gpu: its inputs, its results, and what the generator holds."""
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    agent, segments = small_agent(), some_segments()
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    eager, recorded = (partial(imagine, agent, cfg=CONFIG.controller, generator=each) for each in generators)
+    recording = Recorded(recorded, generators[1])
+    monkeypatch.setattr(PretendedGraph, "recorded", recording, raising=False)
+    for shift in range(3):
+        batch = replace(segments, tokens=(segments.tokens + shift) % CODES)
+        wanted, found = leaves(eager(batch)), leaves(recording(batch))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+        assert not any(tensor.requires_grad for tensor in found)
+        assert torch.equal(*(generator.get_state() for generator in generators))
+    assert recording._graph.registered == [generators[1]]

@@ -1,0 +1,30 @@
+"""The agent learns: MinAtar's Breakout from pixels, to several times what random play gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rem_atari.cli import main
+from rem_atari.runs.folder import open_run_folder
+from rem_atari.runs.metrics import read_metrics
+
+pytest.importorskip("minatar", reason="the extra minatar is not installed")
+
+EPOCHS = "30"
+"""Of the preset's 55: about eight minutes of an idle core, where a quarter of an hour is allowed."""
+
+
+@pytest.mark.slow
+def test_minatar_breakout_is_learnt(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["--schedule.epochs", EPOCHS, "--evaluation.final-episodes", "50"]
+    assert main(["train", "--preset", "minatar", "--seed", "0", "--run", str(run), *arguments]) == 0
+    lines = read_metrics(open_run_folder(run).metrics)
+    random = next(line for line in lines if line["phase"] == "random")
+    final = next(line for line in lines if line["phase"] == "evaluate" and line["final"])
+    assert random["episodes"] == 400
+    assert 0.25 < random["mean_return"] < 0.55
+    assert (final["episodes"], final["unfinished"]) == (50, 0)
+    assert final["mean_return"] >= 4 * random["mean_return"]
