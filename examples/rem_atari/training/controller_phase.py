@@ -14,10 +14,9 @@ from rem_atari.play.cuda_graph import Recorded
 from rem_atari.replay.buffer import Replay
 from rem_atari.training.actor_critic import Imagination, imagine, learn_from
 from rem_atari.training.component import Component
-from rem_atari.training.laps import Lap, untimed
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.token_cache import TokenCache
-from rem_atari.training.updates import Metrics
+from rem_atari.training.updates import Lap, Metrics, untimed
 
 
 class ControllerPhase(TrainingPhase[SequenceTokens]):
