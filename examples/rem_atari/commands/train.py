@@ -48,9 +48,8 @@ def run_and_report(
         StoppedError: a signal has come, or `stop_after` seconds have passed, and the run was not done.
     """
     from rem_atari.config.presets import PRESETS
-    from rem_atari.report.colophon import train_command
     from rem_atari.runs.progress import make_progress
-    from rem_atari.runs.session import record_session
+    from rem_atari.runs.session import record_session, train_command
     from rem_atari.training.schedule import plan_run
     from rem_atari.training.signals import StopRequest
     from rem_atari.training.trainer import Trainer

@@ -19,7 +19,7 @@ from rem_atari.play.collector import RealEnv
 from rem_atari.play.evaluation import make_test_envs
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import rollout
-from rem_atari.report.figures import FAINT, FONT, GAP, INK, PAPER
+from rem_atari.report.films import FAINT, FONT, GAP, INK, PAPER
 from rem_atari.training.seeding import derive_seed
 
 PANEL_PIXELS = 256

@@ -1,16 +1,128 @@
-"""What the report's page shows, gathered in one value."""
+"""What the report's page shows: a run's folder, as much of it as is there, read and measured."""
 
 from __future__ import annotations
 
+import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from rem_atari.agent import Agent
 from rem_atari.config import Config
-from rem_atari.report.comparisons import Comparison
+from rem_atari.config.presets import PRESETS
+from rem_atari.envs import env_name
+from rem_atari.envs.host import number_actions
+from rem_atari.errors import RunError
+from rem_atari.replay.buffer import Replay
 from rem_atari.report.films import Scene
-from rem_atari.report.history import MetricLine
-from rem_atari.report.quality import Quality
+from rem_atari.report.history import MetricLine, last_value, read_lines
+from rem_atari.report.measure import imagine_scenes, look_at_frames, look_at_horizon, look_at_predictions
+from rem_atari.report.quality import Comparison, Quality
+from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from rem_atari.runs.evaluations import newest_summary
+from rem_atari.runs.folder import RunFolder, open_run_folder
+from rem_atari.runs.session import read_sessions, train_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run's folder holds.
+
+    Attributes:
+        folder: where its files lie.
+        config: its configuration.
+        lines: the readable lines of its metrics, oldest first.
+        step: number of the newest whole checkpoint, or None.
+        agent: its weights, on the CPU and in eval mode; None without a whole checkpoint.
+        state: what the trainer noted beside them; empty without a whole checkpoint.
+        training: the experience trained on, or None.
+        heldout: the steps of the last evaluation, never trained on, or None.
+        notes: a sentence on each thing that is missing or damaged.
+    """
+
+    folder: RunFolder
+    config: Config
+    lines: list[MetricLine]
+    step: int | None
+    agent: Agent | None
+    state: Mapping[str, Any]
+    training: Replay | None
+    heldout: Replay | None
+    notes: list[str]
+
+
+def load_run(path: Path) -> RunData:
+    """Read a run's folder; what is missing in it becomes a note.
+
+    Raises:
+        UsageError: `path` is no run folder, or its configuration cannot be read.
+    """
+    folder = open_run_folder(path)
+    config = folder.load_config()
+    notes: list[str] = []
+    lines = read_lines(folder.metrics, notes)
+    checkpoint = _load_checkpoint(folder, notes)
+    return RunData(
+        folder=folder,
+        config=config,
+        lines=lines,
+        step=None if checkpoint is None else checkpoint.step,
+        agent=None if checkpoint is None else _load_agent(checkpoint.model, config, notes),
+        state={} if checkpoint is None else checkpoint.state,
+        training=_load_replay(folder.replay, "training frames", notes),
+        heldout=_load_replay(folder.heldout, "held-out frames", notes),
+        notes=notes,
+    )
+
+
+def _load_checkpoint(folder: RunFolder, notes: list[str]) -> Checkpoint | None:
+    """The newest whole checkpoint, or None with a note."""
+    try:
+        return load_checkpoint(folder.checkpoints)
+    except CheckpointError as error:
+        notes.append(f"There are no weights to look at: {error}.")
+        return None
+
+
+def _load_agent(weights: Mapping[str, Tensor], config: Config, notes: list[str]) -> Agent | None:
+    """The agent with these weights, or None with a note; the number of actions is read off the weights."""
+    try:
+        agent = Agent.from_config(config, num_actions=weights["controller.actor.weight"].shape[0])
+        agent.load_state_dict(dict(weights))
+    except (KeyError, RuntimeError):  # load_state_dict lists every name that does not fit
+        notes.append("There are no weights to look at: the newest ones do not fit the configuration.")
+        return None
+    return agent.eval()
+
+
+def _load_replay(folder: Path, name: str, notes: list[str]) -> Replay | None:
+    """The replay in `folder`, or None with a note."""
+    try:
+        replay = Replay.load(folder)
+    except (RunError, ValueError, OSError) as error:
+        notes.append(f"There are no {name}: {error}")
+        return None
+    if replay.num_steps == 0:
+        notes.append(f"There are no {name}: {folder.name} is empty.")
+        return None
+    return replay
+
+
+def action_names(state: Mapping[str, Any], num_actions: int) -> list[str]:
+    """The names of the actions that the trainer noted in a checkpoint's state, else "action 0" and so on.
+
+    The game itself is not asked: to make it would run whatever module the configuration names.
+    """
+    names = state.get("action_names")
+    if not isinstance(names, list) or len(names) != num_actions:
+        return number_actions(num_actions)
+    return [str(name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -56,3 +168,55 @@ class Report:
     def comparisons(self) -> list[Comparison]:
         """The agent beside its rivals on held-out frames; empty where nothing could be measured."""
         return self.quality.comparisons
+
+
+def gather(data: RunData) -> Report:
+    """Measure what can be measured of a run, and collect all that its page shows."""
+    config = data.config
+    scenes: list[Scene] = []
+    if data.agent is not None and data.heldout is not None:
+        names = action_names(data.state, data.agent.controller.num_actions)
+        scenes = imagine_scenes(data.agent, config, data.heldout, names)
+    return Report(
+        game=env_name(config.env),
+        config=config,
+        versions={
+            "retpop": version("retpop"),
+            "torch": torch.__version__,
+            "Python": platform.python_version(),
+        },
+        lines=data.lines,
+        command=train_command(config, PRESETS.get(config.preset)),
+        notes=data.notes,
+        step=data.step,
+        quality=measure_quality(data),
+        scenes=scenes,
+        evaluation=newest_summary(data.folder),
+        sessions=read_sessions(data.folder.sessions),
+    )
+
+
+def quality_json(report: Report) -> str:
+    """What was measured on held-out frames as JSON text, with what it was measured of."""
+    steps = last_value(report.lines, "env_steps")
+    of = {
+        "game": report.game,
+        "preset": report.config.preset,
+        "seed": report.config.seed,
+        "step": report.step,
+        "env_steps": None if steps is None else int(steps),
+    }
+    return json.dumps({**of, **report.quality.to_dict()}, indent=2, allow_nan=False) + "\n"
+
+
+def measure_quality(data: RunData) -> Quality:
+    """Show the networks held-out frames, as far as there are any of both."""
+    agent, heldout, training = data.agent, data.heldout, data.training
+    if agent is None or heldout is None:
+        return Quality(steps=0 if heldout is None else heldout.num_steps)
+    return Quality(
+        steps=heldout.num_steps,
+        frames=None if training is None else look_at_frames(agent, training, heldout),
+        predictions=None if training is None else look_at_predictions(agent, data.config, training, heldout),
+        horizon=look_at_horizon(agent, data.config, heldout),
+    )

@@ -1,11 +1,13 @@
-"""What the report says about how the run went: lines of metrics.jsonl in, numbers out."""
+"""How a run went: the lines of its metrics.jsonl, and numbers made of them."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rem_atari.training.schedule import UNITS
@@ -153,3 +155,26 @@ def total_seconds(lines: Sequence[MetricLine]) -> float:
 def last_value(lines: Sequence[MetricLine], name: str) -> float | None:
     """The largest value that a counter such as `epoch` or `env_steps` reached, or None."""
     return max((float(line[name]) for line in lines if is_number(line.get(name))), default=None)
+
+
+def read_lines(path: Path, notes: list[str]) -> list[MetricLine]:
+    """The lines of a metrics file that are JSON objects; a note is added for what is left out.
+
+    A run that was killed may leave half a line, and a full disk any kind of them.
+    """
+    if not path.is_file():
+        notes.append(f"There is no {path.name}: the run ended before it measured anything.")
+        return []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line for line in map(_parse, texts) if line is not None]
+    if len(found) < len(texts):
+        notes.append(f"{len(texts) - len(found)} of {len(texts)} lines of {path.name} cannot be read.")
+    return found
+
+
+def _parse(text: str) -> MetricLine | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None

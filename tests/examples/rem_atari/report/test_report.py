@@ -24,19 +24,24 @@ from rem_atari.models.tokenizer import FOREGROUND_THRESHOLD
 from rem_atari.replay.buffer import Replay
 from rem_atari.report import write_report
 from rem_atari.report.analysis import codebook_use, frame_errors
-from rem_atari.report.colophon import train_command
-from rem_atari.report.contents import Report
+from rem_atari.report.contents import Report, action_names
 from rem_atari.report.dreams import dream_along, make_scenes
-from rem_atari.report.figures import DIFFERENCE_CEILING, difference_image, filmstrip, save_imagination
-from rem_atari.report.films import Film, FilmStep, Scene
-from rem_atari.report.horizon import look_ahead
-from rem_atari.report.load import action_names
+from rem_atari.report.films import (
+    DIFFERENCE_CEILING,
+    Film,
+    FilmStep,
+    Scene,
+    difference_image,
+    filmstrip,
+    save_imagination,
+)
+from rem_atari.report.measure import look_ahead, predict_sequences, token_pairs
 from rem_atari.report.page import render
-from rem_atari.report.probe import predict_sequences, token_pairs
 from rem_atari.report.quality import FrameQuality, Quality, Redrawn
 from rem_atari.report.text import number
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
 from rem_atari.runs.folder import RunFolder, create_run_folder
+from rem_atari.runs.session import train_command
 
 DEBUG = PRESETS["debug"]
 ACTIONS, SIDE, EPISODE = 3, 24, 6
