@@ -49,7 +49,7 @@ def run_and_report(
     """
     from rem_atari.config.presets import PRESETS
     from rem_atari.runs.progress import make_progress
-    from rem_atari.runs.session import record_session, train_command
+    from rem_atari.runs.session import log_session, train_command
     from rem_atari.training.schedule import plan_run
     from rem_atari.training.signals import StopRequest
     from rem_atari.training.trainer import Trainer
@@ -58,7 +58,7 @@ def run_and_report(
     progress.say(f"run folder: {run.path}")
     command = "train" if checkpoint is None else "resume"
     reproduce = train_command(config, PRESETS.get(config.preset))
-    record_session(run, command, reproduce=reproduce, device=config.device)
+    log_session(run, command, reproduce=reproduce, device=config.device)
     with progress, StopRequest(stop_after) as stop:
         Trainer(config, run, parts, progress, stop, checkpoint).run()
     progress.say("writing the report")

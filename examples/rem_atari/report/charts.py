@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rem_atari.report.history import MetricLine, Series, is_number, returns_of, values_of
+from rem_atari.report.history import MetricLine, Series, returns_of, values_of
 from rem_atari.runs.durable import replace_file
+from rem_atari.runs.reading import is_number
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 18, 10, 34

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config
@@ -19,15 +18,16 @@ from rem_atari.config.presets import PRESETS
 from rem_atari.envs import env_name
 from rem_atari.envs.host import number_actions
 from rem_atari.errors import RunError
+from rem_atari.films.pictures import Scene
 from rem_atari.replay.buffer import Replay
-from rem_atari.report.films import Scene
 from rem_atari.report.history import MetricLine, last_value, read_lines
 from rem_atari.report.measure import imagine_scenes, look_at_frames, look_at_horizon, look_at_predictions
 from rem_atari.report.quality import Comparison, Quality
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from rem_atari.runs.evaluations import newest_summary
 from rem_atari.runs.folder import RunFolder, open_run_folder
+from rem_atari.runs.reading import newest_summary
 from rem_atari.runs.session import read_sessions, train_command
+from rem_atari.runs.trained import build_agent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def load_run(path: Path) -> RunData:
         config=config,
         lines=lines,
         step=None if checkpoint is None else checkpoint.step,
-        agent=None if checkpoint is None else _load_agent(checkpoint.model, config, notes),
+        agent=None if checkpoint is None else _load_agent(checkpoint, config, notes),
         state={} if checkpoint is None else checkpoint.state,
         training=_load_replay(folder.replay, "training frames", notes),
         heldout=_load_replay(folder.heldout, "held-out frames", notes),
@@ -90,15 +90,13 @@ def _load_checkpoint(folder: RunFolder, notes: list[str]) -> Checkpoint | None:
         return None
 
 
-def _load_agent(weights: Mapping[str, Tensor], config: Config, notes: list[str]) -> Agent | None:
-    """The agent with these weights, or None with a note; the number of actions is read off the weights."""
+def _load_agent(checkpoint: Checkpoint, config: Config, notes: list[str]) -> Agent | None:
+    """The agent with a checkpoint's weights, or None with a note."""
     try:
-        agent = Agent.from_config(config, num_actions=weights["controller.actor.weight"].shape[0])
-        agent.load_state_dict(dict(weights))
-    except (KeyError, RuntimeError):  # load_state_dict lists every name that does not fit
+        return build_agent(config, checkpoint)
+    except CheckpointError:
         notes.append("There are no weights to look at: the newest ones do not fit the configuration.")
         return None
-    return agent.eval()
 
 
 def _load_replay(folder: Path, name: str, notes: list[str]) -> Replay | None:
@@ -149,7 +147,7 @@ class Report:
         step: number of the checkpoint whose weights were looked at, or None.
         quality: what was measured on held-out frames.
         scenes: imagined films; empty where none could be made.
-        evaluation: what `rem-atari evaluate` found out, see `evaluations.newest_summary`, or None.
+        evaluation: what `rem-atari evaluate` found out, see `reading.newest_summary`, or None.
     """
 
     game: str

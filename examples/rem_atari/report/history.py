@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rem_atari.runs.reading import is_number, read_json_lines
 from rem_atari.training.schedule import UNITS
 
 MetricLine = dict[str, Any]
@@ -75,11 +75,6 @@ def values_of(lines: Sequence[MetricLine], phase: str, name: str, *, x: str = "e
         if line.get("phase") == phase and is_number(line.get(name)) and is_number(line.get(x))
     ]
     return Series(name, [point[0] for point in points], [point[1] for point in points])
-
-
-def is_number(value: object) -> bool:
-    """Whether `value` is a finite int or float (True and False are not)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def was_trained(lines: Sequence[MetricLine], phase: str) -> bool:
@@ -158,23 +153,11 @@ def last_value(lines: Sequence[MetricLine], name: str) -> float | None:
 
 
 def read_lines(path: Path, notes: list[str]) -> list[MetricLine]:
-    """The lines of a metrics file that are JSON objects; a note is added for what is left out.
-
-    A run that was killed may leave half a line, and a full disk any kind of them.
-    """
+    """The lines of a metrics file that can be read; a note is added for what is left out."""
     if not path.is_file():
         notes.append(f"There is no {path.name}: the run ended before it measured anything.")
         return []
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [line for line in map(_parse, texts) if line is not None]
-    if len(found) < len(texts):
-        notes.append(f"{len(texts) - len(found)} of {len(texts)} lines of {path.name} cannot be read.")
-    return found
-
-
-def _parse(text: str) -> MetricLine | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
+    lines, unreadable = read_json_lines(path)
+    if unreadable:
+        notes.append(f"{unreadable} of {len(lines) + unreadable} lines of {path.name} cannot be read.")
+    return lines

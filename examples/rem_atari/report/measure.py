@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config
+from rem_atari.films.dreams import dream_along, make_scenes
+from rem_atari.films.pictures import Scene
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
 from rem_atari.models.tokenizer import foreground_of
 from rem_atari.models.world_model import REWARD_CLASSES, BaseWorldModel, reward_classes
@@ -31,8 +33,6 @@ from rem_atari.report.analysis import (
     score_tokens,
     to_signed,
 )
-from rem_atari.report.dreams import dream_along, make_scenes
-from rem_atari.report.films import Scene
 from rem_atari.report.quality import FrameQuality, PredictionQuality, Redrawn
 
 HELDOUT_FRAMES, TRAINING_FRAMES = 256, 512

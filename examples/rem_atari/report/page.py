@@ -10,10 +10,10 @@ from string import Template
 from typing import Any
 
 from rem_atari.config.presets import PRESETS
+from rem_atari.films.pictures import save_imagination, save_reconstructions
 from rem_atari.report import sections
 from rem_atari.report.charts import charts_of, save_curves
 from rem_atari.report.contents import Report, RunFile, gather, load_run, quality_json
-from rem_atari.report.films import save_imagination, save_reconstructions
 from rem_atari.report.quality import QUALITY_FILE
 from rem_atari.report.summary import header
 from rem_atari.report.text import section, size, table

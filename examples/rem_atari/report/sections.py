@@ -6,11 +6,11 @@ import json
 from html import escape
 
 from rem_atari.config import Config
+from rem_atari.films.pictures import DIFFERENCE_CEILING, Film, Scene, data_uri, difference_image, filmstrip
 from rem_atari.report.analysis import Drawn, EventScores, HorizonErrors, StepErrors
 from rem_atari.report.charts import Chart, chart_svg, charts_of
 from rem_atari.report.contents import Report
 from rem_atari.report.diagnosis import Finding, diagnose, first_sign
-from rem_atari.report.films import DIFFERENCE_CEILING, Film, Scene, data_uri, difference_image, filmstrip
 from rem_atari.report.history import PhaseThroughput, Series, throughput
 from rem_atari.report.quality import Comparison
 from rem_atari.report.text import PHASE_NAMES, count, duration, number, percent, section, table

@@ -7,7 +7,6 @@ from html import escape
 from rem_atari.report.contents import Report
 from rem_atari.report.history import (
     Returns,
-    is_number,
     last_value,
     returns_of,
     total_seconds,
@@ -16,6 +15,7 @@ from rem_atari.report.history import (
     was_trained,
 )
 from rem_atari.report.text import PHASE_NAMES, count, duration, number
+from rem_atari.runs.reading import is_number
 
 PAPER_EPOCHS, PAPER_STEPS = 600, 100_000
 PLUMBING_PRESETS = ("debug", "tiny")

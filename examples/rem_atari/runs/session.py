@@ -16,6 +16,7 @@ import torch
 
 from rem_atari.config import Config
 from rem_atari.runs.folder import RunFolder
+from rem_atari.runs.reading import read_json_lines
 
 PACKAGES = ("retpop", "torch", "numpy", "gymnasium", "ale-py", "minatar")
 """Packages whose versions a run may depend on."""
@@ -26,7 +27,7 @@ COMMIT_LENGTH = 7
 """Digits of a commit that are shown."""
 
 
-def record_session(run: RunFolder, command: str, *, reproduce: str, device: str) -> None:
+def log_session(run: RunFolder, command: str, *, reproduce: str, device: str) -> None:
     """Add a line to a run's sessions.jsonl.
 
     Args:
@@ -72,17 +73,7 @@ def find_commit(folder: Path) -> str | None:
 
 def read_sessions(path: Path) -> list[dict[str, Any]]:
     """The lines of a sessions.jsonl that can be read, oldest first; none without the file."""
-    if not path.is_file():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
+    return read_json_lines(path)[0]
 
 
 def _git(folder: Path, *words: str) -> str:

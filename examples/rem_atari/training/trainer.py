@@ -20,11 +20,12 @@ from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
 from rem_atari.runs.folder import RunFolder
 from rem_atari.runs.metrics import MetricsLog, MetricValue
 from rem_atari.runs.progress import Progress
+from rem_atari.training.assembly import assemble
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.resume import LogState, describe_machine, explain_differences, reopen_replay
 from rem_atari.training.schedule import evaluation_episodes, steps_in_epoch, updates_in_epoch
 from rem_atari.training.seeding import derive_seed
-from rem_atari.training.setup import TrainingParts, assemble
+from rem_atari.training.setup import TrainingParts
 from rem_atari.training.signals import StopRequest
 from rem_atari.training.updates import Metrics, run_updates
 

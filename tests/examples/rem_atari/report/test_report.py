@@ -19,14 +19,8 @@ from rem_atari.arguments import TrainArguments, parse_arguments
 from rem_atari.config import Config
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import UsageError
-from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
-from rem_atari.models.tokenizer import FOREGROUND_THRESHOLD
-from rem_atari.replay.buffer import Replay
-from rem_atari.report import write_report
-from rem_atari.report.analysis import codebook_use, frame_errors
-from rem_atari.report.contents import Report, action_names
-from rem_atari.report.dreams import dream_along, make_scenes
-from rem_atari.report.films import (
+from rem_atari.films.dreams import dream_along, make_scenes
+from rem_atari.films.pictures import (
     DIFFERENCE_CEILING,
     Film,
     FilmStep,
@@ -35,6 +29,12 @@ from rem_atari.report.films import (
     filmstrip,
     save_imagination,
 )
+from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
+from rem_atari.models.tokenizer import FOREGROUND_THRESHOLD
+from rem_atari.replay.buffer import Replay
+from rem_atari.report import write_report
+from rem_atari.report.analysis import codebook_use, frame_errors
+from rem_atari.report.contents import Report, action_names
 from rem_atari.report.measure import look_ahead, predict_sequences, token_pairs
 from rem_atari.report.page import render
 from rem_atari.report.quality import FrameQuality, Quality, Redrawn
