@@ -24,6 +24,28 @@ QUALITY_FILE = "quality.json"
 SCHEMA = 1
 """Version of the file; docs/rem_atari.md tells what is in it."""
 
+FRAME_MEASURES = {
+    "mse": (
+        "Reconstruction error (MSE)",
+        "Mean squared error over all pixels of frames scaled to [−1, 1]; the mean frame is the average of the"
+        " training frames, shown whatever the game does.",
+    ),
+    "psnr": (
+        "Reconstruction PSNR, dB",
+        "The same error on a logarithmic scale: 10 dB more is a tenth of the error.",
+    ),
+    "foreground_mse": (
+        "Foreground error (MSE)",
+        "The error on pixels that differ from the median frame alone: the ball, the paddle, the enemies,"
+        " which the error over all pixels hardly sees.",
+    ),
+    "moving_mse": (
+        "Error on moving pixels (MSE)",
+        "The error on pixels that changed since the frame before alone.",
+    ),
+}
+"""Name and explanation of each of the errors of `FrameErrors` that are compared."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -54,48 +76,19 @@ class Comparison:
 
 
 def compare_frames(ours: FrameErrors, mean_frame: FrameErrors) -> list[Comparison]:
-    """Reconstructions beside the mean training frame."""
-    rows = [
+    """Reconstructions beside the mean training frame, by the errors that both have."""
+    return [
         Comparison(
-            measure="Reconstruction error (MSE)",
-            ours=ours.mse,
+            measure=measure,
+            ours=getattr(ours, name),
             rival="mean frame",
-            theirs=mean_frame.mse,
-            higher_is_better=False,
-            explanation="Mean squared error over all pixels of frames scaled to [−1, 1]; the mean frame is"
-            " the average of the training frames, shown whatever the game does.",
-        ),
-        Comparison(
-            measure="Reconstruction PSNR, dB",
-            ours=ours.psnr,
-            rival="mean frame",
-            theirs=mean_frame.psnr,
-            higher_is_better=True,
-            explanation="The same error on a logarithmic scale: 10 dB more is a tenth of the error.",
-        ),
+            theirs=getattr(mean_frame, name),
+            higher_is_better=name == "psnr",
+            explanation=explanation,
+        )
+        for name, (measure, explanation) in FRAME_MEASURES.items()
+        if None not in (getattr(ours, name), getattr(mean_frame, name))
     ]
-    if ours.foreground_mse is not None and mean_frame.foreground_mse is not None:
-        foreground = Comparison(
-            measure="Foreground error (MSE)",
-            ours=ours.foreground_mse,
-            rival="mean frame",
-            theirs=mean_frame.foreground_mse,
-            higher_is_better=False,
-            explanation="The error on pixels that differ from the median frame alone: the ball, the paddle,"
-            " the enemies, which the error over all pixels hardly sees.",
-        )
-        rows.append(foreground)
-    if ours.moving_mse is not None and mean_frame.moving_mse is not None:
-        moving = Comparison(
-            measure="Error on moving pixels (MSE)",
-            ours=ours.moving_mse,
-            rival="mean frame",
-            theirs=mean_frame.moving_mse,
-            higher_is_better=False,
-            explanation="The error on pixels that changed since the frame before alone.",
-        )
-        rows.append(moving)
-    return rows
 
 
 def compare_tokens(

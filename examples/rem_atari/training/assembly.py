@@ -14,9 +14,8 @@ from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.controller_phase import ControllerPhase
 from rem_atari.training.phase import TrainingPhase
-from rem_atari.training.random_sources import RandomSources
 from rem_atari.training.run_state import RunState
-from rem_atari.training.seeding import derive_seed
+from rem_atari.training.seeding import RandomSources, derive_seed
 from rem_atari.training.setup import TrainingParts
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.tokenizer_phase import TokenizerPhase

@@ -17,8 +17,8 @@ from rem_atari.play.collector import Collection, RealEnv
 from rem_atari.replay.buffer import Replay
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError
 from rem_atari.training.phase import TrainingPhase
-from rem_atari.training.random_sources import RandomSources, RandomState
 from rem_atari.training.schedule import UNITS
+from rem_atari.training.seeding import RandomSources, RandomState
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Updates
 
