@@ -169,6 +169,7 @@ print(json.dumps([sorted(before), sorted(sys.modules)]))
     extras = {
         *("triton", "gymnasium", "ale_py", "tyro", "rich", "tensorboard", "safetensors", "PIL", "matplotlib"),
         *("rem_atari", "pytest", "hypothesis", "yet_another_retnet"),
+        *("transformers", "huggingface_hub", "peft", "accelerate", "torchscale", "fla"),
     }
     loaded = {name for name in after - before if name.split(".")[0] in extras}
     assert not loaded

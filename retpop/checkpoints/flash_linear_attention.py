@@ -9,11 +9,21 @@ feed-forward with a gate; no biases; a final norm. States are equal too: its ``r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from retpop.checkpoints.translation import Table, below, build, check_heads, measure, one_prefix, per_layer
+from retpop.checkpoints.translation import (
+    Table,
+    below,
+    build,
+    check_heads,
+    count_layers,
+    measure,
+    one_prefix,
+    per_layer,
+)
 from retpop.config import RetNetConfig
 from retpop.layers import RetNetDecoder
 from retpop.models import RetNetLM, RetNetLMConfig
@@ -32,7 +42,23 @@ LAYER: Table = {
     "feed_forward_norm.weight": {"mlp_norm.weight": "E"},
 }
 HEAD_NORM: Table = {"retention.head_norm.weight": {"attn.g_norm_swish_gate.weight": "W"}}
+FINAL: Table = {"final_norm.weight": {"norm.weight": "E"}}
 MODEL: Table = {"embedding.weight": {"embeddings.weight": "NE"}, "head.weight": {"lm_head.weight": "NE"}}
+
+FIXED: dict[str, Any] = {
+    "decay": "retnet",
+    "position": "rope",
+    "scale": None,
+    "head_norm": "rmsnorm",
+    "gate_activation": "silu",
+    "norm": "rmsnorm",
+    "ffn": "glu",
+    "activation": "silu",
+    "bias": False,
+    "norm_first": True,
+    "final_norm": True,
+}
+"""What every such model has in common, as fields of `RetNetConfig`."""
 
 
 def load_fla(
@@ -67,8 +93,8 @@ def load_fla(
     where = "load_fla()"
     weights, whole = _weights(where, state_dict, tie_embeddings)
     affine = "layers.0.attn.g_norm_swish_gate.weight" in weights
-    table = per_layer(LAYER | (HEAD_NORM if affine else {}), weights)
-    table |= {"final_norm.weight": {"norm.weight": "E"}, **(MODEL if whole else {})}
+    num_layers = count_layers(weights)
+    table = _table(num_layers, affine) | (MODEL if whole else {})
     sizes = measure(where, weights, table)
     if affine:
         num_heads = check_heads(where, num_heads, sizes["V"] / sizes["W"])
@@ -77,19 +103,14 @@ def load_fla(
     cfg = RetNetConfig(
         embed_dim=sizes["E"],
         num_heads=num_heads,
-        num_layers=len(per_layer({"": {}}, weights)),
+        num_layers=num_layers,
         ffn_dim=sizes["F"],
         key_dim=sizes["K"],
         value_dim=sizes["V"],
-        position="rope",
-        head_norm="rmsnorm",
         head_norm_eps=norm_eps,
         head_norm_affine=affine,
-        norm="rmsnorm",
         norm_eps=norm_eps,
-        ffn="glu",
-        bias=False,
-        final_norm=True,
+        **FIXED,
     )
     for name in weights:
         if name.endswith("g_norm_swish_gate.weight"):
@@ -98,6 +119,11 @@ def load_fla(
         return build(table, weights, cfg)
     model = RetNetLMConfig(vocab_size=sizes["N"], decoder=cfg, tie_embeddings=tie_embeddings)
     return build(table, weights, cfg, model)
+
+
+def _table(num_layers: int, affine: bool) -> Table:
+    """Names of a decoder's weights; ``affine``: the head norm has one."""
+    return per_layer(LAYER | (HEAD_NORM if affine else {}), num_layers) | FINAL
 
 
 def _weights(
@@ -117,3 +143,40 @@ def _weights(
     else:
         weights.pop("embeddings.weight", None)
     return weights, "lm_head.weight" in weights
+
+
+def to_fla(model: RetNetLM) -> dict[str, Tensor]:
+    """The weights of a language model under the names of flash-linear-attention's `RetNetForCausalLM`.
+
+    Args:
+        model: of a configuration that `load_fla` makes; a head norm's weight must be the same for all heads.
+
+    Returns:
+        what that model's ``load_state_dict`` takes; they share memory with ours.
+
+    Raises:
+        ValueError: the configuration or the head norm's weight has no equal there; the message says which.
+    """
+    where, cfg = "to_fla()", model.cfg.decoder
+    wrong = [f"{name}={getattr(cfg, name)!r}" for name, value in FIXED.items() if getattr(cfg, name) != value]
+    wrong += [] if cfg.head_norm_eps == cfg.norm_eps else [f"head_norm_eps={cfg.head_norm_eps}"]
+    wrong += ["scale_embeddings=True"] if model.cfg.scale_embeddings else []
+    if wrong:
+        raise ValueError(f"{where}: flash-linear-attention's RetNet has no {', '.join(wrong)}.")
+    rows = {
+        "K": cfg.num_heads * cfg.head_key_dim,
+        "V": cfg.num_heads * cfg.head_value_dim,
+        "F": cfg.ffn_dim,
+        "E": cfg.embed_dim,
+        "N": model.cfg.vocab_size,
+        "W": cfg.head_value_dim,
+    }
+    found: dict[str, Tensor] = {}
+    for ours, theirs in (_table(cfg.num_layers, cfg.head_norm_affine) | MODEL).items():
+        weight = model.get_parameter(ours if ours in MODEL else f"decoder.{ours}").detach()
+        if ours.endswith("head_norm.weight"):
+            if not (weight == weight[0]).all():
+                raise ValueError(f"{where}: '{ours}' differs between heads; one weight for all is needed.")
+            weight = weight[0]
+        found |= dict(zip(theirs, weight.split([rows[dims[0]] for dims in theirs.values()]), strict=True))
+    return {name if name == "lm_head.weight" else f"model.{name}": weight for name, weight in found.items()}

@@ -19,7 +19,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retpop.checkpoints.translation import Table, below, build, check_heads, measure, one_prefix, per_layer
+from retpop.checkpoints.translation import (
+    Table,
+    below,
+    build,
+    check_heads,
+    count_layers,
+    measure,
+    one_prefix,
+    per_layer,
+)
 from retpop.config import RetNetConfig
 from retpop.decay import retnet_decay
 from retpop.layers import RetNetDecoder
@@ -39,6 +48,7 @@ LAYER: Table = {
     "feed_forward.out_proj.weight": {"ffn.fc2.weight": "EF"},
     "feed_forward_norm.weight": {"final_layer_norm.weight": "E"},
 }
+FINAL: Table = {"final_norm.weight": {"layer_norm.weight": "E"}}
 MODEL: Table = {
     "embedding.weight": {"embed_tokens.weight": "NE"},
     "head.weight": {"output_projection.weight": "NE"},
@@ -78,13 +88,13 @@ def load_torchscale(
     where = "load_torchscale()"
     weights = below(one_prefix(where, state_dict, "layers.0.retention.q_proj.weight"), state_dict)
     whole = any(name in weights for theirs in MODEL.values() for name in theirs)
-    table = per_layer(LAYER, weights) | {"final_norm.weight": {"layer_norm.weight": "E"}}
-    table |= MODEL if whole else {}
+    num_layers = count_layers(weights)
+    table = per_layer(LAYER, num_layers) | FINAL | (MODEL if whole else {})
     sizes = measure(where, weights, table | {"constants": {ANGLE: "D", DECAY: "H"}})
     cfg = RetNetConfig(
         embed_dim=sizes["E"],
         num_heads=check_heads(where, num_heads, sizes["H"]),
-        num_layers=len(per_layer({"": {}}, weights)),
+        num_layers=num_layers,
         ffn_dim=sizes["F"],
         key_dim=sizes["K"],
         value_dim=sizes["V"],

@@ -48,12 +48,16 @@ def below(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
-def per_layer(table: Table, weights: Mapping[str, Tensor]) -> Table:
-    """The table of one layer, for every layer that ``weights`` names; a gap later shows as missing names."""
-    layers = {match[1] for key in weights if (match := re.match(r"layers\.(\d+)\.", key))}
+def count_layers(weights: Mapping[str, Tensor]) -> int:
+    """How many different layers the names tell of; a gap in their numbers later shows as missing names."""
+    return len({match[1] for key in weights if (match := re.match(r"layers\.(\d+)\.", key))})
+
+
+def per_layer(table: Table, num_layers: int) -> Table:
+    """The table of one layer, for every layer."""
     return {
         f"layers.{n}.{ours}": {f"layers.{n}.{name}": dims for name, dims in theirs.items()}
-        for n in range(len(layers))
+        for n in range(num_layers)
         for ours, theirs in table.items()
     }
 

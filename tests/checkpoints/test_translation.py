@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retpop.checkpoints.translation import below, check_heads, measure, one_prefix, per_layer
+from retpop.checkpoints.translation import below, check_heads, count_layers, measure, one_prefix, per_layer
 
 TABLE = {"both": {"a": "XY", "b": "XY"}, "last": {"c": "Y"}}
 
@@ -42,8 +42,11 @@ def test_missing_names_are_all_listed() -> None:
 
 
 def test_a_gap_between_layers_shows_as_missing() -> None:
-    table = per_layer({"x": {"a": "E"}}, {"layers.0.a": torch.zeros(1), "layers.2.a": torch.zeros(1)})
+    given = {"layers.0.a": torch.zeros(1), "layers.2.a": torch.zeros(1)}
+    table = per_layer({"x": {"a": "E"}}, count_layers(given))
     assert table == {"layers.0.x": {"layers.0.a": "E"}, "layers.1.x": {"layers.1.a": "E"}}
+    with pytest.raises(ValueError, match=r"unmatched: \['layers.2.a'\]; missing: \['layers.1.a'\]"):
+        measure("load()", given, table)
 
 
 def test_one_model_is_found_by_its_anchor() -> None:

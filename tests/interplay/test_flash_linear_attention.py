@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from retpop import RetNetDecoder, RetNetState
-from retpop.checkpoints import load_fla
-from retpop.models import RetNetLM
+from retpop import RetNetConfig, RetNetDecoder, RetNetState
+from retpop.checkpoints import load_fla, to_fla
+from retpop.models import RetNetLM, RetNetLMConfig
 
 pytest.importorskip("fla")
 
@@ -110,6 +110,25 @@ def test_a_tied_model_has_one_weight(theirs: TheirModel) -> None:
     assert isinstance(ours, RetNetLM)
     assert ours.head.weight is ours.embedding.weight
     torch.testing.assert_close(ours.embedding.weight, theirs.model.embeddings.weight)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_there_and_back(affine: bool) -> None:
+    theirs = their_model(elementwise_affine=affine)
+    weights = to_fla(load_fla(theirs.state_dict(), num_heads=HEADS))
+    theirs.load_state_dict(weights)
+    for name, weight in their_model(elementwise_affine=affine).state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], weight), name
+
+
+def test_what_they_do_not_have_is_named(theirs: TheirModel) -> None:
+    decoder = RetNetConfig(embed_dim=8, num_heads=2, num_layers=1, ffn_dim=8)
+    with pytest.raises(ValueError, match="has no position='retnet', head_norm='groupnorm', norm='layernorm'"):
+        to_fla(RetNetLM(RetNetLMConfig(vocab_size=V, decoder=decoder)))
+    ours = load_fla(theirs.state_dict())
+    ours.decoder.layers[1].retention.head_norm.weight[0] += 1
+    with pytest.raises(ValueError, match=r"'layers.1.retention.head_norm.weight' differs between heads"):
+        to_fla(ours)
 
 
 def test_without_a_head_it_is_a_decoder(theirs: TheirModel) -> None:
