@@ -14,7 +14,14 @@ import retpop
 
 ROOT = Path(__file__).parent.parent
 
-LAYERS = ["retpop.kernels", "retpop.ops", "retpop.layers", "retpop.models", "rem_atari"]
+LAYERS = [
+    "retpop.kernels",
+    "retpop.ops",
+    "retpop.layers",
+    "retpop.models",
+    "retpop.integrations",
+    "rem_atari",
+]
 """From the ground up: a module imports what lies below it. `retpop.checkpoints` is beside `retpop.models`."""
 
 FOUNDATIONS = {"retpop.arguments", "retpop.decay", "retpop.position", "retpop.state", "retpop.config"}

@@ -139,25 +139,23 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
             )
         keep_state = not self.training if use_cache is None else use_cache
         output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits[:, -logits_to_keep:],
-            cache=StateCache(state) if keep_state else None,  # type: ignore[arg-type]  # as generation uses it
+            loss=loss, logits=logits[:, -logits_to_keep:], cache=StateCache(state) if keep_state else None
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The embedding."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Put another embedding in its place."""
         self.model.embedding = value
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         """The head."""
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Put another head in its place."""
         self.model.head = new_embeddings
 

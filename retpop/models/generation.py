@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 Prompts: TypeAlias = Tensor | Sequence[Tensor | Sequence[int]]
 
+_KINDS = {
+    "temperature": int | float,
+    "top_k": int | None,
+    "top_p": int | float | None,
+    "generator": torch.Generator | None,
+}
+
 
 class GenerationStep(NamedTuple):
     """One new token of every row.
@@ -44,6 +51,10 @@ class Sampling:
     generator: torch.Generator | None
 
     def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise TypeError(f"generate(): {name} is {value!r}; it must be {kind}.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(
                 f"generate(): temperature is {self.temperature}; it must be finite and at least 0 (greedy)."

@@ -91,7 +91,7 @@ class RetNetLM(nn.Module):
             TypeError, ValueError: tokens, targets or logits do not fit; and as `RetNetDecoder`.
         """
         check_tokens("RetNetLM()", "tokens", tokens, self.cfg.vocab_size)
-        self._check_wish(tokens, targets, logits, cu_seqlens)
+        self._check_call(tokens, targets, logits, cu_seqlens)
         hidden, state = self.decoder(
             self._embed(tokens),
             state,
@@ -120,7 +120,7 @@ class RetNetLM(nn.Module):
         embedded = self.embedding(tokens)
         return embedded * math.sqrt(self.cfg.decoder.embed_dim) if self.cfg.scale_embeddings else embedded
 
-    def _check_wish(
+    def _check_call(
         self, tokens: Tensor, targets: Tensor | None, logits: str, cu_seqlens: Tensor | None
     ) -> None:
         """Raise unless targets or logits can be had of ``tokens``."""

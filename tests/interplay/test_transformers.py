@@ -172,4 +172,6 @@ def test_the_loss_is_of_the_next_token(ours: RetNetLM, theirs: RetNetForCausalLM
     assert torch.equal(loss, theirs(ids, labels=labels).loss)
     assert logits.shape == (2, 10, V)
     assert theirs(ids, use_cache=False).cache is None
+    with pytest.raises(ValueError, match="output_hidden_states"):
+        theirs(ids, output_hidden_states=True)
     torch.testing.assert_close(theirs(ids, logits_to_keep=3).logits, theirs(ids).logits[:, -3:])

@@ -140,5 +140,18 @@ WRONG = [
 def test_wrong_arguments_are_named_at_once(model: RetNetLM, given: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         model.stream(**{"prompts": PROMPTS, "max_new_tokens": 3, **given})
-    with pytest.raises(TypeError, match=r"max_new_tokens is 2\.0"):
-        model.stream(PROMPTS, 2.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"max_new_tokens": 2.0}, r"max_new_tokens is 2\.0; it must be an int"),
+        ({"temperature": "hot"}, r"temperature is 'hot'; it must be int \| float"),
+        ({"top_k": 2.0}, r"top_k is 2\.0; it must be int \| None"),
+        ({"top_p": True}, r"top_p is True; it must be int \| float \| None"),
+        ({"generator": 3}, "generator is 3"),
+    ],
+)
+def test_wrong_types_are_named(model: RetNetLM, given: dict[str, object], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        model.stream(**{"prompts": PROMPTS, "max_new_tokens": 3, **given})
