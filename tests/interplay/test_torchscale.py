@@ -96,22 +96,29 @@ def test_with_its_own_epsilon_the_distance_fades_as_outputs_grow(
     assert least <= distance(logits, their_logits(theirs, mode)) < most
 
 
+def inputs_of(module: nn.Module) -> list[Tensor]:
+    """A list to which ``module`` adds what it is called with."""
+    seen: list[Tensor] = []
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    return seen
+
+
 def test_the_distance_is_that_of_the_epsilon() -> None:
-    """One layer's head norm, at one token: sqrt((m + ε) / (m + n² ε)), n² = 1 + γ + ... + γ^t."""
+    """One layer's normalised heads: theirs are sqrt((m + ε) / (m + n² ε)) of ours, n² = 1 + γ + ... + γ^t."""
     theirs = their_model(decoder_layers=1)
     ours = load_torchscale(theirs.state_dict())
-    seen: list[Tensor] = []
-    before: list[Tensor] = []
-    theirs.layers[0].retention.group_norm.register_forward_hook(lambda _, __, out: seen.append(out))
-    norm = ours.decoder.layers[0].retention.head_norm
-    norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+    divided = inputs_of(theirs.layers[0].retention.group_norm)
+    their_gated = inputs_of(theirs.layers[0].retention.out_proj)
+    our_gated = inputs_of(ours.decoder.layers[0].retention.out_proj)
     theirs(TOKENS)
     ours(TOKENS)
-    m = before[0].pow(2).mean(dim=-1, keepdim=True)
     powers = (1 - 2.0 ** (-5 - torch.arange(HEADS))) ** torch.arange(T)[:, None]
     n2 = powers.cumsum(dim=0)[..., None]
-    expected = norm(before[0]) * ((m + 1e-6) / (m + n2 * 1e-6)).sqrt()
-    torch.testing.assert_close(seen[0].reshape_as(expected), expected, rtol=1e-3, atol=1e-5)
+    m = n2 * divided[0].pow(2).mean(dim=-1, keepdim=True)  # (B, T, H, 1)
+    factor = ((m + 1e-6) / (m + n2 * 1e-6)).sqrt()
+    assert factor.min() < 0.9
+    expected = our_gated[0].unflatten(-1, (HEADS, -1)) * factor
+    torch.testing.assert_close(their_gated[0], expected.flatten(-2), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
