@@ -35,10 +35,10 @@ def one_prefix(where: str, state_dict: object, anchor: str) -> str:
     prefixes = [key.removesuffix(anchor) for key in state_dict if key.endswith(anchor)]
     prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
     if len(prefixes) != 1:
-        names = ", ".join(list(state_dict)[:8])
+        found = f"{len(prefixes)} decoders, under {prefixes}" if prefixes else "no decoder"
         raise ValueError(
-            f"{where}: state_dict holds {len(prefixes)} models; exactly one name must be '{anchor}' or end "
-            f"with '.{anchor}' (its first names: {names})."
+            f"{where}: state_dict holds {found}; it must have exactly one key that is '{anchor}' or ends "
+            f"with '.{anchor}' (its keys: {_listed(list(state_dict))})."
         )
     return prefixes[0]
 
@@ -76,31 +76,40 @@ def measure(where: str, weights: Mapping[str, Tensor], table: Table) -> dict[str
     unmatched, missing = sorted(weights.keys() - expected), sorted(expected.keys() - weights.keys())
     if unmatched or missing:
         raise ValueError(
-            f"{where}: the names in state_dict do not fit; unmatched: {unmatched or 'none'}; "
+            f"{where}: the keys of state_dict do not fit; unmatched: {unmatched or 'none'}; "
             f"missing: {missing or 'none'}."
         )
+    first = next(iter(expected))
+    for name in expected:
+        _check_kind(where, name, weights[name], first, weights[first])
     sizes: dict[str, int] = {}
-    first = weights[next(iter(expected))]
     for name, dims in expected.items():
-        weight = weights[name]
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"{where}: '{name}' is {got}; it must be a floating-point tensor.")
-        if (weight.dtype, weight.device) != (first.dtype, first.device):
-            raise ValueError(
-                f"{where}: '{name}' is {weight.dtype} on {weight.device}, but others are {first.dtype} on "
-                f"{first.device}; all weights must share both."
-            )
-        if weight.dim() == len(dims):
-            for letter, size in zip(dims, weight.shape, strict=True):
-                sizes.setdefault(letter, size)
+        for letter, size in zip(dims, weights[name].shape, strict=False):
+            sizes.setdefault(letter, size)
+    for name, dims in expected.items():
         wanted = tuple(sizes.get(letter, letter) for letter in dims)
-        if tuple(weight.shape) != wanted:
+        if tuple(weights[name].shape) != wanted:
             raise ValueError(
-                f"{where}: '{name}' has shape {tuple(weight.shape)}; beside the other weights it must have "
-                f"{wanted}."
+                f"{where}: '{name}' has shape {tuple(weights[name].shape)}; beside the other weights it must "
+                f"have {wanted}."
             )
     return sizes
+
+
+def _check_kind(where: str, name: str, weight: object, first: str, other: Tensor) -> None:
+    """Raise unless ``weight`` is a floating-point tensor of the dtype and device of the first weight."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{where}: '{name}' is {got}; it must be a floating-point tensor.")
+    if (weight.dtype, weight.device) != (other.dtype, other.device):
+        raise ValueError(
+            f"{where}: '{name}' is {weight.dtype} on {weight.device} but '{first}' is {other.dtype} on "
+            f"{other.device}; all weights must share both."
+        )
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_heads(where: str, given: int | None, found: float) -> int:
@@ -115,7 +124,7 @@ def build(
 ) -> RetNetDecoder | RetNetLM:
     """A decoder, or a language model if its configuration is given, with copies of measured weights."""
     ours = {name: torch.cat([weights[key] for key in theirs]) for name, theirs in table.items()}
-    sample = ours["final_norm.weight"]
+    sample = next(iter(ours.values()))
     if model is None:
         decoder = RetNetDecoder(cfg, sample.device, sample.dtype)
         decoder.load_state_dict(ours)
