@@ -52,9 +52,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--dry-run", action="store_true", help="a GPU's run on a CPU: --quick, and Triton interpreted"
     )
-    run.add_argument(
-        "--cpu-time", action="store_true", help="one thread, the time it computes: for a busy CPU"
-    )
     run.add_argument("--csv", type=Path, help="default: benchmarks/results/MACHINE-COMMIT.csv")
     two = commands.add_parser("compare", help="two sets of results, line by line")
     two.set_defaults(command=_compare)
@@ -91,6 +88,9 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     passes = [FORWARD, BOTH, UPDATE, "backward"]
     parser.add_argument("--pass", dest="passes", type=_names(passes), metavar="A,B")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two samples, no CSV")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, the time it computes: for a busy CPU"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
 
 
@@ -152,7 +152,8 @@ def _against(options: argparse.Namespace) -> int:
     selection = _selected(options, on_gpu=device.type == "cuda", tiny=options.quick)
     selection["backends"] = options.backend or ["torch", "compile", "triton"]
     changes = []
-    for change in against.compare_with(options.other, selection, str(device), quick=options.quick):
+    how = {"quick": options.quick, "cpu_time": options.cpu_time}
+    for change in against.compare_with(options.other, selection, str(device), **how):
         print("  ".join(compare.line(change, options.limit)), flush=True)
         changes.append(change)
     if not changes:

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,15 @@ from benchmarks.text import first_line
 from benchmarks.timing import QUICK, Effort, Sampler, in_turn, sampler
 
 EFFORT = Effort(rounds=15, least=5, sample_seconds=0.05, group_seconds=15.0)
+
+
+def effort_of(*, quick: bool, cpu_time: bool) -> Effort:
+    """How a side measures; ``cpu_time``: one thread, and the time that it computes."""
+    effort = QUICK if quick else EFFORT
+    if cpu_time:
+        torch.set_num_threads(1)
+        effort = replace(effort, clock=time.process_time)
+    return effort
 
 
 class Side:
@@ -73,7 +83,7 @@ class Side:
 
 
 def compare_with(
-    other: Path, selection: dict[str, Any], device: str, *, quick: bool = False
+    other: Path, selection: dict[str, Any], device: str, *, quick: bool = False, cpu_time: bool = False
 ) -> Iterator[Change]:
     """The changes from the checkout ``other`` to this one, row by row as they are measured.
 
@@ -82,8 +92,10 @@ def compare_with(
         selection: the fields of `runner.Selection`.
         device: "cpu", "cuda", ...
         quick: as few samples as there can be.
+        cpu_time: one thread, and the time that it computes: for a busy machine.
     """
-    effort, task = QUICK if quick else EFFORT, {"selection": selection, "device": device, "quick": quick}
+    effort = QUICK if quick else EFFORT
+    task = {"selection": selection, "device": device, "quick": quick, "cpu_time": cpu_time}
     with Side(other, task) as before, Side(ROOT, task) as after:
         while (old := before.next_row()) is not None:
             new = after.next_row()
@@ -98,10 +110,10 @@ def compare_with(
             yield change(old, new, in_turn=True)
 
 
-def serve(selection: dict[str, Any], device: str, *, quick: bool) -> None:
+def serve(selection: dict[str, Any], device: str, **how: bool) -> None:
     """A side: the selection's rows, as the questions on standard input want them."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what the library prints is no answer
-    effort = QUICK if quick else EFFORT
+    effort = effort_of(**how)
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)

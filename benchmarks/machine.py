@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,10 +21,11 @@ MEASURED = ("retpop", "kernels", "examples", "benchmarks", ":!benchmarks/results
 """What a result depends on, as git's pathspecs."""
 
 
+@cache
 def commit() -> str:
-    """The checkout's commit, with "+changes" where files differ from it; "unknown" outside git.
+    """The checkout's commit when it is first asked for, with "+changes" where files differ from it.
 
-    RETPOP_COMMIT names the commit of a copy without git.
+    RETPOP_COMMIT names the commit of a copy without git; else that is "unknown".
     """
     if given := os.environ.get("RETPOP_COMMIT"):
         return given

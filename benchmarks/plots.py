@@ -111,8 +111,7 @@ def scaling(results: Results) -> Figure | None:
     ]
     for axes, title in zip(pair, ("time", "memory beyond the inputs"), strict=True):
         axes.set(xlabel="tokens", title=title)
-    pair[1].legend(loc="upper left", fontsize=9)
-    return _unless_empty(figure, any(drawn))
+    return _with_legend(figure, pair[1], any(drawn), loc="upper left")
 
 
 def decoding(results: Results) -> Figure | None:
@@ -125,8 +124,7 @@ def decoding(results: Results) -> Figure | None:
     figure, axes = plt.subplots(figsize=(7.4, 3.6), layout="constrained")
     drawn = _lines(axes, results, lines, _seconds, duration, op="step", shape="position")
     axes.set(xlabel="position of the token", title="One token of a decoder of REM's size")
-    axes.legend(fontsize=9)
-    return _unless_empty(figure, drawn)
+    return _with_legend(figure, axes, drawn)
 
 
 def imagination(results: Results) -> Figure | None:
@@ -140,8 +138,7 @@ def imagination(results: Results) -> Figure | None:
     figure, axes = plt.subplots(figsize=(7.4, 3.6), layout="constrained")
     drawn = _lines(axes, results, lines, _seconds, duration, op="imagination", shape="tokens")
     axes.set(xlabel="tokens of an observation", title="Imagining one observation in each of 8 episodes")
-    axes.legend(fontsize=9)
-    return _unless_empty(figure, drawn)
+    return _with_legend(figure, axes, drawn)
 
 
 def _seconds(m: Measurement) -> float:
@@ -166,10 +163,13 @@ def _lines(
     return bool(axes.get_lines())
 
 
-def _unless_empty(figure: Figure, drawn: bool) -> Figure | None:
+def _with_legend(figure: Figure, axes: Axes, drawn: bool, loc: str = "best") -> Figure | None:
+    """The figure with a legend; None if nothing was drawn."""
     if not drawn:
         plt.close(figure)
-    return figure if drawn else None
+        return None
+    axes.legend(loc=loc, fontsize=9)
+    return figure
 
 
 def _logarithmic(axes: Axes, text: Callable[[float], str]) -> None:

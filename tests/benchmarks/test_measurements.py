@@ -140,7 +140,7 @@ def test_a_row_that_got_slower_or_wrong_fails_a_comparison(
 def test_this_checkout_is_as_fast_as_itself(capfd: pytest.CaptureFixture[str]) -> None:
     """Two processes, alternately; samples of a tiny call say nothing of their times."""
     words = ["against", str(ROOT), "--quick", "--op", "pop", "--dtype", "fp32", "--backend", "torch"]
-    assert command_line.main([*words, "--limit", "1000"]) == 0
+    assert command_line.main([*words, "--cpu-time", "--limit", "1000"]) == 0
     shown = capfd.readouterr().out
     assert shown.count("pop, pop, tiny  float32  torch") == 4  # two passes, as they come and at the end
     assert "not right any more: 0" in shown
