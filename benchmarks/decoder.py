@@ -69,7 +69,7 @@ class Sizes:
 TINY = {"embed_dim": 32, "num_heads": 2, "num_layers": 2, "ffn_dim": 64}
 
 SHAPES = {
-    "tiny": Sizes(B=2, N=3, L=5, M=4, **TINY),
+    "tiny": Sizes(B=1, N=2, L=5, M=4, **TINY),
     "rem_train": Sizes(B=4, N=10, L=65, M=64),
 }
 

@@ -29,7 +29,7 @@ def step_sizes(batch: int, tokens: int, **model: int) -> decoder.Sizes:
     return decoder.Sizes(B=batch, N=1, L=block, M=tokens, offset=1, past=PAST_BLOCKS * block, **model)
 
 
-SHAPES = {"tiny": step_sizes(2, 4, **decoder.TINY), "rem_8": step_sizes(8, 64), "rem_64": step_sizes(64, 64)}
+SHAPES = {"tiny": step_sizes(1, 4, **decoder.TINY), "rem_8": step_sizes(8, 64), "rem_64": step_sizes(64, 64)}
 
 
 def groups() -> Iterator[Group]:

@@ -67,7 +67,7 @@ class Sizes:
 
 
 SHAPES = {
-    "tiny": Sizes(B=2, N=3, L=5, M=4, H=2, D=16),
+    "tiny": Sizes(B=1, N=2, L=5, M=4, H=2, D=16),
     "rem_train": Sizes(B=4, N=10, L=65, M=64, H=4, D=64),
     "rem_imagine": Sizes(B=8, N=1, L=65, M=64, H=4, D=64, offset=1),
 }

@@ -53,7 +53,7 @@ class Sizes:
 
 
 SHAPES = {
-    "tiny": Sizes(B=2, T=130, H=2, D=16),
+    "tiny": Sizes(B=1, T=70, H=2, D=16),
     "rem_train": Sizes(B=4, T=650, H=4, D=64),
     "long": Sizes(B=1, T=4096, H=4, D=64),
 }

@@ -27,7 +27,7 @@ class Effort:
     Attributes:
         rounds: samples of each run, at most.
         least: samples of each run, however long they take.
-        sample_seconds: a sample repeats its run for about so long; 0: it is one run.
+        sample_seconds: a sample repeats its run for about so long; 0: it is one run, with nothing before it.
         group_seconds: no round begins after so long.
         side: of the matrices of the matrix rate; None: as `floors.SIDES` has it.
         clock: of a CPU: `time.perf_counter`, or `time.process_time` for one thread on a busy machine. On a
@@ -67,7 +67,7 @@ def sampler(run: Run, device: torch.device, effort: Effort) -> Sampler:
     repeats = _repeats(run, effort)
 
     def sample() -> float:
-        if repeats == 1:
+        if repeats == 1 and effort.sample_seconds:
             run()
         return _mean(run, repeats, effort.clock)
 

@@ -52,21 +52,22 @@ def test_what_backward_must_move() -> None:
     assert passes[BOTH].floor_bytes == 2 * passes[FORWARD].floor_bytes == 8 * 4 * 9 * 2 * 16
 
 
-def rehearsed(part: str, path: Path) -> list[Measurement]:
-    words = report.PARTS[part].command(path, dry_run=True)
-    assert words[1:3] == ["-m", "benchmarks"]
-    assert command_line.main(words[3:]) == 0
-    return read(path)
+SHORTER = {"decoder": "step", "compiled decoder": "step"}
+"""Operations of the parts whose interpreted kernels take a minute; `test_the_whole_rehearsal` runs them all."""
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_measures(part: str, tmp_path: Path) -> None:
-    found = rehearsed(part, tmp_path / "rows")
-    assert {row.op for row in found} <= set(report.PARTS[part].ops.split(","))
+    asked = replace(report.PARTS[part], ops=SHORTER.get(part, report.PARTS[part].ops))
+    words = asked.command(tmp_path / "rows", dry_run=True)
+    assert words[1:3] == ["-m", "benchmarks"]
+    assert command_line.main(words[3:]) == 0
+    found = read(tmp_path / "rows")
+    assert {row.op for row in found} == set(asked.ops.split(","))
     assert all(row.samples for row in found)
     assert not any(map(report._failed, found))
     graphs = {row.backend for row in found if row.backend.endswith(IN_GRAPH)}
-    wanted = report.PARTS[part].backends.removesuffix(",fla")
+    wanted = asked.backends.removesuffix(",fla")
     assert graphs == ({wanted + IN_GRAPH} if wanted else set())
 
 
