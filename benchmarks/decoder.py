@@ -66,7 +66,7 @@ class Sizes:
         return {name: getattr(self, name) for name in names}
 
 
-TINY = {"embed_dim": 32, "num_heads": 2, "num_layers": 2, "ffn_dim": 64}
+TINY = {"embed_dim": 32, "num_heads": 2, "num_layers": 1, "ffn_dim": 64}
 
 SHAPES = {
     "tiny": Sizes(B=1, N=2, L=5, M=4, **TINY),

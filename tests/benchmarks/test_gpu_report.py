@@ -53,7 +53,7 @@ def test_what_backward_must_move() -> None:
 
 
 SHORTER = {"decoder": "step", "compiled decoder": "step"}
-"""Operations of the parts whose interpreted kernels take a minute; `test_the_whole_rehearsal` runs them all."""
+"""Operations of the parts that take long in the interpreter; `test_the_whole_rehearsal` runs them all."""
 
 
 @pytest.mark.parametrize("part", PARTS)
