@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import retpop
-from benchmarks import pop, retention, runner
+from benchmarks import decoder, pop, retention, runner
 from benchmarks.checks import Checker, largest_error
 from benchmarks.measurements import Measurement, RefusedError, print_measurements, ratio
 from benchmarks.timing import QUICK
-from benchmarks.work import BOTH, FORWARD, Contender, Group, Problem, Work
+from benchmarks.work import BOTH, FORWARD, UPDATE, Contender, Group, Problem, Work
 
 CPU = torch.device("cpu")
 
@@ -190,6 +190,18 @@ def test_a_model_in_bfloat16_may_err_as_its_definition_does() -> None:
     assert all(verdict.right for verdict in checker.check(ours, work, tiny.passes).values())
     off = replace(work, run=lambda: [x * 1.05 for x in work.run()])
     assert not checker.check(ours, off, tiny.passes)[FORWARD].right
+
+
+def test_a_training_step_updates_every_matrix() -> None:
+    problem = decoder.problem(decoder.SHAPES["tiny"], torch.float32, CPU)
+    work = decoder.by_us(problem, mode="pop", backend="torch")
+    before = [x.clone() for x in work.weights]
+    passes = work.passes((BOTH, UPDATE))
+    assert passes[UPDATE].flops == passes[BOTH].flops
+    passes[UPDATE].run()
+    matrices = [(x, y) for x, y in zip(before, work.weights, strict=True) if x.dim() > 1]
+    assert matrices
+    assert all(y.isfinite().all() and not torch.equal(x, y) for x, y in matrices)
 
 
 def test_yet_another_retnet_is_wrong_in_bfloat16() -> None:
