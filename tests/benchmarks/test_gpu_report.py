@@ -58,7 +58,7 @@ SHORTER = {
     "decoder": ["--op", "step"],
     "compiled decoder": ["--op", "step"],
 }
-"""Of the parts that take long in the interpreter, some of the work; `test_the_whole_rehearsal` does it all."""
+"""Less work for parts that take long in the interpreter; `test_the_whole_rehearsal` does it all."""
 
 
 @pytest.mark.parametrize("part", PARTS)
