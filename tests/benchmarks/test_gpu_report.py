@@ -275,7 +275,7 @@ def test_rows_of_a_part_that_is_cut_are_kept(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(report, "run_limited", run_limited)
     (tmp_path / "pop.log").touch()
-    kept, cut = report._run_part("pop", 1000.0, tmp_path, {}, dry_run=True)
+    kept, cut = report._run_part("pop", 1000.0, tmp_path, {}, dry_run=False)
     assert kept == ROW
     assert (cut.verdict, cut.note) == ("failed", "stopped after 60 s")
     (late,) = report._run_part("pop", -1.0, tmp_path, {}, dry_run=True)
