@@ -71,14 +71,14 @@ def norm_gate_fwd(
     """The norm of each head of ``x`` times silu of its gate.
 
     Args:
-        x: retention's output, (..., H, Dv).
+        x: retention's output, (..., H, Dv), in the gate's dtype or in float32.
         gate: before its activation, (..., H, Dv) or (..., H·Dv).
         weight, bias: (H, Dv), or None.
         kind: "groupnorm" or "rmsnorm".
         eps: added to the variance or to the mean square.
 
     Returns:
-        y, shape and dtype of ``x``, contiguous.
+        y, in the shape of ``x`` and the gate's dtype, contiguous.
     """
     launches, y = plan_norm_gate_fwd(x, gate, weight, bias, kind, eps)
     run(launches, x.device)
@@ -90,7 +90,7 @@ def plan_norm_gate_fwd(
 ) -> tuple[list[Launch], Tensor]:
     """The launch of `norm_gate_fwd`, and the tensor it writes."""
     heads, dim = x.shape[-2:]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=gate.dtype, device=x.device)
     if y.numel() == 0:
         return [], y
     # A view wherever the leading dimensions lie evenly in memory, as those of a projection's slice do.

@@ -76,7 +76,8 @@ def plan_pop_bwd(
     if grad_pred is None:
         # Predictions without a gradient pass none on: the rest goes as if they were not there.
         _zero(grads, "q_pred", "k_pred", "v_pred")
-        q_pred, k_pred, v_pred, grad_pred = q_pred[:, :0], k_pred[:, :0], v_pred[:, :0], v_pred[:, :0]
+        q_pred, k_pred, v_pred = q_pred[:, :0], k_pred[:, :0], v_pred[:, :0]
+        grad_pred = v_pred if grad_out is None else v_pred.to(grad_out.dtype)
         grads |= dict.fromkeys(("q_pred", "k_pred", "v_pred"))
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
@@ -104,7 +105,7 @@ def plan_pop_bwd(
         )
     g, g_pred = grad_out, grad_pred
     if g is None:
-        g = torch.zeros(Dv, dtype=v.dtype, device=v.device).expand(v.shape)
+        g = torch.zeros(Dv, dtype=grad_pred.dtype, device=v.device).expand(v.shape)
     launches: list[Launch] = []
     with_q = grads["q"] is not None and grad_out is not None
     with_q_pred = grads["q_pred"] is not None and P > 0
@@ -332,7 +333,8 @@ def pop_bwd(
 
     Args:
         q, k, v, q_pred, k_pred, v_pred, log_decay, state, reset, block_size, offset, scale: as in `pop_fwd`.
-        grad_out, grad_pred, grad_state: of its results, in their shapes and dtypes; None for zeros.
+        grad_out, grad_pred, grad_state: of its results, in their shapes; the first two in one dtype, the
+            tokens' or float32, the last in float32; None for zeros.
         needs: which gradients to find: of q, k, v, q_pred, k_pred, v_pred, state.
         out: where to write the first six, each with a contiguous last dim, or None for a new tensor. They may
             be views of one tensor, but not of one that is read here.

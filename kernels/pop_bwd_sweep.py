@@ -45,8 +45,7 @@ def pull_tile(
     strides,
     place,
     b_grad,
-    b_operand,
-    grow,
+    b_seen,
     powers,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -55,12 +54,13 @@ def pull_tile(
 ):
     """Write dk and dv (where their pointers are) of one tile; return the gradient of the state before it.
 
+    The outputs' gradient may be wider than the other tokens, or where they have changed places q.
+
     Args:
         pointers, strides: of q, k, v, the outputs' gradient, dk and dv; strides are those of tokens.
         place: first row; ends of the rows that exist, and of those with dk and with dv; first column of the
             slice of Dv.
-        b_grad: E, which is carried on.
-        b_operand, grow: E, as dk and dv see it, from `tiles.as_operand`.
+        b_grad, b_seen: E, which is carried on, and E as dk and dv see it.
         powers: to_end, within (transposed), from_start, whole, rest.
         COLUMNS: COLS_K, COLS_V, DK, DV.
     """
@@ -72,17 +72,25 @@ def pull_tile(
     COLS_V: tl.constexpr = COLUMNS[1]
     DK: tl.constexpr = COLUMNS[2]
     DV: tl.constexpr = COLUMNS[3]
+    TYPE_Q: tl.constexpr = p_q.dtype.element_ty
+    TYPE_G: tl.constexpr = p_g.dtype.element_ty
+    TYPE: tl.constexpr = TYPE_G if TYPE_G.primitive_bitwidth < TYPE_Q.primitive_bitwidth else TYPE_Q
+    b_operand, grow = tiles.as_operand(b_seen, TYPE)
     b_q = tiles.load_tile(p_q, stride_q, end_row, 0, ROWS, COLS_K, DK, first_row)
     b_g = tiles.load_tile(p_g, stride_g, end_row, first_col, ROWS, COLS_V, DV, first_row)
+    b_q, grow_q = tiles.as_operand(b_q, TYPE, tiles.LARGEST_TOKEN)
+    b_g, grow_g = tiles.as_operand(b_g, TYPE, tiles.LARGEST_TOKEN)
+    grow_g = grow_q * grow_g  # each sum below has a factor of both
+    grow = grow / grow_g
     if p_dv is not None:
         b_k = tiles.load_tile(p_k, stride_k, end_dv, 0, ROWS, COLS_K, DK, first_row)
         b_dv = tiles.chunk_output(b_k, b_q, b_g, b_operand, grow, b_to_end, b_within, PRECISION)
-        tiles.store_tile(p_dv, b_dv, stride_dv, end_dv, first_col, ROWS, COLS_V, DV, first_row)
+        tiles.store_tile(p_dv, b_dv * grow_g, stride_dv, end_dv, first_col, ROWS, COLS_V, DV, first_row)
     if p_dk is not None:
         b_v = tiles.load_tile(p_v, stride_v, end_dk, first_col, ROWS, COLS_V, DV, first_row)
         b_dk = tiles.chunk_output(b_v, b_g, b_q, tl.trans(b_operand), grow, b_to_end, b_within, PRECISION)
-        tiles.store_tile(p_dk, b_dk, stride_dk, end_dk, 0, ROWS, COLS_K, DK, first_row)
-    return tiles.chunk_state(b_grad, b_q, b_g, b_from_start, whole, rest, PRECISION, SCALE_V)
+        tiles.store_tile(p_dk, b_dk * grow_g, stride_dk, end_dk, 0, ROWS, COLS_K, DK, first_row)
+    return tiles.chunk_state(b_grad, b_q, b_g, b_from_start, whole, rest, PRECISION, SCALE_V, grow_g)
 
 
 @triton.jit(do_not_specialize=["N", "P", "L", "M", "offset", "num_boundaries"])
@@ -273,7 +281,6 @@ def pop_bwd_kernel(
             b_seen = tl.where(is_pred, 0.0, b_grad)
             whole = tl.where(is_pred, 1.0, whole)
             rest = tl.where(is_pred, 0.0, rest)
-        b_operand, grow = tiles.as_operand(b_seen, p_q.dtype.element_ty)
         b_grad = pull_tile(
             pointers,
             strides,
@@ -285,8 +292,7 @@ def pop_bwd_kernel(
                 first_col,
             ),
             b_grad,
-            b_operand,
-            grow,
+            b_seen,
             (tiles.decay_to_end(log_decay, length, TILE), b_within, b_from_start, whole, rest),
             TILE,
             COLUMNS,

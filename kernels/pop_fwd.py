@@ -272,16 +272,21 @@ def plan_pop_fwd(
     *,
     out: Tensor | None = None,
     pred: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     wanted: tuple[bool, bool, bool] = (True, True, True),
     config: PopConfig | None = None,
     architecture: str | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """The launches of `pop_fwd`, and the tensors; only those that are `wanted` are filled."""
+    """The launches of `pop_fwd`, and the tensors; only those that are `wanted` are filled.
+
+    Queries may be wider than keys and values: those of the backward are gradients of outputs.
+    """
     B, T, H, Dk = q.shape
     P, M = q_pred.shape[1:3]
     Dv = v.shape[-1]
-    out = torch.empty((B, T, H, Dv), dtype=v.dtype, device=v.device) if out is None else out
-    pred = torch.empty((B, P, M, H, Dv), dtype=v.dtype, device=v.device) if pred is None else pred
+    out_dtype = out_dtype or v.dtype
+    out = torch.empty((B, T, H, Dv), dtype=out_dtype, device=v.device) if out is None else out
+    pred = torch.empty((B, P, M, H, Dv), dtype=out_dtype, device=v.device) if pred is None else pred
     final = torch.empty((B, H, Dk, Dv), dtype=torch.float32, device=v.device)
     N = T // block_size
     L = block_size if N > 0 else 1
@@ -291,14 +296,14 @@ def plan_pop_fwd(
     if B == 0 or num_blocks == 0:
         return [], (out, pred, final.zero_() if state is None else final.copy_(state))
     architecture = architecture or architecture_of(q.device)
-    precision = dot_precision(q.dtype, architecture)
+    precision = dot_precision(v.dtype, architecture)
     if config is None:
         config = pop_config(
             pairs=B * H,
             num_blocks=N,
             lengths=(L, M),
             head_dims=(Dk, Dv),
-            dtype=q.dtype,
+            dtype=v.dtype,
             precision=precision,
             architecture=architecture,
             multiprocessors=multiprocessors_of(q.device),
@@ -408,6 +413,7 @@ def pop_fwd(
     *,
     out: Tensor | None = None,
     pred: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     config: PopConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """POP of inputs that have been checked.
@@ -423,12 +429,13 @@ def pop_fwd(
         block_size: L.
         offset: the boundary at which prediction 0 starts.
         scale: c.
-        out, pred: where to write, (B, T, H, Dv) and (B, P, M, H, Dv) with a contiguous last dim, or None for
-            new tensors. Inputs and outputs may be views of one tensor.
+        out, pred: where to write, (B, T, H, Dv) and (B, P, M, H, Dv) with a contiguous last dim and of one
+            dtype, or None for new tensors. Inputs and outputs may be views of one tensor.
+        out_dtype: of new tensors, None for v's; float32 holds what float16 cannot, the sums of a slow decay.
         config: how to cut the work, or None for `configs.pop_config`.
 
     Returns:
-        out, pred in v's dtype, and B_N (B, H, Dk, Dv), float32.
+        out, pred, and B_N (B, H, Dk, Dv), float32.
 
     Raises:
         ValueError: the head dims are too large for this GPU.
@@ -450,6 +457,7 @@ def pop_fwd(
         scale,
         out=out,
         pred=pred,
+        out_dtype=out_dtype,
         config=config,
     )
     run(launches, q.device)

@@ -90,9 +90,10 @@ def pass_tile(
     b_k = tiles.load_tile(p_k, stride_k, end_row, 0, ROWS, COLS_K, DK, first_row)
     b_v = tiles.load_tile(p_v, stride_v, end_row, first_col, ROWS, COLS_V, DV, first_row)
     if p_out is not None:
-        b_operand, grow = tiles.as_operand(b_state, b_q.dtype)
+        b_q, grow_q = tiles.as_operand(b_q, b_k.dtype, tiles.LARGEST_TOKEN)
+        b_operand, grow = tiles.as_operand(b_state, b_k.dtype)
         b_out = tiles.chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
-        tiles.store_tile(p_out, b_out, stride_out, end_out, first_col, ROWS, COLS_V, DV, first_row)
+        tiles.store_tile(p_out, b_out * grow_q, stride_out, end_out, first_col, ROWS, COLS_V, DV, first_row)
     if TAKE_IN:
         whole = tl.where(here, whole, 1.0)
         rest = tl.where(here, rest, 0.0)

@@ -142,14 +142,12 @@ def retention_bwd_kernel(
         i_t = start + (num_chunks - 1 - i) * ROWS
         length = tl.minimum(end - i_t, ROWS)
         whole, rest = tiles.decay_across(log_decay, length)
-        b_operand, grow = tiles.as_operand(b_grad, p_q.dtype.element_ty)
         b_grad = pull_tile(
             (p_q, p_k, p_v, p_g, p_dk, p_dv),
             (stride_q_t, stride_k_t, stride_v_t, stride_g_t, stride_dk_t, stride_dv_t),
             (i_t, end, end, end, first_col),
             b_grad,
-            b_operand,
-            grow,
+            b_grad,
             (tiles.decay_to_end(log_decay, length, ROWS), b_within, b_from_start, whole, rest),
             ROWS,
             COLUMNS,
@@ -422,7 +420,8 @@ def retention_bwd(
 
     Args:
         q, k, v, log_decay, state, scale, cu_seqlens: as in `retention_fwd`.
-        grad_out, grad_state: of its results, in their shapes and dtypes, any strides; None for zeros.
+        grad_out, grad_state: of its results, in their shapes, any strides; None for zeros. The first in the
+            tokens' dtype or in float32, the second in float32.
         needs: which gradients to find: of q, k, v, state.
         config: how to cut the reverse sweeps; None: `configs_bwd.retention_bwd_config` chooses.
 

@@ -33,6 +33,7 @@ from .configs import MOST_PACKED_IN_A_SPLIT, SCAN_COLUMNS, RetentionConfig, rete
 from .gpus import architecture_of, dot_precision, multiprocessors_of
 from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
 from .pop_fwd_steps import token_stride
+from .retention_step import plan_retention_step
 
 # Arguments that differ from call to call: none of their values compiles a kernel anew.
 _RUN_TIME = ["H", "T", "num_sequences", "stretch", "per_sequence"]
@@ -167,9 +168,10 @@ def retention_fwd_kernel(
         b_q = tiles.load_tile(p_q, stride_q_t, end, 0, ROWS, COLS_K, DK, i_t)
         b_k = tiles.load_tile(p_k, stride_k_t, end, 0, ROWS, COLS_K, DK, i_t)
         b_v = tiles.load_tile(p_v, stride_v_t, end, first_col, ROWS, COLS_V, DV, i_t)
-        b_operand, grow = tiles.as_operand(b_state, b_q.dtype)
+        b_q, grow_q = tiles.as_operand(b_q, b_k.dtype, tiles.LARGEST_TOKEN)
+        b_operand, grow = tiles.as_operand(b_state, b_k.dtype)
         b_out = tiles.chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
-        tiles.store_tile(p_out, b_out, stride_out_t, end, first_col, ROWS, COLS_V, DV, i_t)
+        tiles.store_tile(p_out, b_out * grow_q, stride_out_t, end, first_col, ROWS, COLS_V, DV, i_t)
         length = tl.minimum(end - i_t, ROWS)
         b_to_end = tiles.decay_to_end(log_decay, length, ROWS)
         whole, rest = tiles.decay_across(log_decay, length)
@@ -299,27 +301,37 @@ def plan_retention_fwd(
     scale: float,
     cu_seqlens: Tensor | None = None,
     *,
+    out_dtype: torch.dtype | None = None,
     with_final: bool = True,
     config: RetentionConfig | None = None,
     architecture: str | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The launches of `retention_fwd`, and the tensors that they fill; the state is one only `with_final`."""
+    """The launches of `retention_fwd`, and the tensors that they fill; the state is one only `with_final`.
+
+    Queries may be wider than keys and values: those of the backward are gradients of outputs.
+    """
+    if q.shape[1] == 1 and cu_seqlens is None and config is None:
+        step = (x.squeeze(1) for x in (q, k, v))
+        launches, (out, final) = plan_retention_step(
+            *step, log_decay, state, scale, out_dtype=out_dtype, with_final=with_final
+        )
+        return launches, (out.unsqueeze(1), final)
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out = torch.empty((B, T, H, Dv), dtype=v.dtype, device=v.device)
+    out = torch.empty((B, T, H, Dv), dtype=out_dtype or v.dtype, device=v.device)
     final = torch.empty((sequences, H, Dk, Dv), dtype=torch.float32, device=v.device)
     if sequences == 0 or T == 0:
         return [], (out, final.zero_() if state is None else final.copy_(state))
     architecture = architecture or architecture_of(q.device)
-    precision = dot_precision(q.dtype, architecture)
+    precision = dot_precision(v.dtype, architecture)
     if config is None:
         config = retention_config(
             tokens=B * T,
             sequences=sequences,
             num_heads=H,
             head_dims=(Dk, Dv),
-            dtype=q.dtype,
+            dtype=v.dtype,
             precision=precision,
             architecture=architecture,
             multiprocessors=multiprocessors_of(q.device),
@@ -390,6 +402,7 @@ def retention_fwd(
     scale: float,
     cu_seqlens: Tensor | None = None,
     *,
+    out_dtype: torch.dtype | None = None,
     config: RetentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Retention of T tokens from a state.
@@ -402,11 +415,15 @@ def retention_fwd(
         scale: c.
         cu_seqlens: bounds of S sequences packed into one row, (S + 1,), int32 or int64, on the device; states
             are then (S, H, Dk, Dv), and that of an empty sequence passes through.
-        config: tiles and schedule; None: `configs.retention_config` chooses.
+        out_dtype: of out, None for v's; float32 holds what float16 cannot, the sums of a slow decay.
+        config: tiles and schedule; None: `configs.retention_config` chooses, or for one token the kernel of
+            `retention_step` runs.
 
     Returns:
-        out (B, T, H, Dv) in v's dtype, and the state after the last token, float32. Both are new.
+        out (B, T, H, Dv), and the state after the last token, float32. Both are new.
     """
-    launches, outputs = plan_retention_fwd(q, k, v, log_decay, state, scale, cu_seqlens, config=config)
+    launches, outputs = plan_retention_fwd(
+        q, k, v, log_decay, state, scale, cu_seqlens, out_dtype=out_dtype, config=config
+    )
     run(launches, q.device)
     return outputs

@@ -48,7 +48,10 @@ def retention_step_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """S' = γ S + kᵀ v and o = c · q S' for one head and COLS columns of Dv; without p_state S is 0."""
+    """S' = γ S + kᵀ v and o = c · q S' for one head and COLS columns of Dv.
+
+    Without p_state S is 0; without p_new_state S' is not stored.
+    """
     SLICES: tl.constexpr = (DV + COLS - 1) // COLS
     i_v = tl.program_id(0) % SLICES
     i_bh = (tl.program_id(0) // SLICES).to(tl.int64)
@@ -68,7 +71,8 @@ def retention_step_kernel(
         b_old = tiles.load_tile(p_old, stride_state_k, DK, i_v * COLS, ROWS, COLS, DV)
         whole, rest = tiles.decay_across(tiles.load_log_decay(p_log_decay, i_h), 1)
         b_state = tiles.advance(b_old, whole, rest, b_state)
-    tiles.store_tile(p_new_state + i_bh * (DK * DV), b_state, DV, DK, i_v * COLS, ROWS, COLS, DV)
+    if p_new_state is not None:
+        tiles.store_tile(p_new_state + i_bh * (DK * DV), b_state, DV, DK, i_v * COLS, ROWS, COLS, DV)
     b_out = scale * tl.sum(b_q[:, None] * b_state, axis=0)
     tl.store(p_out + i_bh * DV + o_v, b_out.to(p_out.dtype.element_ty), mask=m_v)
 
@@ -81,12 +85,14 @@ def plan_retention_step(
     state: Tensor | None,
     scale: float,
     *,
+    out_dtype: torch.dtype | None = None,
+    with_final: bool = True,
     config: StepConfig | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
-    """The launches of `retention_step`, and the tensors that they fill."""
+    """The launch of `retention_step`, and the tensors that it fills; the state is one only `with_final`."""
     B, H, Dk = q.shape
     Dv = v.shape[-1]
-    out = torch.empty((B, H, Dv), dtype=v.dtype, device=v.device)
+    out = torch.empty((B, H, Dv), dtype=out_dtype or v.dtype, device=v.device)
     new_state = torch.empty((B, H, Dk, Dv), dtype=torch.float32, device=v.device)
     if B == 0:
         return [], (out, new_state)
@@ -99,7 +105,7 @@ def plan_retention_step(
         grid=(B * H * triton.cdiv(Dv, config.cols),),
         arguments={
             **{"p_q": q, "p_k": k, "p_v": v, "p_state": state, "p_log_decay": log_decay.contiguous()},
-            **{"p_out": out, "p_new_state": new_state, "scale": scale, "H": H},
+            **{"p_out": out, "p_new_state": new_state if with_final else None, "scale": scale, "H": H},
             **{"DK": Dk, "DV": Dv, "ROWS": config.rows, "COLS": config.cols},
             **named_strides("q", q, "bh"),
             **named_strides("k", k, "bh"),
@@ -113,13 +119,20 @@ def plan_retention_step(
 
 
 def retention_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    scale: float,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token: q, k (B, H, Dk), v (B, H, Dv), state (B, H, Dk, Dv) float32 or None for zeros.
 
     Returns:
-        out (B, H, Dv) in v's dtype, and the state after the token, float32. Both are new.
+        out (B, H, Dv) in out_dtype (None: v's), and the state after the token, float32. Both are new.
     """
-    launches, outputs = plan_retention_step(q, k, v, log_decay, state, scale)
+    launches, outputs = plan_retention_step(q, k, v, log_decay, state, scale, out_dtype=out_dtype)
     run(launches, q.device)
     return outputs

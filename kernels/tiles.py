@@ -19,8 +19,13 @@ import triton.language as tl
 # γ = 0 is a log-decay of -inf, and 0 · -inf is NaN. exp(-1e5) is 0 and 0 · -1e5 is 0.
 LOG_ZERO = tl.constexpr(-1e5)
 
-# As a float16 operand a state is scaled to stay within this, half of what float16 holds.
-FLOAT16_ROOM = tl.constexpr(32768.0)
+# As a float16 operand a state's largest number is scaled to half of what float16 holds, and a wider token
+# tile's to 1, which leaves room for its products with other tokens: they are operands too.
+LARGEST_STATE = tl.constexpr(32768.0)
+LARGEST_TOKEN = tl.constexpr(1.0)
+
+# A tile of zeros is scaled as if it held this.
+SMALLEST = tl.constexpr(1e-20)
 
 
 @triton.jit
@@ -126,16 +131,17 @@ def advance(b_state, whole, rest, b_added):
 
 
 @triton.jit
-def as_operand(b_state, dtype: tl.constexpr):
-    """A float32 state as an operand in a token tile's dtype, and the factor that was taken out of it.
+def as_operand(b_tile, dtype: tl.constexpr, LARGEST: tl.constexpr = LARGEST_STATE):
+    """A tile as an operand in a token tile's dtype, and the factor that was taken out of it.
 
-    The factor is 1 except in float16, which the state of a slow decay outgrows (it grows as 1/(1-γ)).
+    The factor is 1 except on the way to float16, which is narrower: the state of a slow decay outgrows it (it
+    grows as 1/(1-γ)), and the gradient of an output that did so underflows.
     """
     grow = 1.0
-    if dtype == tl.float16:
-        grow = tl.maximum(tl.max(tl.abs(b_state)) / FLOAT16_ROOM, 1.0)
-        b_state = b_state * (1.0 / grow)
-    return b_state.to(dtype), grow
+    if dtype == tl.float16 and b_tile.dtype != dtype:
+        grow = tl.maximum(tl.max(tl.abs(b_tile)), SMALLEST) / LARGEST
+        b_tile = b_tile * (1.0 / grow)
+    return b_tile.to(dtype), grow
 
 
 @triton.jit
@@ -151,10 +157,19 @@ def chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISI
 
 @triton.jit
 def chunk_state(
-    b_state, b_k, b_v, b_to_end, whole, rest, PRECISION: tl.constexpr, SCALE_V: tl.constexpr = False
+    b_state,
+    b_k,
+    b_v,
+    b_to_end,
+    whole,
+    rest,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr = False,
+    grow_v=1.0,
 ):
     """The state after a chunk: `advance` with kᵀ (to_end · v) added, which is accumulated onto rest · S.
 
+    grow_v: the factor that was taken out of v (by `as_operand`).
     SCALE_V: v takes the powers of γ, otherwise k; the sums are the same. Scaling v leaves kᵀ in shared
     memory, from where sm_90's tensor cores read it; on an architecture without them it would cost v its async
     copy.
@@ -163,5 +178,5 @@ def chunk_state(
         b_v = (b_v * b_to_end).to(b_v.dtype)
     else:
         b_k = (b_k * b_to_end).to(b_k.dtype)
-    b_added = tl.dot(tl.trans(b_k), b_v, rest * b_state, input_precision=PRECISION)
-    return whole * b_state + b_added
+    b_added = tl.dot(tl.trans(b_k), b_v, rest * b_state / grow_v, input_precision=PRECISION)
+    return whole * b_state + b_added * grow_v

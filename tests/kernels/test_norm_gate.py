@@ -123,6 +123,14 @@ def test_float16_is_rounded_once() -> None:
     assert ((y.double() - exact).abs() <= 2**-11 * exact.abs() * 1.001 + 2**-25).all()
 
 
+def test_float32_beside_a_float16_gate() -> None:
+    """What outgrows float16 is normed in float32, and the product rounded to the gate's dtype."""
+    x, gate = 1e6 * values(9, 3, 24), values(9, 3, 24, seed=1, dtype=torch.float16)
+    y = norm_gate_fwd(x, gate, None, None, "groupnorm", 1e-6)
+    assert y.dtype is torch.float16
+    assert_equal(y, expected(x, gate, None, None, "groupnorm"), 5e-4)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 3, 8), (2, 0, 3, 8)])
 def test_nothing_to_do(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape)

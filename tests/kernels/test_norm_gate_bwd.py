@@ -197,6 +197,16 @@ def test_float16_is_rounded_once() -> None:
         assert ((actual.double() - exact).abs() <= 2**-11 * exact.abs() * 1.001 + 2e-5).all()
 
 
+def test_float32_beside_a_float16_gate() -> None:
+    """Each gradient comes in its input's dtype; that of a large x is too small for float16."""
+    (x, gate, _, _), grad = inputs_of(5, 3, 24, weight=False, bias=False)
+    inputs, grad = (1e6 * x, gate.half(), None, None), grad.half()
+    check(inputs, grad, "groupnorm", needs=(True, False, False, False))
+    found = norm_gate_bwd(*inputs, grad, "groupnorm", 1e-6)[1]
+    exact = expected(inputs, grad, "groupnorm")[1]
+    assert ((found.double() - exact).abs() <= 2**-11 * exact.abs() * 1.001 + 2e-5).all()
+
+
 def test_a_weight_of_another_dtype_than_the_tokens() -> None:
     (x, gate, weight, bias), grad = inputs_of(5, 3, 24)
     found = norm_gate_bwd(x.half(), gate.half(), weight, bias, grad.half(), "rmsnorm", 1e-6)

@@ -18,6 +18,9 @@ from retpop.kernels.pop_bwd import plan_pop_bwd, pop_bwd
 
 LIMIT = 2e-5
 
+FLOAT16 = 2**-10
+"""Of float16 tokens and a float32 gradient, which is rounded to their dtype, as are scores and results."""
+
 NAMES = ("q", "k", "v", "q_pred", "k_pred", "v_pred", "state")
 
 # One sweep for dk and dv or one for each; all boundaries one after another or each a program of its own.
@@ -93,7 +96,10 @@ def expected_gradients(case: PopCase, grads: Grads) -> list[Tensor | None]:
 
 
 def assert_gradients(
-    found: Sequence[Tensor | None], expected: Sequence[Tensor | None], needs: Sequence[bool] = (True,) * 7
+    found: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    needs: Sequence[bool] = (True,) * 7,
+    limit: float = LIMIT,
 ) -> None:
     for name, actual, wanted, need in zip(NAMES, found, expected, needs, strict=True):
         if not need or wanted is None:
@@ -103,7 +109,7 @@ def assert_gradients(
         assert actual.dtype is torch.float32
         tokens_dim = None if name == "state" else 2 if "pred" in name else 1
         error = largest_error(actual, wanted, tokens_dim=tokens_dim)
-        assert error <= LIMIT, f"d{name}: error {error:.3g} is above {LIMIT:.3g}"
+        assert error <= limit, f"d{name}: error {error:.3g} is above {limit:.3g}"
 
 
 def check(case: PopCase, given: Sequence[bool] = (True, True, True), form: str = "both") -> None:
@@ -303,6 +309,31 @@ def test_packed_rows(form: str) -> None:
     found = run(case, grads, config=tiles_for(case, form), out=into)
     assert all(x.data_ptr() == y.data_ptr() for x, y in zip(found, into, strict=False))
     assert_gradients(found, expected_gradients(plain, (out, pred, state)))
+
+
+# ---- dtypes ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_too_small_for_float16_of_outputs_too_large(form: str) -> None:
+    """Outputs of large states, kept in float32, have gradients of which float16 holds a few bits."""
+    case = make(2, 21, 2, 18, Dk=16, Dv=24)
+    tokens = {name: 30 * getattr(case, name).half() for name in NAMES[:6]}
+    case = replace(case, **tokens, state=case.state * 1e5)
+    grads = [1e-6 * grad for grad in some_grads(case)]
+    found = run(case, grads, config=tiles_for(case, form))
+    assert [x.dtype for x in found] == [torch.float16] * 6 + [torch.float32]
+    assert_gradients([x.float() for x in found], expected_gradients(case, grads), limit=FLOAT16)
+
+
+@pytest.mark.parametrize("given", [(True, False, True), (False, True, False), (False, False, True)])
+def test_a_gradient_in_float32_of_float16_tokens_alone(given: Sequence[bool]) -> None:
+    """What is not given is zero in the dtype of what is."""
+    case = make(2, 5, 2, 4, Dk=16, Dv=16)
+    case = replace(case, **{name: getattr(case, name).half() for name in NAMES[:6]})
+    grads = some_grads(case, given)
+    found = [x.float() for x in run(case, grads)]
+    assert_gradients(found, expected_gradients(case, grads), limit=FLOAT16)
 
 
 # ---- configs, traffic ----

@@ -30,6 +30,8 @@ FORMS = {
 }
 ONE_PASS = ("line", "steps")
 
+TOKENS = ("q", "k", "v", "q_pred", "k_pred", "v_pred")
+
 
 def run(case: PopCase, config: PopConfig | None = None, **outputs: Tensor) -> Results:
     """`pop_fwd` of a case; it must leave its inputs as they are, and its accesses are audited."""
@@ -255,14 +257,30 @@ def test_empty_tensors(B: int, N: int, P: int, M: int) -> None:
 @pytest.mark.parametrize("form", ONE_PASS)
 def test_a_state_beyond_float16(form: str) -> None:
     """States of slow decays outgrow float16, which the outputs do not: as an operand a state is scaled."""
-    names = ("q", "k", "v", "q_pred", "k_pred", "v_pred")
     case = make(1, 2, 5, 2, 4, 2, 16, 16)
     case = replace(case, state=case.state * 1e6, log_decay=torch.tensor([0.0, -0.01]))
-    half = {name: getattr(case, name).half() * (1e-3 if "q" in name else 1) for name in names}
+    half = {name: getattr(case, name).half() * (1e-3 if "q" in name else 1) for name in TOKENS}
     out, pred, state = run(replace(case, **half), FORMS[form])
     assert out.dtype is pred.dtype is torch.float16
     expected = replace(case, **half).double().run(backend="reference")
     assert_same_results((out, pred, state), expected, 5e-4)
+
+
+@pytest.mark.parametrize("form", ONE_PASS)
+def test_outputs_beyond_float16(form: str) -> None:
+    """In float32, in new tensors or where they are told to be."""
+    case = make(1, 2, 5, 2, 4, 2, 16, 16)
+    case = replace(case, state=case.state * 1e6, log_decay=torch.tensor([0.0, -0.01]))
+    case = replace(case, **{name: getattr(case, name).half() for name in TOKENS})
+    expected = case.double().run(backend="reference")
+    results = run(case, FORMS[form], out_dtype=torch.float32)
+    assert results[0].dtype is results[1].dtype is torch.float32
+    assert results[0].abs().max() > 65504
+    assert_same_results(results, expected, 5e-4)
+    row = torch.full((1, 18, 2, 16), math.nan)
+    out, pred = row[:, :10], row[:, 10:].unflatten(1, (2, 4))
+    run(case, FORMS[form], out=out, pred=pred)
+    assert torch.equal(row, torch.cat((results[0], results[1].flatten(1, 2)), dim=1))
 
 
 @st.composite

@@ -21,6 +21,9 @@ from retpop.kernels.launch import run as run_launches
 from retpop.kernels.retention_bwd import plan_retention_bwd, retention_bwd
 
 LIMIT = 2e-5
+
+FLOAT16 = 2**-10
+"""Of float16 tokens and a float32 gradient, which is rounded to their dtype, as are scores and results."""
 ALL = (True, True, True, True)
 
 # How many sweeps find dk and dv, and the tokens of a stretch in a forced split; None is one launch.
@@ -401,6 +404,24 @@ def test_a_gradient_of_the_state_that_outgrows_float16(schedule: str) -> None:
     out, state = grads_for(case)
     case = replace(case, k=case.k * 1e-3, v=case.v * 1e-3)
     check(case, config=tiles_for(case, schedule), grads=(out, state * 3e5), needs=(0, 1, 1, 1), limit=6e-4)
+
+
+@every_schedule
+def test_gradients_too_small_for_float16_of_outputs_too_large(schedule: str) -> None:
+    """Outputs of large states, kept in float32, have gradients of which float16 holds a few bits."""
+    case = RetentionCase.make(1, 70, 2, 16, 24, dtype=torch.float16)
+    case = replace(case, q=case.q * 30, k=case.k * 30, v=case.v * 30, state=case.state * 1e5)
+    out, state = (1e-6 * grad.float() for grad in grads_for(case))
+    check(case, config=tiles_for(case, schedule), grads=(out, state), limit=FLOAT16)
+
+
+@pytest.mark.parametrize("T", [1, 40])
+def test_a_gradient_in_float32_of_float16_tokens_alone(T: int) -> None:
+    """Of queries, with the tiles of float16; and without a gradient of the outputs."""
+    case = RetentionCase.make(2, T, 2, 16, 24, dtype=torch.float16)
+    out, state = (grad.float() for grad in grads_for(case))
+    check(case, grads=(out, None), needs=(True, False, False, False), limit=FLOAT16)
+    check(case, grads=(None, state), limit=FLOAT16)
 
 
 @pytest.mark.parametrize("stretch", [None, 256])

@@ -268,6 +268,36 @@ def test_a_float16_state_outgrows_float16() -> None:
     assert run(case)[1].abs().max() > 1e5
 
 
+@pytest.mark.parametrize("T", [1, 40])
+def test_an_output_that_outgrows_float16(T: int) -> None:
+    """In float32 it is what the reference finds for these tokens; one token takes the kernel of steps."""
+    case = with_gammas(RetentionCase.make(2, T, 2, 16, 16, dtype=torch.float16), [1.0, 1 - 2**-9])
+    case = replace(case, v=case.v + 30, state=case.state * 3e5)
+    with audit():
+        results = retention_fwd(
+            case.q, case.k, case.v, case.log_decay, case.state, 0.25, out_dtype=torch.float32
+        )
+    assert results[0].dtype is torch.float32
+    assert results[0].abs().max() > 65504
+    assert_same_results(results, case.double().run(backend="reference"), 5e-4, 3.5e-4)
+
+
+def test_one_token_takes_the_kernel_of_steps() -> None:
+    """But not with tiles of the caller's, nor packed: the length of a sequence is then on the device."""
+    case = RetentionCase.make(3, 1, 2, 8, 24, dtype=torch.float32)
+    check(case)
+    check(case, config=tiles_for(case))
+    inputs = (case.q, case.k, case.v, case.log_decay, None, 1.0)
+    kernels = []
+    for bounds, config in ((None, None), (None, tiles_for(case)), (torch.tensor([0, 1]), None)):
+        (launch,), (out, _) = plan_retention_fwd(*inputs, bounds, config=config)
+        assert out.shape == case.v.shape
+        kernels.append(launch.kernel.__name__)
+    assert kernels == ["retention_step_kernel", "retention_fwd_kernel", "retention_fwd_kernel"]
+    (launch,), _ = plan_retention_fwd(*inputs, with_final=False)
+    assert launch.arguments["p_new_state"] is None
+
+
 def longest_lived_state_error(T: int, time_scale: float, config: RetentionConfig) -> float:
     """RMS error of the final state of one head after T tokens, relative to its RMS."""
     log_decay = torch.log1p(torch.tensor([-1 / time_scale], dtype=torch.float64)).float()

@@ -43,13 +43,13 @@ def operand_kernel(p_state, p_operand, p_grow, HALF: tl.constexpr):
     tl.store(p_grow, grow)
 
 
-@pytest.mark.parametrize("largest", [0.0, 1.0, 3e4, 3e5, 1e20])
+@pytest.mark.parametrize("largest", [0.0, 1e-12, 1.0, 3e5, 1e20])
 @pytest.mark.parametrize("half", [False, True])
 def test_a_state_as_an_operand(half: bool, largest: float) -> None:
-    """Only a float16 operand is scaled, and only where the state does not fit."""
+    """Only a float16 operand is scaled: it then neither overflows nor underflows."""
     state = torch.linspace(-1, 1, 256).reshape(16, 16) * largest
     operand, grow = torch.empty(16, 16), torch.empty(1)
     operand_kernel[(1,)](state, operand, grow, HALF=half)
     assert torch.isfinite(operand).all()
-    assert (grow.item() == 1) is (not half or largest <= 32768)
-    torch.testing.assert_close(operand * grow, state, rtol=1e-3 if half else 0, atol=1e-3 * largest)
+    assert (grow.item() == 1) is not half
+    torch.testing.assert_close(operand * grow, state, rtol=6e-4 if half else 0, atol=0)
