@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.audit import targets as audit_targets
+from benchmarks.kernel_audit import targets as audit_targets
 from benchmarks.measurements import IN_GRAPH, RIGHT, Measurement, ratio
 from benchmarks.peers.yet_another_retnet import NAME as THEIRS
 from benchmarks.text import duration

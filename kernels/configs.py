@@ -2,10 +2,6 @@
 
 Everything here is a function of shapes, dtype and architecture (and the number of SMs where a schedule is
 chosen), so that it is tested without a GPU. `gpus.architecture_of` names a device's architecture.
-
-How a launcher, these configs and the audit fit together (see `kernels/launch.py`): the launcher asks for a
-config, builds a list of `Launch` values from it (`plan_<op>`), and runs them; the audit calls the same
-`plan_<op>` with meta tensors and an architecture, and compiles and counts what it returns.
 """
 
 from __future__ import annotations
@@ -97,10 +93,7 @@ LONGEST_LINE = 160
 FEWEST_SPLIT_BLOCKS = 4
 """A split reads k and v twice and moves each block's state four times, in three launches."""
 
-SCAN_TILE = (16, 32)
-"""Rows and columns of a state in a program of the scan over blocks: small, as it only waits for memory."""
-
-# (tile, columns of a slice, warps, stages) by architecture, found by compiling REM's shape (DESIGN.md, 6).
+# (tile, columns of a slice, warps, stages) by architecture, found by compiling REM's shape: no stack in use.
 _LINE = {
     "sm_90": (64, 64, 4, 2),
     "sm_100": (64, 64, 8, 2),
@@ -234,10 +227,10 @@ sequences of 2,048 tokens and a cut into 4, and a stretch's tokens outweigh its 
 MOST_PACKED_IN_A_SPLIT = 511
 """Each program of a split looks its sequence up among all of them; so many fill a GPU without a split."""
 
-SCAN_COLUMNS = 16
-"""Columns of Dv in a program of the scan over stretches: narrow, because it only waits for memory."""
+SCAN_TILE = (16, 32)
+"""Rows and columns of a state in a program of a scan over stretches: small, as it only waits for memory."""
 
-# (rows, columns of a slice, warps, stages) by padded Dk, found by compiling: no stack in use (DESIGN.md, 6).
+# (rows, columns of a slice, warps, stages) by padded Dk, found by compiling: no stack in use.
 _WGMMA = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}
 _BLACKWELL = {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}
 _MMA = {64: (64, 32, 4, 3), 128: (32, 32, 4, 2), 256: (16, 32, 8, 2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +17,9 @@ from .configs import (
     retention_tiles,
     stretch_of,
 )
+from .launch import Tensors
 
-# ---- pop_bwd ----
+# ---- reverse sweeps ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +41,56 @@ class SweepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PopBwdConfig:
-    """The reverse sweeps of `pop_bwd`.
+class SweepConfigs:
+    """The reverse sweeps of `pop_bwd` or `retention_bwd`.
 
     Attributes:
         both: the sweep that finds dk and dv at once, or None where it takes one for each.
         keys, values: the sweep for dk alone, and for dv alone or neither.
-        split: the gradients of the block states first, and then a program for each boundary.
     """
 
     both: SweepConfig | None
     keys: SweepConfig
     values: SweepConfig
-    split: bool = False
 
 
-# (tile, warps, stages) of a sweep for both, unsliced, up to 64 x 64, found by compiling (DESIGN.md, 6). There
-# is none for float32 "ieee": it would need more registers than there are.
+class Sweep(NamedTuple):
+    """A reverse sweep: its tiles, the tensors by role, and whether the roles have changed places.
+
+    The roles are q, k, v, the outputs' gradient g, dk and dv; in POP each has a twin of predictions,
+    <role>_pred. The sweep for dv finds dk where they have changed places and the states are transposed.
+    """
+
+    config: SweepConfig
+    tokens: Tensors
+    swapped: bool
+
+
+_SWAPPED = {"q": "g", "k": "v", "v": "k", "g": "q", "dk": "dv", "dv": "dk"}
+
+
+def sweeps_for(tokens: Tensors, configs: SweepConfigs) -> list[Sweep]:
+    """One sweep for dk and dv, or one for each, of those that are wanted: that have a tensor."""
+    no_keys = {name: None for name in tokens if name.startswith("dk")}
+    with_keys, with_values = (
+        any(x is not None for name, x in tokens.items() if name.startswith(role)) for role in ("dk", "dv")
+    )
+    if configs.both is not None and with_keys and with_values:
+        return [Sweep(configs.both, tokens, swapped=False)]
+    sweeps = []
+    if with_values:
+        sweeps.append(Sweep(configs.values, {**tokens, **no_keys}, swapped=False))
+    if with_keys:
+        swapped = {}
+        for name in tokens:
+            role, *twin = name.split("_")
+            swapped[name] = tokens["_".join([_SWAPPED[role], *twin])]
+        sweeps.append(Sweep(configs.keys, {**swapped, **no_keys}, swapped=True))
+    return sweeps
+
+
+# (tile, warps, stages) of a sweep for both, unsliced, up to 64 x 64, found by compiling: no stack in
+# use. There is none for float32 "ieee": it would need more registers than there are.
 _BOTH = {
     "sm_90": (64, 4, 2),
     "sm_100": (64, 8, 2),
@@ -75,6 +110,20 @@ def _sweep_for_both(head_dims: tuple[int, int], kind: str) -> SweepConfig | None
     masked = padded(max(head_dims)) == 64 and any(dim % 16 for dim in head_dims)
     tile, num_warps, num_stages = entry_of(_BOTH_MASKED if masked else _BOTH, kind)
     return SweepConfig(tile=tile, cols_v=padded(head_dims[1]), num_warps=num_warps, num_stages=num_stages)
+
+
+# ---- pop_bwd ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopBwdConfig(SweepConfigs):
+    """The reverse sweeps of `pop_bwd`.
+
+    Attributes:
+        split: the gradients of the block states first, and then a program for each boundary.
+    """
+
+    split: bool = False
 
 
 def pop_bwd_config(
@@ -102,9 +151,8 @@ def pop_bwd_config(
     kind = precision if dtype is torch.float32 else architecture
     both = _sweep_for_both(head_dims, kind)
     if both is not None:
-        several = (
-            kind == "sm_90" and lengths[1] > both.tile
-        )  # a prediction of several tiles holds a second state
+        # A prediction of several tiles holds a second state.
+        several = kind == "sm_90" and lengths[1] > both.tile
         both = replace(both, tile=min(both.tile, longest), num_warps=8 if several else both.num_warps)
 
     def alone(key_dim: int, value_dim: int) -> SweepConfig:
@@ -131,18 +179,13 @@ def pop_bwd_config(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetentionBwdConfig:
+class RetentionBwdConfig(SweepConfigs):
     """The reverse sweeps of `retention_bwd`.
 
     Attributes:
-        both: the sweep that finds dk and dv at once, or None where it takes one for each.
-        keys, values: the sweep for dk alone, and for dv alone or neither.
         stretch: tokens that one program walks; None: whole sequences, in one sweep.
     """
 
-    both: SweepConfig | None
-    keys: SweepConfig
-    values: SweepConfig
     stretch: int | None = None
 
 

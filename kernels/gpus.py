@@ -83,7 +83,7 @@ FAULTS = (
 """Pairs of a GPU and a Triton that are refused.
 
 Reports about Hopper (sm_90) are no rows here, because what they name is not in these kernels: the audit looks
-for it in the compiled code (`benchmarks/audit/hazards.py`).
+for it in the compiled code (`benchmarks/kernel_audit/compiled.py`).
 """
 
 

@@ -1,12 +1,9 @@
-"""A kernel launch as a value: the launchers run it, and the audit compiles and counts the very same one.
+"""A kernel launch as a value, and what all launchers do to tensors on the way to one.
 
 A launcher is two functions: `plan_<op>(tensors, ..., architecture=...)`, which allocates the outputs and
 returns the launches and the outputs, and `<op>(tensors, ...)`, which plans for the tensors' own device and
-runs. A plan runs nothing, so tensors on the "meta" device do, with any architecture:
-
-    launches, outputs = plan_pop_fwd(..., architecture="sm_90")
-    compiled = triton.compile(launches[0].source(), target=GPUTarget("cuda", 90, 32),
-    options=launches[0].options)
+runs. A plan runs nothing and reads no values, so it takes tensors on the "meta" device. The audit calls the
+launchers themselves and records what they launch (`benchmarks/kernel_audit`).
 """
 
 from __future__ import annotations
@@ -18,18 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.compiler import ASTSource
 
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-}
-
-_ALIGNED = [["tt.divisibility", 16]]
+Tensors = Mapping[str, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +26,11 @@ class Launch:
     Attributes:
         kernel: a `triton.jit` function.
         grid: programs along up to three axes.
-        arguments: every parameter of the kernel by name, constexprs included.
+        arguments: every parameter of the kernel by name, constexprs included, and nothing else.
         num_warps, num_stages: as Triton names them.
+
+    Raises:
+        TypeError: a parameter is missing, or there is none of that name.
     """
 
     kernel: Any
@@ -49,29 +39,18 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `triton.compile` and a launch take; fusion is explicit, its default differs by version."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+    def __post_init__(self) -> None:
+        wrong = self.arguments.keys() ^ set(self.kernel.arg_names)
+        if wrong:
+            names = ", ".join(sorted(wrong))
+            raise TypeError(f"{self.kernel.__name__}: missing or unknown arguments: {names}")
 
-    def source(self) -> ASTSource:
-        """What to compile ahead of time, specialised as a call would be; pointers count as aligned."""
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-        for index, parameter in enumerate(self.kernel.params):
-            name, value = parameter.name, self.arguments[parameter.name]
-            specialized = not parameter.do_not_specialize
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            is_one = specialized and is_integer and value == 1 and not parameter.annotation_type
-            if parameter.is_constexpr or value is None or is_one:
-                signature[name] = "constexpr"
-                constants[name] = value
-                continue
-            signature[name] = parameter.annotation_type or _type_of(name, value)
-            if isinstance(value, Tensor) or (specialized and is_integer and value % 16 == 0):
-                attributes[(index,)] = _ALIGNED
-        return ASTSource(self.kernel, signature, constants, attributes)
+    def run(self) -> None:
+        """Launch on the current stream."""
+        # Fusion of multiplications and additions is given, because its default differs by version of Triton.
+        self.kernel[self.grid](
+            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True
+        )
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
@@ -85,19 +64,14 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
 
 def _run(launches: Sequence[Launch]) -> None:
     for launch in launches:
-        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+        launch.run()
 
 
-def _type_of(name: str, value: object) -> str:
-    if isinstance(value, Tensor):
-        return _POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    raise TypeError(
-        f"argument {name}: a kernel takes tensors, ints, floats and None, not {type(value).__name__}"
-    )
+def zero(*tensors: Tensor | None) -> None:
+    """Fill those that are there with zeros."""
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.zero_()
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:
@@ -120,3 +94,31 @@ def stride_unit(tensors: Iterable[Tensor]) -> int:
     """
     divisor = math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))
     return 1 if divisor == 16 else divisor
+
+
+_LIKE = {
+    **{"k": "q", "v": "k", "out": "q", "g": "q", "dk": "g", "dv": "dk", "pred": "out"},
+    **{f"{name}_pred": name for name in ("q", "k", "v", "g", "dk", "dv")},
+}
+"""Whose token stride a kernel takes for each of the others where it is given None."""
+
+
+def token_strides(tokens: Tensors, *, shared: bool = True) -> dict[str, int | None]:
+    """UNIT, and in it the strides of token tensors: (B, T, H, D), or (B, P, M, H, D) if named "pred".
+
+    With ``shared`` a token stride is None where it equals that of its entry in `_LIKE`, or where there is no
+    tensor: equal strides share registers.
+    """
+    unit = stride_unit(x for x in tokens.values() if x is not None)
+    strides: dict[str, int | None] = {"UNIT": unit}
+    for name, x in tokens.items():
+        named = named_strides(name, x, "bpth" if "pred" in name else "bth")
+        strides |= {argument: stride // unit for argument, stride in named.items()}
+    if not shared:
+        return strides
+    own = {name: strides[f"stride_{name}_t"] for name in tokens}
+    for name, other in _LIKE.items():
+        if name in tokens and other in tokens:
+            own[name] = own[other] if tokens[name] is None else own[name]
+            strides[f"stride_{name}_t"] = None if own[name] == own[other] else own[name]
+    return strides

@@ -19,33 +19,25 @@ registers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import cdiv
 
-from .configs import SCAN_TILE, padded
-from .configs_bwd import PopBwdConfig, SweepConfig, pop_bwd_config
+from .configs import padded
+from .configs_bwd import PopBwdConfig, Sweep, pop_bwd_config, sweeps_for
 from .gpus import architecture_of, dot_precision, multiprocessors_of
-from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
-from .pop_bwd_sweep import pop_bwd_kernel, scan_back_kernel
+from .launch import Launch, Tensors, named_strides, run, token_strides, with_contiguous_rows, zero
+from .pop_bwd_sweep import pop_bwd_kernel
 from .pop_fwd import plan_pop_fwd
-
-Tensors = Mapping[str, Tensor | None]
+from .split import plan_scan
 
 _INPUTS = ("q", "k", "v", "q_pred", "k_pred", "v_pred", "state")
 
-_ROLES = ("q", "k", "v", "g", "dk", "dv")
-"""The token tensors of a sweep, g the outputs' gradient; each has a prediction twin, <role>_pred."""
-
-_SWAPPED = {"q": "g", "k": "v", "v": "k", "g": "q", "dk": "dv", "dv": "dk"}
-"""The sweep for dv finds dk where these have changed places and the states are transposed."""
-
-
-_LIKE = {"k": "q", "v": "k", "g": "q", "dk": "g", "dv": "dk"}
-"""Whose token stride each shares, if it is equal: then the kernel is given None."""
+_READ = ("q", "q_pred", "k", "k_pred", "v", "v_pred", "g", "g_pred")
+"""The token tensors that a sweep reads, g the outputs' gradient."""
 
 
 def plan_pop_bwd(
@@ -75,7 +67,7 @@ def plan_pop_bwd(
     results = list(grads.values())
     if grad_pred is None:
         # Predictions without a gradient pass none on: the rest goes as if they were not there.
-        _zero(grads, "q_pred", "k_pred", "v_pred")
+        zero(*(grads[name] for name in ("q_pred", "k_pred", "v_pred")))
         q_pred, k_pred, v_pred = q_pred[:, :0], k_pred[:, :0], v_pred[:, :0]
         grad_pred = v_pred if grad_out is None else v_pred.to(grad_out.dtype)
         grads |= dict.fromkeys(("q_pred", "k_pred", "v_pred"))
@@ -85,7 +77,7 @@ def plan_pop_bwd(
     P, M = q_pred.shape[1:3] if q_pred.numel() > 0 else (0, 0)
     num_boundaries = max(N, P + offset if P > 0 else 0)
     if B * num_boundaries == 0 or (grad_out is None and P == 0 and grad_state is None):
-        _zero(grads, *_INPUTS)
+        zero(*results)
         if grads["state"] is not None and grad_state is not None:
             grads["state"].copy_(grad_state)
         return [], results
@@ -120,10 +112,9 @@ def plan_pop_bwd(
             wanted=(with_q, with_q_pred, False),
             architecture=architecture,
         )
-    _zero(grads, *(() if with_q else ("q",)), *(() if with_q_pred else ("q_pred",)))
+    zero(None if with_q else grads["q"], None if with_q_pred else grads["q_pred"])
     read = (q, q_pred, k, k_pred, v, v_pred, g, g_pred)
-    names = (f"{role}{twin}" for role in _ROLES for twin in ("", "_pred"))
-    tokens = dict(zip(names, map(with_contiguous_rows, read), strict=False))
+    tokens = dict(zip(_READ, map(with_contiguous_rows, read), strict=True))
     common = {
         **{"p_log_decay": log_decay, "scale": scale, "N": N, "L": lengths[0], "P": P, "M": M},
         **{"offset": offset, "num_boundaries": num_boundaries, "H": H, "PRECISION": precision},
@@ -151,36 +142,11 @@ def _allocate(
     return grads
 
 
-def _zero(grads: Tensors, *names: str) -> None:
-    for name in names:
-        grad = grads[name]
-        if grad is not None:
-            grad.zero_()
-
-
-_NO_KEYS, _NO_VALUES = ({f"d{x}": None, f"d{x}_pred": None} for x in "kv")
-
-
-def _sweeps_for(tokens: Tensors, config: PopBwdConfig) -> list[tuple[SweepConfig, Tensors, bool]]:
-    """One sweep for dk and dv, or one for each, of those that are wanted: what `_sweep` takes first."""
-    with_keys, with_values = (
-        any(tokens[name] is not None for name in pair) for pair in (_NO_KEYS, _NO_VALUES)
-    )
-    if config.both is not None and with_keys and with_values:
-        return [(config.both, tokens, False)]
-    sweeps: list[tuple[SweepConfig, Tensors, bool]] = []
-    if with_values:
-        sweeps.append((config.values, tokens | _NO_KEYS, False))
-    if with_keys:
-        sweeps.append((config.keys, _swapped(tokens) | _NO_KEYS, True))
-    return sweeps
-
-
 def _plan_alone(tokens: Tensors, common: dict[str, Any], config: PopBwdConfig) -> list[Launch]:
     """The sweeps for gradients of k_pred and v_pred alone: each prediction is a program of its own."""
     if common["P"] == 0:
         return []
-    return [_sweep(*sweep, common, None, None, None, True) for sweep in _sweeps_for(tokens, config)]
+    return [_launch(sweep, common, None, None, None, split=True) for sweep in sweeps_for(tokens, config)]
 
 
 def _plan_sweeps(
@@ -200,112 +166,71 @@ def _plan_sweeps(
         after, before: the gradients of the last and of the first state, (B, H, Dk, Dv), or None.
         config: which sweeps, and how each cuts its work.
     """
-    sweeps = _sweeps_for(tokens, config)
-    only_states = (config.values, tokens | _NO_KEYS | _NO_VALUES, False)
+    sweeps = sweeps_for(tokens, config)
+    nothing = {name: None for name in tokens if name.startswith(("dk", "dv"))}
+    only_states = Sweep(config.values, {**tokens, **nothing}, swapped=False)
     if not config.split:
         sweeps = sweeps or ([only_states] if before is not None else [])
         befores = [before, None]
-        return [_sweep(*s, common, reset, after, b, False) for s, b in zip(sweeps, befores, strict=False)]
+        return [
+            _launch(sweep, common, reset, after, found, split=False)
+            for sweep, found in zip(sweeps, befores, strict=False)
+        ]
     if not sweeps and before is None:
         return []
-    (B, _, H, Dk), Dv = tokens["q"].shape, tokens["v"].shape[-1]
-    added = torch.empty(
-        (B, common["num_boundaries"], H, Dk, Dv), dtype=torch.float32, device=tokens["q"].device
-    )
-    ends = torch.empty_like(added)
+    (B, T, H, Dk), Dv, boundaries = tokens["q"].shape, tokens["v"].shape[-1], common["num_boundaries"]
+    added = torch.empty((B * boundaries, H, Dk, Dv), dtype=torch.float32, device=tokens["q"].device)
+    shared = {
+        **{"p_log_decay": common["p_log_decay"], "p_bounds": None, "H": H, "T": T, "num_sequences": B},
+        **{"stretch": common["L"], "per_sequence": boundaries, "SEQUENCES": 0},
+    }
+    scan, ends = plan_scan(added, after, before, shared, reset=reset, reverse=True)
+    added, ends = (x.unflatten(0, (B, boundaries)) for x in (added, ends))
     return [
-        _sweep(*only_states, common, None, None, added, True),
-        _scan(common, added, reset, after, ends, before),
-        *(_sweep(*sweep, common, None, ends, None, True) for sweep in sweeps),
+        _launch(only_states, common, None, None, added, split=True),
+        scan,
+        *(_launch(sweep, common, None, ends, None, split=True) for sweep in sweeps),
     ]
 
 
-def _swapped(tokens: Tensors) -> dict[str, Tensor | None]:
-    return {f"{role}{twin}": tokens[f"{_SWAPPED[role]}{twin}"] for role in _ROLES for twin in ("", "_pred")}
-
-
-def _sweep(
-    config: SweepConfig,
-    tokens: Tensors,
-    transposed: bool,
+def _launch(
+    sweep: Sweep,
     common: dict[str, Any],
     reset: Tensor | None,
     after: Tensor | None,
     before: Tensor | None,
+    *,
     split: bool,
 ) -> Launch:
     """One reverse sweep; `after` and `before` are (B, H, Dk, Dv), in a split (B, boundaries, H, Dk, Dv)."""
-    if transposed:
+    config, tokens = sweep.config, sweep.tokens
+    if sweep.swapped:
         after, before = (None if x is None else x.mT for x in (after, before))
     B, Dk, Dv = tokens["q"].shape[0], tokens["q"].shape[-1], tokens["g"].shape[-1]
-    unit = stride_unit(x for x in tokens.values() if x is not None)
-    arguments = {
-        **common,
-        **{f"p_{name}": x for name, x in tokens.items()},
-        **_token_strides(tokens, unit),
-        **{"p_after": after, "p_before": before, "p_reset": reset},
-        **_state_strides("after", after),
-        **_state_strides("before", before),
-        **named_strides("reset", reset, "bn"),
-        **{"DK": Dk, "DV": Dv, "COLS_K": padded(Dk), "COLS_V": config.cols_v, "TILE": config.tile},
-        **{"ONE_TILE": config.tile >= common["M"], "SCALE_V": config.scale_v},
-        **{"UNIT": unit, "SPLIT": split},
-    }
     programs = B * common["H"] * cdiv(Dv, config.cols_v)
     return Launch(
         kernel=pop_bwd_kernel,
         grid=(programs * common["num_boundaries"] if split else programs,),
-        arguments={name: arguments[name] for name in pop_bwd_kernel.arg_names},
+        arguments={
+            **common,
+            **{f"p_{name}": x for name, x in tokens.items()},
+            **token_strides(tokens),
+            **{"p_after": after, "p_before": before, "p_reset": reset},
+            **_state_strides("after", after),
+            **_state_strides("before", before),
+            **named_strides("reset", reset, "bn"),
+            **{"DK": Dk, "DV": Dv, "COLS_K": padded(Dk), "COLS_V": config.cols_v, "TILE": config.tile},
+            **{"ONE_TILE": config.tile >= common["M"], "SCALE_V": config.scale_v, "SPLIT": split},
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-def _token_strides(tokens: Tensors, unit: int) -> dict[str, int | None]:
-    """Strides in units; a token's is None where it is that of `_LIKE`, or for a twin its counterpart's."""
-    strides: dict[str, int | None] = {}
-    for role in _ROLES:
-        strides |= named_strides(role, tokens[role], "bth")
-        strides |= named_strides(f"{role}_pred", tokens[f"{role}_pred"], "bpth")
-    strides = {argument: stride // unit for argument, stride in strides.items()}
-    like = {**_LIKE, **{f"{role}_pred": role for role in _ROLES}}
-    for name, other in like.items():
-        if tokens[name] is None:
-            strides[f"stride_{name}_t"] = strides[f"stride_{other}_t"]
-    same = [x for x, other in like.items() if strides[f"stride_{x}_t"] == strides[f"stride_{other}_t"]]
-    return strides | {f"stride_{name}_t": None for name in same}
 
 
 def _state_strides(name: str, states: Tensor | None) -> dict[str, int]:
     if states is not None and states.dim() == 5:
         return named_strides(name, states, "bnhkv")
     return {**named_strides(name, states, "bhkv"), f"stride_{name}_n": 0}
-
-
-def _scan(
-    common: dict[str, Any],
-    added: Tensor,
-    reset: Tensor | None,
-    after: Tensor | None,
-    ends: Tensor,
-    before: Tensor | None,
-) -> Launch:
-    B, _, H, Dk, Dv = added.shape
-    rows, cols = SCAN_TILE
-    arguments = {
-        **common,
-        **{"p_added": added, "p_after": after, "p_reset": reset, "p_ends": ends, "p_before": before},
-        **named_strides("after", after, "bhkv"),
-        **named_strides("reset", reset, "bn"),
-        **{"DK": Dk, "DV": Dv, "ROWS": rows, "COLS": cols},
-    }
-    return Launch(
-        kernel=scan_back_kernel,
-        grid=(B * H * cdiv(Dv, cols), cdiv(Dk, rows)),
-        arguments={name: arguments[name] for name in scan_back_kernel.arg_names},
-        num_warps=4,
-        num_stages=2,
-    )
 
 
 def pop_bwd(

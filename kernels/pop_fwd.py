@@ -16,11 +16,11 @@ chooses:
   a prediction. Tile counts are constexprs, there is no `if` and no inner loop, and what is absent is masked
   to no rows: only so does Triton's pipeliner fetch the next block's tiles with async copies.
 - steps (pop_fwd_steps.py): one tile at a time, whatever L, M and the head dims are.
-- split (pop_fwd_split.py): where batch x heads x slices leave half of the GPU idle, the block states come
-  first, by two small kernels, and then each block is a program of its own, in either form.
+- split (split.py): where batch x heads x slices leave half of the GPU idle, the block states come first, by
+  two small kernels, and then each block is a program of its own, in either form.
 
-In low precision the scores and the state are rounded to the tokens' dtype where they are operands of a dot,
-which keeps the bounds of RELIABILITY.md (about 0.1% each in bfloat16); the state itself stays float32.
+In low precision the scores and the state are rounded to the tokens' dtype where they are operands of a dot
+(about 0.1% each in bfloat16); the state itself stays float32.
 
 Grid: (batch · blocks if split · H · slices of Dv,), slices next to each other, because they read the same q
 and k.
@@ -36,12 +36,11 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from . import tiles
-from .configs import SCAN_TILE, PopConfig, padded, pop_config, tail_rows
+from . import split, tiles
+from .configs import PopConfig, padded, pop_config, tail_rows
 from .gpus import architecture_of, dot_precision, multiprocessors_of
-from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
-from .pop_fwd_split import block_states_kernel, scan_blocks_kernel
-from .pop_fwd_steps import RUN_TIME, chunk_powers, pass_tile, pop_fwd_steps_kernel, token_stride
+from .launch import Launch, named_strides, run, token_strides, with_contiguous_rows
+from .pop_fwd_steps import RUN_TIME, pop_fwd_steps_kernel
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -118,17 +117,17 @@ def pop_fwd_kernel(
     """For each block n: o_(n,i) and B_(n+1), and the o_(p,i) that start from B_(n+AFTER) (formulas above).
 
     A block is FULL_L tiles and a tail of up to TAIL_L rows, a prediction FULL_M and TAIL_M. Strides of token
-    tensors are counted in UNIT elements; token strides of None are another's, see `_LIKE`. SPLIT: one block a
-    program, from its own state. p_out or p_pred is None: those outputs are not found.
+    tensors are counted in UNIT elements; token strides of None are another's (`launch.token_strides`). SPLIT:
+    one block a program, from its own state. p_out or p_pred is None: those outputs are not found.
     """
-    stride_q_t = token_stride(stride_q_t, 0, UNIT)
-    stride_k_t = token_stride(stride_k_t, stride_q_t, UNIT)
-    stride_v_t = token_stride(stride_v_t, stride_k_t, UNIT)
-    stride_out_t = token_stride(stride_out_t, stride_q_t, UNIT)
-    stride_q_pred_t = token_stride(stride_q_pred_t, stride_q_t, UNIT)
-    stride_k_pred_t = token_stride(stride_k_pred_t, stride_k_t, UNIT)
-    stride_v_pred_t = token_stride(stride_v_pred_t, stride_v_t, UNIT)
-    stride_pred_t = token_stride(stride_pred_t, stride_out_t, UNIT)
+    stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
+    stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)
+    stride_v_t = tiles.token_stride(stride_v_t, stride_k_t, UNIT)
+    stride_out_t = tiles.token_stride(stride_out_t, stride_q_t, UNIT)
+    stride_q_pred_t = tiles.token_stride(stride_q_pred_t, stride_q_t, UNIT)
+    stride_k_pred_t = tiles.token_stride(stride_k_pred_t, stride_k_t, UNIT)
+    stride_v_pred_t = tiles.token_stride(stride_v_pred_t, stride_v_t, UNIT)
+    stride_pred_t = tiles.token_stride(stride_pred_t, stride_out_t, UNIT)
     strides = (stride_q_t, stride_k_t, stride_v_t, stride_out_t)
     strides_pred = (stride_q_pred_t, stride_k_pred_t, stride_v_pred_t, stride_pred_t)
     COLUMNS: tl.constexpr = (COLS_K, COLS_V, DK, DV)
@@ -169,11 +168,11 @@ def pop_fwd_kernel(
     log_decay = tiles.load_log_decay(p_log_decay, i_h)
     tail_l = L - FULL_L * TILE
     if FULL_L + FULL_M > 0:
-        powers = chunk_powers(log_decay, scale, TILE, TILE)
+        powers = tiles.chunk_powers(log_decay, scale, TILE, TILE)
     if TAIL_L > 0:
-        powers_tail_l = chunk_powers(log_decay, scale, tail_l, TAIL_L)
+        powers_tail_l = tiles.chunk_powers(log_decay, scale, tail_l, TAIL_L)
     if TAIL_M > 0:
-        powers_tail_m = chunk_powers(log_decay, scale, TAIL_M, TAIL_M)
+        powers_tail_m = tiles.chunk_powers(log_decay, scale, TAIL_M, TAIL_M)
 
     for n in range(first, last):
         if p_reset is not None:
@@ -182,7 +181,7 @@ def pop_fwd_kernel(
             starts = tl.load(p_reset, mask=n + 1 < N, other=0)
         b_branch = b_state
         for t in tl.static_range(FULL_L):
-            b_state = pass_tile(
+            b_state = tiles.pass_tile(
                 (p_q, p_k, p_v, p_out),
                 strides,
                 (n * L + t * TILE, N * L, N * L, first_col),
@@ -197,7 +196,7 @@ def pop_fwd_kernel(
             )
         if TAIL_L > 0:
             end_main = tl.minimum(n * L + L, N * L)
-            b_state = pass_tile(
+            b_state = tiles.pass_tile(
                 (p_q, p_k, p_v, p_out),
                 strides,
                 (n * L + FULL_L * TILE, end_main, end_main, first_col),
@@ -224,7 +223,7 @@ def pop_fwd_kernel(
             None if p_pred is None else p_pred + o_p * stride_pred_p * UNIT,
         )
         for t in tl.static_range(FULL_M):
-            b_branch = pass_tile(
+            b_branch = tiles.pass_tile(
                 pointers,
                 strides_pred,
                 (t * TILE, end_row, end_row, first_col),
@@ -238,7 +237,7 @@ def pop_fwd_kernel(
                 t < FULL_M - 1 or TAIL_M > 0,
             )
         if TAIL_M > 0:
-            pass_tile(
+            tiles.pass_tile(
                 pointers,
                 strides_pred,
                 (FULL_M * TILE, end_row, end_row, first_col),
@@ -309,92 +308,90 @@ def plan_pop_fwd(
             multiprocessors=multiprocessors_of(q.device),
         )
     tokens = dict(zip(_TOKENS, (q, k, v, q_pred, k_pred, v_pred), strict=True))
-    tokens = {name: with_contiguous_rows(x) for name, x in tokens.items()} | {"out": out, "pred": pred}
-    state = None if state is None else with_contiguous_rows(state)
-    arguments: dict[str, Any] = {f"p_{name}": x for name, x in tokens.items()}
-    arguments |= {f"p_{name}": None for name, want in zip(("out", "pred"), wanted, strict=False) if not want}
-    arguments |= {
-        "p_log_decay": log_decay,
-        "p_state": state,
-        "p_reset": reset,
-        "p_final": final if wanted[2] else None,
-        "scale": scale,
-    }
-    arguments |= {"N": N, "L": L, "P": P, "M": M, "offset": offset, "num_blocks": num_blocks, "AFTER": after}
-    arguments |= {"H": H, "DK": Dk, "DV": Dv, "PRECISION": precision} | _tiling(config, Dk, L, M)
-    arguments |= _token_strides(tokens) | named_strides("reset", reset, "bn")
-    arguments |= named_strides("state", state, "bhk") | {"stride_state_n": 0}
-    kernel = pop_fwd_steps_kernel if config.steps else pop_fwd_kernel
+    tokens = {name: with_contiguous_rows(x) for name, x in tokens.items()}
+    before = None if state is None else with_contiguous_rows(state)
     programs = B * H * cdiv(Dv, config.cols_v)
+    launches: list[Launch] = []
+    last = final if wanted[2] else None
     if config.split:
-        states, starts = _plan_states(tokens["k"], tokens["v"], arguments, config)
-        arguments |= {"p_state": starts, "p_final": None} | named_strides("state", starts, "bnhk")
-        launches = [*states, _launch(kernel, (programs * num_blocks,), arguments, config)]
-    else:
-        launches = [_launch(kernel, (programs,), arguments, config)]
-    return launches, (out, pred, final)
+        shared = {"p_log_decay": log_decay, "p_bounds": None, "H": H, "T": T, "num_sequences": B}
+        shared |= {"stretch": L, "per_sequence": num_blocks, "SEQUENCES": 0}
+        launches, before = _plan_states(
+            tokens["k"], tokens["v"], before, last, reset, shared, precision, config
+        )
+        programs, last = programs * num_blocks, None
+    tokens |= {"out": out, "pred": pred}
+    found = {
+        name: x if want else None for name, x, want in zip(("out", "pred"), (out, pred), wanted, strict=False)
+    }
+    walk = Launch(
+        kernel=pop_fwd_steps_kernel if config.steps else pop_fwd_kernel,
+        grid=(programs,),
+        arguments={
+            **{f"p_{name}": x for name, x in (tokens | found).items()},
+            **{
+                "p_log_decay": log_decay,
+                "p_state": before,
+                "p_reset": reset,
+                "p_final": last,
+                "scale": scale,
+            },
+            **{"N": N, "L": L, "P": P, "M": M, "offset": offset, "num_blocks": num_blocks, "AFTER": after},
+            **{"H": H, "DK": Dk, "DV": Dv, "PRECISION": precision},
+            **_tiling(config, Dk, L, M),
+            **token_strides(tokens),
+            **named_strides("reset", reset, "bn"),
+            **named_strides("state", before, "bnhk" if config.split else "bhk"),
+            **({} if config.split else {"stride_state_n": 0}),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return [*launches, walk], (out, pred, final)
 
 
 _TOKENS = ("q", "k", "v", "q_pred", "k_pred", "v_pred")
 
-# Whose token stride a kernel takes for each of the others where it is given None.
-_LIKE = {"k": "q", "v": "k", "out": "q", "q_pred": "q", "k_pred": "k", "v_pred": "v", "pred": "out"}
-
 
 def _tiling(config: PopConfig, Dk: int, L: int, M: int) -> dict[str, int]:
     tile = config.tile
-    return {
-        "TILE": tile,
-        "COLS_K": padded(Dk),
-        "COLS_V": config.cols_v,
-        "FULL_L": L // tile,
-        "TAIL_L": tail_rows(L, tile),
-        "FULL_M": M // tile,
-        "TAIL_M": tail_rows(M, tile),
-        "ONE_TILE": tile >= M,
-        "SCALE_V": config.scale_v,
-        "SPLIT": config.split,
+    common = {
+        **{"TILE": tile, "COLS_K": padded(Dk), "COLS_V": config.cols_v},
+        **{"SCALE_V": config.scale_v, "SPLIT": config.split},
     }
-
-
-def _token_strides(tokens: dict[str, Tensor]) -> dict[str, int | None]:
-    """Strides of token tensors in UNIT elements; token strides are None where `_LIKE` finds them equal."""
-    unit = stride_unit(tokens.values())
-    strides: dict[str, int | None] = {"UNIT": unit}
-    for name, x in tokens.items():
-        named = named_strides(name, x, "bpth" if "pred" in name else "bth")
-        strides |= {argument: stride // unit for argument, stride in named.items()}
-    same = [
-        name for name, like in _LIKE.items() if strides[f"stride_{name}_t"] == strides[f"stride_{like}_t"]
-    ]
-    return strides | {f"stride_{name}_t": None for name in same}
+    if config.steps:
+        return {**common, "ONE_TILE": tile >= M}
+    tails = {"TAIL_L": tail_rows(L, tile), "TAIL_M": tail_rows(M, tile)}
+    return {**common, "FULL_L": L // tile, "FULL_M": M // tile, **tails}
 
 
 def _plan_states(
-    k: Tensor, v: Tensor, arguments: dict[str, Any], config: PopConfig
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    final: Tensor | None,
+    reset: Tensor | None,
+    shared: dict[str, Any],
+    precision: str,
+    config: PopConfig,
 ) -> tuple[list[Launch], Tensor]:
-    """The launches that compute the state before every block, and where: (B, blocks, H, Dk, Dv)."""
-    B, _, H, Dk = k.shape
-    Dv, N = v.shape[-1], arguments["N"]
-    added = k.new_empty((B, N, H, Dk, Dv), dtype=torch.float32)
-    starts = k.new_empty((B, arguments["num_blocks"], H, Dk, Dv), dtype=torch.float32)
-    rows, cols = SCAN_TILE
-    sums = arguments | {"p_added": added} | named_strides("k", k, "bth") | named_strides("v", v, "bth")
-    scan = arguments | {"p_added": added, "p_starts": starts, "ROWS": rows, "COLS": cols}
-    return [
-        _launch(block_states_kernel, (B * N * H * cdiv(Dv, config.cols_v),), sums, config),
-        _launch(scan_blocks_kernel, (B * H * cdiv(Dv, cols), cdiv(Dk, rows)), scan, config),
-    ], starts
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], config: PopConfig) -> Launch:
-    return Launch(
-        kernel=kernel,
-        grid=grid,
-        arguments={name: arguments[name] for name in kernel.arg_names},
+    """The launches that find the state before every block, (B, blocks, H, Dk, Dv), and the final one."""
+    B, num_blocks = shared["num_sequences"], shared["per_sequence"]
+    first, added = split.plan_added(
+        k,
+        v,
+        shared,
+        stretches=B * num_blocks,
+        rows=config.tile,
+        cols_v=config.cols_v,
+        precision=precision,
+        scale_v=config.scale_v,
+        every=True,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    scan, states = split.plan_scan(added, state, final, shared, reset=reset)
+    return [first, scan], states.unflatten(0, (B, num_blocks))
 
 
 def pop_fwd(

@@ -16,91 +16,6 @@ from . import tiles
 RUN_TIME = ["N", "P", "L", "M", "offset", "num_blocks", "stride_reset_b", "stride_reset_n"]
 
 
-@triton.jit
-def token_stride(stride, other, UNIT: tl.constexpr):
-    """A token stride from one in units, or the other where it is None: equal strides share registers."""
-    return other if stride is None else (stride if UNIT == 1 else tl.cast(stride, tl.int64) * UNIT)
-
-
-@triton.jit
-def chunk_powers(log_decay, scale, length, ROWS: tl.constexpr):
-    """The powers of γ for a chunk of `length` tokens: from_start, within, to_end, whole, rest."""
-    whole, rest = tiles.decay_across(log_decay, length)
-    b_from_start = tiles.decay_from_start(log_decay, scale, ROWS)
-    b_within = tiles.decay_within(log_decay, scale, ROWS)
-    return b_from_start, b_within, tiles.decay_to_end(log_decay, length, ROWS), whole, rest
-
-
-@triton.jit
-def chosen(is_pred, p_main, p_pred, o_pred):
-    """The main tokens' pointer or, o_pred elements on, the predictions'; the other where one is None."""
-    if p_main is None:
-        p_here = p_pred + o_pred
-    elif p_pred is None:
-        p_here = p_main
-    else:
-        p_here = tl.where(is_pred, p_pred + o_pred, p_main)
-    return p_here
-
-
-@triton.jit
-def end_of(is_pred, end_row, p_main, p_pred):
-    """end_row, but 0 for tokens whose pointer is None."""
-    if p_main is None:
-        end_row = tl.where(is_pred, end_row, 0)
-    elif p_pred is None:
-        end_row = tl.where(is_pred, 0, end_row)
-    return end_row
-
-
-@triton.jit
-def pass_tile(
-    pointers,
-    strides,
-    place,
-    b_state,
-    powers,
-    here,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SCALE_V: tl.constexpr,
-    TAKE_IN: tl.constexpr,
-):
-    """Write the outputs of one tile, given the state before it; return the state after it if TAKE_IN.
-
-    Args:
-        pointers, strides: of q, k, v and the output (None: none is found); strides are those of tokens.
-        place: first row; ends of the rows that exist, and of those with outputs; first column of the slice.
-        b_state: the state before the tile.
-        powers: from `chunk_powers`.
-        here: whether the tile exists; where not, its rows must be masked, and the state stays as it is.
-        COLUMNS: COLS_K, COLS_V, DK, DV.
-    """
-    p_q, p_k, p_v, p_out = pointers
-    stride_q, stride_k, stride_v, stride_out = strides
-    first_row, end_row, end_out, first_col = place
-    b_from_start, b_within, b_to_end, whole, rest = powers
-    COLS_K: tl.constexpr = COLUMNS[0]
-    COLS_V: tl.constexpr = COLUMNS[1]
-    DK: tl.constexpr = COLUMNS[2]
-    DV: tl.constexpr = COLUMNS[3]
-    if p_out is not None:
-        b_q = tiles.load_tile(p_q, stride_q, end_out, 0, ROWS, COLS_K, DK, first_row)
-    b_k = tiles.load_tile(p_k, stride_k, end_row, 0, ROWS, COLS_K, DK, first_row)
-    b_v = tiles.load_tile(p_v, stride_v, end_row, first_col, ROWS, COLS_V, DV, first_row)
-    if p_out is not None:
-        b_q, grow_q = tiles.as_operand(b_q, b_k.dtype, tiles.LARGEST_TOKEN)
-        b_operand, grow = tiles.as_operand(b_state, b_k.dtype)
-        b_out = tiles.chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
-        tiles.store_tile(p_out, b_out * grow_q, stride_out, end_out, first_col, ROWS, COLS_V, DV, first_row)
-    if TAKE_IN:
-        whole = tl.where(here, whole, 1.0)
-        rest = tl.where(here, rest, 0.0)
-        b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
-    return b_state
-
-
 @triton.jit(do_not_specialize=RUN_TIME)
 def pop_fwd_steps_kernel(
     p_q,
@@ -174,10 +89,10 @@ def pop_fwd_steps_kernel(
     Strides are as in `pop_fwd_kernel`. ONE_TILE: a prediction fits into one tile, and simply leaves the state
     as it was. SPLIT: one block a program, from its own state. p_out or p_pred is None: those are not found.
     """
-    stride_q_t = token_stride(stride_q_t, 0, UNIT)
-    stride_k_t = token_stride(stride_k_t, stride_q_t, UNIT)
-    stride_v_t = token_stride(stride_v_t, stride_k_t, UNIT)
-    stride_out_t = token_stride(stride_out_t, stride_q_t, UNIT)
+    stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
+    stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)
+    stride_v_t = tiles.token_stride(stride_v_t, stride_k_t, UNIT)
+    stride_out_t = tiles.token_stride(stride_out_t, stride_q_t, UNIT)
     COLUMNS: tl.constexpr = (COLS_K, COLS_V, DK, DV)
 
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
@@ -240,23 +155,23 @@ def pop_fwd_steps_kernel(
             tl.where(is_pred, p_q_pred + o_p * stride_q_pred_p * UNIT, p_q),
             tl.where(is_pred, p_k_pred + o_p * stride_k_pred_p * UNIT, p_k),
             tl.where(is_pred, p_v_pred + o_p * stride_v_pred_p * UNIT, p_v),
-            chosen(is_pred, p_out, p_pred, o_p * stride_pred_p * UNIT),
+            tiles.chosen(is_pred, p_out, p_pred, o_p * stride_pred_p * UNIT),
         )
         strides = (
-            tl.where(is_pred, token_stride(stride_q_pred_t, stride_q_t, UNIT), stride_q_t),
-            tl.where(is_pred, token_stride(stride_k_pred_t, stride_k_t, UNIT), stride_k_t),
-            tl.where(is_pred, token_stride(stride_v_pred_t, stride_v_t, UNIT), stride_v_t),
-            tl.where(is_pred, token_stride(stride_pred_t, stride_out_t, UNIT), stride_out_t),
+            tl.where(is_pred, tiles.token_stride(stride_q_pred_t, stride_q_t, UNIT), stride_q_t),
+            tl.where(is_pred, tiles.token_stride(stride_k_pred_t, stride_k_t, UNIT), stride_k_t),
+            tl.where(is_pred, tiles.token_stride(stride_v_pred_t, stride_v_t, UNIT), stride_v_t),
+            tl.where(is_pred, tiles.token_stride(stride_pred_t, stride_out_t, UNIT), stride_out_t),
         )
         first_row = tl.where(is_pred, t_pred * TILE, n * L + t_main * TILE)
         end_pred = tl.where((i_p >= 0) & (i_p < P), M, 0)
         end_row = tl.where(is_pred, end_pred, tl.minimum(n * L + L, N * L))
         length = tl.maximum(tl.minimum(end_row - first_row, TILE), 0)
         whole, rest = tiles.decay_across(log_decay, length)
-        b_next = pass_tile(
+        b_next = tiles.pass_tile(
             pointers,
             strides,
-            (first_row, end_row, end_of(is_pred, end_row, p_out, p_pred), first_col),
+            (first_row, end_row, tiles.end_of(is_pred, end_row, p_out, p_pred), first_col),
             b_state,
             (b_from_start, b_within, tiles.decay_to_end(log_decay, length, TILE), whole, rest),
             True,

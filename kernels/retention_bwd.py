@@ -24,7 +24,7 @@ chooses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,20 +32,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .configs import MOST_PACKED_IN_A_SPLIT, SCAN_COLUMNS, padded
-from .configs_bwd import RetentionBwdConfig, SweepConfig, retention_bwd_config
+from . import split, tiles
+from .configs import padded
+from .configs_bwd import RetentionBwdConfig, Sweep, retention_bwd_config, sweeps_for
 from .gpus import architecture_of, dot_precision, multiprocessors_of
-from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
-from .pop_bwd_sweep import load_state, pull_tile, store_state
-from .pop_fwd_steps import token_stride
-from .retention_fwd import count_stretches, find_stretch, inside, plan_retention_fwd
-
-# Arguments that differ from call to call: none of their values compiles a kernel anew.
-_RUN_TIME = ["H", "T", "num_sequences", "stretch", "per_sequence"]
+from .launch import Launch, Tensors, run, token_strides, with_contiguous_rows, zero
+from .retention_fwd import plan_retention_fwd
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize=split.RUN_TIME)
 def retention_bwd_kernel(
     p_q,
     p_k,
@@ -98,21 +93,22 @@ def retention_bwd_kernel(
         dk_j = γ^(n-1-j) v_j Eᵀ + Σ_{i>=j} c γ^(i-j) (v_j·g_i) q_i
 
     chunk by chunk from the last; what has no pointer (dk, dv, E before the stretch) is not found. Strides of
-    token tensors are counted in UNIT elements; token strides of None are q's. TRANSPOSED: so lie the states.
+    token tensors are counted in UNIT elements; token strides of None are another's (`launch.token_strides`).
+    TRANSPOSED: so lie the states.
     """
-    stride_q_t = token_stride(stride_q_t, 0, UNIT)
-    stride_k_t = token_stride(stride_k_t, stride_q_t, UNIT)
-    stride_v_t = token_stride(stride_v_t, stride_q_t, UNIT)
-    stride_g_t = token_stride(stride_g_t, stride_q_t, UNIT)
-    stride_dk_t = token_stride(stride_dk_t, stride_q_t, UNIT)
-    stride_dv_t = token_stride(stride_dv_t, stride_q_t, UNIT)
+    stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
+    stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)
+    stride_v_t = tiles.token_stride(stride_v_t, stride_k_t, UNIT)
+    stride_g_t = tiles.token_stride(stride_g_t, stride_q_t, UNIT)
+    stride_dk_t = tiles.token_stride(stride_dk_t, stride_g_t, UNIT)
+    stride_dv_t = tiles.token_stride(stride_dv_t, stride_dk_t, UNIT)
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
     COLUMNS: tl.constexpr = (COLS_K, COLS_V, DK, DV)
     first_col = (tl.program_id(0) % SLICES) * COLS_V
     i_nh = tl.program_id(0) // SLICES
     i_n = i_nh // H
     i_h = (i_nh % H).to(tl.int64)
-    _, i_row, start, end, is_last = find_stretch(
+    _, i_row, start, end, is_last = split.find_stretch(
         i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
     )
     i_row = i_row.to(tl.int64) if p_bounds is None else 0
@@ -133,7 +129,7 @@ def retention_bwd_kernel(
         b_grad = tl.zeros((COLS_K, COLS_V), tl.float32)
     else:
         p_after += i_nh.to(tl.int64) * (DK * DV)
-        b_grad = load_state(p_after, strides, first_col, COLS_K, COLS_V, rows, DV)
+        b_grad = tiles.load_state(p_after, strides, first_col, COLS_K, COLS_V, rows, DV)
     log_decay = tiles.load_log_decay(p_log_decay, i_h)
     b_within = tl.trans(tiles.decay_within(log_decay, scale, ROWS))
     b_from_start = tiles.decay_from_start(log_decay, scale, ROWS)
@@ -142,7 +138,7 @@ def retention_bwd_kernel(
         i_t = start + (num_chunks - 1 - i) * ROWS
         length = tl.minimum(end - i_t, ROWS)
         whole, rest = tiles.decay_across(log_decay, length)
-        b_grad = pull_tile(
+        b_grad = tiles.pull_tile(
             (p_q, p_k, p_v, p_g, p_dk, p_dv),
             (stride_q_t, stride_k_t, stride_v_t, stride_g_t, stride_dk_t, stride_dv_t),
             (i_t, end, end, end, first_col),
@@ -156,69 +152,7 @@ def retention_bwd_kernel(
         )
     if p_before is not None:
         p_before += i_nh.to(tl.int64) * (DK * DV)
-        store_state(p_before, b_grad, strides, first_col, COLS_K, COLS_V, rows, DV)
-
-
-@triton.jit(do_not_specialize=_RUN_TIME)
-def scan_back_kernel(
-    p_added,
-    p_log_decay,
-    p_after,
-    p_bounds,
-    p_ends,
-    p_before,
-    H,
-    T,
-    num_sequences,
-    stretch,
-    per_sequence,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    COLS_K: tl.constexpr,
-    COLS_V: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-):
-    """E_m = γ^n E_(m+1) + A_m from a sequence's last stretch to its first; n tokens each, fewer in the last.
-
-    A_m is what stretch m adds; every E_(m+1) goes to p_ends, the E before the first stretch to p_before.
-    """
-    SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
-    first_col = (tl.program_id(0) % SLICES) * COLS_V
-    i_sh = tl.program_id(0) // SLICES
-    i_s = i_sh // H
-    i_h = (i_sh % H).to(tl.int64)
-    if p_bounds is None:
-        first = i_s * per_sequence
-        count = per_sequence
-        tokens = T
-    else:
-        b_count = count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES)
-        o_s = tl.arange(0, SEQUENCES)
-        first = tl.sum(tl.where(o_s < i_s, b_count, 0), 0)
-        count = tl.sum(tl.where(o_s == i_s, b_count, 0), 0)
-        # Wrong bounds, which nobody checks on a GPU, could ask for more stretches than there is room for.
-        count = tl.minimum(count, T // stretch + num_sequences - first)
-        tokens = inside(tl.load(p_bounds + i_s + 1), T) - inside(tl.load(p_bounds + i_s), T)
-    if p_after is None:
-        b_grad = tl.zeros((COLS_K, COLS_V), tl.float32)
-    else:
-        p_after += i_sh.to(tl.int64) * (DK * DV)
-        b_grad = tiles.load_tile(p_after, DV, DK, first_col, COLS_K, COLS_V, DV)
-    log_decay = tiles.load_log_decay(p_log_decay, i_h)
-    p_added += i_h * (DK * DV)
-    p_ends += i_h * (DK * DV)
-    stride = H.to(tl.int64) * (DK * DV)
-    for i in tl.range(count, num_stages=4):
-        i_m = count - 1 - i
-        place = (first + i_m) * stride
-        b_added = tiles.load_tile(p_added + place, DV, DK, first_col, COLS_K, COLS_V, DV)
-        tiles.store_tile(p_ends + place, b_grad, DV, DK, first_col, COLS_K, COLS_V, DV)
-        length = tl.minimum(tokens - i_m * stretch, stretch)
-        whole, rest = tiles.decay_across(log_decay, length)
-        b_grad = tiles.advance(b_grad, whole, rest, b_added)
-    if p_before is not None:
-        p_before += i_sh.to(tl.int64) * (DK * DV)
-        tiles.store_tile(p_before, b_grad, DV, DK, first_col, COLS_K, COLS_V, DV)
+        tiles.store_state(p_before, b_grad, strides, first_col, COLS_K, COLS_V, rows, DV)
 
 
 def plan_retention_bwd(
@@ -244,7 +178,7 @@ def plan_retention_bwd(
         for x, need in zip((q, k, v, state), needs, strict=True)
     )
     if sequences == 0 or T == 0 or (grad_out is None and grad_state is None):
-        _zero(dq, dk, dv, dstate)
+        zero(dq, dk, dv, dstate)
         if dstate is not None and grad_state is not None:
             dstate.copy_(grad_state)
         return [], [dq, dk, dv, dstate]
@@ -263,7 +197,7 @@ def plan_retention_bwd(
         )
     launches: list[Launch] = []
     if grad_out is None:
-        _zero(dq)
+        zero(dq)
         grad_out = torch.zeros(Dv, dtype=v.dtype, device=v.device).expand(v.shape)
     elif dq is not None:
         before = None if state is None else state.mT
@@ -272,133 +206,67 @@ def plan_retention_bwd(
         )
     tokens = {"q": q, "k": k, "v": v, "g": grad_out}
     tokens = {role: with_contiguous_rows(x) for role, x in tokens.items()}
-    common = {
+    shared = {
         **{"p_log_decay": log_decay.contiguous(), "scale": scale, "PRECISION": precision},
         **{"p_bounds": None if cu_seqlens is None else cu_seqlens.contiguous()},
         **{"H": H, "T": T, "num_sequences": sequences},
     }
     after = None if grad_state is None else grad_state.contiguous()
-    sweeps = _plan_sweeps({**tokens, "dk": dk, "dv": dv}, after, dstate, common, config)
+    sweeps = _plan_sweeps({**tokens, "dk": dk, "dv": dv}, after, dstate, shared, config)
     return launches + sweeps, [dq, dk, dv, dstate]
 
 
-def _zero(*grads: Tensor | None) -> None:
-    for grad in grads:
-        if grad is not None:
-            grad.zero_()
-
-
 def _plan_sweeps(
-    tokens: Mapping[str, Tensor | None],
+    tokens: Tensors,
     after: Tensor | None,
     before: Tensor | None,
-    common: dict[str, Any],
+    shared: dict[str, Any],
     config: RetentionBwdConfig,
 ) -> list[Launch]:
     """The sweeps that fill tokens' dk and dv, and `before`, the first state's gradient, from the last's."""
-    only_states = {**tokens, "dk": None, "dv": None}
-    sweeps: list[tuple[SweepConfig, Mapping[str, Tensor | None], bool]] = []
-    if config.both is not None and tokens["dk"] is not None and tokens["dv"] is not None:
-        sweeps = [(config.both, tokens, False)]
-    else:
-        if tokens["dv"] is not None:
-            sweeps.append((config.values, {**tokens, "dk": None}, False))
-        if tokens["dk"] is not None:
-            sweeps.append((config.keys, {**_swapped(tokens), "dk": None}, True))
+    sweeps = sweeps_for(tokens, config)
+    only_states = Sweep(config.values, {**tokens, "dk": None, "dv": None}, swapped=False)
+    packed = shared["p_bounds"] is not None
+    stretches, stretch = split.cut(shared["T"], shared["num_sequences"], config.stretch, packed=packed)
+    shared |= stretch
     if config.stretch is None:
-        if not sweeps and before is not None:
-            sweeps = [(config.values, only_states, False)]
+        sweeps = sweeps or ([only_states] if before is not None else [])
         befores = [before, None]  # the first sweep finds it on its way
-        common |= {"stretch": common["T"], "per_sequence": 1, "SEQUENCES": 0}
         return [
-            _sweep(*sweep, common["num_sequences"], after, found, common)
+            _launch(sweep, stretches, after, found, shared)
             for sweep, found in zip(sweeps, befores, strict=False)
         ]
     if not sweeps and before is None:
         return []
-    sequences, packed = common["num_sequences"], common["p_bounds"] is not None
-    per_sequence = triton.cdiv(common["T"], config.stretch)
-    # Each packed sequence may end in a stretch that is not full.
-    stretches = common["T"] // config.stretch + sequences if packed else sequences * per_sequence
-    common |= {
-        **{"stretch": config.stretch, "per_sequence": per_sequence},
-        "SEQUENCES": MOST_PACKED_IN_A_SPLIT + 1 if packed else 0,
-    }
-    shape = (stretches, common["H"], tokens["q"].shape[-1], tokens["v"].shape[-1])
-    added, ends = (torch.empty(shape, dtype=torch.float32, device=tokens["q"].device) for _ in range(2))
+    shape = (stretches, shared["H"], tokens["q"].shape[-1], tokens["v"].shape[-1])
+    added = torch.empty(shape, dtype=torch.float32, device=tokens["q"].device)
+    scan, ends = split.plan_scan(added, after, before, shared, reverse=True)
     return [
-        _sweep(config.values, only_states, False, stretches, None, added, common),
-        _scan(added, after, ends, before, common, config.values.num_warps),
-        *(_sweep(*sweep, stretches, ends, None, common) for sweep in sweeps),
+        _launch(only_states, stretches, None, added, shared),
+        scan,
+        *(_launch(sweep, stretches, ends, None, shared) for sweep in sweeps),
     ]
 
 
-def _swapped(tokens: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The sweep for dv finds dk where these have changed places and the states are transposed."""
-    places = {"q": "g", "k": "v", "v": "k", "g": "q", "dk": "dv", "dv": "dk"}
-    return {role: tokens[place] for role, place in places.items()}
-
-
-def _sweep(
-    config: SweepConfig,
-    tokens: Mapping[str, Tensor | None],
-    transposed: bool,
-    stretches: int,
-    after: Tensor | None,
-    before: Tensor | None,
-    common: dict[str, Any],
+def _launch(
+    sweep: Sweep, stretches: int, after: Tensor | None, before: Tensor | None, shared: dict[str, Any]
 ) -> Launch:
     """One reverse sweep; `after` and `before` are (stretches, H, Dk, Dv), of the roles before any swap."""
+    config, tokens = sweep.config, sweep.tokens
     Dk, Dv = tokens["q"].shape[-1], tokens["g"].shape[-1]
-    unit = stride_unit(x for x in tokens.values() if x is not None)
-    arguments = {
-        **common,
-        **{f"p_{role}": x for role, x in tokens.items()},
-        **_token_strides(tokens, unit),
-        **{"p_after": after, "p_before": before},
-        **{"DK": Dk, "DV": Dv, "ROWS": config.tile, "COLS_K": padded(Dk), "COLS_V": config.cols_v},
-        **{"SCALE_V": config.scale_v, "UNIT": unit, "TRANSPOSED": transposed},
-    }
     return Launch(
         kernel=retention_bwd_kernel,
-        grid=(stretches * common["H"] * triton.cdiv(Dv, config.cols_v),),
-        arguments={name: arguments[name] for name in retention_bwd_kernel.arg_names},
+        grid=(stretches * shared["H"] * triton.cdiv(Dv, config.cols_v),),
+        arguments={
+            **shared,
+            **{f"p_{role}": x for role, x in tokens.items()},
+            **token_strides(tokens),
+            **{"p_after": after, "p_before": before},
+            **{"DK": Dk, "DV": Dv, "ROWS": config.tile, "COLS_K": padded(Dk), "COLS_V": config.cols_v},
+            **{"SCALE_V": config.scale_v, "TRANSPOSED": sweep.swapped},
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
-
-
-def _token_strides(tokens: Mapping[str, Tensor | None], unit: int) -> dict[str, int | None]:
-    """Strides in units; a token's is None where it is q's."""
-    strides: dict[str, int | None] = {}
-    for role, x in tokens.items():
-        strides |= {name: stride // unit for name, stride in named_strides(role, x, "bth").items()}
-    for role, x in tokens.items():
-        if role != "q" and (x is None or strides[f"stride_{role}_t"] == strides["stride_q_t"]):
-            strides[f"stride_{role}_t"] = None
-    return strides
-
-
-def _scan(
-    added: Tensor,
-    after: Tensor | None,
-    ends: Tensor,
-    before: Tensor | None,
-    common: dict[str, Any],
-    num_warps: int,
-) -> Launch:
-    Dk, Dv = added.shape[-2:]
-    arguments = {
-        **common,
-        **{"p_added": added, "p_after": after, "p_ends": ends, "p_before": before},
-        **{"DK": Dk, "DV": Dv, "COLS_K": padded(Dk), "COLS_V": SCAN_COLUMNS},
-    }
-    return Launch(
-        kernel=scan_back_kernel,
-        grid=(common["num_sequences"] * common["H"] * triton.cdiv(Dv, SCAN_COLUMNS),),
-        arguments={name: arguments[name] for name in scan_back_kernel.arg_names},
-        num_warps=num_warps,
-        num_stages=2,
     )
 
 

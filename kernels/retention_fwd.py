@@ -21,71 +21,19 @@ Grid: (stretches · H · slices of Dv,), slices next to each other, because they
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
-from .configs import MOST_PACKED_IN_A_SPLIT, SCAN_COLUMNS, RetentionConfig, retention_config
+from . import split, tiles
+from .configs import RetentionConfig, retention_config
 from .gpus import architecture_of, dot_precision, multiprocessors_of
-from .launch import Launch, named_strides, run, stride_unit, with_contiguous_rows
-from .pop_fwd_steps import token_stride
+from .launch import Launch, named_strides, run, token_strides, with_contiguous_rows
 from .retention_step import plan_retention_step
 
-# Arguments that differ from call to call: none of their values compiles a kernel anew.
-_RUN_TIME = ["H", "T", "num_sequences", "stretch", "per_sequence"]
 
-
-@triton.jit
-def inside(bound, T):
-    """A boundary of packed sequences as it should be: a wrong one cannot lead outside the T tokens."""
-    return tl.minimum(tl.maximum(bound, 0), T).to(tl.int32)
-
-
-@triton.jit
-def count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES: tl.constexpr):
-    """How many stretches each packed sequence has: at least one, and 0 for places past the last sequence."""
-    o_s = tl.arange(0, SEQUENCES)
-    m_s = o_s < num_sequences
-    b_start = inside(tl.load(p_bounds + o_s, mask=m_s, other=0), T)
-    b_end = inside(tl.load(p_bounds + o_s + 1, mask=m_s, other=0), T)
-    return tl.where(m_s, tl.maximum(tl.cdiv(b_end - b_start, stretch), 1), 0)
-
-
-@triton.jit
-def find_stretch(i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES: tl.constexpr):
-    """Stretch i_n: its sequence, that one's row in the batch, first token, end, whether it ends its sequence.
-
-    SEQUENCES is a power of two above num_sequences in a split of packed sequences, otherwise 0.
-    """
-    i_row = 0
-    here = i_n >= 0
-    if p_bounds is None:
-        i_s = i_n // per_sequence
-        i_row = i_s
-        start = (i_n % per_sequence) * stretch
-        last = T
-    elif SEQUENCES == 0:
-        i_s = i_n
-        start = inside(tl.load(p_bounds + i_s), T)
-        last = inside(tl.load(p_bounds + i_s + 1), T)
-    else:
-        b_count = count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES)
-        m_before = tl.cumsum(b_count, 0) <= i_n
-        i_s = tl.sum(m_before.to(tl.int32), 0)
-        here = i_s < num_sequences
-        i_s = tl.minimum(i_s, num_sequences - 1)
-        i_stretch = i_n - tl.sum(tl.where(m_before, b_count, 0), 0)
-        start = inside(tl.load(p_bounds + i_s), T) + i_stretch * stretch
-        last = inside(tl.load(p_bounds + i_s + 1), T)
-    length = tl.where(here, tl.minimum(last - start, stretch), 0)
-    return i_s, i_row, start, start + length, here & (start + length == last)
-
-
-@triton.jit(do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize=split.RUN_TIME)
 def retention_fwd_kernel(
     p_q,
     p_k,
@@ -133,16 +81,16 @@ def retention_fwd_kernel(
     chunk by chunk; the stretch that ends a sequence leaves S in p_final (None: nowhere). Strides of token
     tensors are counted in UNIT elements.
     """
-    stride_q_t = token_stride(stride_q_t, None, UNIT)
-    stride_k_t = token_stride(stride_k_t, None, UNIT)
-    stride_v_t = token_stride(stride_v_t, None, UNIT)
-    stride_out_t = token_stride(stride_out_t, None, UNIT)
+    stride_q_t = tiles.token_stride(stride_q_t, None, UNIT)
+    stride_k_t = tiles.token_stride(stride_k_t, None, UNIT)
+    stride_v_t = tiles.token_stride(stride_v_t, None, UNIT)
+    stride_out_t = tiles.token_stride(stride_out_t, None, UNIT)
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
     first_col = (tl.program_id(0) % SLICES) * COLS_V
     i_nh = tl.program_id(0) // SLICES
     i_n = i_nh // H
     i_h = (i_nh % H).to(tl.int64)
-    i_s, i_row, start, end, is_last = find_stretch(
+    i_s, i_row, start, end, is_last = split.find_stretch(
         i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
     )
     if p_bounds is None:
@@ -179,117 +127,6 @@ def retention_fwd_kernel(
     if p_final is not None:
         p_final += (i_s.to(tl.int64) * H + i_h) * (DK * DV)
         tiles.store_tile(p_final, b_state, DV, tl.where(is_last, DK, 0), first_col, COLS_K, COLS_V, DV)
-
-
-@triton.jit(do_not_specialize=_RUN_TIME)
-def stretch_states_kernel(
-    p_k,
-    p_v,
-    p_log_decay,
-    p_bounds,
-    p_added,
-    H,
-    T,
-    num_sequences,
-    stretch,
-    per_sequence,
-    stride_k_b: tl.int64,
-    stride_k_t,
-    stride_k_h,
-    stride_v_b: tl.int64,
-    stride_v_t,
-    stride_v_h,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS_K: tl.constexpr,
-    COLS_V: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SCALE_V: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """A_m = Σ_j γ^(n-1-j) k_jᵀ v_j, what stretch m of n tokens adds to the state; not for a last one.
-
-    Strides are counted in UNIT elements.
-    """
-    stride_k_t = token_stride(stride_k_t, None, UNIT)
-    stride_v_t = token_stride(stride_v_t, None, UNIT)
-    SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
-    first_col = (tl.program_id(0) % SLICES) * COLS_V
-    i_nh = tl.program_id(0) // SLICES
-    i_n = i_nh // H
-    i_h = (i_nh % H).to(tl.int64)
-    _, i_row, start, end, is_last = find_stretch(
-        i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
-    )
-    end = tl.where(is_last, start, end)
-    p_k += (i_row.to(tl.int64) * stride_k_b + i_h * stride_k_h) * UNIT
-    p_v += (i_row.to(tl.int64) * stride_v_b + i_h * stride_v_h) * UNIT
-    log_decay = tiles.load_log_decay(p_log_decay, i_h)
-    b_to_end = tiles.decay_to_end(log_decay, ROWS, ROWS)
-    whole, rest = tiles.decay_across(log_decay, ROWS)
-    b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
-    for i_t in range(start, end, ROWS):  # whole chunks: `stretch` is a multiple of ROWS
-        b_k = tiles.load_tile(p_k, stride_k_t, end, 0, ROWS, COLS_K, DK, i_t)
-        b_v = tiles.load_tile(p_v, stride_v_t, end, first_col, ROWS, COLS_V, DV, i_t)
-        b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
-    p_added += i_nh.to(tl.int64) * (DK * DV)
-    tiles.store_tile(p_added, b_state, DV, tl.where(start < end, DK, 0), first_col, COLS_K, COLS_V, DV)
-
-
-@triton.jit(do_not_specialize=_RUN_TIME)
-def scan_states_kernel(
-    p_added,
-    p_log_decay,
-    p_state,
-    p_bounds,
-    p_starts,
-    H,
-    T,
-    num_sequences,
-    stretch,
-    per_sequence,
-    stride_state_b,
-    stride_state_h,
-    stride_state_k,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    COLS_K: tl.constexpr,
-    COLS_V: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-):
-    """B_(m+1) = γ^n B_m + A_m over the stretches m of one sequence, of n tokens each; writes every B_m."""
-    SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
-    first_col = (tl.program_id(0) % SLICES) * COLS_V
-    i_sh = tl.program_id(0) // SLICES
-    i_s = i_sh // H
-    i_h = (i_sh % H).to(tl.int64)
-    if p_bounds is None:
-        first = i_s * per_sequence
-        count = per_sequence
-    else:
-        b_count = count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES)
-        o_s = tl.arange(0, SEQUENCES)
-        first = tl.sum(tl.where(o_s < i_s, b_count, 0), 0)
-        count = tl.sum(tl.where(o_s == i_s, b_count, 0), 0)
-        # Wrong bounds, which nobody checks on a GPU, could ask for more stretches than there is room for.
-        count = tl.minimum(count, T // stretch + num_sequences - first)
-    if p_state is None:
-        b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
-    else:
-        p_state += i_s.to(tl.int64) * stride_state_b + i_h * stride_state_h
-        b_state = tiles.load_tile(p_state, stride_state_k, DK, first_col, COLS_K, COLS_V, DV)
-    whole, rest = tiles.decay_across(tiles.load_log_decay(p_log_decay, i_h), stretch)
-    p_added += i_h * (DK * DV)
-    p_starts += i_h * (DK * DV)
-    stride = H.to(tl.int64) * (DK * DV)
-    for i_n in tl.range(first, first + count - 1, num_stages=4):
-        b_added = tiles.load_tile(p_added + i_n * stride, DV, DK, first_col, COLS_K, COLS_V, DV)
-        tiles.store_tile(p_starts + i_n * stride, b_state, DV, DK, first_col, COLS_K, COLS_V, DV)
-        b_state = tiles.advance(b_state, whole, rest, b_added)
-    p_starts += (first + count - 1) * stride
-    tiles.store_tile(p_starts, b_state, DV, DK, first_col, COLS_K, COLS_V, DV)
 
 
 def plan_retention_fwd(
@@ -337,60 +174,47 @@ def plan_retention_fwd(
             multiprocessors=multiprocessors_of(q.device),
         )
     q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
-    state = None if state is None else with_contiguous_rows(state)
-    bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
-    arguments = {
-        **{"p_q": q, "p_k": k, "p_v": v, "p_log_decay": log_decay.contiguous(), "p_bounds": bounds},
-        **{"p_state": state, "p_out": out, "scale": scale},
-        "p_final": final if with_final else None,
-        **{"H": H, "T": T, "num_sequences": sequences},
-        **{"DK": Dk, "DV": Dv, "ROWS": config.rows, "COLS_K": config.cols_k, "COLS_V": config.cols_v},
-        **{"PRECISION": precision, "SCALE_V": config.scale_v, "UNIT": stride_unit((q, k, v, out))},
+    shared = {
+        **{"p_log_decay": log_decay.contiguous(), "H": H, "T": T, "num_sequences": sequences},
+        **{"p_bounds": None if cu_seqlens is None else cu_seqlens.contiguous()},
     }
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        strides = named_strides(name, tensor, "bth")
-        arguments |= {key: stride // arguments["UNIT"] for key, stride in strides.items()}
-    arguments |= named_strides("state", state, "bhk")
-    launches = _one_sweep(arguments, config) if config.stretch is None else _split(arguments, config)
-    return launches, (out, final)
-
-
-def _one_sweep(arguments: dict[str, Any], config: RetentionConfig) -> list[Launch]:
-    arguments |= {"stretch": arguments["T"], "per_sequence": 1, "SEQUENCES": 0}
-    return [_launch(retention_fwd_kernel, arguments["num_sequences"], arguments, config)]
-
-
-def _split(arguments: dict[str, Any], config: RetentionConfig) -> list[Launch]:
-    T, sequences, out = (arguments[name] for name in ("T", "num_sequences", "p_out"))
-    packed = arguments["p_bounds"] is not None
-    per_sequence = triton.cdiv(T, config.stretch)
-    # Each packed sequence may end in a stretch that is not full.
-    stretches = T // config.stretch + sequences if packed else sequences * per_sequence
-    shape = (stretches, arguments["H"], arguments["DK"], arguments["DV"])
-    added, starts = (torch.empty(shape, dtype=torch.float32, device=out.device) for _ in range(2))
-    arguments |= {
-        **{"stretch": config.stretch, "per_sequence": per_sequence},
-        **{"SEQUENCES": MOST_PACKED_IN_A_SPLIT + 1 if packed else 0},
-        **{"p_added": added, "p_starts": starts},
-    }
-    from_starts = {**arguments, "p_state": starts, **named_strides("state", starts, "bhk")}
-    return [
-        _launch(stretch_states_kernel, stretches, arguments, config),
-        _launch(scan_states_kernel, sequences, {**arguments, "COLS_V": SCAN_COLUMNS}, config),
-        _launch(retention_fwd_kernel, stretches, from_starts, config),
-    ]
-
-
-def _launch(kernel: Any, pieces: int, arguments: dict[str, Any], config: RetentionConfig) -> Launch:
-    """A program for each piece (stretch or sequence), head and slice of Dv."""
-    slices = triton.cdiv(arguments["DV"], arguments["COLS_V"])
-    return Launch(
-        kernel=kernel,
-        grid=(pieces * arguments["H"] * slices,),
-        arguments={name: arguments[name] for name in kernel.arg_names},
+    tokens = {"q": q, "k": k, "v": v, "out": out}
+    before = None if state is None else with_contiguous_rows(state)
+    launches: list[Launch] = []
+    stretches, stretch = split.cut(T, sequences, config.stretch, packed=cu_seqlens is not None)
+    shared |= stretch
+    if config.stretch is not None:
+        first, added = split.plan_added(
+            k,
+            v,
+            shared,
+            stretches=stretches,
+            rows=config.rows,
+            cols_v=config.cols_v,
+            precision=precision,
+            scale_v=config.scale_v,
+            every=False,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        scan, before = split.plan_scan(added, before, None, shared)
+        launches = [first, scan]
+    sweep = Launch(
+        kernel=retention_fwd_kernel,
+        grid=(stretches * H * triton.cdiv(Dv, config.cols_v),),
+        arguments={
+            **shared,
+            **{f"p_{name}": x for name, x in tokens.items()},
+            **{"p_state": before, "p_final": final if with_final else None, "scale": scale},
+            **{"DK": Dk, "DV": Dv, "ROWS": config.rows, "COLS_K": config.cols_k, "COLS_V": config.cols_v},
+            **{"PRECISION": precision, "SCALE_V": config.scale_v},
+            **token_strides(tokens, shared=False),
+            **named_strides("state", before, "bhk"),
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    return [*launches, sweep], (out, final)
 
 
 def retention_fwd(

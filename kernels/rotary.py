@@ -1,15 +1,15 @@
-"""Rotary positions: queries and keys turned by an angle a token, in one launch and one pass over memory.
+"""Rotary positions: queries and keys rotated by an angle a token, in one launch and one pass over memory.
 
-Feature x and its partner y, a pair, turn by the angle φ of their token and their pair:
+Feature x and its partner y, a pair, rotate by the angle φ of their token and their pair:
 
     x' = x cos φ - y sin φ
     y' = y cos φ + x sin φ
 
-Pairs are neighbours (2i, 2i + 1) in "retnet" and half a head apart (i, i + Dk/2) in "rope". The inverse turns
-by -φ; it is also the transpose, so it maps gradients of q' and k' to gradients of q and k.
+Pairs are neighbours (2i, 2i + 1) in "retnet" and half a head apart (i, i + Dk/2) in "rope". The inverse
+rotates by -φ; it is also the transpose, so it maps gradients of q' and k' to gradients of q and k.
 
-Grid: one dimension. A program owns TOKENS of the B · T tokens, reads their cosines and sines once, and turns
-all heads of q and of k with them; they are float32, and so is the arithmetic.
+Grid: one dimension. A program owns TOKENS of the B · T tokens, reads their cosines and sines once, and
+rotates all heads of q and of k with them; they are float32, and so is the arithmetic.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .launch import Launch, named_strides, run, with_contiguous_rows
 
 
 @triton.jit
-def turned_pair(b_x, b_y, b_cos, b_sin):
+def rotated_pair(b_x, b_y, b_cos, b_sin):
     """(x cos φ - y sin φ, y cos φ + x sin φ)."""
     return b_x * b_cos - b_y * b_sin, b_y * b_cos + b_x * b_sin
 
 
 @triton.jit
-def turn_tile(
+def rotate_tile(
     p_in,
     p_out,
     o_in,
@@ -42,14 +42,14 @@ def turn_tile(
     PAIRS: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
 ):
-    """Turn one head of one tile of tokens; o_in and o_out are the offsets of its rows."""
+    """Rotate one head of one tile of tokens; o_in and o_out are the offsets of its rows."""
     if NEIGHBOURS:
         # One load of whole rows, whose pairs each thread then holds: two strided loads would read twice.
         o_d = tl.arange(0, 2 * PAIRS)
         mask = m_token[:, None] & (o_d < D)[None, :]
         b_pairs = tl.load(p_in + o_in[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
         b_x, b_y = tl.split(tl.reshape(b_pairs, (b_pairs.shape[0], PAIRS, 2)))
-        b_x, b_y = turned_pair(b_x, b_y, b_cos, b_sin)
+        b_x, b_y = rotated_pair(b_x, b_y, b_cos, b_sin)
         b_pairs = tl.reshape(tl.join(b_x, b_y), (b_pairs.shape[0], 2 * PAIRS))
         tl.store(p_out + o_out[:, None] + o_d[None, :], b_pairs.to(p_out.dtype.element_ty), mask=mask)
     else:
@@ -58,7 +58,7 @@ def turn_tile(
         p_x = p_in + o_in[:, None] + o_d[None, :]
         b_x = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
         b_y = tl.load(p_x + D // 2, mask=mask, other=0.0).to(tl.float32)
-        b_x, b_y = turned_pair(b_x, b_y, b_cos, b_sin)
+        b_x, b_y = rotated_pair(b_x, b_y, b_cos, b_sin)
         p_x = p_out + o_out[:, None] + o_d[None, :]
         tl.store(p_x, b_x.to(p_out.dtype.element_ty), mask=mask)
         tl.store(p_x + D // 2, b_y.to(p_out.dtype.element_ty), mask=mask)
@@ -113,7 +113,7 @@ def rotary_fwd_kernel(
     o_out = i_row * H * D
     for h in range(H):
         i_head = tl.cast(h, tl.int64)
-        turn_tile(
+        rotate_tile(
             p_q,
             p_q_out,
             o_q + i_head * stride_q_h,
@@ -125,7 +125,7 @@ def rotary_fwd_kernel(
             PAIRS,
             NEIGHBOURS,
         )
-        turn_tile(
+        rotate_tile(
             p_k,
             p_k_out,
             o_k + i_head * stride_k_h,
@@ -142,16 +142,16 @@ def rotary_fwd_kernel(
 def rotary_fwd(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kind: str, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned, as `retpop.position.rotate` does; with ``inverse``, turned back.
+    """Queries and keys rotated, as by `retpop.position.rotate`; with ``inverse``, rotated back.
 
     Args:
         q, k: (B, T, H, Dk), Dk even.
         cos, sin: (B or 1, T, 1, Dk), float32, of `retpop.position.rotation_at`.
         kind: "retnet" (neighbouring pairs) or "rope" (pairs half a head apart).
-        inverse: turn by the opposite angle.
+        inverse: rotate by the opposite angle.
 
     Returns:
-        q and k turned, contiguous.
+        q and k rotated, contiguous.
     """
     launches, outputs = plan_rotary_fwd(q, k, cos, sin, kind, inverse=inverse)
     run(launches, q.device)

@@ -76,6 +76,30 @@ def store_tile(
 
 
 @triton.jit
+def load_state(p_state, strides, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, DK, DV, first_row=0):
+    """Rows first_row.. and columns first_col.. of a state of DK rows and DV columns, with any two strides."""
+    o_row = (first_row + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    o_col = (first_col + tl.arange(0, COLS))[None, :].to(tl.int64)
+    m_state = (o_row < DK) & (o_col < DV)
+    return tl.load(p_state + o_row * strides[0] + o_col * strides[1], mask=m_state, other=0.0)
+
+
+@triton.jit
+def store_state(p_state, b_state, strides, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, DK, DV):
+    """Write what `load_state` would read."""
+    o_row = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    o_col = (first_col + tl.arange(0, COLS))[None, :].to(tl.int64)
+    m_state = (o_row < DK) & (o_col < DV)
+    tl.store(p_state + o_row * strides[0] + o_col * strides[1], b_state, mask=m_state)
+
+
+@triton.jit
+def token_stride(stride, other, UNIT: tl.constexpr):
+    """A token stride from one in units, or the other where it is None: equal strides share registers."""
+    return other if stride is None else (stride if UNIT == 1 else tl.cast(stride, tl.int64) * UNIT)
+
+
+@triton.jit
 def load_log_decay(p_log_decay, i_h):
     """ln γ of head i_h, -inf made finite."""
     return tl.maximum(tl.load(p_log_decay + i_h), LOG_ZERO)
@@ -118,6 +142,15 @@ def _expm1_near_zero(x):
     for n in tl.static_range(9, 1, -1):
         series = 1.0 + series * x * (1.0 / n)
     return x * series
+
+
+@triton.jit
+def chunk_powers(log_decay, scale, length, ROWS: tl.constexpr):
+    """The powers of γ for a chunk of `length` tokens: from_start, within, to_end, whole, rest."""
+    whole, rest = decay_across(log_decay, length)
+    b_from_start = decay_from_start(log_decay, scale, ROWS)
+    b_within = decay_within(log_decay, scale, ROWS)
+    return b_from_start, b_within, decay_to_end(log_decay, length, ROWS), whole, rest
 
 
 @triton.jit
@@ -180,3 +213,127 @@ def chunk_state(
         b_k = (b_k * b_to_end).to(b_k.dtype)
     b_added = tl.dot(tl.trans(b_k), b_v, rest * b_state / grow_v, input_precision=PRECISION)
     return whole * b_state + b_added * grow_v
+
+
+@triton.jit
+def pass_tile(
+    pointers,
+    strides,
+    place,
+    b_state,
+    powers,
+    here,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr,
+    TAKE_IN: tl.constexpr,
+):
+    """Write the outputs of one tile, given the state before it; return the state after it if TAKE_IN.
+
+    Args:
+        pointers, strides: of q, k, v and the output (None: none is found); strides are those of tokens.
+        place: first row; ends of the rows that exist, and of those with outputs; first column of the slice.
+        b_state: the state before the tile.
+        powers: from `chunk_powers`.
+        here: whether the tile exists; where not, its rows must be masked, and the state stays as it is.
+        COLUMNS: COLS_K, COLS_V, DK, DV.
+    """
+    p_q, p_k, p_v, p_out = pointers
+    stride_q, stride_k, stride_v, stride_out = strides
+    first_row, end_row, end_out, first_col = place
+    b_from_start, b_within, b_to_end, whole, rest = powers
+    COLS_K: tl.constexpr = COLUMNS[0]
+    COLS_V: tl.constexpr = COLUMNS[1]
+    DK: tl.constexpr = COLUMNS[2]
+    DV: tl.constexpr = COLUMNS[3]
+    if p_out is not None:
+        b_q = load_tile(p_q, stride_q, end_out, 0, ROWS, COLS_K, DK, first_row)
+    b_k = load_tile(p_k, stride_k, end_row, 0, ROWS, COLS_K, DK, first_row)
+    b_v = load_tile(p_v, stride_v, end_row, first_col, ROWS, COLS_V, DV, first_row)
+    if p_out is not None:
+        b_q, grow_q = as_operand(b_q, b_k.dtype, LARGEST_TOKEN)
+        b_operand, grow = as_operand(b_state, b_k.dtype)
+        b_out = chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
+        store_tile(p_out, b_out * grow_q, stride_out, end_out, first_col, ROWS, COLS_V, DV, first_row)
+    if TAKE_IN:
+        whole = tl.where(here, whole, 1.0)
+        rest = tl.where(here, rest, 0.0)
+        b_state = chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
+    return b_state
+
+
+@triton.jit
+def pull_tile(
+    pointers,
+    strides,
+    place,
+    b_grad,
+    b_seen,
+    powers,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr,
+):
+    """Write dk and dv (where their pointers are) of one tile; return the gradient of the state before it.
+
+    The outputs' gradient may be wider than the other tokens, or where they have changed places q.
+
+    Args:
+        pointers, strides: of q, k, v, the outputs' gradient, dk and dv; strides are those of tokens.
+        place: first row; ends of the rows that exist, and of those with dk and with dv; first column of the
+            slice of Dv.
+        b_grad, b_seen: E, which is carried on, and E as dk and dv see it.
+        powers: to_end, within (transposed), from_start, whole, rest.
+        COLUMNS: COLS_K, COLS_V, DK, DV.
+    """
+    p_q, p_k, p_v, p_g, p_dk, p_dv = pointers
+    stride_q, stride_k, stride_v, stride_g, stride_dk, stride_dv = strides
+    first_row, end_row, end_dk, end_dv, first_col = place
+    b_to_end, b_within, b_from_start, whole, rest = powers
+    COLS_K: tl.constexpr = COLUMNS[0]
+    COLS_V: tl.constexpr = COLUMNS[1]
+    DK: tl.constexpr = COLUMNS[2]
+    DV: tl.constexpr = COLUMNS[3]
+    TYPE_Q: tl.constexpr = p_q.dtype.element_ty
+    TYPE_G: tl.constexpr = p_g.dtype.element_ty
+    TYPE: tl.constexpr = TYPE_G if TYPE_G.primitive_bitwidth < TYPE_Q.primitive_bitwidth else TYPE_Q
+    b_operand, grow = as_operand(b_seen, TYPE)
+    b_q = load_tile(p_q, stride_q, end_row, 0, ROWS, COLS_K, DK, first_row)
+    b_g = load_tile(p_g, stride_g, end_row, first_col, ROWS, COLS_V, DV, first_row)
+    b_q, grow_q = as_operand(b_q, TYPE, LARGEST_TOKEN)
+    b_g, grow_g = as_operand(b_g, TYPE, LARGEST_TOKEN)
+    grow_g = grow_q * grow_g  # each sum below has a factor of both
+    grow = grow / grow_g
+    if p_dv is not None:
+        b_k = load_tile(p_k, stride_k, end_dv, 0, ROWS, COLS_K, DK, first_row)
+        b_dv = chunk_output(b_k, b_q, b_g, b_operand, grow, b_to_end, b_within, PRECISION)
+        store_tile(p_dv, b_dv * grow_g, stride_dv, end_dv, first_col, ROWS, COLS_V, DV, first_row)
+    if p_dk is not None:
+        b_v = load_tile(p_v, stride_v, end_dk, first_col, ROWS, COLS_V, DV, first_row)
+        b_dk = chunk_output(b_v, b_g, b_q, tl.trans(b_operand), grow, b_to_end, b_within, PRECISION)
+        store_tile(p_dk, b_dk * grow_g, stride_dk, end_dk, 0, ROWS, COLS_K, DK, first_row)
+    return chunk_state(b_grad, b_q, b_g, b_from_start, whole, rest, PRECISION, SCALE_V, grow_g)
+
+
+@triton.jit
+def chosen(is_pred, p_main, p_pred, o_pred):
+    """The main tokens' pointer or, o_pred elements on, the predictions'; the other where one is None."""
+    if p_main is None:
+        p_here = p_pred + o_pred
+    elif p_pred is None:
+        p_here = p_main
+    else:
+        p_here = tl.where(is_pred, p_pred + o_pred, p_main)
+    return p_here
+
+
+@triton.jit
+def end_of(is_pred, end_row, p_main, p_pred):
+    """end_row, but 0 for tokens whose pointer is None."""
+    if p_main is None:
+        end_row = tl.where(is_pred, end_row, 0)
+    elif p_pred is None:
+        end_row = tl.where(is_pred, 0, end_row)
+    return end_row

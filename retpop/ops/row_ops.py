@@ -98,7 +98,7 @@ def _compute_norm_gate_gradients(
 
 
 def _launch_norm_gate_gradients(*arguments: Any) -> list[Tensor]:
-    return [grad for grad in kernels("norm_gate_bwd").norm_gate_bwd(*arguments) if grad is not None]
+    return [grad for grad in kernels("norm_gate").norm_gate_bwd(*arguments) if grad is not None]
 
 
 def _fake_norm_gate_gradients(*arguments: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.audit.traffic import AuditError, audit, footprint
+from benchmarks.kernel_audit.traffic import AuditError, audit, footprint
 
 BLOCK = 16
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.audit.case import chunk_flops
-from benchmarks.audit.cases import CASES, CORE, PARTS
-from benchmarks.audit.machine_code import count, main_loop, read_amdgcn, read_sass
-from benchmarks.audit.offsets import overflows
-from benchmarks.audit.table import merge, read
-from benchmarks.audit.targets import judge
+from benchmarks.kernel_audit.calls import chunk_flops
+from benchmarks.kernel_audit.cases import CASES, CORE, PARTS
+from benchmarks.kernel_audit.machine_code import count, main_loop, read_amdgcn, read_sass
+from benchmarks.kernel_audit.offsets import overflows
+from benchmarks.kernel_audit.table import merge, read
+from benchmarks.kernel_audit.targets import judge
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -165,7 +165,7 @@ def test_counters_are_known_by_their_name_in_the_source() -> None:
 
 
 def test_floors_are_those_of_the_documents() -> None:
-    """PERFORMANCE.md: POP at REM's training shape is 9.4 GFLOP."""
+    """POP at REM's training shape is 9.4 GFLOP."""
     flops = 64 * 4 * 10 * (chunk_flops(65, 64, 64) + chunk_flops(64, 64, 64, takes_in=False))
     assert round(flops / 1e9, 1) == 9.4
     (case,) = [case for case in CASES if case.name == "pop_fwd, rem training, bfloat16"]
@@ -248,9 +248,9 @@ COMPILE_KNOWN = """
 import dataclasses, json
 import torch
 from audit_kernels import loop_kernel, narrow_kernel, turning_kernel
-from benchmarks.audit.compiled import compile_for
-from benchmarks.audit.launches import recorded
-from benchmarks.audit.offsets import overflows, ttir_of
+from benchmarks.kernel_audit.compiled import compile_for
+from benchmarks.kernel_audit.compiled import recorded
+from benchmarks.kernel_audit.offsets import overflows, ttir_of
 
 def launch(dtype, precision, blocks=10):
     a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, 640), (640, 64)))
@@ -331,8 +331,8 @@ def test_the_kernels_meet_their_targets_everywhere(tmp_path: Path) -> None:
 COUNT_VARIANTS = """
 import json
 import torch
-from benchmarks.audit.case import launcher, on_architecture
-from benchmarks.audit.launches import recorded
+from benchmarks.kernel_audit.calls import launcher, on_architecture
+from benchmarks.kernel_audit.compiled import recorded
 
 H, D = 4, 64
 log_decay = torch.empty(H, device="meta")

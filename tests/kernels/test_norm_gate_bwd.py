@@ -11,9 +11,9 @@ from retention_cases import normal
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.audit.traffic import audit
+from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs import RowConfig, row_runs
-from retpop.kernels.norm_gate_bwd import norm_gate_bwd, plan_norm_gate_bwd
+from retpop.kernels.norm_gate import norm_gate_bwd, plan_norm_gate_bwd
 
 NORMS = {"groupnorm": F.layer_norm, "rmsnorm": F.rms_norm}
 LIMIT = 2e-5

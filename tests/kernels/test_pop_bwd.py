@@ -11,8 +11,8 @@ import torch
 from retention_cases import PopCase, largest_error, normal
 from torch import Tensor
 
-from benchmarks.audit.case import on_architecture
-from benchmarks.audit.traffic import audit
+from benchmarks.kernel_audit.calls import on_architecture
+from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs_bwd import PopBwdConfig, pop_bwd_config
 from retpop.kernels.pop_bwd import plan_pop_bwd, pop_bwd
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from retention_cases import PopCase, assert_same_results
 from torch import Tensor
 
-from benchmarks.audit.traffic import audit
+from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs import PopConfig
 from retpop.kernels.pop_fwd import plan_pop_fwd, pop_fwd
 

@@ -13,7 +13,7 @@ import torch
 from retention_cases import RetentionCase, largest_error, normal
 from torch import Tensor
 
-from benchmarks.audit.traffic import audit
+from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs import padded
 from retpop.kernels.configs_bwd import RetentionBwdConfig, SweepConfig, retention_bwd_config
 from retpop.kernels.gpus import SHARED_MEMORY
@@ -193,7 +193,7 @@ def test_nothing_is_launched_that_is_not_needed(needs: tuple[bool, ...]) -> None
             names = [launch.kernel.__name__ for launch in launches]
             assert names.count("retention_fwd_kernel") == dq
             reverse = names.count("retention_bwd_kernel")
-            assert names.count("scan_back_kernel") == ("split" in schedule and any(needs[1:]))
+            assert names.count("scan_states_kernel") == ("split" in schedule and any(needs[1:]))
             if "split" in schedule:
                 assert reverse == counts[dk + 2 * dv] + any(needs[1:])
             else:

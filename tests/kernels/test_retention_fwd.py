@@ -11,7 +11,7 @@ import torch
 from retention_cases import RetentionCase, assert_same_results, normal
 from torch import Tensor
 
-from benchmarks.audit.traffic import audit
+from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs import (
     MOST_PACKED_IN_A_SPLIT,
     RetentionConfig,
@@ -207,11 +207,11 @@ def test_bounds_that_rise_and_fall_do_not_outgrow_the_scan() -> None:
     states, scan, _ = launches
     run_launches([states], state.device)
     arguments = dict(scan.arguments)
-    assert arguments["p_starts"].shape[0] == 7
-    arguments["p_starts"] = torch.full((11, 1, 8, 8), 5.0)
+    assert arguments["p_states"].shape[0] == 7
+    arguments["p_states"] = torch.full((11, 1, 8, 8), 5.0)
     run_launches([replace(scan, arguments=arguments)], state.device)
-    assert (arguments["p_starts"][7:] == 5.0).all()
-    assert (arguments["p_starts"][:7] != 5.0).all()
+    assert (arguments["p_states"][7:] == 5.0).all()
+    assert (arguments["p_states"][:7] != 5.0).all()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

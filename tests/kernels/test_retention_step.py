@@ -10,7 +10,7 @@ import torch
 from retention_cases import GAMMAS, RetentionCase, assert_same_results, normal
 from torch import Tensor
 
-from benchmarks.audit.traffic import audit
+from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs import StepConfig, step_config
 from retpop.kernels.launch import run as run_launches
 from retpop.kernels.retention_step import plan_retention_step, retention_step

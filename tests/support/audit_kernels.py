@@ -1,4 +1,4 @@
-"""Small kernels for the tests of `benchmarks.audit`: what they compile to is known."""
+"""Small kernels for the tests of `benchmarks.kernel_audit`: what they compile to is known."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ LONGEST_LOOP = 1500
 
 
 class Bounds(NamedTuple):
-    """Largest relative errors allowed: RELIABILITY's section on numbers."""
+    """Largest relative errors allowed."""
 
     out: float
     state: float

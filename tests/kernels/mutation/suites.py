@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.audit.traffic import audit
+from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs import PopConfig, RetentionConfig
 from retpop.kernels.configs_bwd import PopBwdConfig, RetentionBwdConfig, SweepConfig
 from retpop.ops import reference
@@ -123,7 +123,7 @@ def norm_gate_bwd() -> list[Check]:
         wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
         expected = torch.autograd.grad(y, wanted, grad.double())
         arguments = (x, gate, weight, bias, grad, kind, 0.1, needs)
-        checks.append(Check("norm_gate_bwd", "norm_gate_bwd", arguments, {}, expected))
+        checks.append(Check("norm_gate", "norm_gate_bwd", arguments, {}, expected))
     return checks
 
 
@@ -328,12 +328,11 @@ def pop_bwd(*, split: bool, pairs: bool = False) -> list[Check]:
 
 
 SUITES: dict[str, Callable[[], list[Check]]] = {
-    "norm_gate": norm_gate,
+    "norm_gate": lambda: norm_gate() + norm_gate_bwd(),
     "rotary": rotary,
     "retention_step": step,
     "retention_fwd": lambda: large_state() + retention(),
     "retention_bwd": retention_bwd,
-    "norm_gate_bwd": norm_gate_bwd,
     "pop_bwd_sweep": lambda: pop_bwd(split=False, pairs=True) + pop_bwd(split=False) + pop_bwd(split=True),
     "pop_fwd": lambda: pop(steps=False, split=False) + pop(steps=False, split=True),
     "pop_fwd_steps": lambda: (
@@ -342,7 +341,20 @@ SUITES: dict[str, Callable[[], list[Check]]] = {
         + pop(steps=False, split=False)[:2]
         + pop_bwd(split=False, pairs=True)
     ),
-    "pop_fwd_split": lambda: pop(steps=False, split=True),
-    "tiles": lambda: step() + large_state() + retention()[:3] + pop(steps=False, split=False),
+    "split": lambda: (
+        pop(steps=False, split=True)
+        + retention()[1:]
+        + [check for check in retention_bwd() if check.options["config"].stretch]
+        + pop_bwd(split=True)
+    ),
+    "tiles": lambda: (
+        step()
+        + large_state()
+        + retention()[:3]
+        + pop(steps=True, split=False)[:4]
+        + pop(steps=False, split=False)
+        + retention_bwd()[:2]
+        + pop_bwd(split=False, pairs=True)
+    ),
 }
-"""The checks of each module of `retpop.kernels`; `tiles`, which is all helpers, has those of others."""
+"""The checks of each module of `retpop.kernels`; `tiles` and `split` have those of modules that use them."""

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from triton._C.libtriton import ir
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import make_backend
 
-from benchmarks.audit.launches import TARGETS, Compilation
+from benchmarks.kernel_audit.compiled import TARGETS, Compilation
 
 _OPERATION = re.compile(r"^\s*(%[\w, %:]+?) = ([\w.]+)\s?(.*)$")
 _FOR = re.compile(r"(%\w+) = (%\w+) to (%\w+) step (%\w+)(?: iter_args\((.*?)\) ->)?")
@@ -50,9 +50,7 @@ class _Value:
 
 def ttir_of(architecture: str, compilation: Compilation) -> str:
     """The TTIR of a recorded launch, without compiling any further."""
-    source = ASTSource(
-        compilation.kernel, compilation.signature, compilation.constants, compilation.attributes
-    )
+    source = compilation.source
     target = TARGETS[architecture]
     backend = make_backend(target)
     options = backend.parse_options(dict(compilation.options))

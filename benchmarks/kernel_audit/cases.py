@@ -6,8 +6,19 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.audit.calls import Call, NormGate, Pop, Retention, Rotary, Step, backward, forward
-from benchmarks.audit.case import BF16, FP16, FP32
+from benchmarks.kernel_audit.calls import (
+    BF16,
+    FP16,
+    FP32,
+    Call,
+    NormGate,
+    Pop,
+    Retention,
+    Rotary,
+    Step,
+    backward,
+    forward,
+)
 
 OPS = (
     "pop_fwd",

@@ -1,4 +1,4 @@
-"""The audit's CSV: a row for each kernel of a case, with the commit it was made on, then the targets.
+"""The audit's rows: its CSV, a row for each kernel of a case with the commit it was made on, and as printed.
 
 A case that is audited again takes the place of its earlier rows. Rows of other cases stay, with the commit
 that they name, so the audit can be made part by part; what another Triton compiled goes, and so do cases that
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.audit.case import MULTIPROCESSORS
-from benchmarks.audit.cases import PARTS
-from benchmarks.audit.targets import Row, judge
+from benchmarks.kernel_audit.calls import MULTIPROCESSORS
+from benchmarks.kernel_audit.cases import PARTS
+from benchmarks.kernel_audit.targets import Row, Verdict, judge
 
 _TEXTS = ("commit", "triton", "torch", "part", "op", "shape", "dtype", "architecture", "kernel", "failure")
 _LISTS = ("grid", "overflows", "hazards")
@@ -94,3 +95,81 @@ def _places() -> dict[tuple[str, ...], int]:
 
 def _case(row: Row) -> tuple[str, ...]:
     return tuple(row[name] for name in ("part", "op", "shape", "dtype", "architecture"))
+
+
+# ---- as printed ----
+
+HEADING = ("op", "shape", "dtype")
+COMPILED = {
+    "architecture": "arch",
+    "kernel": "kernel",
+    "num_warps": "warps",
+    "num_stages": "stages",
+    "registers": "regs",
+    "stack": "stack",
+    "shared": "shared",
+    "hgmma": "hgmma",
+    "hmma": "hmma",
+    "async_copies": "async",
+    "loop_mma": "mma/loop",
+    "loop_async_copies": "async/loop",
+    "loop_instructions": "sass/loop",
+    "instructions": "sass",
+    "seconds": "cpu s",
+    "hazards": "hazards",
+    "failure": "failure",
+}
+COUNTED = {
+    "launches": "launches",
+    "bytes": "bytes",
+    "floor_bytes": "floor",
+    "bytes_ratio": "ratio",
+    "flops": "flops",
+    "yardstick_flops": "yardstick",
+    "flops_ratio": "ratio",
+    "failure": "failure",
+}
+HUGE = {
+    "architecture": "arch",
+    "kernel": "kernel",
+    "grid": "grid",
+    "overflows": "leave 32 bits",
+    "failure": "failure",
+}
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The figures, a table a part."""
+    for title, part, columns in (
+        ("Compiled ahead of time", "compile", COMPILED),
+        ("Above 2^31 elements", "huge", HUGE),
+        ("Counted in the interpreter, sm_90's configurations, one row of the batch", "traffic", COUNTED),
+    ):
+        heading = {name: name for name in HEADING} | columns
+        body = [[text(row.get(name, "")) for name in heading] for row in rows if row["part"] == part]
+        print(f"\n{title} (Triton {version('triton')})\n")
+        print_table(list(heading.values()), body)
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """The targets."""
+    print("\nTargets\n")
+    body = [
+        [
+            "met" if verdict.met else "MISSED",
+            verdict.target.name,
+            f"{'>=' if verdict.target.at_least else '<='} {verdict.target.limit:g}",
+            f"{verdict.worst:.4g}",
+            verdict.where,
+        ]
+        for verdict in verdicts
+    ]
+    print_table(["", "target", "limit", "worst", "where"], body)
+
+
+def print_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """Columns under each other, two spaces apart."""
+    lines = [heading, *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,200 @@
+"""Judge the Triton kernels without a GPU: what they compile to, what they move, which targets they meet.
+
+    python -m benchmarks.kernel_audit [--part compile] [--arch sm_90] [--op pop_fwd] [--shape ...] [--csv ...]
+
+Three parts, each in a process of its own: every launch of every case compiled ahead of time, the TTIR of
+launches of more than 2^31 elements, and bytes and flops counted in the interpreter with the configurations
+of sm_90. Prints figures and targets; exits with 1 if a target is missed. The figures hold for the compiler of
+one version of Triton, which the CSV names. Each case's rows go into the CSV as they come, in place of that
+case's rows of before, with the commit that their part began on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kernel_audit.calls import MULTIPROCESSORS, Case, floor_bytes, on_architecture
+from benchmarks.kernel_audit.cases import CORE, OPS, PARTS
+from benchmarks.kernel_audit.table import merge, print_rows, print_verdicts
+from benchmarks.kernel_audit.targets import Row, judge
+from benchmarks.machine import ROOT, commit
+
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+"""Programs along each axis that CUDA launches."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the audit; returns the exit status."""
+    options = _parse(arguments)
+    if options.worker:
+        _print_rows_of(options.part[0], options)
+        return 0
+    rows: list[Row] = []
+    for part in options.part:
+        versions = {"commit": commit(), "triton": version("triton"), "torch": version("torch")}
+        for found in _rows_of(part, options):
+            rows += found
+            if options.csv is not None:
+                merge(options.csv, found, versions)
+    verdicts = judge(rows)
+    print_rows(rows)
+    print_verdicts(verdicts)
+    return int(not all(verdict.met for verdict in verdicts))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_audit", description=__doc__.splitlines()[0]
+    )
+    architectures = list(MULTIPROCESSORS)
+    parser.add_argument("--arch", type=_names(architectures), default=architectures, metavar="A,B")
+    parser.add_argument("--op", type=_names(OPS), default=list(OPS), metavar="A,B")
+    parser.add_argument("--shape", action="append", default=[], help="only this shape; may be repeated")
+    parser.add_argument("--part", type=_names(list(PARTS)), default=list(PARTS), metavar="A,B")
+    parser.add_argument("--core", action="store_true", help="only the cases that `make test` runs")
+    parser.add_argument("--csv", type=Path, help="merge the rows into this file, as they come")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _names(known: Sequence[str]) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+# ---- a part in a process of its own ----
+
+
+def _rows_of(part: str, options: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of a part, case by case.
+
+    Triton reads TRITON_INTERPRET when it decorates a kernel: `traffic` needs it set, the other two need it
+    unset. Huge and traffic are sm_90's.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if part == "traffic":
+        environment["TRITON_INTERPRET"] = "1"
+    architectures = options.arch if part == "compile" else ["sm_90"]
+    command = [sys.executable, "-m", "benchmarks.kernel_audit", "--worker", "--part", part]
+    command += ["--arch", ",".join(architectures), "--op", ",".join(options.op)]
+    command += ["--core"] if options.core else []
+    command += [f"--shape={shape}" for shape in options.shape]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as worker:
+        for line in worker.stdout or ():
+            yield json.loads(line)
+    if worker.returncode:
+        raise subprocess.CalledProcessError(worker.returncode, command)
+
+
+def _print_rows_of(part: str, options: argparse.Namespace) -> None:
+    """In that process: a line of JSON a case."""
+    for architecture in options.arch:
+        for case in PARTS[part]:
+            if _is_chosen(case, part, options):
+                print(json.dumps(_rows_of_case(part, case, architecture)), flush=True)
+
+
+def _is_chosen(case: Case, part: str, options: argparse.Namespace) -> bool:
+    return (
+        case.op in options.op
+        and (not options.shape or case.shape in options.shape)
+        and (not options.core or case.name in CORE[part])
+    )
+
+
+def _rows_of_case(part: str, case: Case, architecture: str) -> list[Row]:
+    """The rows of a case; if it cannot be audited, one row that says why."""
+    heading = {
+        **{"part": part, "op": case.op, "shape": case.shape},
+        **{"dtype": str(case.dtype).removeprefix("torch."), "head_dim": case.head_dim},
+        "architecture": architecture,
+    }
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # Triton prints all of a kernel that ptxas refuses
+            return [{**heading, **row, "failure": ""} for row in AUDITS[part](case, architecture)]
+    except Exception as error:  # whatever a launcher, a compiler or the interpreter raises is a result
+        traceback.print_exc(limit=-2)
+        return [{**heading, "failure": f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]}]
+
+
+# ---- the audits ----
+
+
+def compile_case(case: Case, architecture: str) -> Iterator[Row]:
+    """The figures of every kernel that the case launches, compiled."""
+    from benchmarks.kernel_audit.compiled import compile_for, recorded
+
+    with on_architecture(architecture, case.op), recorded(architecture) as compilations:
+        case.call(torch.device("meta"), case.batch)
+    for compilation in {compilation.key: compilation for compilation in compilations}.values():
+        figures = dataclasses.asdict(compile_for(architecture, compilation))
+        options = {name: compilation.options[name] for name in ("num_warps", "num_stages")}
+        yield {"kernel": compilation.name, "grid": compilation.grid, **options, **figures}
+
+
+def overflows_of_case(case: Case, architecture: str) -> Iterator[Row]:
+    """Offsets that leave 32 bits and grids that CUDA does not launch, at a huge shape."""
+    from benchmarks.kernel_audit.compiled import recorded
+    from benchmarks.kernel_audit.offsets import overflows, ttir_of
+
+    with on_architecture(architecture, case.op), recorded(architecture) as compilations:
+        case.call(torch.device("meta"), case.batch)
+    for compilation in compilations:
+        arguments, grid = compilation.arguments, compilation.grid
+        yield {
+            "kernel": compilation.name,
+            "grid": grid,
+            "grid_fits": all(size <= limit for size, limit in zip(grid, GRID_LIMITS, strict=True)),
+            "overflows": overflows(ttir_of(architecture, compilation), arguments, grid, counters(arguments)),
+        }
+
+
+def counters(arguments: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """What kernels count, by their arguments: boundaries n, the tiles t of one, chunks and stretches."""
+    boundaries = max((arguments.get(name, 0) for name in ("num_boundaries", "num_blocks", "N")), default=0)
+    tokens, stretch = arguments.get("T", 0), max(1, arguments.get("stretch", 1))
+    return {
+        "n": (-1, boundaries),
+        "t": (0, arguments.get("L", 0) + arguments.get("M", 0)),
+        "num_chunks": (0, tokens // 16 + 1),  # no tile is shorter
+        "i_stretch": (0, tokens // stretch),
+    }
+
+
+def count_case(case: Case, architecture: str) -> Iterator[Row]:
+    """Bytes and flops of one row of the batch on as small a part of the GPU; a faulty access raises."""
+    from benchmarks.kernel_audit.traffic import audit
+
+    with on_architecture(architecture, case.op, fraction=1 / case.batch), audit() as counts:
+        inputs, outputs = case.call(torch.device("cpu"), 1)
+    floor = floor_bytes([*inputs, *outputs])
+    yield {
+        **{"launches": counts.launches, "programs": counts.programs},
+        **{"bytes": counts.bytes, "floor_bytes": floor, "flops": counts.flops, "yardstick_flops": case.flops},
+        "bytes_ratio": round(counts.bytes / floor, 4),
+        "flops_ratio": round(counts.flops / case.flops, 4) if case.flops else "",
+    }
+
+
+AUDITS = {"compile": compile_case, "huge": overflows_of_case, "traffic": count_case}
+
+if __name__ == "__main__":
+    sys.exit(main())
