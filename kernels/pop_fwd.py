@@ -28,8 +28,6 @@ and k.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -316,9 +314,15 @@ def plan_pop_fwd(
     if config.split:
         shared = {"p_log_decay": log_decay, "p_bounds": None, "H": H, "T": T, "num_sequences": B}
         shared |= {"stretch": L, "per_sequence": num_blocks, "SEQUENCES": 0}
-        launches, before = _plan_states(
-            tokens["k"], tokens["v"], before, last, reset, shared, precision, config
+        launches, states = split.plan_states(
+            *(tokens["k"], tokens["v"], before, last, shared, config),
+            stretches=B * num_blocks,
+            rows=config.tile,
+            precision=precision,
+            every=True,
+            reset=reset,
         )
+        before = states.unflatten(0, (B, num_blocks))
         programs, last = programs * num_blocks, None
     tokens |= {"out": out, "pred": pred}
     found = {
@@ -363,35 +367,6 @@ def _tiling(config: PopConfig, Dk: int, L: int, M: int) -> dict[str, int]:
         return {**common, "ONE_TILE": tile >= M}
     tails = {"TAIL_L": tail_rows(L, tile), "TAIL_M": tail_rows(M, tile)}
     return {**common, "FULL_L": L // tile, "FULL_M": M // tile, **tails}
-
-
-def _plan_states(
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    final: Tensor | None,
-    reset: Tensor | None,
-    shared: dict[str, Any],
-    precision: str,
-    config: PopConfig,
-) -> tuple[list[Launch], Tensor]:
-    """The launches that find the state before every block, (B, blocks, H, Dk, Dv), and the final one."""
-    B, num_blocks = shared["num_sequences"], shared["per_sequence"]
-    first, added = split.plan_added(
-        k,
-        v,
-        shared,
-        stretches=B * num_blocks,
-        rows=config.tile,
-        cols_v=config.cols_v,
-        precision=precision,
-        scale_v=config.scale_v,
-        every=True,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    scan, states = split.plan_scan(added, state, final, shared, reset=reset)
-    return [first, scan], states.unflatten(0, (B, num_blocks))
 
 
 def pop_fwd(

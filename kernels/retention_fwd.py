@@ -184,21 +184,13 @@ def plan_retention_fwd(
     stretches, stretch = split.cut(T, sequences, config.stretch, packed=cu_seqlens is not None)
     shared |= stretch
     if config.stretch is not None:
-        first, added = split.plan_added(
-            k,
-            v,
-            shared,
+        launches, before = split.plan_states(
+            *(k, v, before, None, shared, config),
             stretches=stretches,
             rows=config.rows,
-            cols_v=config.cols_v,
             precision=precision,
-            scale_v=config.scale_v,
             every=False,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
         )
-        scan, before = split.plan_scan(added, before, None, shared)
-        launches = [first, scan]
     sweep = Launch(
         kernel=retention_fwd_kernel,
         grid=(stretches * H * triton.cdiv(Dv, config.cols_v),),

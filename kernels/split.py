@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .configs import MOST_PACKED_IN_A_SPLIT, SCAN_TILE, padded
+from .configs import MOST_PACKED_IN_A_SPLIT, SCAN_TILE, PopConfig, RetentionConfig, padded
 from .launch import Launch, named_strides, token_strides
 
 # Arguments that differ from call to call: none of their values compiles a kernel anew.
@@ -245,29 +245,31 @@ SHARED = ("p_log_decay", "p_bounds", *RUN_TIME, "SEQUENCES")
 """The arguments that the kernels here have in common with those that walk stretches."""
 
 
-def plan_added(
+def plan_states(
     k: Tensor,
     v: Tensor,
+    given: Tensor | None,
+    result: Tensor | None,
     shared: Mapping[str, Any],
+    config: PopConfig | RetentionConfig,
     *,
     stretches: int,
     rows: int,
-    cols_v: int,
     precision: str,
-    scale_v: bool,
     every: bool,
-    num_warps: int,
-    num_stages: int,
-) -> tuple[Launch, Tensor]:
-    """What each stretch adds to the state: the launch that finds it, and its place, (stretches, H, Dk, Dv).
+    reset: Tensor | None = None,
+) -> tuple[list[Launch], Tensor]:
+    """The two launches that find the state before each stretch, and its place, (stretches, H, Dk, Dv).
 
     Args:
         k, v: (B, T, H, D), with contiguous rows.
-        shared: the arguments named in `SHARED`.
+        given, result, shared, reset: as in `plan_scan`.
+        config, precision: of the kernel that then walks the stretches.
         stretches: how many.
-        rows, cols_v, precision, scale_v, num_warps, num_stages: as the forward kernel has them.
-        every: also of a sequence's last stretch, and of stretches that end in a chunk that is not full.
+        rows: tokens of a chunk.
+        every: also what a sequence's last stretch adds, and stretches that end in a chunk that is not full.
     """
+    cols_v = config.cols_v
     H, Dk, Dv = k.shape[2], k.shape[-1], v.shape[-1]
     added = torch.empty((stretches, H, Dk, Dv), dtype=torch.float32, device=k.device)
     launch = Launch(
@@ -276,13 +278,14 @@ def plan_added(
         arguments={
             **{name: shared[name] for name in SHARED},
             **{"p_k": k, "p_v": v, "p_added": added, "DK": Dk, "DV": Dv, "ROWS": rows, "COLS_K": padded(Dk)},
-            **{"COLS_V": cols_v, "PRECISION": precision, "SCALE_V": scale_v, "EVERY": every},
+            **{"COLS_V": cols_v, "PRECISION": precision, "SCALE_V": config.scale_v, "EVERY": every},
             **token_strides({"k": k, "v": v}),
         },
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
-    return launch, added
+    scan, states = plan_scan(added, given, result, shared, reset=reset)
+    return [launch, scan], states
 
 
 def plan_scan(
