@@ -1,4 +1,4 @@
-"""What every retention kernel is made of: masked tiles, powers of γ, and one chunk's outputs and state.
+"""What retention and POP are made of: masked tiles, powers of γ, a chunk's outputs, state and gradients.
 
 A tile is (rows, columns) in registers: rows are tokens (or the Dk of a state), columns a head dim that is
 padded to a power of two. Rows past the end and padded columns are loaded as zeros, so they add nothing to any
@@ -6,6 +6,8 @@ product, and they are not stored. Row offsets are int64. With S the state before
 
     o_i = c γ^(i+1) q_i S + Σ_{j<=i} c γ^(i-j) (q_i·k_j) v_j     `chunk_output`
     S'  = γ^n S + Σ_j γ^(n-1-j) k_jᵀ v_j                         `chunk_state`
+
+`pass_tile` does both with a tile in memory, and `pull_tile` the same backwards.
 
 Powers of γ come from exponents that are masked first, never as a quotient; the formulas are those of
 `retpop.ops.decay_powers`, in float32.
