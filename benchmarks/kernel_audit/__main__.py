@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_audit.calls import MULTIPROCESSORS, Case, floor_bytes, on_architecture
+from benchmarks.floors import floor_bytes
+from benchmarks.kernel_audit.calls import MULTIPROCESSORS, Case, on_architecture
 from benchmarks.kernel_audit.cases import CORE, OPS, PARTS
 from benchmarks.kernel_audit.table import merge, print_rows, print_verdicts
 from benchmarks.kernel_audit.targets import Row, judge

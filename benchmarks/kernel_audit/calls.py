@@ -4,9 +4,7 @@ A case is made for any device: "meta" tensors to see what would be compiled, "cp
 with ``rows`` of the batch only (bytes and flops grow with the batch, their ratios do not). A backward call is
 given a gradient of each output and finds that of each input.
 
-Floors: `floor_bytes` is every input read once and every output written once; `yardstick_flops` are the
-products of the tokens as they are, in chunks of 64 (9.4 GFLOP for POP at REM's training shape, B 64), and
-`BACKWARD_FLOPS` of them backwards.
+The floor of its bytes and the yardstick of its products are those of `benchmarks.floors`.
 """
 
 from __future__ import annotations
@@ -24,19 +22,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.floors import BACKWARD_FLOPS, chunk_flops
 from retpop.ops.rows import split_row
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 """Of an A100, A40, H100, B200, RTX 5090 and MI300X."""
-
-CHUNK = 64
-
-BACKWARD_FLOPS = 2.5
-"""Products of a backward pass, in those of the forward: scores twice, four more products of their size
-instead of two, and five with a state instead of two."""
-
 
 Made = tuple[Sequence[Tensor | None], Sequence[Tensor]]
 """The inputs of a call and its outputs."""
@@ -68,22 +60,6 @@ class Case:
     def name(self) -> str:
         """For example "pop_fwd, rem training, bfloat16"."""
         return f"{self.op}, {self.shape}, {str(self.dtype).removeprefix('torch.')}"
-
-
-def floor_bytes(tensors: Sequence[Tensor | None]) -> int:
-    """The bytes of tensors that are read or written once."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def chunk_flops(tokens: int, key_dim: int, value_dim: int, *, takes_in: bool = True) -> int:
-    """Products of a head's tokens: scores, values, reading the state and, if so, taking tokens into it."""
-    flops = 0
-    for first in range(0, tokens, CHUNK):
-        n = min(CHUNK, tokens - first)
-        last = first + n >= tokens
-        flops += 2 * n * n * (key_dim + value_dim)
-        flops += 2 * n * key_dim * value_dim * (2 if takes_in or not last else 1)
-    return flops
 
 
 @contextmanager

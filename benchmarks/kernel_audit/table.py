@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.kernel_audit.calls import MULTIPROCESSORS
 from benchmarks.kernel_audit.cases import PARTS
 from benchmarks.kernel_audit.targets import Row, Verdict, judge
+from benchmarks.text import print_table
 
 _TEXTS = ("commit", "triton", "torch", "part", "op", "shape", "dtype", "architecture", "kernel", "failure")
 _LISTS = ("grid", "overflows", "hazards")
@@ -165,11 +166,3 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts
     ]
     print_table(["", "target", "limit", "worst", "where"], body)
-
-
-def print_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    """Columns under each other, two spaces apart."""
-    lines = [heading, *body]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kernel_audit.calls import chunk_flops
+from benchmarks.floors import chunk_flops
 from benchmarks.kernel_audit.cases import CASES, CORE, PARTS
 from benchmarks.kernel_audit.machine_code import count, main_loop, read_amdgcn, read_sass
 from benchmarks.kernel_audit.offsets import overflows
