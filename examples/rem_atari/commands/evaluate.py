@@ -18,10 +18,10 @@ from rem_atari.commands.counting import counting, tell
 from rem_atari.config import Config
 from rem_atari.envs import env_name
 from rem_atari.errors import UsageError
+from rem_atari.evaluation import EvaluationResult, evaluate_random, playing_conditions
+from rem_atari.evaluation import evaluate as play_games
 from rem_atari.films.games import BestAndWorst, GameFilm
 from rem_atari.films.video import check_video_path, enlarge, save_video
-from rem_atari.play.evaluation import EvaluationResult, evaluate_random, playing_conditions
-from rem_atari.play.evaluation import evaluate as play_games
 from rem_atari.runs.durable import replace_file
 from rem_atari.runs.evaluations import EPISODES_FILE, SUMMARY_FILE
 from rem_atari.runs.trained import TrainedAgent, load_trained

@@ -10,8 +10,8 @@ import torch
 
 from rem_atari.config import Config
 from rem_atari.errors import EnvironmentDiedError, NonFiniteError, StoppedError
+from rem_atari.evaluation import EvaluationResult, evaluate, evaluate_random
 from rem_atari.play.collector import collect, collect_random
-from rem_atari.play.evaluation import EvaluationResult, evaluate, evaluate_random
 from rem_atari.replay.buffer import Replay
 from rem_atari.replay.shards import delete_shards
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint

@@ -18,8 +18,8 @@ from rem_atari.cli import main
 from rem_atari.commands import evaluate as evaluate_command
 from rem_atari.config.presets import PRESETS
 from rem_atari.envs.vector import GameReturn, VectorStep
+from rem_atari.evaluation import EvaluationResult, playing_conditions
 from rem_atari.films.games import BestAndWorst
-from rem_atari.play.evaluation import EvaluationResult, playing_conditions
 from rem_atari.runs.folder import hold_run_folder
 from rem_atari.runs.trained import TrainedAgent, load_trained
 from rem_atari.scores.published import human_normalised, reference_scores

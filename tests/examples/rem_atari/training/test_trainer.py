@@ -19,8 +19,8 @@ from rem_atari.config import Config, OptimConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.envs.vector import GameReturn
 from rem_atari.errors import StoppedError
+from rem_atari.evaluation import EvaluationResult
 from rem_atari.models.tokenizer import Tokenizer
-from rem_atari.play.evaluation import EvaluationResult
 from rem_atari.replay.buffer import Replay
 from rem_atari.report.load import load_run
 from rem_atari.report.write import measure_quality

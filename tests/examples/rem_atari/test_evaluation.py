@@ -13,13 +13,13 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
+from rem_atari import evaluation
 from rem_atari.agent import Agent
 from rem_atari.config import Config, EnvConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.envs.vector import GameReturn, VectorStep
 from rem_atari.errors import EnvironmentDiedError, RunWarning, StoppedError
-from rem_atari.play import evaluation
-from rem_atari.play.evaluation import evaluate, evaluate_random, share_episodes
+from rem_atari.evaluation import evaluate, evaluate_random, share_episodes
 from rem_atari.replay.buffer import Replay
 
 SIZE = 24
