@@ -29,6 +29,10 @@ class EnvironmentDiedError(RunError):
     """An environment raised, died or did not answer in time."""
 
 
+class EnvironmentAnswerError(RunError, ValueError):
+    """An environment answered what none may; another one in its place would do the same."""
+
+
 def describe_os_error(error: OSError) -> str:
     """What the operating system refused, and for which file, as one sentence for the user.
 
