@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rem_atari.evaluation import standard_error
 from rem_atari.training.schedule import UNITS
 
 MetricLine = dict[str, Any]
@@ -95,7 +96,7 @@ def returns_of(lines: Sequence[MetricLine], phase: str) -> Returns | None:
     episodes = last.get("episodes")
     return Returns(
         mean=float(last["mean_return"]),
-        standard_error=statistics.stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else None,
+        standard_error=standard_error(returns),
         episodes=int(episodes) if is_number(episodes) else len(returns),
         unfinished=int(last["unfinished"]) if is_number(last.get("unfinished")) else 0,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,14 @@ from pathlib import Path
 import torch
 
 from rem_atari.config import Config
-from rem_atari.errors import EnvironmentDiedError, NonFiniteError, StoppedError
+from rem_atari.errors import (
+    EnvironmentAnswerError,
+    EnvironmentDiedError,
+    NonFiniteError,
+    RunError,
+    StoppedError,
+    describe_os_error,
+)
 from rem_atari.evaluation import EvaluationResult, evaluate, evaluate_random
 from rem_atari.play.collector import collect, collect_random
 from rem_atari.replay.buffer import Replay
@@ -83,20 +91,38 @@ class Trainer:
             StoppedError: a signal asked for it; a checkpoint has been saved.
             NonFiniteError: a loss or gradient was not finite; the state before it has been saved.
             EnvironmentDiedError: an environment died too often; the state before that has been saved.
+            EnvironmentAnswerError: an environment answered what none may; the state before has been saved.
+            RunError: one of these, and the state could not be saved.
         """
         try:
-            if self._is_new:
-                self._state.env.reset()
+            self._run_epochs()
+        except BaseException:
+            # What ended the run is to be told, not what a full disk makes of the log's end.
+            with contextlib.suppress(OSError):
+                self._metrics.close()
+            raise
+        self._metrics.close()
+
+    def _run_epochs(self) -> None:
+        if self._is_new:
+            self._state.env.reset()  # should that fail, there is nothing to save yet
+        try:
             while self._state.epoch < self._config.schedule.epochs:
                 self._run_phase()
-        except (StoppedError, NonFiniteError, EnvironmentDiedError) as error:
+        except (StoppedError, NonFiniteError, EnvironmentDiedError, EnvironmentAnswerError) as error:
+            self._save_interrupted(error)
+            raise
+
+    def _save_interrupted(self, error: RunError) -> None:
+        """Save where the run is, because of `error`, which a save that fails must not hide."""
+        try:
             self._save()
             self._write_interrupted()
-            if isinstance(error, StoppedError):
-                self._progress.say(f"saved; `rem-atari resume {shlex.quote(str(self._run.path))}` goes on")
-            raise
-        finally:
-            self._metrics.close()
+        except Exception as failed:
+            why = describe_os_error(failed) if isinstance(failed, OSError) else str(failed)
+            raise RunError(f"{error}; and no checkpoint could be saved: {why}") from error
+        if isinstance(error, StoppedError):
+            self._progress.say(f"saved; `rem-atari resume {shlex.quote(str(self._run.path))}` goes on")
 
     def _run_phase(self) -> None:
         """Run the phase that is due, or the rest of it; then save, if it's time to."""
@@ -121,13 +147,19 @@ class Trainer:
 
     def _play_at_random(self) -> None:
         """Before the first epoch: random play for comparison."""
-        episodes = self._config.evaluation.random_episodes
-        if episodes == 0 or self._state.epoch > 0:
+        state = self._state
+        episodes = self._config.evaluation.random_episodes if state.units is None else state.units
+        if episodes == 0 or state.epoch > 0:
             return
-        seed = derive_seed(self._config.seed, "random")
-        with self._progress.phase(0, "random", episodes):
+        state.units = episodes
+        with self._progress.phase(0, "random", episodes, done=len(state.evaluation.games)):
             result = evaluate_random(
-                self._state.agent, self._config, episodes=episodes, seed=seed, after_step=self._advance
+                state.agent,
+                self._config,
+                episodes=episodes,
+                seed=derive_seed(self._config.seed, "random"),
+                after_step=self._advance,
+                evaluation=state.evaluation,
             )
         self._write("random", result.metrics())
 
@@ -207,12 +239,13 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate if it's time to; whether the mean return is the best so far."""
         state = self._state
-        episodes = evaluation_episodes(self._config, state.epoch)
+        episodes = evaluation_episodes(self._config, state.epoch) if state.units is None else state.units
         if episodes == 0:
             return False
+        state.units = episodes
         final = state.epoch == self._config.schedule.epochs - 1
         heldout = self._make_heldout()
-        with self._progress.phase(state.epoch, "evaluate", episodes):
+        with self._progress.phase(state.epoch, "evaluate", episodes, done=len(state.evaluation.games)):
             result = evaluate(
                 state.agent,
                 self._config,
@@ -220,6 +253,7 @@ class Trainer:
                 seed=derive_seed(self._config.seed, "evaluation", state.epoch),
                 heldout=heldout,
                 after_step=self._advance,
+                evaluation=state.evaluation,
             )
         if heldout is not None:
             heldout.flush()
@@ -236,7 +270,7 @@ class Trainer:
         steps = self._config.evaluation.heldout_steps
         if steps == 0:
             return None
-        # Those of an earlier evaluation, of one that was interrupted too.
+        # Those of an earlier evaluation. What an interrupted one recorded is in its checkpoint.
         delete_shards(self._run.heldout)
         side = self._config.env.frame_size
         seed = derive_seed(self._config.seed, "heldout")
@@ -254,8 +288,8 @@ class Trainer:
     def _write_interrupted(self) -> None:
         """A line for the part that was done of the phase under way. When the run goes on, it is cut off."""
         state = self._state
-        if state.units is None:
-            return
+        if state.units is None or state.phase in ("random", "evaluate"):
+            return  # half an evaluation is no result
         part = state.updates.means() if state.phase in self.phases else state.collection.metrics()
         self._write(state.phase, part | {"interrupted": 1})
 

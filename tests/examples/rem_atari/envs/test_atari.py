@@ -253,11 +253,11 @@ def test_an_ended_skip_leaves_nothing_for_the_next_game() -> None:
 def test_a_life_loss_ends_the_episode_but_not_the_game() -> None:
     game = ScriptedGame(4, lives=[3, 3, 2, 2, 2])
     env = LifeLossEndsEpisode(game)
-    _, info = env.reset()
+    env.reset()
     assert (env.game_over, env.reset_reward) == (False, 0.0)
-    *_, terminated, truncated, info = env.step(1)
+    *_, terminated, truncated, _ = env.step(1)
     assert (terminated, truncated, env.game_over) == (False, False, False)
-    *_, terminated, truncated, info = env.step(1)
+    *_, terminated, truncated, _ = env.step(1)
     assert (terminated, truncated, env.game_over) == (True, False, False)
     frame, _ = env.reset()
     assert game.games == 1
