@@ -102,9 +102,11 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
         if series.low is not None and series.high is not None:
             axes.vlines(series.x, series.low, series.high, color=colour, alpha=0.3, linewidth=3)
         axes.plot(series.x, series.y, marker="o", markersize=3, color=colour, label=series.name)
-    if chart.level is not None:
+    if chart.level is not None and math.isfinite(chart.level[1]):
         axes.axhline(chart.level[1], color="#777777", linestyle="--", linewidth=1, label=chart.level[0])
-    elif min(chart.heights) > 0 and max(chart.heights) / min(chart.heights) > LOG_RATIO:
+    elif (
+        chart.level is None and min(chart.heights) > 0 and max(chart.heights) / min(chart.heights) > LOG_RATIO
+    ):
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_title(chart.title, fontsize=10)

@@ -16,7 +16,7 @@ from rem_atari.envs.host import number_actions
 from rem_atari.errors import RunError
 from rem_atari.replay.buffer import Replay
 from rem_atari.report.history import MetricLine
-from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint, not_finite
 from rem_atari.runs.folder import RunFolder, open_run_folder
 
 
@@ -110,6 +110,10 @@ def _load_agent(weights: Mapping[str, Tensor], config: Config, notes: list[str])
         agent.load_state_dict(dict(weights))
     except (KeyError, RuntimeError):  # load_state_dict lists every name that does not fit
         notes.append("There are no weights to look at: the newest ones do not fit the configuration.")
+        return None
+    broken = not_finite(weights)
+    if broken is not None:
+        notes.append(f"There are no weights to look at: the newest ones are not finite ({broken}).")
         return None
     return agent.eval()
 

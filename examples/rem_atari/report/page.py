@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
 
+from rem_atari.errors import RunWarning, explain
 from rem_atari.report import colophon, quality_sections, sections
 from rem_atari.report.contents import Report, RunFile
 
@@ -32,6 +34,17 @@ def render(report: Report, run_files: Sequence[RunFile]) -> str:
     return Template(parts.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=escape(f"REM on {report.game}: {config.preset}, seed {config.seed}"),
         style=parts.joinpath("page.css").read_text(encoding="utf-8"),
-        body="\n".join([*(make(report) for make in SECTIONS), colophon.file_table(run_files)]),
+        body="\n".join([*(_make(make, report) for make in SECTIONS), colophon.file_table(run_files)]),
         script=parts.joinpath("page.js").read_text(encoding="utf-8"),
     )
+
+
+def _make(make: Callable[[Report], str], report: Report) -> str:
+    """A section of the page; one that fails says so in its place, and the others are there."""
+    try:
+        return make(report)
+    except Exception as error:
+        name = make.__name__.replace("_", " ")
+        note = f"The section on {name} could not be made: {explain(error)}."
+        warnings.warn(note, RunWarning, stacklevel=2)
+        return sections.section(name.capitalize(), f'<p class="note">{escape(note)}</p>')

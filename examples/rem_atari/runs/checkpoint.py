@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -190,6 +191,11 @@ def read_checkpoint(path: Path, step: int) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: {MANIFEST_FILE} has no entry {error}") from error
     except (OSError, ValueError, TypeError, MemoryError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a number that is not finite; None where all are."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def _list_named(folder: Path, name: re.Pattern[str]) -> list[tuple[int, Path]]:

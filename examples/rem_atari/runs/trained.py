@@ -20,6 +20,7 @@ from rem_atari.runs.checkpoint import (
     find_best,
     list_checkpoints,
     load_checkpoint,
+    not_finite,
     read_checkpoint,
 )
 from rem_atari.runs.folder import RunFolder, open_run_folder
@@ -129,6 +130,9 @@ def _load_newest(run: RunFolder, say: Callable[[str], None]) -> Checkpoint:
 def _build_agent(config: Config, checkpoint: Checkpoint) -> Agent:
     """The agent with a checkpoint's weights; the number of actions is read off them."""
     weights: dict[str, Tensor] = dict(checkpoint.model)
+    broken = not_finite(weights)
+    if broken is not None:
+        raise CheckpointError(f"the weights of checkpoint {checkpoint.step} are not finite: {broken}")
     try:
         agent = Agent.from_config(config, num_actions=weights["controller.actor.weight"].shape[0])
         agent.load_state_dict(weights)

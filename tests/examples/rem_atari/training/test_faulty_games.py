@@ -1,4 +1,4 @@
-"""A run whose game misbehaves: it stops with a checkpoint and says why, and goes on when the game is mended."""
+"""A run whose game misbehaves: it stops with a checkpoint and says why, and goes on with a mended game."""
 
 from __future__ import annotations
 
