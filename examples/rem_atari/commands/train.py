@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rem_atari.arguments import TrainArguments
 from rem_atari.commands.report import explain_unwritten
@@ -41,8 +42,17 @@ def run_and_report(
     checkpoint: Checkpoint | None = None,
     *,
     stop_after: float | None = None,
+    edits: Mapping[str, Any] | None = None,
 ) -> None:
     """Train from the beginning or a checkpoint to the end, write the report, and say where it is.
+
+    Args:
+        config: the run's configuration.
+        run: its folder.
+        parts: environments and agent.
+        checkpoint: where to go on from; None: the beginning.
+        stop_after: seconds after which it stops; None: no bound.
+        edits: how config.json was edited by hand, to be recorded; None: it was not.
 
     Raises:
         StoppedError: a signal has come, or `stop_after` seconds have passed, and the run was not done.
@@ -59,7 +69,7 @@ def run_and_report(
     progress.say(f"run folder: {run.path}")
     command = "train" if checkpoint is None else "resume"
     reproduce = train_command(config, PRESETS.get(config.preset))
-    record_session(run, command, reproduce=reproduce, device=config.device)
+    record_session(run, command, reproduce=reproduce, device=config.device, edits=edits)
     with progress, StopRequest(stop_after) as stop:
         Trainer(config, run, parts, progress, stop, checkpoint).run()
     progress.say("writing the report")

@@ -9,9 +9,11 @@ from typing import Any
 
 from rem_atari.config import Config
 from rem_atari.config.presets import PRESETS
+from rem_atari.config.reading import flatten
 from rem_atari.report.contents import Report, RunFile
 from rem_atari.report.sections import section
 from rem_atari.report.text import size
+from rem_atari.runs.config_file import describe_edits
 
 COMMIT_LENGTH = 7
 """Digits of a commit that are shown."""
@@ -73,6 +75,12 @@ def reproduce(report: Report) -> str:
             "<p>Some phases are bounded by wall time"
             f" ({', '.join(f'<code>{escape(path)}</code>' for path in bounded)}): a slower machine,"
             " or a busier one, does less in them and ends elsewhere.</p>"
+        )
+    if report.edits:
+        lead += (
+            "<p>The configuration was edited by hand after the run had begun"
+            f" ({escape(describe_edits(report.edits))}): the command starts with the edited one, which is not"
+            " the same run.</p>"
         )
     return section("How to reproduce", f"{lead}<pre>{escape(report.command)}</pre>{_sessions(report)}")
 
@@ -138,15 +146,6 @@ def _flag(path: str, value: object) -> list[str]:
         return [f"--{name}" if value else f"--{prefix}no-{leaf}"]
     values = value if isinstance(value, list | tuple) else [value]
     return [f"--{name}", *(str(entry) for entry in values)]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one dictionary from dotted paths to values."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat.update(flatten(value, f"{path}.") if isinstance(value, dict) else {path: value})
-    return flat
 
 
 def setting_text(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rem_atari.config import Config
@@ -37,6 +37,7 @@ class Report:
         step: number of the checkpoint whose weights were looked at, or None.
         quality: what was measured on held-out frames.
         scenes: imagined films; empty where none could be made.
+        edits: settings that were edited by hand after the run had begun: what each was, and what it is.
         evaluation: what `rem-atari evaluate` found out, see `evaluations.newest_summary`, or None.
     """
 
@@ -49,6 +50,7 @@ class Report:
     step: int | None
     quality: Quality
     scenes: list[Scene]
+    edits: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     sessions: Sequence[Mapping[str, Any]] = ()
 

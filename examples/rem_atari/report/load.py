@@ -18,6 +18,7 @@ from rem_atari.replay.buffer import Replay
 from rem_atari.report.history import MetricLine
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint, not_finite
 from rem_atari.runs.folder import RunFolder, open_run_folder
+from rem_atari.runs.session import read_sessions, recorded_edits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class RunData:
         training: the experience trained on, or None.
         heldout: the steps of the last evaluation, never trained on, or None.
         notes: a sentence on each thing that is missing or damaged.
+        edits: settings edited by hand since the run began, see `SavedConfig`.
     """
 
     folder: RunFolder
@@ -45,6 +47,7 @@ class RunData:
     training: Replay | None
     heldout: Replay | None
     notes: list[str]
+    edits: Mapping[str, Any]
 
 
 def load_run(path: Path) -> RunData:
@@ -54,8 +57,8 @@ def load_run(path: Path) -> RunData:
         UsageError: `path` is no run folder, or its configuration cannot be read.
     """
     folder = open_run_folder(path)
-    config = folder.load_config()
-    notes: list[str] = []
+    saved = folder.read_config()
+    config, notes = saved.config, [] if saved.note is None else [f"{saved.note}."]
     lines = read_lines(folder.metrics, notes)
     checkpoint = _load_checkpoint(folder, notes)
     return RunData(
@@ -68,6 +71,7 @@ def load_run(path: Path) -> RunData:
         training=_load_replay(folder.replay, "training frames", notes),
         heldout=_load_replay(folder.heldout, "held-out frames", notes),
         notes=notes,
+        edits=recorded_edits(read_sessions(folder.sessions)) | dict(saved.edits),
     )
 
 

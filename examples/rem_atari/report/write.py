@@ -133,6 +133,7 @@ def gather(data: RunData) -> Report:
         step=data.step,
         quality=measure_quality(data),
         scenes=scenes or [],
+        edits=data.edits,
         evaluation=newest_summary(data.folder),
         sessions=read_sessions(data.folder.sessions),
     )

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,14 @@ PACKAGES = ("retpop", "torch", "numpy", "gymnasium", "ale-py", "minatar")
 GIT_SECONDS = 5.0
 
 
-def record_session(run: RunFolder, command: str, *, reproduce: str, device: str) -> None:
+def record_session(
+    run: RunFolder,
+    command: str,
+    *,
+    reproduce: str,
+    device: str,
+    edits: Mapping[str, Any] | None = None,
+) -> None:
     """Add a line to a run's sessions.jsonl.
 
     Args:
@@ -29,12 +37,16 @@ def record_session(run: RunFolder, command: str, *, reproduce: str, device: str)
         command: what began: train or resume.
         reproduce: the command line that starts such a run with the code of now.
         device: torch device that it runs on.
+        edits: the settings that were edited by hand since the run wrote them, what each was and is; None:
+            nobody did.
     """
-    began = {
+    began: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "reproduce": reproduce,
     }
+    if edits is not None:
+        began["edited"] = edits
     with run.sessions.open("a", encoding="utf-8") as file:
         file.write(json.dumps(began | describe_session(device)) + "\n")
 
@@ -77,6 +89,17 @@ def read_sessions(path: Path) -> list[dict[str, Any]]:
             continue
         if isinstance(line, dict):
             found.append(line)
+    return found
+
+
+def recorded_edits(sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that sessions say were edited by hand: what each was at first, and what it is."""
+    found: dict[str, Any] = {}
+    for session in sessions:
+        edited = session.get("edited")
+        for path, change in edited.items() if isinstance(edited, dict) else ():
+            if isinstance(change, list) and len(change) == 2:
+                found[path] = (found[path][0] if path in found else change[0], change[1])
     return found
 
 

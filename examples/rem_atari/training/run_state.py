@@ -85,8 +85,11 @@ class RunState:
         updates = sum(phase.component.updates for phase in self.phases.values())
         return self.epoch + self.replay.num_steps + updates + self.played + self.evaluation.steps
 
-    def checkpoint(self, more: Mapping[str, Any]) -> Checkpoint:
-        """The state as a checkpoint; the replay must be flushed. Its JSON data takes in `more` too."""
+    def checkpoint(self, more: Mapping[str, Any], config: bytes) -> Checkpoint:
+        """The state as a checkpoint with a copy of config.json; the replay must be flushed.
+
+        Its JSON data takes in `more` too.
+        """
         random = self.random.snapshot()
         components = {name: phase.component for name, phase in self.phases.items()}
         optimizer: dict[str, Tensor] = {}
@@ -117,7 +120,7 @@ class RunState:
             "environments": self.env.resume_states(),
             "random": random.data,
         }
-        return Checkpoint(self.step, self.agent.state_dict(), optimizer, {**more, **state}, training)
+        return Checkpoint(self.step, self.agent.state_dict(), optimizer, {**more, **state}, training, config)
 
     def load(self, checkpoint: Checkpoint, *, seed: int) -> list[int]:
         """Become what a checkpoint says; the replay has been loaded by what it says.

@@ -23,6 +23,7 @@ from rem_atari.play.collector import collect, collect_random
 from rem_atari.replay.buffer import Replay
 from rem_atari.replay.shards import delete_shards
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
+from rem_atari.runs.config_file import config_text
 from rem_atari.runs.folder import RunFolder
 from rem_atari.runs.metrics import MetricsLog, MetricValue
 from rem_atari.runs.progress import Progress
@@ -310,7 +311,7 @@ class Trainer:
         shards: list[Path] = [self._run.replay / entry.name for entry in state.replay.shards]
         save_checkpoint(
             self._run.checkpoints,
-            state.checkpoint(more),
+            state.checkpoint(more, config_text(self._config)),
             keep=schedule.keep_checkpoints,
             shards=shards,
             best=best,
