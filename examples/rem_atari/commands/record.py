@@ -68,5 +68,7 @@ def _pictures(
     moments: Iterator[Moment], dream_steps: int, advance: Callable[[int], None]
 ) -> Iterator[np.ndarray]:
     for moment in moments:
+        if moment.ending is not None:
+            yield draw(moment.ending, dream_steps)
         yield draw(moment, dream_steps)
         advance(1)

@@ -255,7 +255,7 @@ class EvaluationConfig:
     num_envs: int = 8
     """Environments stepped side by side."""
     temperature: float = 0.5
-    """Temperature of the actions."""
+    """Temperature of the actions; 0: always the most likely one."""
     random_episodes: int = 20
     """Episodes of a random agent, played once for comparison; 0: none."""
     max_steps: int | None = None

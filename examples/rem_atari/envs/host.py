@@ -34,6 +34,7 @@ class EnvStep:
         game_over: the whole game ended with this step, not just a life.
         restart_reward: raw reward on the way to the new episode (see `atari.LifeLossEndsEpisode`).
         restart_game_over: the game ended on the way to the new episode.
+        last_frame: the frame that the episode ended with, which nobody acts on; None: it goes on.
     """
 
     frame: np.ndarray
@@ -43,6 +44,7 @@ class EnvStep:
     game_over: bool
     restart_reward: float
     restart_game_over: bool
+    last_frame: np.ndarray | None = None
 
 
 class SingleEnv:
@@ -69,8 +71,9 @@ class SingleEnv:
         check_observation(frame, self._env.observation_space, self._name)
         game_over = self._lives.game_over if self._lives is not None else terminated
         restart_reward, restart_game_over = 0.0, False
+        last_frame = None
         if terminated or truncated:
-            frame = self.reset(None)
+            last_frame, frame = frame, self.reset(None)
             if self._lives is not None:
                 restart_reward, restart_game_over = self._lives.reset_reward, self._lives.game_over
         return EnvStep(
@@ -81,6 +84,7 @@ class SingleEnv:
             game_over=game_over or truncated,
             restart_reward=restart_reward,
             restart_game_over=restart_game_over,
+            last_frame=last_frame,
         )
 
     def describe(self) -> tuple[int, list[str]]:

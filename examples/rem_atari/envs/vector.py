@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,7 @@ class VectorStep:
         lost: the environment died and another one has taken its place, (E,) bool. Nobody knows what the
             action did: the reward is 0, and the episode counts as truncated before it.
         game_returns: the games that ended in this step; a life loss ends none.
+        last_frames: of each environment whose episode ended, the frame that it ended with.
     """
 
     frames: np.ndarray
@@ -58,6 +59,7 @@ class VectorStep:
     truncated: np.ndarray
     lost: np.ndarray
     game_returns: list[GameReturn]
+    last_frames: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 
 class VectorEnv:
@@ -180,6 +182,9 @@ class VectorEnv:
             truncated=np.array([step.truncated for step in steps], dtype=bool),
             lost=np.array([index in dead for index in range(self.num_envs)], dtype=bool),
             game_returns=game_returns,
+            last_frames={
+                index: step.last_frame for index, step in enumerate(steps) if step.last_frame is not None
+            },
         )
 
     def open_games(self) -> list[GameReturn]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,11 @@ from rem_atari.replay.buffer import Replay
 from rem_atari.report.history import MetricLine
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint, not_finite
 from rem_atari.runs.folder import RunFolder, open_run_folder
+from rem_atari.runs.metrics import parse_line
 from rem_atari.runs.session import read_sessions, recorded_edits
+
+LINES_NAMED = 5
+"""At most so many damaged lines are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +86,14 @@ def read_lines(path: Path, notes: list[str]) -> list[MetricLine]:
     if not path.is_file():
         notes.append(f"There is no {path.name}: the run ended before it measured anything.")
         return []
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [line for line in map(_parse, texts) if line is not None]
-    if len(found) < len(texts):
-        notes.append(f"{len(texts) - len(found)} of {len(texts)} lines of {path.name} cannot be read.")
-    return found
-
-
-def _parse(text: str) -> MetricLine | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
+    # A line ends with a newline alone: a text within one may hold other characters that split lines.
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = [(number, parse_line(text)) for number, text in enumerate(texts, start=1) if text]
+    damaged = [number for number, line in lines if line is None]
+    if damaged:
+        named = ", ".join(map(str, damaged[:LINES_NAMED])) + (" ..." if len(damaged) > LINES_NAMED else "")
+        notes.append(f"{len(damaged)} of {len(lines)} lines of {path.name} cannot be read: line {named}.")
+    return [line for _, line in lines if line is not None]
 
 
 def _load_checkpoint(folder: RunFolder, notes: list[str]) -> Checkpoint | None:

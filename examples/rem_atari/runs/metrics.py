@@ -6,12 +6,14 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from rem_atari.errors import RunWarning
 from rem_atari.runs.durable import replace_file
 
 LINE_FIELDS = ("epoch", "env_steps", "seconds", "cpu_seconds", "phase")
@@ -117,9 +119,30 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file, oldest first; a last line cut short by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics file, oldest first; a last line cut short by a kill is left out.
+
+    Another line that is no JSON object is left out too, and a warning names it: one damaged line does not
+    make the others worthless.
+    """
+    found = []
+    # Only a newline ends a line: a text within one may hold other characters that split lines.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    for number, text in enumerate(lines, start=1):
+        line = parse_line(text)
+        if line is None:
+            warnings.warn(f"{path}, line {number} cannot be read and is left out", RunWarning, stacklevel=2)
+        else:
+            found.append(line)
+    return found
+
+
+def parse_line(text: str) -> dict[str, Any] | None:
+    """A line of metrics; None where it is no JSON object."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def _cut(path: Path, keep: int) -> list[str]:

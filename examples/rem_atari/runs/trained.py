@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from rem_atari.agent import Agent
@@ -24,7 +23,7 @@ from rem_atari.runs.checkpoint import (
     read_checkpoint,
 )
 from rem_atari.runs.folder import RunFolder, open_run_folder
-from rem_atari.training.setup import check_device
+from rem_atari.training.setup import check_device, set_threads
 
 ATTEMPTS = 3
 """A training may delete the checkpoint that is being read; there is a newer one then."""
@@ -82,8 +81,7 @@ def load_trained(
     config = run.load_config()
     config = replace(config, device=config.device if device is None else device)
     check_device(config.device)
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
+    set_threads(config)
     checkpoint = _find_checkpoint(run, step, say)
     agent = _build_agent(config, checkpoint)
     return TrainedAgent(run=run, config=config, agent=agent, step=checkpoint.step, state=checkpoint.state)

@@ -70,6 +70,7 @@ class Trainer:
         self._progress = progress
         self._stop = stop
         self._is_new = checkpoint is None
+        self._told_of_rewards = False
         replay, notes = reopen_replay(config, run, checkpoint, progress.say)
         self._state = assemble(config, parts, replay, progress.say)
         self.phases = self._state.phases
@@ -177,7 +178,7 @@ class Trainer:
         bounds = {
             "steps": state.units,
             "generator": state.random["random steps" if phase == "collect_random" else "actions"],
-            "after_step": self._advance,
+            "after_step": self._after_collected,
             "max_seconds": config.schedule.collect_max_seconds,
         }
         with self._progress.phase(state.epoch, phase, state.units, done=state.collection.steps):
@@ -276,6 +277,17 @@ class Trainer:
         side = self._config.env.frame_size
         seed = derive_seed(self._config.seed, "heldout")
         return Replay((side, side, 3), steps, folder=self._run.heldout, seed=seed)
+
+    def _after_collected(self, units: int) -> None:
+        """Say once, and as soon as it is seen, what the world model does not learn of the game's rewards."""
+        sizes = self._state.collection.sizes
+        if not sizes.are_signs and not self._told_of_rewards:
+            self._told_of_rewards = True
+            self._progress.say(
+                f"warning: the game gives a reward of size {sizes.largest:g}, and the world model learns only"
+                " the signs of rewards: to the agent each is worth -1, 0 or +1"
+            )
+        self._advance(units)
 
     def _advance(self, units: int = 1) -> None:
         """The running phase has done so much more; between two of its steps a signal may stop the run."""

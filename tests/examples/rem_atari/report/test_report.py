@@ -273,7 +273,7 @@ def test_run_stopped_early_says_what_it_lacks(tmp_path: Path) -> None:
     page = write_report(run.path).read_text(encoding="utf-8")
     assert "This run did not finish: it began 1 of 2 epochs." in page
     assert "There are no held-out frames" in page
-    assert "1 of 6 lines of metrics.jsonl cannot be read." in page
+    assert "1 of 6 lines of metrics.jsonl cannot be read: line " in page
     assert "The run holds no evaluation" in page
     assert re.findall(r"<h2>(.*?)</h2>", page) == list(SECTIONS)
 
@@ -391,12 +391,12 @@ def test_captions_say_what_happened_and_what_chance_it_had() -> None:
         frames=np.zeros((2, 4, 4, 3), dtype=np.uint8),
         steps=[
             FilmStep(action="left", reward=0, ended=False),
-            FilmStep(action="stay", reward=-1, ended=True, reward_chances=(0.7, 0.2, 0.1), end_chance=0.9),
+            FilmStep(action="stay", reward=-2.5, ended=True, reward_chances=(0.7, 0.2, 0.1), end_chance=0.9),
         ],
     )
     assert film.caption(0) == ("start", "")
     assert film.caption(1) == ("1: left", "")
-    assert film.caption(2) == ("2: stay, reward −1, episode over", "reward −1 70%, +1 10%; end 90%")
+    assert film.caption(2) == ("2: stay, reward −2.5, episode over", "reward −1 70%, +1 10%; end 90%")
     assert film.caption(7) == film.caption(2)
 
 

@@ -15,6 +15,7 @@ from rem_atari.envs.catch import Catch
 from rem_atari.replay.buffer import Replay
 from rem_atari.runs import checkpoint as checkpoint_module
 from rem_atari.runs.checkpoint import load_checkpoint
+from rem_atari.runs.metrics import read_metrics
 
 FAULTS: dict[str, Any] = {}
 """What the game does now: "reset", an exception its resets raise; "reward", what its fourth step gives."""
@@ -112,3 +113,27 @@ def test_a_module_that_leaves_the_program_when_imported_is_named(
     assert train(tmp_path / "run", "--env.id", "leaving_game:Game-v0") == 2
     assert last_line(capsys).endswith("leaving_game:Game-v0 cannot be made: it raised SystemExit: 0")
     assert "leaving_game" not in sys.modules
+
+
+def test_rewards_that_are_no_signs_are_told_of_as_soon_as_they_are_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FAULTS["reward"] = 5.0
+    run = tmp_path / "run"
+    assert train(run) == 0
+    said = capsys.readouterr().err.splitlines()
+    told = [number for number, line in enumerate(said) if "the game gives a reward of size 5, and" in line]
+    assert len(told) == 1
+    assert told[0] < next(number for number, line in enumerate(said) if "collect random:" in line)
+    lines = read_metrics(run / "metrics.jsonl")
+    sizes = [(line["smallest_reward"], line["largest_reward"]) for line in lines if "largest_reward" in line]
+    assert sizes[0] == (1.0, 5.0), "a ball that lands pays what it always did"
+    page = (run / "report.html").read_text()
+    assert "rewards are from 1 to 5 in size" in page.replace("1.00", "1").replace("5.00", "5")
+    assert "reward +5" in page, "in the films of what really happened"
+    assert "Rewards of different sizes" in page
+
+
+def test_a_game_of_signs_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "run") == 0
+    assert "only the signs of rewards" not in capsys.readouterr().err

@@ -158,7 +158,8 @@ def test_the_checkpoint_holds_the_agent_as_it_ended(trained: tuple[Path, Agent, 
     assert checkpoint.state["epoch"] == 2
     assert checkpoint.state["updates"] == {"tokenizer": 6, "world_model": 4, "controller": 4}
     assert checkpoint.state["action_names"] == ["left", "stay", "right"]
-    assert checkpoint.step == 2 + 128 + 6 + 4 + 4
+    played = 20 + 20 + 30  # at random, and in two evaluations
+    assert checkpoint.step == 2 + 128 + 6 + 4 + 4 + played
     assert len(list_checkpoints(folder / "checkpoints")) == 2
 
 
