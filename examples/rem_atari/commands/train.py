@@ -12,7 +12,13 @@ from rem_atari.arguments import TrainArguments
 from rem_atari.commands.report import explain_unwritten
 from rem_atari.config import Config
 from rem_atari.errors import RunError, UsageError
-from rem_atari.runs.folder import RunFolder, create_run_folder, default_run_path, hold_run_folder
+from rem_atari.runs.folder import (
+    RunFolder,
+    create_run_folder,
+    default_run_path,
+    hold_run_folder,
+    make_new_folder,
+)
 
 if TYPE_CHECKING:
     from rem_atari.runs.checkpoint import Checkpoint
@@ -29,10 +35,13 @@ def train(arguments: TrainArguments) -> None:
 
     config = arguments.config
     check_stop_after(arguments.stop_after)
-    path = arguments.run or default_run_path(config, env_name(config.env), datetime.now())
-    with prepare_training(config) as parts, hold_run_folder(path):
-        run = create_run_folder(path, config)
-        run_and_report(config, run, parts, stop_after=arguments.stop_after)
+    with prepare_training(config) as parts:
+        path = arguments.run
+        if path is None:
+            path = make_new_folder(default_run_path(config, env_name(config.env), datetime.now()))
+        with hold_run_folder(path):
+            run = create_run_folder(path, config)
+            run_and_report(config, run, parts, stop_after=arguments.stop_after)
 
 
 def run_and_report(
@@ -67,6 +76,7 @@ def run_and_report(
 
     progress = make_progress(plan_run(config), config.schedule.epochs, sys.stderr)
     progress.say(f"run folder: {run.path}")
+    progress.say(f"the agent sees {parts.envs.sees}")
     command = "train" if checkpoint is None else "resume"
     reproduce = train_command(config, PRESETS.get(config.preset))
     record_session(run, command, reproduce=reproduce, device=config.device, edits=edits)

@@ -15,7 +15,7 @@ from gymnasium.spaces import Discrete
 from rem_atari.config import EnvConfig
 from rem_atari.envs.answers import CheckedAnswers
 from rem_atari.envs.env_options import parse_kwargs
-from rem_atari.envs.env_state import WRAPPER_ATTRIBUTES, KeepsNothing
+from rem_atari.envs.env_state import WRAPPER_ATTRIBUTES, KeepsNothing, layers_of
 from rem_atari.envs.errors import UnknownGameError
 from rem_atari.envs.frames import ResizeFrames, frame_space, is_picture_space, resize_frame, to_rgb
 
@@ -62,6 +62,27 @@ def show_frames(env: gymnasium.Env, cfg: EnvConfig) -> gymnasium.Env:
     if env.observation_space != frame_space(cfg.frame_size):
         return ResizeFrames(env, cfg.frame_size)
     return env
+
+
+def what_is_seen(env: gymnasium.Env) -> str:
+    """What an environment's frames show, for the user: the source, its size, and the size that is left."""
+    side = env.observation_space.shape[0] if env.observation_space.shape else 0
+    layers = list(layers_of(env))
+    rendered = next((layer for layer in layers if isinstance(layer, RenderedFrames)), None)
+    source = layers[-1].observation_space
+    if rendered is not None:
+        height, width = rendered.picture_shape
+        text = f"what the game renders, {width} x {height}, not {_short(source)}"
+    elif source.shape and len(source.shape) >= 2:
+        text = f"the game's images, {source.shape[1]} x {source.shape[0]}"
+    else:
+        return "the game's frames"
+    return f"{text}, as {side} x {side} pixels"
+
+
+def _short(space: gymnasium.Space) -> str:
+    """A space in a few characters: kind and shape where it has one, as Box(4,)."""
+    return f"{type(space).__name__}{space.shape}" if space.shape else type(space).__name__
 
 
 def _make(cfg: EnvConfig, **more: str) -> gymnasium.Env:

@@ -19,6 +19,7 @@ import numpy as np
 from rem_atari.envs.answers import check_observation, check_reset, check_step, name_of
 from rem_atari.envs.atari import LifeLossEndsEpisode
 from rem_atari.envs.env_state import layers_of, load_env, save_env
+from rem_atari.envs.gym_pixels import what_is_seen
 from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError, RunWarning
 
 
@@ -45,6 +46,21 @@ class EnvStep:
     restart_reward: float
     restart_game_over: bool
     last_frame: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvDescription:
+    """What an environment is, as far as an agent is built for it.
+
+    Attributes:
+        num_actions: A.
+        action_names: the game's names of its actions in lower case, or "action 0" and so on.
+        sees: what its frames show, in a few words for the user.
+    """
+
+    num_actions: int
+    action_names: list[str]
+    sees: str
 
 
 class SingleEnv:
@@ -87,12 +103,14 @@ class SingleEnv:
             last_frame=last_frame,
         )
 
-    def describe(self) -> tuple[int, list[str]]:
-        """The number of actions A, and the game's names of them in lower case or "action 0" and so on."""
+    def describe(self) -> EnvDescription:
+        """The actions, and what the agent sees."""
         num_actions = int(self._env.action_space.n)
         meanings = getattr(self._env.unwrapped, "get_action_meanings", list)
         names = [str(meaning).lower() for meaning in meanings()]
-        return num_actions, names if len(names) == num_actions else number_actions(num_actions)
+        if len(names) != num_actions:
+            names = number_actions(num_actions)
+        return EnvDescription(num_actions=num_actions, action_names=names, sees=what_is_seen(self._env))
 
     def save(self) -> dict[str, Any] | None:
         """The environment's state, plain JSON data; None if it cannot be saved."""

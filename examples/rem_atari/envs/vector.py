@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from rem_atari.envs.host import EnvHost, EnvStep, LocalHost, SingleEnv, describe_exception
+from rem_atari.envs.host import EnvDescription, EnvHost, EnvStep, LocalHost, SingleEnv, describe_exception
 from rem_atari.envs.process import ProcessHost
 from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError, RunWarning
 
@@ -97,14 +97,14 @@ class VectorEnv:
         if processes:
             # What cannot be built at all shall fail as it would here, not as a death in another process.
             with closing(SingleEnv(make())) as env:
-                self._num_actions, self._action_names = env.describe()
+                self._about: EnvDescription = env.describe()
         self._make_host: Callable[[], EnvHost] = (
             partial(ProcessHost, make, timeout=timeout) if processes else partial(LocalHost, make)
         )
         self._hosts: list[EnvHost] = [self._make_host() for _ in range(num_envs)]
         if not processes:
             self._hosts[0].start("describe")
-            self._num_actions, self._action_names = self._hosts[0].finish()
+            self._about = self._hosts[0].finish()
         self._seed = seed
         self._seeds: list[int | None] = list(_env_seeds(np.random.SeedSequence(seed), num_envs))
         self._returns = [0.0] * num_envs
@@ -123,12 +123,17 @@ class VectorEnv:
     @property
     def num_actions(self) -> int:
         """Number of actions A; an action is an integer in [0, A)."""
-        return self._num_actions
+        return self._about.num_actions
 
     @property
     def action_names(self) -> list[str]:
         """The game's names of its actions in lower case, or "action 0" and so on where it has none."""
-        return list(self._action_names)
+        return list(self._about.action_names)
+
+    @property
+    def sees(self) -> str:
+        """What the frames show, in a few words for the user."""
+        return self._about.sees
 
     def reset(self) -> np.ndarray:
         """Start every environment anew and return the frames to act on, (E, S, S, 3) uint8.

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rem_atari.config import Config
+from rem_atari.config import Config, EnvConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.config.reading import flatten
 from rem_atari.report.contents import Report, RunFile
 from rem_atari.report.sections import section
 from rem_atari.report.text import size
+from rem_atari.runs.command_line import program
 from rem_atari.runs.config_file import describe_edits
 
 COMMIT_LENGTH = 7
@@ -82,6 +83,8 @@ def reproduce(report: Report) -> str:
             f" ({escape(describe_edits(report.edits))}): the command starts with the edited one, which is not"
             " the same run.</p>"
         )
+    if program(report.config.env) != program(EnvConfig()):
+        lead += "<p>It is to be run where the game's module is found, such as in its folder.</p>"
     return section("How to reproduce", f"{lead}<pre>{escape(report.command)}</pre>{_sessions(report)}")
 
 
@@ -127,7 +130,7 @@ def train_command(config: Config, preset: Config | None) -> str:
             from the defaults becomes a flag.
     """
     base = flatten((preset or Config()).to_dict())
-    words = ["rem-atari", "train"]
+    words = [*program(config.env), "train"]
     if preset is not None:
         words += ["--preset", config.preset]
     always = ("seed", "env.game") if config.env.id is None else ("seed",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -104,6 +105,26 @@ def default_run_path(config: Config, environment: str, now: datetime) -> Path:
     """``runs/<env>-<preset>-<seed>-<time>``, the folder of a run that names none."""
     safe_name = re.sub(r"[^A-Za-z0-9._]+", "_", environment)
     return Path("runs") / f"{safe_name}-{config.preset}-{config.seed}-{now:%Y%m%d-%H%M%S}"
+
+
+def make_new_folder(path: Path) -> Path:
+    """Make a folder that nobody has: `path`, or with a number behind it where another run was faster.
+
+    Raises:
+        UsageError: it cannot be made.
+        RunError: there is no room on the disk.
+    """
+    for number in itertools.count(1):
+        numbered = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            numbered.parent.mkdir(parents=True, exist_ok=True)
+            numbered.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _explain(error, f"cannot create the run folder {numbered}") from error
+        return numbered
+    raise AssertionError("there are always more numbers")
 
 
 @contextmanager

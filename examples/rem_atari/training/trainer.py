@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from rem_atari.play.collector import collect, collect_random
 from rem_atari.replay.buffer import Replay
 from rem_atari.replay.shards import delete_shards
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
+from rem_atari.runs.command_line import resume_command
 from rem_atari.runs.config_file import config_text
 from rem_atari.runs.folder import RunFolder
 from rem_atari.runs.metrics import MetricsLog, MetricValue
@@ -124,7 +124,7 @@ class Trainer:
             why = describe_os_error(failed) if isinstance(failed, OSError) else str(failed)
             raise RunError(f"{error}; and no checkpoint could be saved: {why}") from error
         if isinstance(error, StoppedError):
-            self._progress.say(f"saved; `rem-atari resume {shlex.quote(str(self._run.path))}` goes on")
+            self._progress.say(f"saved; `{resume_command(self._config.env, self._run.path)}` goes on")
 
     def _run_phase(self) -> None:
         """Run the phase that is due, or the rest of it; then save, if it's time to."""

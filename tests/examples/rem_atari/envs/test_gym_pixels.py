@@ -326,6 +326,17 @@ def test_a_package_that_rendering_needs_is_missed_at_once() -> None:
         make_env(register(Heavier), training=True)
 
 
+def test_it_is_said_what_the_agent_sees() -> None:
+    def sees(cfg: EnvConfig) -> str:
+        return VectorEnv(lambda: make_env(cfg, training=True), 1, seed=0).sees
+
+    assert sees(config("Game")) == "what the game renders, 18 x 12, not Box(1,), as 8 x 8 pixels"
+    assert sees(config("Filmed")) == "the game's images, 18 x 12, as 8 x 8 pixels"
+    assert (
+        sees(EnvConfig(game="Breakout", frame_size=16)) == "the game's images, 160 x 210, as 16 x 16 pixels"
+    )
+
+
 # --- repeated actions and bounds --------------------------------------------------------------------------
 
 

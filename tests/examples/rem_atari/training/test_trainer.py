@@ -317,6 +317,10 @@ def test_a_freeze_waits_for_the_foreground_error() -> None:
     assert phase.prepare(2), "the error is too high: it goes on training"
     assert not phase.is_over
     assert "above tokenizer.freeze_foreground_error" in warnings[0]
+    again = make_tokenizer_phase(warnings, freeze_epoch=2, freeze_foreground_error=1e-9)
+    again.load_state(phase.state())
+    again.component.updates = 1
+    assert again.prepare(3), "it is said once, in a run that was resumed too"
     phase.foreground_error = 0.0
     assert not phase.prepare(3)
     assert phase.is_over
