@@ -125,6 +125,17 @@ def test_the_reference_imports_no_triton_and_nothing_of_the_faster_forms() -> No
     assert {name.split(".")[0] for name in names - ours} <= {"__future__", "torch", "math", "einops"}
 
 
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if inside(m, "retpop")))
+def test_backends_are_told_apart_in_one_place(module: str) -> None:
+    """Everybody else calls the backend's functions. A comparison with a backend's name is a second choice."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        parts = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        parts += [node.value] if isinstance(node, ast.MatchValue) else []
+        parts += [x for part in parts for x in getattr(part, "elts", ())]
+        words = {x.value for x in parts if isinstance(x, ast.Constant)}
+        assert module == "retpop.ops.dispatch" or not words & {"torch", "triton", "reference"}
+
+
 def test_public_names() -> None:
     assert set(retpop.__all__) >= PUBLIC
     for name in retpop.__all__:

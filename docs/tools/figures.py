@@ -23,9 +23,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from raw_results import CHECKOUT, Experiment, Result, add_result, evaluations, load_experiments
 
-from rem_atari.report.colophon import short_commit
 from rem_atari.report.history import Returns, values_of
 from rem_atari.report.text import count, duration
+from rem_atari.runs.session import short_commit
 
 PAGE = CHECKOUT / "docs" / "results.md"
 CURVES = CHECKOUT / "docs" / "results"

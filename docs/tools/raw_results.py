@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from rem_atari.config.presets import PRESETS
-from rem_atari.report.colophon import train_command
-from rem_atari.report.history import MetricLine, Returns, is_number, returns_of, total_seconds
-from rem_atari.report.load import read_lines
+from rem_atari.report.history import MetricLine, Returns, read_lines, returns_of, total_seconds
 from rem_atari.report.quality import QUALITY_FILE
-from rem_atari.runs.evaluations import newest_summary
 from rem_atari.runs.folder import open_run_folder
-from rem_atari.runs.session import read_sessions
+from rem_atari.runs.reading import is_number, newest_summary
+from rem_atari.runs.session import read_sessions, train_command
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "docs" / "results" / "data"

@@ -9,18 +9,17 @@ layer treats both alike, and tells them apart only here.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 from torch import Tensor
 
-from retpop.ops import triton_backend
+from retpop.ops.autocast import outside_autocast
 from retpop.ops.decay_powers import DecayPowers
-from retpop.ops.dispatch import BackendName
+from retpop.ops.dispatch import Backend
 from retpop.ops.packed import Packing
-from retpop.ops.pop import run_pop_rows
-from retpop.ops.retention import run_retention
-from retpop.ops.rows import lengthened, shortened
-from retpop.position import Rotation, rotate
+from retpop.ops.rows import PopSpec
+from retpop.position import Rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +27,12 @@ class AnyCall:
     """What both kinds of call have.
 
     Attributes:
-        powers: the decays, and the powers of γ as they are needed.
         rotation: of every token, or None without rotary positions.
         backend: the backend that was chosen.
     """
 
-    powers: DecayPowers
     rotation: Rotation | None
-    backend: BackendName
+    backend: Backend
 
     def for_inner_layers(self) -> AnyCall:
         """The call of a layer that another one follows, which wants all of its tokens."""
@@ -62,13 +59,11 @@ class AnyCall:
         """The tokens of (B, T, ...) whose outputs are wanted: the only ones that need queries and a gate."""
         return x
 
-    def turn(self, q: Tensor, k: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
-        """Queries of the readers, and keys, (B, T, H, Dk), turned by their tokens' rotation."""
+    def rotate(self, q: Tensor, k: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        """Queries of the readers, and keys, (B, T, H, Dk), by their tokens' rotation; for `retain`."""
         if self.rotation is None or kind is None:
             return q, k
-        if self.backend == "triton":
-            return triton_backend.rotated(q, k, self.rotation, kind)
-        return rotate(q, self.rotation, kind), rotate(k, self.rotation, kind)
+        return self.backend.rotate(q, k, self.rotation, kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +71,12 @@ class SequenceCall(AnyCall):
     """Retention over a sequence, or over packed sequences.
 
     Attributes:
+        powers: the decays, and the powers of γ as they are needed.
         mode, chunk_size: as in `retpop.retention`.
         packing: the packed sequences, or None.
     """
 
+    powers: DecayPowers
     mode: str
     chunk_size: int | None
     packing: Packing | None
@@ -91,17 +88,15 @@ class SequenceCall(AnyCall):
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retention of (B, T, H, D): outputs (B, T, H, Dv) and the state after them."""
-        return run_retention(
-            q,
-            k,
-            v,
-            self.powers,
+        run = partial(
+            self.backend.retention,
+            powers=self.powers,
             mode=self.mode,
             state=state,
             chunk_size=self.chunk_size,
             packing=self.packing,
-            backend=self.backend,
         )
+        return outside_autocast(run, q, k, v)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,58 +104,38 @@ class PopCall(AnyCall):
     """POP over a row of T sequence tokens and, behind them, P·M prediction tokens.
 
     Attributes:
-        predictions: (P, M).
-        block_size, offset, reset: as in `retpop.pop_retention`.
-        main_out: "all"; or "last": the outputs are a short row (`retpop.ops.rows`), the last token of each
-            block and the predictions.
+        spec: what POP is told beside its tensors.
     """
 
-    predictions: tuple[int, int]
-    block_size: int
-    offset: int
-    reset: Tensor | None
-    main_out: str
+    spec: PopSpec
 
     def for_inner_layers(self) -> PopCall:
         """The same call, with all tokens coming out."""
-        return replace(self, main_out="all")
+        return replace(self, spec=self.spec._replace(main_out="all"))
 
     def of_rows(self, rows: slice) -> Self:
         """The call of some rows of the batch."""
-        reset = None if self.reset is None else self.reset[rows]
-        return replace(super().of_rows(rows), reset=reset)
+        reset = None if self.spec.reset is None else self.spec.reset[rows]
+        return replace(super().of_rows(rows), spec=self.spec._replace(reset=reset))
 
     def readers(self, x: Tensor) -> Tensor:
-        """The row (B, T + P·M, ...) itself, or its short row."""
-        return x if self.main_out == "all" else shortened(x, self.predictions, self.block_size)
+        """The row (B, T + P·M, ...) itself, or its short row (`retpop.ops.rows`)."""
+        return self.spec.readers(x)
 
-    def turn(self, q: Tensor, k: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
-        """Queries and keys turned, see `AnyCall.turn`; queries of a full row where the backend wants one."""
-        if self.main_out == "last" and self.backend != "torch":
-            # Kernels and the reference answer every query. Each has its own answer, so those of tokens
-            # that nobody wants may be anything, and `retain` drops what comes of them.
-            q = lengthened(q, self.predictions, self.block_size)
-        elif self.main_out == "last" and self.rotation is not None and kind is not None:
-            own = Rotation(*(self.readers(x) for x in self.rotation))
-            return rotate(q, own, kind), rotate(k, self.rotation, kind)
-        return super().turn(q, k, kind)
+    def rotate(self, q: Tensor, k: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        """See `AnyCall.rotate`."""
+        if self.rotation is None or kind is None:
+            return q, k
+        return self.backend.rotate(q, k, self.rotation, kind, self.spec)
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """POP of rows (B, T + P·M, H, D): the readers' outputs and the state after the sequence."""
-        out, state = run_pop_rows(
-            q,
-            k,
-            v,
-            self.powers,
-            predictions=self.predictions,
-            block_size=self.block_size,
-            offset=self.offset,
-            state=state,
-            reset=self.reset,
-            backend=self.backend,
-            main_out=self.main_out if self.backend == "torch" else "all",
-        )
-        return out if self.backend == "torch" else self.readers(out), state
+
+        def run(*rows: Tensor) -> tuple[Tensor, ...]:
+            return self.backend.pop(rows, state, self.spec)
+
+        out, state = outside_autocast(run, q, k, v)
+        return out, state
 
 
 Call = SequenceCall | PopCall

@@ -141,7 +141,7 @@ class RetNetDecoder(nn.Module):
             backend=backend,
         )
         row, kv = self._run(join_row(x, x_pred), state, call)
-        return *split_row(row, call.predictions), RetNetState(kv, position)
+        return *split_row(row, call.spec.predictions), RetNetState(kv, position)
 
     def init_state(
         self,

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from retpop.config import RetNetConfig
 from retpop.layers.dropout import dropout
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+from retpop.ops.gated_norm import ACTIVATIONS
 
 
 class FeedForward(nn.Module):

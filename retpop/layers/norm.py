@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from retpop.config import RetNetConfig
-from retpop.layers.feed_forward import ACTIVATIONS
-from retpop.ops import triton_backend
-from retpop.ops.dispatch import BackendName
+from retpop.ops.dispatch import Backend
+from retpop.ops.gated_norm import head_norm
 
 
 def residual_norm(
@@ -59,20 +57,13 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., H, Dv) over the last dimension."""
-        normalize = F.layer_norm if self.kind == "groupnorm" else F.rms_norm
-        x = normalize(x, x.shape[-1:], eps=self.eps)
-        if self.weight is not None:
-            x = x * self.weight
-        return x if self.bias is None else x + self.bias
+        return head_norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps)
 
-    def gated(self, x: Tensor, gate: Tensor, activation: str, backend: BackendName) -> Tensor:
-        """``activation`` of the gate, times x normalised; both are (..., H, Dv).
-
-        The Triton backend does it in one pass for "silu"; other activations are torch operations there too.
-        """
-        if backend == "triton" and activation == "silu":
-            return triton_backend.gated_norm(x, gate, self.weight, self.bias, self.kind, self.eps)
-        return ACTIVATIONS[activation](gate) * self(x)
+    def gated(self, x: Tensor, gate: Tensor, activation: str, backend: Backend) -> Tensor:
+        """``activation`` of the gate, times x normalised; both are (..., H, Dv)."""
+        return backend.gated_norm(
+            x, gate, self.weight, self.bias, kind=self.kind, eps=self.eps, activation=activation
+        )
 
     def extra_repr(self) -> str:
         """The kind and epsilon, for ``print(model)``."""

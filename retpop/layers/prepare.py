@@ -13,10 +13,10 @@ from retpop.layers.calls import PopCall, SequenceCall
 from retpop.ops import checks
 from retpop.ops.autocast import autocast_is_on, dtype_after
 from retpop.ops.decay_powers import DecayPowers, default_scale
-from retpop.ops.dispatch import BackendName, choose_backend
-from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
+from retpop.ops.dispatch import Backend, choose_backend
+from retpop.ops.dtypes import INPUT_DTYPES, Inputs, state_dtype
 from retpop.ops.packed import Packing
-from retpop.ops.triton_backend import Inputs
+from retpop.ops.rows import PopSpec
 from retpop.position import (
     Rotation,
     boundary_positions,
@@ -64,7 +64,7 @@ def prepare_sequence(
     packing = None
     if cu_seqlens is not None:
         checks.check_cu_seqlens(owner.where, cu_seqlens, "x", x)
-        packing = Packing(owner.where, cu_seqlens, x.shape[1], on_host=chosen != "triton")
+        packing = Packing(owner.where, cu_seqlens, x.shape[1])
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(owner, state, rows)
     start = None if state is None else state.position
@@ -115,19 +115,14 @@ def prepare_pop(
     main = boundaries[:, :-1, None] + torch.arange(block_size, device=x.device)
     pred = boundaries[:, offset : offset + num_predictions, None] + torch.arange(size, device=x.device)
     call = PopCall(
-        powers=_powers(owner),
         rotation=_rotation(owner, torch.cat((main.flatten(1), pred.flatten(1)), dim=1)),
-        predictions=(num_predictions, size),
-        block_size=block_size,
-        offset=offset,
-        reset=reset,
-        main_out=main_out,
+        spec=PopSpec(_powers(owner), (num_predictions, size), block_size, offset, reset, main_out),
         backend=_choose(owner, x, backend),
     )
     return call, boundaries[:, -1].expand(batch).clone()
 
 
-def _choose(owner: Owner, x: Tensor, backend: str) -> BackendName:
+def _choose(owner: Owner, x: Tensor, backend: str) -> Backend:
     cfg = owner.cfg
     inputs = Inputs(x.device, dtype_after(x.device, x.dtype), cfg.head_key_dim, cfg.head_value_dim)
     return choose_backend(owner.where, backend, inputs)[0]

@@ -149,7 +149,7 @@ class MultiScaleRetention(nn.Module):
             backend=backend,
         )
         row, kv = self.mix(join_row(x, x_pred), None if state is None else state.kv[0], call)
-        return *split_row(row, call.predictions), RetNetState(kv.unsqueeze(0), position)
+        return *split_row(row, call.spec.predictions), RetNetState(kv.unsqueeze(0), position)
 
     def mix(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """The layer itself, of a call that has been prepared: (B, T, E) and a state to the same two.
@@ -157,7 +157,7 @@ class MultiScaleRetention(nn.Module):
         What comes out is of the call's readers.
         """
         q, k, v, gate = (y.unflatten(-1, (self.cfg.num_heads, -1)) for y in self._project(x, call.readers(x)))
-        q, k = call.turn(q, k, self.cfg.position)
+        q, k = call.rotate(q, k, self.cfg.position)
         out, kv = call.retain(q, k, v, kv)
         out = dropout(out, self.cfg.dropout, self.training)
         out = self.head_norm.gated(out, gate, self.cfg.gate_activation, call.backend)

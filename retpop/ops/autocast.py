@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def outside_autocast(run: Callable[..., Result], *tokens: Tensor) -> Result:
+    """``run`` of token inputs as autocast casts them, with its own products left alone."""
+    device = tokens[0].device
+    if not autocast_is_on(device.type):
+        return run(*tokens)
+    tokens = cast_inputs(*tokens)
+    with without_autocast(device):
+        return run(*tokens)
 
 
 def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:

@@ -1,21 +1,81 @@
-"""Which backend runs a call: the only place that chooses."""
+"""The backends, and which of them runs a call: the only place that chooses."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
-from retpop.ops import triton_backend
+from retpop.ops import reference_backend, torch_backend, triton_backend
 from retpop.ops.autocast import dtype_after
 from retpop.ops.checks import MODES, check_blocks, check_layout
-from retpop.ops.triton_backend import Inputs
+from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.dtypes import Inputs
+from retpop.ops.packed import Packing
+from retpop.ops.rows import PopSpec
+from retpop.position import Rotation
 
-BackendName = Literal["reference", "torch", "triton"]
-BACKENDS = ("auto", "torch", "triton", "reference")
+
+class Backend(Protocol):
+    """What a backend is: a module with these functions, which take checked inputs outside of autocast."""
+
+    NAME: str
+    """What a user calls it."""
+
+    def retention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        powers: DecayPowers,
+        *,
+        mode: str,
+        state: Tensor | None,
+        chunk_size: int | None,
+        packing: Packing | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Retention of (B, T, H, D); with ``packing`` of (1, T, H, D), and states (S, H, Dk, Dv)."""
+
+    def pop(self, tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
+        """POP of three rows, or of the sequence's three tensors and the predictions' three.
+
+        Returns:
+            The outputs, of rows or of both, and the final state. With ``spec.main_out == "last"`` the rows of
+            queries and of outputs are short (`retpop.ops.rows`).
+        """
+
+    def rotate(
+        self, q: Tensor, k: Tensor, rotation: Rotation, kind: str, spec: PopSpec | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`retpop.position.rotate` of q and k (B, T, H, Dk); with ``spec`` of rows, q perhaps a short one.
+
+        The queries that come back are for the same backend's `retention` or `pop`.
+        """
+
+    def gated_norm(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        kind: str,
+        eps: float,
+        activation: str,
+    ) -> Tensor:
+        """`retpop.ops.gated_norm.gated_norm`."""
+
+    def describe(self, inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
+        """What would run (B, T, H) tokens, and how it would go about it; for people."""
 
 
-def choose_backend(where: str, backend: str, inputs: Inputs) -> tuple[BackendName, str]:
+_BACKENDS: tuple[Backend, ...] = (torch_backend, triton_backend, reference_backend)
+_BY_NAME = {backend.NAME: backend for backend in _BACKENDS}
+NAMES = ("auto", *_BY_NAME)
+
+
+def choose_backend(where: str, backend: str, inputs: Inputs) -> tuple[Backend, str]:
     """The backend that runs, and why.
 
     Args:
@@ -27,23 +87,21 @@ def choose_backend(where: str, backend: str, inputs: Inputs) -> tuple[BackendNam
         ValueError: the name is unknown.
         RuntimeError: the named backend cannot run here; the message says why.
     """
-    if backend == "reference":
-        return "reference", "it was asked for by name"
-    if backend == "torch":
-        return "torch", "it was asked for by name"
-    if backend not in BACKENDS:
-        raise ValueError(f"{where}: backend is {backend!r}; it must be one of {BACKENDS}.")
+    if backend in ("torch", "reference"):
+        return _BY_NAME[backend], "it was asked for by name"
+    if backend not in NAMES:
+        raise ValueError(f"{where}: backend is {backend!r}; it must be one of {NAMES}.")
     if backend == "auto" and inputs.device.type != "cuda":
-        return "torch", f'"auto" takes it on {inputs.device.type}'
+        return torch_backend, f'"auto" takes it on {inputs.device.type}'
     reason = triton_backend.why_unavailable(*inputs)
     if backend == "triton":
         if reason is not None:
             raise RuntimeError(f'{where}: backend="triton" cannot run: {reason}; "torch" or "auto" can.')
-        return "triton", "it was asked for by name"
+        return triton_backend, "it was asked for by name"
     reason = reason or triton_backend.why_transformed()
     if reason is not None:
-        return "torch", f'"auto" takes it because {reason}'
-    return "triton", '"auto" takes it on such a GPU'
+        return torch_backend, f'"auto" takes it because {reason}'
+    return triton_backend, '"auto" takes it on such a GPU'
 
 
 def explain_backend(
@@ -82,9 +140,7 @@ def explain_backend(
         check_blocks(where, q.shape[1], 0, block_size, 0)
     value_dim = q.shape[-1] if v is None else v.shape[-1]
     inputs = Inputs(q.device, dtype_after(q.device, q.dtype), q.shape[-1], value_dim)
-    name, reason = choose_backend(where, backend, inputs)
-    form = "token-by-token form" if name == "reference" else f"{mode} form"
-    if name == "triton":
-        form = triton_backend.describe(inputs, q.shape[:3], mode, block_size)
+    chosen, reason = choose_backend(where, backend, inputs)
+    form = chosen.describe(inputs, q.shape[:3], mode, block_size)
     dtype = str(inputs.dtype).removeprefix("torch.")
-    return f"{name} backend, {form} on {q.device.type} in {dtype}: {reason}."
+    return f"{chosen.NAME} backend, {form} on {q.device.type} in {dtype}: {reason}."

@@ -48,16 +48,16 @@ class Packing:
     Triton backend's kernels read them where they are.
     """
 
-    def __init__(self, where: str, cu_seqlens: Tensor, length: int, *, on_host: bool = True) -> None:
+    def __init__(self, where: str, cu_seqlens: Tensor, length: int) -> None:
         """Take the boundaries of sequences that fill ``length`` tokens; ``where`` begins messages.
 
-        They are read, and checked, at once if they are wanted ``on_host`` or if reading costs nothing.
+        They are read, and checked, at once if that costs nothing, else when a backend asks for them.
         """
         self.cu_seqlens = cu_seqlens
         self._where, self._length = where, length
         self._bounds: list[int] | None = None
         self._plans: dict[int, ChunkPlan] = {}
-        if on_host or values_are_free(cu_seqlens):
+        if values_are_free(cu_seqlens):
             self._read()
 
     @property

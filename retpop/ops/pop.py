@@ -1,18 +1,15 @@
-"""POP, parallel observation prediction: the public function, and the unchecked one that layers call."""
+"""POP, parallel observation prediction: the public function."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from retpop.ops import reference, torch_backend, triton_backend
 from retpop.ops.autocast import cast_inputs, without_autocast
 from retpop.ops.checks import check_pop
 from retpop.ops.decay_powers import DecayPowers, default_scale
-from retpop.ops.dispatch import BackendName, choose_backend
-from retpop.ops.dtypes import state_dtype
-from retpop.ops.rows import join_row, split_row
-from retpop.ops.torch_forms import PopSpec
-from retpop.ops.triton_backend import Inputs
+from retpop.ops.dispatch import choose_backend
+from retpop.ops.dtypes import Inputs, state_dtype
+from retpop.ops.rows import PopSpec
 
 
 def pop_retention(
@@ -85,121 +82,7 @@ def pop_retention(
     inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
     chosen, _ = choose_backend("pop_retention()", backend, inputs)
     powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype))
-    return run_pop(
-        (q, k, v),
-        (q_pred, k_pred, v_pred),
-        powers,
-        block_size=block_size,
-        offset=offset,
-        state=state,
-        reset=reset,
-        backend=chosen,
-    )
-
-
-def run_pop(
-    main: tuple[Tensor, Tensor, Tensor],
-    pred: tuple[Tensor, Tensor, Tensor],
-    powers: DecayPowers,
-    *,
-    block_size: int,
-    offset: int,
-    state: Tensor | None,
-    reset: Tensor | None,
-    backend: BackendName,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`pop_retention` after its checks, of (q, k, v) twice, on a backend that has been chosen."""
-    q, k, v, q_pred, k_pred, v_pred = cast_inputs(*main, *pred)
+    spec = PopSpec(powers, (q_pred.shape[1], q_pred.shape[2]), block_size, offset, reset)
     with without_autocast(q.device):
-        if backend == "reference":
-            return reference.pop_retention(
-                q,
-                k,
-                v,
-                q_pred,
-                k_pred,
-                v_pred,
-                powers.log_decay,
-                block_size=block_size,
-                offset=offset,
-                state=state,
-                scale=powers.scale,
-                reset=reset,
-            )
-        if backend == "triton":
-            return triton_backend.pop_retention(
-                q,
-                k,
-                v,
-                q_pred,
-                k_pred,
-                v_pred,
-                powers,
-                block_size=block_size,
-                offset=offset,
-                state=state,
-                reset=reset,
-            )
-        return torch_backend.pop_retention(
-            q,
-            k,
-            v,
-            q_pred,
-            k_pred,
-            v_pred,
-            powers,
-            block_size=block_size,
-            offset=offset,
-            state=state,
-            reset=reset,
-        )
-
-
-def run_pop_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    powers: DecayPowers,
-    *,
-    predictions: tuple[int, int],
-    block_size: int,
-    offset: int,
-    state: Tensor | None,
-    reset: Tensor | None,
-    backend: BackendName,
-    main_out: str = "all",
-) -> tuple[Tensor, Tensor]:
-    """`run_pop` of rows (B, T + P·M, H, D), see `retpop.ops.rows`: a row of outputs, and the final state.
-
-    With ``main_out="last"``, for the torch backend alone, queries and outputs are short rows.
-    """
-    if backend == "triton":
-        q, k, v = cast_inputs(q, k, v)
-        return triton_backend.pop_rows(
-            q,
-            k,
-            v,
-            powers,
-            predictions=predictions,
-            block_size=block_size,
-            offset=offset,
-            state=state,
-            reset=reset,
-        )
-    if backend == "torch":
-        q, k, v = cast_inputs(q, k, v)
-        spec = PopSpec(powers, predictions, block_size, offset, reset, main_out)
-        with without_autocast(q.device):
-            return torch_backend.pop_rows(q, k, v, spec, state=state)
-    (q, q_pred), (k, k_pred), (v, v_pred) = (split_row(x, predictions) for x in (q, k, v))
-    out, pred, state = run_pop(
-        (q, k, v),
-        (q_pred, k_pred, v_pred),
-        powers,
-        block_size=block_size,
-        offset=offset,
-        state=state,
-        reset=reset,
-        backend=backend,
-    )
-    return join_row(out, pred), state
+        out, pred, final = chosen.pop((q, k, v, q_pred, k_pred, v_pred), state, spec)
+    return out, pred, final

@@ -28,8 +28,7 @@ from retpop.ops.custom import (
 )
 from retpop.ops.decay_powers import DecayPowers
 from retpop.ops.dtypes import state_dtype
-from retpop.ops.rows import split_row
-from retpop.ops.torch_forms import PopSpec
+from retpop.ops.rows import PopSpec, split_row
 
 Results = tuple[Tensor, Tensor, Tensor]
 
@@ -66,19 +65,9 @@ def _compute_pop(
     offset: int,
     scale: float,
 ) -> Results:
-    out, pred, final = torch_backend.pop_retention(
-        q,
-        k,
-        v,
-        q_pred,
-        k_pred,
-        v_pred,
-        DecayPowers(log_decay, scale, state_dtype(q.dtype)),
-        block_size=block_size,
-        offset=offset,
-        state=state,
-        reset=reset,
-    )
+    tokens = (q, k, v, q_pred, k_pred, v_pred)
+    spec = _spec(log_decay, reset, q_pred.shape[1:3], block_size, offset, scale, q.dtype)
+    out, pred, final = torch_backend.pop(tokens, state, spec)
     return out.contiguous(), pred.contiguous(), own(final, state)
 
 
@@ -295,7 +284,7 @@ def _compute_rows(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     spec = _spec(log_decay, reset, predictions, block_size, offset, scale, q.dtype)
-    row, final = torch_backend.pop_rows(q, k, v, spec, state=state)
+    row, final = torch_backend.pop((q, k, v), state, spec)
     return row.contiguous(), own(final, state)
 
 

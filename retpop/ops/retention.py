@@ -1,16 +1,15 @@
-"""Retention: the public function, and the unchecked one that layers call."""
+"""Retention: the public function."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from retpop.ops import packed, reference, torch_backend, triton_backend
-from retpop.ops.autocast import autocast_is_on, cast_inputs, without_autocast
+from retpop.ops.autocast import cast_inputs, without_autocast
 from retpop.ops.checks import check_retention
 from retpop.ops.decay_powers import DecayPowers, default_scale
-from retpop.ops.dispatch import BackendName, choose_backend
-from retpop.ops.dtypes import state_dtype
-from retpop.ops.triton_backend import Inputs
+from retpop.ops.dispatch import choose_backend
+from retpop.ops.dtypes import Inputs, state_dtype
+from retpop.ops.packed import Packing
 
 
 def retention(
@@ -70,57 +69,14 @@ def retention(
     )
     inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
     chosen, _ = choose_backend("retention()", backend, inputs)
-    packing = None
-    if cu_seqlens is not None:
-        packing = packed.Packing("retention()", cu_seqlens, q.shape[1], on_host=chosen != "triton")
-    powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype), decays)
-    return run_retention(
-        q,
-        k,
-        v,
-        powers,
-        mode=mode,
-        state=state,
-        chunk_size=chunk_size,
-        packing=packing,
-        backend=chosen,
-    )
-
-
-def run_retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    powers: DecayPowers,
-    *,
-    mode: str,
-    state: Tensor | None,
-    chunk_size: int | None,
-    packing: packed.Packing | None,
-    backend: BackendName,
-) -> tuple[Tensor, Tensor]:
-    """`retention` after its checks, with the powers of γ given, on a backend that has been chosen."""
-    if autocast_is_on(q.device.type):
-        q, k, v = cast_inputs(q, k, v)
-        with without_autocast(q.device):
-            return run_retention(
-                q,
-                k,
-                v,
-                powers,
-                mode=mode,
-                state=state,
-                chunk_size=chunk_size,
-                packing=packing,
-                backend=backend,
-            )
-    if backend == "reference":
-        bounds = None if packing is None else packing.bounds
-        return reference.retention(q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds)
-    if backend == "triton":
-        return triton_backend.retention(q, k, v, powers, state=state, packing=packing)
-    if packing is not None:
-        return packed.retention(
-            q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, packing=packing
+    with without_autocast(q.device):
+        return chosen.retention(
+            q,
+            k,
+            v,
+            DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype), decays),
+            mode=mode,
+            state=state,
+            chunk_size=chunk_size,
+            packing=None if cu_seqlens is None else Packing("retention()", cu_seqlens, q.shape[1]),
         )
-    return torch_backend.retention(q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size)

@@ -1,14 +1,18 @@
-"""Rows of POP: the T tokens of a sequence with all P·M prediction tokens behind them, (B, T + P·M, ...).
+"""POP beside its tensors, and its rows: the tokens of a sequence with all prediction tokens behind them.
 
-A short row has only the last token of each of the N blocks before the predictions, (B, N + P·M, ...).
+A row is (B, T + P·M, ...). A short row has only the last token of each of the N blocks before the
+predictions, (B, N + P·M, ...).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from retpop.ops.decay_powers import DecayPowers
 
 
 def join_row(main: Tensor, pred: Tensor) -> Tensor:
@@ -25,19 +29,35 @@ def split_row(row: Tensor, predictions: Sequence[int]) -> tuple[Tensor, Tensor]:
     return main, pred.unflatten(1, (num_predictions, size))
 
 
-def last_tokens(main: Tensor, block_size: int) -> Tensor:
-    """The last token of every block of (B, T, ...), as a view: (B, N, ...)."""
-    return main[:, block_size - 1 :: block_size]
+class PopSpec(NamedTuple):
+    """What POP is told beside its tensors.
 
+    Attributes:
+        powers: the decays, with the scale c.
+        predictions: (P, M).
+        block_size, offset, reset: as in `retpop.pop_retention`.
+        main_out: "all"; or "last": queries and outputs of the sequence are those of each block's last
+            token: short rows.
+    """
 
-def shortened(row: Tensor, predictions: Sequence[int], block_size: int) -> Tensor:
-    """A row's last tokens of blocks and its predictions: (B, N + P·M, ...)."""
-    main, pred = split_row(row, predictions)
-    return join_row(last_tokens(main, block_size), pred)
+    powers: DecayPowers
+    predictions: tuple[int, int]
+    block_size: int
+    offset: int
+    reset: Tensor | None
+    main_out: str = "all"
 
+    def readers(self, row: Tensor) -> Tensor:
+        """The tokens of a row whose outputs are wanted: the row itself, or a short one."""
+        if self.main_out == "all":
+            return row
+        main, pred = split_row(row, self.predictions)
+        return join_row(main[:, self.block_size - 1 :: self.block_size], pred)
 
-def lengthened(short: Tensor, predictions: Sequence[int], block_size: int) -> Tensor:
-    """A row that `shortened` makes ``short`` again, with zeros for the tokens that it leaves out."""
-    last, pred = split_row(short, predictions)
-    before = last.new_zeros(*last.shape[:2], block_size - 1, *last.shape[2:])
-    return join_row(torch.cat((before, last.unsqueeze(2)), dim=2).flatten(1, 2), pred)
+    def all_tokens(self, row: Tensor) -> Tensor:
+        """A row that `readers` makes ``row`` again, with zeros for the tokens that it leaves out."""
+        if self.main_out == "all":
+            return row
+        last, pred = split_row(row, self.predictions)
+        before = last.new_zeros(*last.shape[:2], self.block_size - 1, *last.shape[2:])
+        return join_row(torch.cat((before, last.unsqueeze(2)), dim=2).flatten(1, 2), pred)

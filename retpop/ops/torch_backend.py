@@ -16,12 +16,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from retpop import position
 from retpop.arguments import transforms_are_active
-from retpop.ops import torch_backward, torch_forms, torch_forward
+from retpop.ops import packed, torch_backward, torch_forms, torch_forward
 from retpop.ops.autocast import without_autocast
 from retpop.ops.decay_powers import DecayPowers
-from retpop.ops.rows import join_row, split_row
-from retpop.ops.torch_forms import DEFAULT_CHUNK_SIZE, PopSpec, zero_state
+from retpop.ops.dtypes import Inputs
+from retpop.ops.gated_norm import gated_norm as gated_norm
+from retpop.ops.rows import PopSpec, join_row, split_row
+from retpop.ops.torch_forms import DEFAULT_CHUNK_SIZE, zero_state
+from retpop.position import Rotation
+
+NAME = "torch"
 
 
 def retention(
@@ -33,8 +39,13 @@ def retention(
     mode: str,
     state: Tensor | None,
     chunk_size: int | None,
+    packing: packed.Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Retention of inputs (B, T, H, D) in one of the three modes; returns outputs and final state."""
+    if packing is not None:
+        return packed.retention(
+            q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, packing=packing
+        )
     chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
     if mode != "chunkwise" or q.shape[1] < 2 or _is_watched():
         return torch_forms.retention(q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size)
@@ -46,39 +57,8 @@ def retention(
     return out, final
 
 
-def pop_retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_pred: Tensor,
-    k_pred: Tensor,
-    v_pred: Tensor,
-    powers: DecayPowers,
-    *,
-    block_size: int,
-    offset: int,
-    state: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """POP of tokens (B, N·L, H, D) and predictions (B, P, M, H, D); outputs, predictions, final state."""
-    predictions = q_pred.shape[1], q_pred.shape[2]
-    spec = PopSpec(powers, predictions, block_size, offset, reset)
-    out, pred, final = _pop((q, k, v, q_pred, k_pred, v_pred), state, spec)
-    return out, pred, final
-
-
-def pop_rows(
-    q: Tensor, k: Tensor, v: Tensor, spec: PopSpec, *, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`pop_retention` of rows (B, T + P·M, H, D), see `retpop.ops.rows`: a row of outputs, the final state.
-
-    With ``main_out="last"`` queries and outputs are short rows.
-    """
-    out, final = _pop((q, k, v), state, spec)
-    return out, final
-
-
-def _pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
+def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
+    """POP of three rows, or of the sequence's three tensors and the predictions'; outputs, final state."""
     state = zero_state(tokens[0], tokens[2], tokens[0].shape[0]) if state is None else state
     if _is_watched():
         return _plain_pop(spec, *tokens, state)
@@ -87,6 +67,19 @@ def _pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple
         return results
     outs, states = torch_forward.pop(tokens, spec, state=state)
     return (*outs, states[-1].clone())
+
+
+def rotate(
+    q: Tensor, k: Tensor, rotation: Rotation, kind: str, spec: PopSpec | None = None
+) -> tuple[Tensor, Tensor]:
+    """`retpop.position.rotate` of both; with ``spec`` of rows, q perhaps a short one."""
+    own = rotation if spec is None else Rotation(*(spec.readers(x) for x in rotation))
+    return position.rotate(q, own, kind), position.rotate(k, rotation, kind)
+
+
+def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
+    """The form that runs, for people."""
+    return f"{mode} form"
 
 
 def _is_watched() -> bool:

@@ -25,7 +25,8 @@ from torch import Tensor
 from retpop.ops import packed
 from retpop.ops.blocks import Stretch, flat, scale_in_place, scaled, stretches
 from retpop.ops.decay_powers import Across, BlockPowers, DecayPowers, advance, advance_in_place
-from retpop.ops.torch_forms import PopSpec, by_head
+from retpop.ops.rows import PopSpec
+from retpop.ops.torch_forms import by_head
 from retpop.ops.torch_forward import (
     Tokens,
     parts,

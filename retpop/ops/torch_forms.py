@@ -17,38 +17,18 @@ bfloat16 as well, and two or three such roundings on the way double the error of
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from retpop.arguments import transforms_are_active
 from retpop.ops.decay_powers import BlockPowers, DecayPowers, advance, advance_in_place
 from retpop.ops.dtypes import state_dtype
+from retpop.ops.rows import PopSpec
 
 DEFAULT_CHUNK_SIZE = 64
 
 ROWS_AT_ONCE = 128
 """Queries that parallel mode takes at once, with the keys up to the last of them."""
-
-
-class PopSpec(NamedTuple):
-    """What POP is told beside its tensors.
-
-    Attributes:
-        powers: the decays, with the scale c.
-        predictions: (P, M).
-        block_size, offset, reset: as in `retpop.pop_retention`.
-        main_out: "all"; or "last": queries and outputs of the sequence are those of each block's last
-            token, (B, N, H, D).
-    """
-
-    powers: DecayPowers
-    predictions: tuple[int, int]
-    block_size: int
-    offset: int
-    reset: Tensor | None
-    main_out: str = "all"
 
 
 def retention(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retpop.ops.blocks import Stretch, flat, scale_in_place, scaled, stretches
 from retpop.ops.decay_powers import BlockPowers, DecayPowers, advance_in_place
-from retpop.ops.torch_forms import PopSpec
+from retpop.ops.rows import PopSpec
 
 Tokens = Sequence[Tensor]
 """Tensors of tokens: queries, keys and values, (B, T, H, D), outputs, or gradients of them."""

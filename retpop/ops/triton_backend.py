@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,30 +18,21 @@ from torch.autograd import forward_ad
 
 from retpop.ops.custom import interpreting, kernels
 from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.dtypes import Inputs
+from retpop.ops.gated_norm import gated_norm as plain_gated_norm
 from retpop.ops.packed import Packing
 from retpop.ops.pop_ops import pop_fwd, pop_rows_fwd
 from retpop.ops.retention_ops import retention_fwd, retention_step
 from retpop.ops.row_ops import norm_gate_fwd, rotary_fwd
+from retpop.ops.rows import PopSpec
 from retpop.position import Rotation
+
+NAME = "triton"
 
 LARGEST_HEAD_DIM = 256
 
 AMD_ARCHITECTURES = ("gfx942",)
 """AMD's GPUs with the matrix cores and the shared memory that the kernels are laid out for."""
-
-
-class Inputs(NamedTuple):
-    """What decides which backend can run.
-
-    Attributes:
-        device, dtype: of the tokens, after autocast.
-        key_dim, value_dim: of a head.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    key_dim: int
-    value_dim: int
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
@@ -126,11 +116,13 @@ def retention(
     v: Tensor,
     powers: DecayPowers,
     *,
+    mode: str,
     state: Tensor | None,
+    chunk_size: int | None,
     packing: Packing | None,
 ) -> tuple[Tensor, Tensor]:
-    """Retention of (B, T, H, D); with ``packing`` of (1, T, H, D), and states (S, H, Dk, Dv)."""
-    _refuse_transforms(q, k, v, state)
+    """Retention of (B, T, H, D), by the same kernels in every mode; the chunks are their own."""
+    _refuse_transforms(q, k, v, powers.log_decay, state)
     if packing is None and q.shape[1] == 1:
         tokens = (x.squeeze(1) for x in (q, k, v))
         out, final = retention_step(*tokens, powers.log_decay, state, powers.scale)
@@ -139,67 +131,46 @@ def retention(
     return retention_fwd(q, k, v, powers.log_decay, state, cu_seqlens, powers.scale)
 
 
-def pop_retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_pred: Tensor,
-    k_pred: Tensor,
-    v_pred: Tensor,
-    powers: DecayPowers,
-    *,
-    block_size: int,
-    offset: int,
-    state: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """POP of tokens (B, N·L, H, D) and predictions (B, P, M, H, D); outputs, predictions, final state."""
-    _refuse_transforms(q, k, v, q_pred, k_pred, v_pred, state)
-    return pop_fwd(
-        q,
-        k,
-        v,
-        q_pred,
-        k_pred,
-        v_pred,
-        powers.log_decay,
-        state,
-        reset,
-        block_size,
-        offset,
-        powers.scale,
-    )
+def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
+    """POP of three rows, or of the sequence's three tensors and the predictions'; outputs, final state.
+
+    Kernels answer every query. Each has its own answer, so those of tokens that nobody reads may be anything,
+    and what comes of them is dropped.
+    """
+    powers = spec.powers
+    _refuse_transforms(*tokens, powers.log_decay, state)
+    options = (powers.log_decay, state, spec.reset)
+    numbers = (spec.block_size, spec.offset, powers.scale)
+    if len(tokens) == 6:
+        return pop_fwd(*tokens, *options, *numbers)
+    q, k, v = tokens
+    q = q if q.shape[1] == k.shape[1] else spec.all_tokens(q)
+    row, final = pop_rows_fwd(q, k, v, *options, spec.predictions, *numbers)
+    return spec.readers(row), final
 
 
-def pop_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    powers: DecayPowers,
-    *,
-    predictions: tuple[int, int],
-    block_size: int,
-    offset: int,
-    state: Tensor | None,
-    reset: Tensor | None,
+def rotate(
+    q: Tensor, k: Tensor, rotation: Rotation, kind: str, spec: PopSpec | None = None
 ) -> tuple[Tensor, Tensor]:
-    """POP of rows (B, T + P·M, H, D), ``predictions`` = (P, M); a row of outputs, and the final state."""
-    _refuse_transforms(q, k, v, state)
-    return pop_rows_fwd(
-        q, k, v, powers.log_decay, state, reset, predictions, block_size, offset, powers.scale
-    )
-
-
-def rotated(q: Tensor, k: Tensor, rotation: Rotation, kind: str) -> tuple[Tensor, Tensor]:
-    """`retpop.position.rotate` of queries and keys (B, T, H, Dk)."""
+    """`retpop.position.rotate` of both; with ``spec`` of rows, of which q comes back in full."""
     _refuse_transforms(q, k)
+    q = q if spec is None else spec.all_tokens(q)
     return rotary_fwd(q, k, rotation.cos, rotation.sin, kind, False)
 
 
 def gated_norm(
-    x: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    kind: str,
+    eps: float,
+    activation: str,
 ) -> Tensor:
-    """silu(gate) ⊙ norm(x), both (..., H, Dv), in x's dtype; kind "groupnorm" or "rmsnorm"."""
+    """`retpop.ops.gated_norm.gated_norm`; in one pass for "silu", in torch operations for the others."""
+    if activation != "silu":
+        return plain_gated_norm(x, gate, weight, bias, kind=kind, eps=eps, activation=activation)
     _refuse_transforms(x, gate, weight, bias)
     return norm_gate_fwd(x, gate, weight, bias, kind, eps)
 

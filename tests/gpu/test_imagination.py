@@ -1,4 +1,4 @@
-"""REM's imagination recorded as a CUDA graph is imagination, to the last bit."""
+"""REM's imagination captured as a CUDA graph is imagination, to the last bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rem_atari.agent import Agent
 from rem_atari.config import Config, ControllerConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.play.cuda_graph import Recorded
+from rem_atari.play.cuda_graph import CudaGraph
 from rem_atari.training.actor_critic import Imagination, imagine, learn_from
 
 pytestmark = pytest.mark.gpu
@@ -51,7 +51,7 @@ def tensors_of(imagination: Imagination) -> list[Tensor]:
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("changes", [{}, {"space": "pixels"}, {"cell": "gru"}], ids=str)
-def test_a_recording_is_the_function(changes: dict, precision: torch.dtype, device: torch.device) -> None:
+def test_a_graph_is_the_function(changes: dict, precision: torch.dtype, device: torch.device) -> None:
     """Results and what is left in the generator are the same, also once the weights have changed."""
     config: Config = replace(CONFIG, controller=replace(CONFIG.controller, **changes))
     cfg: ControllerConfig = config.controller
@@ -59,12 +59,12 @@ def test_a_recording_is_the_function(changes: dict, precision: torch.dtype, devi
     agent = Agent.from_config(config, ACTIONS).to(device).eval()
     torch.nn.init.normal_(agent.tokenizer.codebook.weight)
     generators = [torch.Generator(device).manual_seed(0) for _ in range(2)]
-    recorded = Recorded(lambda segments: imagine(agent, segments, cfg, generators[0]), generators[0])
+    captured = CudaGraph(lambda segments: imagine(agent, segments, cfg, generators[0]), generators[0])
     optimizer = torch.optim.AdamW(agent.parameters(), lr=1e-2, fused=True)
     for seed in range(4):
         segments = some_segments(seed, cfg.burn_in + 1, device)
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
-            found = recorded(segments)
+            found = captured(segments)
             wanted = imagine(agent, segments, cfg, generators[1])
             for a, b in zip(tensors_of(found), tensors_of(wanted), strict=True):
                 assert torch.equal(a, b)

@@ -165,7 +165,7 @@ def test_norm_gate(
     def parameters(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         return tensors[2], tensors[3] if affine == 2 else None
 
-    y = triton_backend.gated_norm(*leaves[:2], *parameters(leaves), kind, 1e-6)
+    y = triton_backend.gated_norm(*leaves[:2], *parameters(leaves), kind=kind, eps=1e-6, activation="silu")
     normalize = F.layer_norm if kind == "groupnorm" else F.rms_norm
     weight, bias = parameters(doubles)
     wanted = normalize(doubles[0], shape[-1:], eps=1e-6) * weight
@@ -193,7 +193,7 @@ def test_rotary(
     leaf, double = projected.clone().requires_grad_(), projected.double().requires_grad_()
     positions = torch.arange(T, device=device) + torch.tensor([[0], [2**20], [2**24 + 1]], device=device)[:B]
     rotation = rotation_at(positions, rotary_frequencies(kind, dim).to(device), kind)
-    results = triton_backend.rotated(*leaf.chunk(2, dim=2), rotation, kind)
+    results = triton_backend.rotate(*leaf.chunk(2, dim=2), rotation, kind)
     exact = Rotation(rotation.cos.double(), rotation.sin.double())
     wanted = [rotate(x, exact, kind) for x in double.chunk(2, dim=2)]
     errors = Errors(dtype, record_property)

@@ -16,7 +16,7 @@ import retpop
 from retpop.kernels import gpus
 from retpop.ops import triton_backend
 from retpop.ops.dispatch import choose_backend
-from retpop.ops.triton_backend import Inputs
+from retpop.ops.dtypes import Inputs
 
 GPU = torch.device("cuda", 0)
 
@@ -39,19 +39,24 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch, major=9, minor=0)
 
 
+def chosen(backend: str = "auto", given: Inputs | None = None) -> tuple[str, str]:
+    """The name of what would run, and why."""
+    taken, reason = choose_backend("here", backend, given or inputs())
+    return taken.NAME, reason
+
+
 @pytest.mark.usefixtures("hopper")
 def test_auto_takes_the_kernels_on_a_gpu() -> None:
-    assert choose_backend("here", "auto", inputs())[0] == "triton"
-    assert choose_backend("here", "triton", inputs())[0] == "triton"
+    assert chosen()[0] == chosen("triton")[0] == "triton"
     for name in ("torch", "reference"):
-        assert choose_backend("here", name, inputs()) == (name, "it was asked for by name")
+        assert chosen(name) == (name, "it was asked for by name")
 
 
 def test_a_gpu_that_this_triton_gets_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name with an error that says what, where it is reported and what helps; "auto" takes torch."""
     on_a_gpu(monkeypatch, major=10, minor=0)
     monkeypatch.setattr(gpus.why_wrong, "__defaults__", ("3.7.1",))
-    name, reason = choose_backend("here", "auto", inputs())
+    name, reason = chosen()
     assert name == "torch"
     assert "Triton 3.7.1 on sm_100" in reason
     with pytest.raises(
@@ -59,7 +64,7 @@ def test_a_gpu_that_this_triton_gets_wrong_is_refused(monkeypatch: pytest.Monkey
     ):
         choose_backend("here", "triton", inputs())
     monkeypatch.setattr(gpus.why_wrong, "__defaults__", ("3.9.0",))
-    assert choose_backend("here", "triton", inputs())[0] == "triton"
+    assert chosen("triton")[0] == "triton"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +78,7 @@ def test_a_gpu_that_this_triton_gets_wrong_is_refused(monkeypatch: pytest.Monkey
 )
 @pytest.mark.usefixtures("hopper")
 def test_what_the_kernels_do_not_take(changes: dict[str, object], words: list[str]) -> None:
-    name, reason = choose_backend("here", "auto", inputs(**changes))
+    name, reason = chosen("auto", inputs(**changes))
     assert name == "torch"
     with pytest.raises(
         RuntimeError, match=r'^here: backend="triton" cannot run: .*"torch" or "auto" can\.$'
@@ -100,7 +105,7 @@ def test_which_gpus(
     properties: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_a_gpu(monkeypatch, **properties)
-    name, why = choose_backend("here", "auto", inputs())
+    name, why = chosen()
     assert name == ("triton" if reason is None else "torch")
     if reason is not None:
         assert reason in why
@@ -111,7 +116,7 @@ def test_which_gpus(
 @pytest.mark.usefixtures("hopper")
 def test_auto_takes_torch_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
-    assert "not installed" in choose_backend("here", "auto", inputs())[1]
+    assert "not installed" in chosen()[1]
     with pytest.raises(RuntimeError, match=r"Triton is not installed"):
         choose_backend("here", "triton", inputs())
 
@@ -119,26 +124,26 @@ def test_auto_takes_torch_where_triton_is_missing(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("hopper")
 def test_auto_takes_torch_under_a_transform() -> None:
     """The kernels' ops have a gradient only; see tests/ops/test_triton_backend.py for who names them."""
-    chosen = []
+    taken = []
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        chosen.append(choose_backend("here", "auto", inputs()))
+        taken.append(chosen())
         return x
 
     torch.vmap(run)(torch.zeros(2))
     torch.func.jvp(run, (torch.zeros(2),), (torch.zeros(2),))
     with forward_ad.dual_level():
         run(torch.zeros(2))
-    assert [name for name, _ in chosen] == ["torch"] * 3
-    assert "torch.func" in chosen[0][1]
-    assert "forward-mode AD" in chosen[2][1]
-    assert choose_backend("here", "auto", inputs())[0] == "triton"
+    assert [name for name, _ in taken] == ["torch"] * 3
+    assert "torch.func" in taken[0][1]
+    assert "forward-mode AD" in taken[2][1]
+    assert chosen()[0] == "triton"
 
 
 def test_elsewhere() -> None:
     for device in ("cpu", "meta", "mps"):
-        assert choose_backend("here", "auto", inputs(torch.device(device)))[0] == "torch"
-    assert choose_backend("here", "triton", inputs(torch.device("cpu")))[0] == "triton"  # interpreted
+        assert chosen("auto", inputs(torch.device(device)))[0] == "torch"
+    assert chosen("triton", inputs(torch.device("cpu")))[0] == "triton"  # interpreted
     with pytest.raises(RuntimeError, match="mps"):
         choose_backend("here", "triton", inputs(torch.device("mps")))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from retpop.ops import torch_backward, torch_forward
 from retpop.ops.decay_powers import DecayPowers
 from retpop.ops.packed import Packing
-from retpop.ops.torch_forms import PopSpec
+from retpop.ops.rows import PopSpec
 
 
 def weights_of(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,8 +11,7 @@ from rem_atari.arguments import DiagnoseArguments
 from rem_atari.commands.counting import tell
 from rem_atari.errors import RunError
 from rem_atari.report.diagnosis import Finding, diagnose, first_sign
-from rem_atari.report.history import MetricLine, Returns, last_value, returns_of
-from rem_atari.report.load import read_lines
+from rem_atari.report.history import MetricLine, Returns, last_value, read_lines, returns_of
 from rem_atari.runs.folder import open_run_folder
 
 SCHEMA = 1

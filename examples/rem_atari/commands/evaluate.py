@@ -24,7 +24,7 @@ from rem_atari.evaluation import evaluate as play_games
 from rem_atari.films.games import BestAndWorst, GameFilm
 from rem_atari.films.video import check_video_path, enlarge, save_video
 from rem_atari.runs.durable import replace_file
-from rem_atari.runs.evaluations import EPISODES_FILE, SUMMARY_FILE
+from rem_atari.runs.reading import EPISODES_FILE, SUMMARY_FILE
 from rem_atari.runs.trained import TrainedAgent, load_trained
 from rem_atari.scores.published import human_normalised, reference_scores
 from rem_atari.training.seeding import derive_seed

@@ -67,9 +67,8 @@ def run_and_report(
         StoppedError: a signal has come, or `stop_after` seconds have passed, and the run was not done.
     """
     from rem_atari.config.presets import PRESETS
-    from rem_atari.report.colophon import train_command
     from rem_atari.runs.progress import make_progress
-    from rem_atari.runs.session import record_session
+    from rem_atari.runs.session import log_session, train_command
     from rem_atari.training.schedule import plan_run
     from rem_atari.training.signals import StopRequest
     from rem_atari.training.trainer import Trainer
@@ -79,7 +78,7 @@ def run_and_report(
     progress.say(f"the agent sees {parts.envs.sees}")
     command = "train" if checkpoint is None else "resume"
     reproduce = train_command(config, PRESETS.get(config.preset))
-    record_session(run, command, reproduce=reproduce, device=config.device, edits=edits)
+    log_session(run, command, reproduce=reproduce, device=config.device, edits=edits)
     with progress, StopRequest(stop_after) as stop:
         Trainer(config, run, parts, progress, stop, checkpoint).run()
     progress.say("writing the report")

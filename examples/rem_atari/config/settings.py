@@ -295,7 +295,7 @@ class Config:
     """Compile the networks with torch.compile: the first updates take minutes, those after them less time.
     Off in the presets for a CPU, whose runs are too short for it."""
     cuda_graphs: bool = True
-    """On a CUDA device: record imagination as a CUDA graph and replay it, which is the same to the last bit
+    """On a CUDA device: capture imagination as a CUDA graph and replay it, which is the same to the last bit
     and saves the launching of its many small kernels. Off: launch them one by one."""
     threads: int = 0
     """CPU threads torch uses; 0 leaves torch's own choice."""

@@ -1,1 +1,1 @@
-"""Films of games, real and imagined."""
+"""Films and pictures of games, real and imagined."""

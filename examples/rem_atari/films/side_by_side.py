@@ -15,11 +15,11 @@ from torch import Tensor
 from rem_atari.agent import Agent
 from rem_atari.config import Config
 from rem_atari.evaluation import make_test_envs
+from rem_atari.films.pictures import FAINT, FONT, GAP, INK, PAPER
 from rem_atari.films.video import enlarge
 from rem_atari.play.collector import RealEnv
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import rollout
-from rem_atari.report.figures import FAINT, FONT, GAP, INK, PAPER
 from rem_atari.training.seeding import derive_seed
 
 PANEL_PIXELS = 256

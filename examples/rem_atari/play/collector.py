@@ -64,6 +64,11 @@ class RealEnv:
         return self._env.num_actions
 
     @property
+    def is_started(self) -> bool:
+        """Whether the environments were started, or go on from a checkpoint."""
+        return self._frames is not None
+
+    @property
     def frames(self) -> np.ndarray:
         """The frames to act on, (E, S, S, 3) uint8.
 

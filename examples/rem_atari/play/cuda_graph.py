@@ -1,4 +1,4 @@
-"""Imagination recorded as a CUDA graph: one launch in place of a thousand."""
+"""Imagination captured as a CUDA graph: one launch in place of a thousand."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from rem_atari.models.sequence_tokens import SequenceTokens
 Result = TypeVar("Result")
 
 WARM_UP = 3
-"""Calls before the recording, in which libraries set themselves up and kernels are compiled and tuned."""
+"""Calls before the capture, in which libraries set themselves up and kernels are compiled and tuned."""
 
 
-class Recorded(Generic[Result]):
-    """A function of segments without gradient, as a CUDA graph that its first call records.
+class CudaGraph(Generic[Result]):
+    """A function of segments without gradient, as a CUDA graph that its first call captures.
 
     The function must do the same work whatever the segments hold: no shape that depends on values, no waiting
     for the device, random numbers from `generator` alone. Calling the graph gives what calling the function
     would give and leaves the generator where the function would leave it, so that a run does not depend on
-    when it was recorded. Weights are read where they lie: in-place changes, as optimisers and
+    when it was captured. Weights are read where they lie: in-place changes, as optimisers and
     `load_state_dict` make them, are seen.
 
     The result's tensors belong to the graph: the next call overwrites them.
 
     Args:
-        function: what to record.
+        function: what to capture.
         generator: its source of random numbers, on a CUDA device.
     """
 
@@ -43,14 +43,14 @@ class Recorded(Generic[Result]):
     def __call__(self, segments: SequenceTokens) -> Result:
         """The function's result for segments of the same shape at every call."""
         if self._graph is None:
-            self._record(segments)
+            self._capture(segments)
         for column in fields(segments):
             getattr(self._segments, column.name).copy_(getattr(segments, column.name))
         self._graph.replay()
         return self._result
 
-    def _record(self, segments: SequenceTokens) -> None:
-        """Record the function, which leaves no trace in the generator."""
+    def _capture(self, segments: SequenceTokens) -> None:
+        """Capture the function, which leaves no trace in the generator."""
         state = self._generator.get_state()
         self._segments = SequenceTokens(
             *(getattr(segments, column.name).clone() for column in fields(segments))

@@ -27,7 +27,7 @@ class ReplayFullError(RunError):
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """n stretches of T steps, each within one episode, on the CPU. Padding is 0 or False throughout.
+    """n sequences of T steps, each within one episode, on the CPU. Padding is 0 or False throughout.
 
     Attributes:
         actions: the actions taken, (n, T) int64.
@@ -54,10 +54,10 @@ class SequenceBatch:
         frames[~self.mask] = 0
         return frames
 
-    def select(self, stretches: list[int]) -> SequenceBatch:
-        """Some of the n stretches, in the order given."""
+    def select(self, indices: list[int]) -> SequenceBatch:
+        """Some of the n sequences, in the order given."""
         columns = [column.name for column in fields(self) if column.name != "stored"]
-        return replace(self, **{name: getattr(self, name)[stretches] for name in columns})
+        return replace(self, **{name: getattr(self, name)[indices] for name in columns})
 
 
 class Replay:

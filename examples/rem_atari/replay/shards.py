@@ -115,7 +115,7 @@ def has_shards(folder: Path) -> bool:
 
 
 def delete_shards(folder: Path) -> None:
-    """Delete the shards in `folder`, for a record that is begun anew."""
+    """Delete the shards in `folder`, for experience that is begun anew."""
     for path in named_shards(folder).values():
         path.unlink()
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rem_atari.report.write import write_report
+from rem_atari.report.page import write_report
 
 __all__ = ["write_report"]

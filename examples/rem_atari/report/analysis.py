@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,3 +256,57 @@ def score_events(predictions: TokenPredictions, target: NDArray[np.int64], usual
         precision=float(hit.sum() / said.sum()) if said.any() else None,
         chance=float(np.exp(predictions.log_prob[happened]).mean()) if happened.any() else None,
     )
+
+
+Drawn = Literal["imagined", "copied", "redrawn"]
+"""What is compared with the real frame, as `StepErrors` names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepErrors:
+    """Mean squared errors against the real frames, frames in [-1, 1], after one number of imagined steps.
+
+    Attributes:
+        step: steps imagined, from 1.
+        count: real frames that there were to compare with; where an episode ends there are no more.
+        imagined: of the imagined frames.
+        copied: of the real frame from which imagination began, shown unchanged.
+        redrawn: of the real frame seen through the tokenizer: what the tokenizer alone costs.
+        imagined_moving, copied_moving: the same over the pixels that differ from the frame from which
+            imagination began; None if there are none.
+    """
+
+    step: int
+    count: int
+    imagined: float
+    copied: float
+    redrawn: float
+    imagined_moving: float | None
+    copied_moving: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the imagined frames are nearer to the real ones than the last frame."""
+        return self.imagined < self.copied
+
+    def psnr(self, what: Drawn) -> float:
+        """One of the three errors as a peak signal-to-noise ratio in dB."""
+        return psnr(getattr(self, what))
+
+
+@dataclass(frozen=True)
+class HorizonErrors:
+    """Errors of imagination over the controller's horizon.
+
+    Attributes:
+        starts: held-out frames from which it began.
+        steps: the errors after 1, 2, ... steps, as far as there were real frames.
+    """
+
+    starts: int
+    steps: list[StepErrors]
+
+    def mean(self, what: Drawn) -> float:
+        """One of the errors over the frames of all steps."""
+        total = sum(step.count for step in self.steps)
+        return sum(getattr(step, what) * step.count for step in self.steps) / total

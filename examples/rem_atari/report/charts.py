@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
-from rem_atari.report.history import MetricLine, Series, is_number, returns_of, values_of
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rem_atari.report.history import MetricLine, Series, returns_of, values_of
+from rem_atari.runs.durable import replace_file
+from rem_atari.runs.reading import is_number
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 18, 10, 34
 MAX_MARKED_POINTS = 40
 LOG_RATIO = 50.0
 """A chart of positive values whose largest is this many times the smallest gets a logarithmic axis."""
+
+COLOURS = ("#2f6fb0", "#c8641b", "#3f8f5f")
 
 
 FLAT = 1e-9
@@ -243,3 +253,47 @@ def _curve(series: Series, x_axis: Axis, y_axis: Axis, index: int) -> list[str]:
             dot = f'class="dot s{index}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"'
             parts.append(f"<circle {dot}><title>{tip}</title></circle>")
     return parts
+
+
+def save_curves(path: Path, charts: Sequence[Chart]) -> None:
+    """Save the charts, three a row, as a PNG."""
+    columns = min(3, len(charts))
+    rows = math.ceil(len(charts) / columns)
+    figure = Figure(figsize=(4.4 * columns, 2.9 * rows), dpi=120)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    # Margins in inches: the constrained layout would measure every text twice, which takes seconds.
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(
+        left=0.6 / width,
+        right=1 - 0.15 / width,
+        bottom=0.5 / height,
+        top=1 - 0.35 / height,
+        wspace=0.25,
+        hspace=0.4,
+    )
+    for axes, chart in zip(grid, charts, strict=False):
+        _draw_chart(axes, chart)
+    for axes in grid[len(charts) :]:
+        axes.remove()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    replace_file(path, buffer.getvalue())
+
+
+def _draw_chart(axes: Axes, chart: Chart) -> None:
+    for colour, series in zip(COLOURS, chart.drawn, strict=False):
+        if series.low is not None and series.high is not None:
+            axes.vlines(series.x, series.low, series.high, color=colour, alpha=0.3, linewidth=3)
+        axes.plot(series.x, series.y, marker="o", markersize=3, color=colour, label=series.name)
+    if chart.level is not None and math.isfinite(chart.level[1]):
+        axes.axhline(chart.level[1], color="#777777", linestyle="--", linewidth=1, label=chart.level[0])
+    lowest, highest = min(chart.heights), max(chart.heights)
+    if chart.level is None and lowest > 0 and highest / lowest > LOG_RATIO:
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_title(chart.title, fontsize=10)
+    axes.set_xlabel(chart.x_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)

@@ -1,14 +1,19 @@
-"""What the report says about how the run went: lines of metrics.jsonl in, numbers out."""
+"""How a run went: the lines of its metrics.jsonl, and numbers made of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rem_atari.evaluation import standard_error
+from rem_atari.runs.reading import is_number, read_json_lines
 from rem_atari.training.schedule import UNITS
+
+LINES_NAMED = 5
+"""At most so many damaged lines are named."""
 
 COLLECTIONS = ("collect_random", "collect")
 """The phases that collect experience."""
@@ -76,11 +81,6 @@ def values_of(lines: Sequence[MetricLine], phase: str, name: str, *, x: str = "e
         if line.get("phase") == phase and is_number(line.get(name)) and is_number(line.get(x))
     ]
     return Series(name, [point[0] for point in points], [point[1] for point in points])
-
-
-def is_number(value: object) -> bool:
-    """Whether `value` is a finite int or float (True and False are not)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def was_trained(lines: Sequence[MetricLine], phase: str) -> bool:
@@ -171,3 +171,18 @@ def total_seconds(lines: Sequence[MetricLine]) -> float:
 def last_value(lines: Sequence[MetricLine], name: str) -> float | None:
     """The largest value that a counter such as `epoch` or `env_steps` reached, or None."""
     return max((float(line[name]) for line in lines if is_number(line.get(name))), default=None)
+
+
+def read_lines(path: Path, notes: list[str]) -> list[MetricLine]:
+    """The lines of a metrics file that can be read; a note is added for what is left out."""
+    if not path.is_file():
+        notes.append(f"There is no {path.name}: the run ended before it measured anything.")
+        return []
+    lines, unreadable = read_json_lines(path)
+    if unreadable:
+        named = ", ".join(map(str, unreadable[:LINES_NAMED])) + (
+            " ..." if len(unreadable) > LINES_NAMED else ""
+        )
+        total = len(lines) + len(unreadable)
+        notes.append(f"{len(unreadable)} of {total} lines of {path.name} cannot be read: line {named}.")
+    return lines

@@ -1,24 +1,38 @@
-"""Shows the trained networks held-out frames, and gathers what the report says about them."""
+"""Shows the trained networks held-out steps, and gathers what the report says about them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config
-from rem_atari.models.sequence_tokens import tokenize
+from rem_atari.films.dreams import dream_along, make_scenes
+from rem_atari.films.pictures import Scene
+from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
 from rem_atari.models.tokenizer import foreground_of
-from rem_atari.models.world_model import REWARD_CLASSES, reward_classes
+from rem_atari.models.world_model import REWARD_CLASSES, BaseWorldModel, reward_classes
 from rem_atari.replay.buffer import Replay, SequenceBatch
-from rem_atari.report.analysis import codebook_use, fit_baselines, frame_errors, psnr, score_events
-from rem_atari.report.dreams import make_scenes
-from rem_atari.report.films import Scene
-from rem_atari.report.horizon import HorizonErrors, look_ahead
-from rem_atari.report.probe import predict_sequences, token_pairs
+from rem_atari.report.analysis import (
+    HorizonErrors,
+    StepErrors,
+    TokenPredictions,
+    TokenScores,
+    codebook_use,
+    fit_baselines,
+    frame_errors,
+    mean_over,
+    psnr,
+    score_events,
+    score_tokens,
+    to_signed,
+)
 from rem_atari.report.quality import FrameQuality, PredictionQuality, Redrawn
 
 HELDOUT_FRAMES, TRAINING_FRAMES = 256, 512
@@ -33,6 +47,9 @@ SCENES, SCENE_CANDIDATES, SCENE_STEPS = 4, 64, 12
 """Starts shown, starts they are chosen from, and steps imagined from each."""
 NO_REWARD, NO_END = 1, 0
 """Classes of the steps on which nothing happens."""
+
+SEQUENCES_AT_ONCE = 16
+"""Sequences in one pass of the world model; bounds the memory of its logits."""
 
 
 def look_at_frames(agent: Agent, training: Replay, heldout: Replay) -> FrameQuality:
@@ -146,3 +163,134 @@ def _choose(batch: SequenceBatch, context: int) -> SequenceBatch:
     eventful = happens.nonzero().flatten().tolist()[: SCENES // 2]
     others = [row for row in range(len(happens)) if row not in eventful]
     return batch.select(eventful + others[: SCENES - len(eventful)])
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Predictions beside what came.
+
+    Attributes:
+        predictions: the world model's, (N, K).
+        target: what came, (N, K).
+        previous: what a token is compared with to tell whether it changed, (N, K).
+    """
+
+    predictions: TokenPredictions
+    target: NDArray[np.int64]
+    previous: NDArray[np.int64]
+
+    def score(self, predictions: TokenPredictions) -> TokenScores:
+        """How well these predictions, the world model's or another's, meet what came."""
+        return score_tokens(predictions, self.target, self.previous)
+
+
+def token_pairs(batch: SequenceTokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens of frames and of the frame before each, (N, K) both, wherever a sequence has two in a row."""
+    follows = batch.mask[:, 1:] & batch.mask[:, :-1]
+    return batch.tokens[:, 1:][follows].cpu().numpy(), batch.tokens[:, :-1][follows].cpu().numpy()
+
+
+@torch.no_grad()
+def predict_sequences(
+    world_model: BaseWorldModel, codebook: Tensor, batch: SequenceTokens, *, first: int
+) -> tuple[Evidence, Evidence, Evidence]:
+    """What the world model, given the real past, says of next frames, of rewards and of ends.
+
+    Args:
+        world_model: in eval mode.
+        codebook: the tokenizer's codes, (V, E).
+        batch: held-out sequences of more than `first` steps, padding on the right.
+        first: steps before this one give context alone; at least 1, since a first frame has none before it.
+    Returns:
+        Evidence for tokens (N, K); for reward classes (N, 1), whose "previous" is the class of no reward; and
+        for ends (M, 1), whose "previous" is no end, without steps after which an episode was cut short.
+    """
+    tokens: list[Evidence] = []
+    rewards: list[Evidence] = []
+    ends: list[Evidence] = []
+    for part in _parts(batch):
+        logits = world_model(part.tokens, part.actions, codebook, skip_blocks=first)
+        real = part.mask[:, first:]
+        target = part.tokens[:, first:][real]
+        tokens.append(_evidence(logits.tokens[real], target, part.tokens[:, first - 1 : -1][real]))
+        signs = reward_classes(part.rewards[:, first:][real])[:, None]
+        rewards.append(_evidence(logits.rewards[real][:, None], signs, torch.ones_like(signs)))
+        known = real & ~(part.truncated & ~part.ended)[:, first:]
+        ended = part.ended[:, first:][known].long()[:, None]
+        ends.append(_evidence(logits.ends[known][:, None], ended, torch.zeros_like(ended)))
+    return _join(tokens), _join(rewards), _join(ends)
+
+
+def _parts(batch: SequenceTokens) -> Iterator[SequenceTokens]:
+    """The batch, SEQUENCES_AT_ONCE sequences at a time."""
+    for start in range(0, batch.tokens.shape[0], SEQUENCES_AT_ONCE):
+        yield batch.select(slice(start, start + SEQUENCES_AT_ONCE))
+
+
+def _evidence(logits: Tensor, target: Tensor, previous: Tensor) -> Evidence:
+    """Evidence from logits (N, K, V) and targets (N, K)."""
+    log_prob = functional.log_softmax(logits.double(), dim=-1).gather(-1, target[..., None])[..., 0]
+    predictions = TokenPredictions(log_prob.cpu().numpy(), logits.argmax(dim=-1).cpu().numpy())
+    return Evidence(predictions, target.cpu().numpy(), previous.cpu().numpy())
+
+
+def _join(parts: Sequence[Evidence]) -> Evidence:
+    return Evidence(
+        TokenPredictions(
+            np.concatenate([part.predictions.log_prob for part in parts]),
+            np.concatenate([part.predictions.choice for part in parts]),
+        ),
+        np.concatenate([part.target for part in parts]),
+        np.concatenate([part.previous for part in parts]),
+    )
+
+
+@torch.no_grad()
+def look_ahead(
+    agent: Agent, frames: Tensor, batch: SequenceTokens, *, context: int, seed: int
+) -> HorizonErrors:
+    """Imagine on from held-out starts with the actions that were really taken, and compare.
+
+    Args:
+        agent: in eval mode.
+        frames: held-out frames, uint8 (B, T, S, S, 3).
+        batch: the same as tokens; the first `context` + 2 steps of each row are real.
+        context: real steps that the world model takes in before the start.
+        seed: seed of what imagination draws.
+    """
+    generator = torch.Generator(batch.tokens.device).manual_seed(seed)
+    dream = dream_along(agent, batch, context, generator)
+    errors = _errors(
+        agent, frames[:, context:], batch.tokens[:, context:], batch.mask[:, context:], dream.tokens
+    )
+    return HorizonErrors(frames.shape[0], list(errors))
+
+
+def _errors(
+    agent: Agent, frames: Tensor, tokens: Tensor, real: Tensor, imagined: Tensor
+) -> Iterator[StepErrors]:
+    """Errors after each step that has real frames; all arguments begin with the start, (B, T, ...)."""
+    for step in range(1, frames.shape[1]):
+        rows = real[:, step]
+        if not rows.any():
+            return
+        start, wanted = frames[rows, 0], frames[rows, step]
+        moving = foreground_of(wanted, start).numpy()
+        imagined_errors = _squared(agent.tokenizer.decode(imagined[rows, step]), wanted)
+        copied_errors = _squared(start, wanted)
+        yield StepErrors(
+            step=step,
+            count=int(rows.sum()),
+            imagined=float(imagined_errors.mean(dtype=np.float64)),
+            copied=float(copied_errors.mean(dtype=np.float64)),
+            redrawn=float(
+                _squared(agent.tokenizer.decode(tokens[rows, step]), wanted).mean(dtype=np.float64)
+            ),
+            imagined_moving=mean_over(imagined_errors, moving),
+            copied_moving=mean_over(copied_errors, moving),
+        )
+
+
+def _squared(frames: Tensor, wanted: Tensor) -> np.ndarray:
+    """Squared errors of uint8 frames (N, S, S, 3) in [-1, 1]."""
+    return (to_signed(frames.cpu().numpy()) - to_signed(wanted.cpu().numpy())) ** 2

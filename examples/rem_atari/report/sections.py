@@ -6,56 +6,23 @@ import json
 from html import escape
 
 from rem_atari.config import Config
+from rem_atari.films.pictures import DIFFERENCE_CEILING, Film, Scene, data_uri, difference_image, filmstrip
+from rem_atari.report.analysis import Drawn, EventScores, HorizonErrors, StepErrors
 from rem_atari.report.charts import Chart, chart_svg, charts_of
 from rem_atari.report.contents import Report
 from rem_atari.report.diagnosis import Finding, diagnose, first_sign
-from rem_atari.report.figures import DIFFERENCE_CEILING, data_uri, difference_image, filmstrip
-from rem_atari.report.films import Film, Scene
-from rem_atari.report.history import PhaseThroughput, returns_of, throughput, total_seconds
-from rem_atari.report.summary import (
-    comparisons_sentence,
-    epochs_begun,
-    evaluation_sentence,
-    returns_sentence,
-    warnings_of,
-    what_ran,
-)
-from rem_atari.report.text import PHASE_NAMES, count, duration, number, percent
+from rem_atari.report.history import PhaseThroughput, Series, throughput
+from rem_atari.report.quality import Comparison
+from rem_atari.report.text import PHASE_NAMES, count, duration, number, percent, section, table
 
 STEP_WIDTH, CHANCE_HEIGHT, END_HEIGHT = 10, 14, 10
 
-
-def header(report: Report) -> str:
-    """Title, warnings, the summary and the key figures."""
-    config = report.config
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in warnings_of(report))
-    return f"""<header>
-<h1>REM on {escape(report.game)}</h1>
-<p class="faint">preset {escape(config.preset)} · seed {config.seed} · {escape(versions)}</p>
-<p class="lede">{escape(what_ran(report))}</p>
-<p>{escape(returns_sentence(report))} {escape(evaluation_sentence(report))}
-{escape(comparisons_sentence(report))}</p>
-{notes}
-<dl class="figures">{_key_figures(report)}</dl>
-</header>"""
-
-
-def _key_figures(report: Report) -> str:
-    """The handful of numbers that a reader looks for first."""
-    agent, random = returns_of(report.lines, "evaluate"), returns_of(report.lines, "random")
-    won = sum(row.passed for row in report.comparisons)
-    cards = []
-    for title, returns in (("Return, agent", agent), ("Return, random play", random)):
-        detail = "not measured" if returns is None else f"mean of {count(returns.episodes, 'episode')}"
-        cards.append((title, number(None if returns is None else returns.mean), detail))
-    cards.append(("Held-out comparisons", f"{won} of {len(report.comparisons)}", "won by the agent"))
-    cards.append(("Epochs", f"{epochs_begun(report)} of {report.config.schedule.epochs}", ""))
-    cards.append(("Wall time", duration(total_seconds(report.lines)), ""))
-    return "".join(
-        f"<div><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(detail)}</small></dd></div>"
-        for title, value, detail in cards
-    )
+HORIZON_CURVES: tuple[tuple[Drawn, str], ...] = (
+    ("imagined", "imagined"),
+    ("copied", "copy the last frame"),
+    ("redrawn", "real, through the tokenizer"),
+)
+"""The curves over the imagined steps, by the names of `StepErrors`."""
 
 
 def curves(report: Report) -> str:
@@ -209,8 +176,7 @@ def signs(report: Report) -> str:
         f" them. {begin}</p>"
     )
     rows = "".join(map(_sign_row, findings))
-    head = "<thead><tr><th>Sign</th><th>Seen?</th></tr></thead>"
-    return section(title, f'{lead}<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>')
+    return section(title, f"{lead}{table(('Sign', 'Seen?'), rows)}")
 
 
 def _sign_row(finding: Finding) -> str:
@@ -231,15 +197,9 @@ def speed(report: Report) -> str:
     rows = throughput(report.lines)
     if not rows:
         return section("Throughput", "<p>The run left no timings.</p>")
-    head = "".join(
-        f'<th class="number">{title}</th>' for title in ("Work", "Rate", "Time", "Share of the run")
-    )
-    return section(
-        "Throughput",
-        "<p>Work done over each phase's whole time.</p>"
-        f'<div class="scroll"><table><thead><tr><th>Phase</th>{head}<th></th></tr></thead>'
-        f"<tbody>{''.join(map(_throughput_row, rows))}</tbody></table></div>",
-    )
+    numeric = ("Work", "Rate", "Time", "Share of the run")
+    phases = table(("Phase", *numeric, ""), "".join(map(_throughput_row, rows)), numeric=numeric)
+    return section("Throughput", f"<p>Work done over each phase's whole time.</p>{phases}")
 
 
 def _throughput_row(row: PhaseThroughput) -> str:
@@ -255,6 +215,124 @@ def _throughput_row(row: PhaseThroughput) -> str:
     return f'<tr><td>{PHASE_NAMES[row.phase]}</td>{cells}<td class="share">{bar}</td></tr>'
 
 
-def section(title: str, content: str) -> str:
-    """A section of the page; `content` is HTML already."""
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+def measures(report: Report) -> str:
+    """The agent beside rivals that need no learning, on held-out frames."""
+    title = "Measured on held-out frames"
+    if not report.comparisons:
+        return section(title, "<p>There are no held-out frames to measure on.</p>")
+    lead = (
+        f"<p>On draws from {count(report.quality.steps, 'frame')} of evaluation games, never trained on. The"
+        " rivals are fitted on training frames. A miss is a miss, however small.</p>"
+    )
+    comparisons = table(
+        ("Measure", "Agent", "Rival", "Which rival", "Better?"),
+        "".join(map(_comparison_row, report.comparisons)),
+        numeric=("Agent", "Rival"),
+        style="comparisons",
+    )
+    return section(title, f"{lead}{comparisons}{_events(report)}{_codebook(report)}")
+
+
+def _comparison_row(row: Comparison) -> str:
+    ours, theirs = (percent(value) if row.percent else number(value) for value in (row.ours, row.theirs))
+    badge = '<span class="yes">yes</span>' if row.passed else '<span class="no">no: a miss</span>'
+    return (
+        f'<tr class="{"won" if row.passed else "missed"}">'
+        f'<td>{escape(row.measure)}<p class="small faint">{escape(row.explanation)}</p></td>'
+        f'<td class="number ours" data-label="Agent">{ours}</td>'
+        f'<td class="number" data-label="Rival">{theirs}</td>'
+        f'<td data-label="Which rival">{escape(row.rival)}</td><td>{badge}</td></tr>'
+    )
+
+
+def _events(report: Report) -> str:
+    """How often the world model sees coming what matters most, and happens least."""
+    predictions = report.quality.predictions
+    if predictions is None:
+        return ""
+    steps = predictions.reward_events.steps
+    numeric = ("Happened", "Foretold", "Recall", "Precision", "Mean chance given")
+    rows = "".join(
+        _event_row(name, scores)
+        for name, scores in (
+            ("Rewards that are not 0", predictions.reward_events),
+            ("Ends of an episode", predictions.end_events),
+        )
+    )
+    lead = (
+        f"<p>What matters most happens least. Of {count(steps, 'step')}: how often it happened, and how often"
+        " the most likely guess was that it would. Recall is the share of what happened that was foretold,"
+        " precision the share of what was foretold that happened. Imagination draws, and"
+        " does not take the most likely guess: the chance given is how often it would have shown what came."
+        "</p>"
+    )
+    return lead + table(("Event", *numeric), rows, numeric=numeric)
+
+
+def _event_row(name: str, scores: EventScores) -> str:
+    shares = (
+        "–" if share is None else percent(share) for share in (scores.recall, scores.precision, scores.chance)
+    )
+    cells = "".join(
+        f'<td class="number">{cell}</td>' for cell in (f"{scores.events:,}", f"{scores.predicted:,}", *shares)
+    )
+    return f"<tr><td>{escape(name)}</td>{cells}</tr>"
+
+
+def _codebook(report: Report) -> str:
+    if report.quality.frames is None:
+        return ""
+    use = report.quality.frames.codebook
+    return (
+        f"<p>Codebook use: {use.used} of {use.size} codes appear in these frames, with a perplexity of"
+        f" {number(use.perplexity)} (the number of codes that, used equally often, would say as much).</p>"
+    )
+
+
+def horizon(report: Report) -> str:
+    """Imagined frames beside the real ones, step by step."""
+    title = "Imagination against the game, step by step"
+    errors = report.quality.horizon
+    if errors is None:
+        return section(title, "<p>There are no held-out frames from which to imagine.</p>")
+    lead = (
+        f"<p>From {count(errors.starts, 'held-out start')} the world model imagines as many steps as the"
+        " controller learns from, under the actions that were really taken, drawing as it does in training."
+        " Each imagined frame is compared with the real one of that step: the PSNR of the mean error, in dB;"
+        " higher is better. Copying shows the real start, unchanged. The real frame seen through the"
+        " tokenizer is what no imagination can surpass, and what the game itself draws, none can foresee.</p>"
+    )
+    chart = Chart(
+        title="PSNR against the real frame, dB",
+        x_label="imagined steps",
+        series=[_psnr_curve(errors, what, name) for what, name in HORIZON_CURVES],
+    )
+    drawing = chart_figure(chart) if chart.drawn else ""
+    numeric = ("Frames", "Imagined", "Copied", "Tokenizer", "Moving: imagined", "Moving: copied")
+    rows = "".join(map(_horizon_row, errors.steps))
+    steps = table(("Step", *numeric, "Better?"), rows, numeric=numeric)
+    note = (
+        '<p class="small faint">Moving: mean squared error over the pixels in which the real frame'
+        " differs from the start.</p>"
+    )
+    return section(title, f'{lead}<div class="charts">{drawing}</div>{steps}{note}')
+
+
+def _psnr_curve(errors: HorizonErrors, what: Drawn, name: str) -> Series:
+    """A curve over the steps, without those at which the copy is perfect."""
+    points = [(float(step.step), step.psnr(what)) for step in errors.steps if getattr(step, what) > 0]
+    return Series(name, [x for x, _ in points], [y for _, y in points])
+
+
+def _horizon_row(step: StepErrors) -> str:
+    badge = '<span class="yes">yes</span>' if step.passed else '<span class="no">no</span>'
+    cells = "".join(
+        f'<td class="number">{cell}</td>'
+        for cell in (
+            f"{step.count:,}",
+            *(f"{number(step.psnr(what))} dB" for what, _ in HORIZON_CURVES),
+            number(step.imagined_moving),
+            number(step.copied_moving),
+        )
+    )
+    return f"<tr><td>{step.step}</td>{cells}<td>{badge}</td></tr>"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from html import escape
+
 from rem_atari.report.contents import Report
 from rem_atari.report.history import (
     Returns,
-    is_number,
     last_value,
     returns_of,
     reward_sizes,
@@ -15,6 +16,7 @@ from rem_atari.report.history import (
     was_trained,
 )
 from rem_atari.report.text import PHASE_NAMES, count, duration, number
+from rem_atari.runs.reading import is_number
 
 PAPER_EPOCHS, PAPER_STEPS = 600, 100_000
 PLUMBING_PRESETS = ("debug", "tiny")
@@ -137,3 +139,36 @@ def _freeze_was_due(report: Report) -> bool:
     due = report.config.tokenizer.freeze_epoch
     frozen = values_of(report.lines, "tokenizer", "frozen")
     return due is not None and bool(frozen.y) and frozen.x[-1] >= due and frozen.y[-1] == 0
+
+
+def header(report: Report) -> str:
+    """Title, warnings, the summary and the key figures."""
+    config = report.config
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in warnings_of(report))
+    return f"""<header>
+<h1>REM on {escape(report.game)}</h1>
+<p class="faint">preset {escape(config.preset)} · seed {config.seed} · {escape(versions)}</p>
+<p class="lede">{escape(what_ran(report))}</p>
+<p>{escape(returns_sentence(report))} {escape(evaluation_sentence(report))}
+{escape(comparisons_sentence(report))}</p>
+{notes}
+<dl class="figures">{_key_figures(report)}</dl>
+</header>"""
+
+
+def _key_figures(report: Report) -> str:
+    """The handful of numbers that a reader looks for first."""
+    agent, random = returns_of(report.lines, "evaluate"), returns_of(report.lines, "random")
+    won = sum(row.passed for row in report.comparisons)
+    cards = []
+    for title, returns in (("Return, agent", agent), ("Return, random play", random)):
+        detail = "not measured" if returns is None else f"mean of {count(returns.episodes, 'episode')}"
+        cards.append((title, number(None if returns is None else returns.mean), detail))
+    cards.append(("Held-out comparisons", f"{won} of {len(report.comparisons)}", "won by the agent"))
+    cards.append(("Epochs", f"{epochs_begun(report)} of {report.config.schedule.epochs}", ""))
+    cards.append(("Wall time", duration(total_seconds(report.lines)), ""))
+    return "".join(
+        f"<div><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(detail)}</small></dd></div>"
+        for title, value, detail in cards
+    )

@@ -1,8 +1,10 @@
-"""Numbers and names as the page writes them."""
+"""Numbers, names and fragments of HTML as the page writes them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
+from html import escape
 
 MINUS = "−"
 
@@ -66,3 +68,27 @@ def size(num_bytes: int) -> str:
 def count(amount: int, noun: str) -> str:
     """A counted noun: 1 episode, 3,000 episodes."""
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
+
+
+def section(title: str, content: str) -> str:
+    """A section of the page; `content` is HTML already."""
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
+
+
+def table(
+    titles: Sequence[str], rows: str, *, numeric: Collection[str] = (), style: str | None = None
+) -> str:
+    """A table, which scrolls where the page is too narrow for it.
+
+    Args:
+        titles: of its columns.
+        rows: HTML of them all.
+        numeric: the titles of columns of numbers.
+        style: its class in the style sheet.
+    """
+    cells = (
+        f'<th class="number">{title}</th>' if title in numeric else f"<th>{title}</th>" for title in titles
+    )
+    opening = "<table>" if style is None else f'<table class="{style}">'
+    head = f"<thead><tr>{''.join(cells)}</tr></thead>"
+    return f'<div class="scroll">{opening}{head}<tbody>{rows}</tbody></table></div>'

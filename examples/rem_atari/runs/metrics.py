@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rem_atari.errors import RunWarning
 from rem_atari.runs.durable import replace_file
+from rem_atari.runs.reading import read_json_lines
 
 LINE_FIELDS = ("epoch", "env_steps", "seconds", "cpu_seconds", "phase")
 """What every line begins with."""
@@ -124,25 +125,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Another line that is no JSON object is left out too, and a warning names it: one damaged line does not
     make the others worthless.
     """
-    found = []
-    # Only a newline ends a line: a text within one may hold other characters that split lines.
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    for number, text in enumerate(lines, start=1):
-        line = parse_line(text)
-        if line is None:
+    lines, damaged = read_json_lines(path)
+    last = None if _ends_with_a_line(path) else len(lines) + len(damaged)
+    for number in damaged:
+        if number != last:
             warnings.warn(f"{path}, line {number} cannot be read and is left out", RunWarning, stacklevel=2)
-        else:
-            found.append(line)
-    return found
+    return lines
 
 
-def parse_line(text: str) -> dict[str, Any] | None:
-    """A line of metrics; None where it is no JSON object."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) else None
+def _ends_with_a_line(path: Path) -> bool:
+    return path.read_bytes().endswith(b"\n")
 
 
 def _cut(path: Path, keep: int) -> list[str]:

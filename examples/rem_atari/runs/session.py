@@ -1,10 +1,11 @@
-"""On what a run was trained: each time that it was started or resumed leaves a line in sessions.jsonl."""
+"""How a run was made: its command line, and in sessions.jsonl a line for each start and resumption."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,15 +15,22 @@ from typing import Any
 
 import torch
 
+from rem_atari.config import Config
+from rem_atari.config.reading import flatten
+from rem_atari.runs.command_line import program
 from rem_atari.runs.folder import RunFolder
+from rem_atari.runs.reading import read_json_lines
 
 PACKAGES = ("retpop", "torch", "numpy", "gymnasium", "ale-py", "minatar")
 """Packages whose versions a run may depend on."""
 
 GIT_SECONDS = 5.0
 
+COMMIT_LENGTH = 7
+"""Digits of a commit that are shown."""
 
-def record_session(
+
+def log_session(
     run: RunFolder,
     command: str,
     *,
@@ -79,17 +87,7 @@ def find_commit(folder: Path) -> str | None:
 
 def read_sessions(path: Path) -> list[dict[str, Any]]:
     """The lines of a sessions.jsonl that can be read, oldest first; none without the file."""
-    if not path.is_file():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
+    return read_json_lines(path)[0]
 
 
 def recorded_edits(sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -129,3 +127,39 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def short_commit(commit: object) -> str:
+    """The first digits of a commit, and whether the code had been changed since."""
+    digits, mark, changed = str(commit or "unknown").partition("-")
+    return digits[:COMMIT_LENGTH] + mark + changed
+
+
+def train_command(config: Config, preset: Config | None) -> str:
+    """The command line that gives `config`: the preset and a flag for every setting that differs from it.
+
+    Args:
+        config: the run's configuration.
+        preset: the preset it names, or None where there is none of that name: then every setting that differs
+            from the defaults becomes a flag.
+    """
+    base = flatten((preset or Config()).to_dict())
+    words = [*program(config.env), "train"]
+    if preset is not None:
+        words += ["--preset", config.preset]
+    always = ("seed", "env.game") if config.env.id is None else ("seed",)
+    for path, value in flatten(config.to_dict()).items():
+        if path != "preset" and (value != base[path] or path in always):
+            words += _flag(path, value)
+    return shlex.join(words)
+
+
+def _flag(path: str, value: object) -> list[str]:
+    """A setting as words of the command line."""
+    name = path.replace("_", "-")
+    if isinstance(value, bool):
+        group, _, leaf = name.rpartition(".")
+        prefix = f"{group}." if group else ""
+        return [f"--{name}" if value else f"--{prefix}no-{leaf}"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [f"--{name}", *(str(entry) for entry in values)]

@@ -83,7 +83,7 @@ def load_trained(
     check_device(config.device)
     set_threads(config)
     checkpoint = _find_checkpoint(run, step, say)
-    agent = _build_agent(config, checkpoint)
+    agent = build_agent(config, checkpoint).to(config.device)
     return TrainedAgent(run=run, config=config, agent=agent, step=checkpoint.step, state=checkpoint.state)
 
 
@@ -125,8 +125,14 @@ def _load_newest(run: RunFolder, say: Callable[[str], None]) -> Checkpoint:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _build_agent(config: Config, checkpoint: Checkpoint) -> Agent:
-    """The agent with a checkpoint's weights; the number of actions is read off them."""
+def build_agent(config: Config, checkpoint: Checkpoint) -> Agent:
+    """The agent with a checkpoint's weights, on the CPU and in eval mode.
+
+    The number of actions is read off the weights.
+
+    Raises:
+        CheckpointError: they do not fit the configuration.
+    """
     weights: dict[str, Tensor] = dict(checkpoint.model)
     broken = not_finite(weights)
     if broken is not None:
@@ -140,7 +146,7 @@ def _build_agent(config: Config, checkpoint: Checkpoint) -> Agent:
         ValueError,
     ) as error:  # load_state_dict lists every name that does not fit
         raise CheckpointError(f"checkpoint {checkpoint.step} does not fit the run's configuration") from error
-    return agent.to(config.device).eval()
+    return agent.eval()
 
 
 def _count(value: object) -> int | None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from rem_atari.config import Config
 from rem_atari.envs import env_name
 from rem_atari.errors import RunError
-from rem_atari.report.history import is_number
-from rem_atari.report.load import read_lines
-from rem_atari.runs.evaluations import newest_summary
+from rem_atari.report.history import read_lines
 from rem_atari.runs.folder import RunFolder, open_run_folder
+from rem_atari.runs.reading import is_number, newest_summary
 from rem_atari.scores.published import human_normalised
 
 

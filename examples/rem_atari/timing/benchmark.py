@@ -28,11 +28,11 @@ from rem_atari.timing.projection import COMPONENTS, Benchmark, Timing
 from rem_atari.training.actor_critic import learn_from
 from rem_atari.training.assembly import assemble
 from rem_atari.training.controller_phase import ControllerPhase
-from rem_atari.training.laps import Lap
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.run_state import RunState
 from rem_atari.training.seeding import derive_seed
 from rem_atari.training.setup import prepare_training
+from rem_atari.training.updates import Lap
 from rem_atari.weights import find_weights
 
 FILL_STEPS, MOST_FILL_STEPS = 600, 20_000

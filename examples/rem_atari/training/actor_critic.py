@@ -15,8 +15,8 @@ from rem_atari.models.controller import Carry, Controller, entropy
 from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import Trajectory, rollout
-from rem_atari.training.laps import Lap, untimed
 from rem_atari.training.returns import lambda_return
+from rem_atari.training.updates import Lap, untimed
 
 
 class Imagination(NamedTuple):

@@ -14,9 +14,8 @@ from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.controller_phase import ControllerPhase
 from rem_atari.training.phase import TrainingPhase
-from rem_atari.training.random_sources import RandomSources
 from rem_atari.training.run_state import RunState
-from rem_atari.training.seeding import derive_seed
+from rem_atari.training.seeding import RandomSources, derive_seed
 from rem_atari.training.setup import TrainingParts
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.tokenizer_phase import TokenizerPhase
@@ -50,7 +49,7 @@ def _make_phases(
     generators: Mapping[str, torch.Generator],
     warn: Callable[[str], None],
 ) -> dict[str, TrainingPhase]:
-    """The components' turns in the order in which they come, by name."""
+    """The components' turns, by name."""
     agent, precision = parts.agent, config.precision
     groups = parameter_groups(agent.world_model, config.world_model.optim.weight_decay)
     # AdamW without a learning rate leaves every bit as it is, its weight decay too.
@@ -60,14 +59,14 @@ def _make_phases(
     world_model = Component("world_model", agent.world_model, optim, groups, precision)
     controller = Component("controller", agent.controller, config.controller.optim, precision=precision)
     codes, imagination = generators["codes"], generators["imagination"]
-    record = config.cuda_graphs and torch.device(config.device).type == "cuda"
+    cuda_graph = config.cuda_graphs and torch.device(config.device).type == "cuda"
     phases = (
         TokenizerPhase(
             agent.tokenizer, tokenizer, replay, tokens, config.tokenizer, codes, warn, parts.perceptual
         ),
         WorldModelPhase(agent.world_model, world_model, replay, tokens, config.world_model, warn),
         ControllerPhase(
-            agent, controller, replay, tokens, config.controller, imagination, warn, record=record
+            agent, controller, replay, tokens, config.controller, imagination, warn, cuda_graph=cuda_graph
         ),
     )
     return {phase.component.name: phase for phase in phases}

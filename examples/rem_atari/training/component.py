@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from rem_atari.config import OptimConfig
 from rem_atari.errors import NonFiniteError
-from rem_atari.training.laps import Lap, untimed
-from rem_atari.training.updates import Metrics
+from rem_atari.training.updates import Lap, Metrics, untimed
 
 
 class Component:

@@ -10,14 +10,13 @@ import torch
 from rem_atari.agent import Agent
 from rem_atari.config import ControllerConfig
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.play.cuda_graph import Recorded
+from rem_atari.play.cuda_graph import CudaGraph
 from rem_atari.replay.buffer import Replay
 from rem_atari.training.actor_critic import Imagination, imagine, learn_from
 from rem_atari.training.component import Component
-from rem_atari.training.laps import Lap, untimed
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.token_cache import TokenCache
-from rem_atari.training.updates import Metrics
+from rem_atari.training.updates import Lap, Metrics, untimed
 
 
 class ControllerPhase(TrainingPhase[SequenceTokens]):
@@ -31,7 +30,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         config: burn-in, horizon, loss.
         generator: source of draws, on the agent's device.
         warn: told when there is nothing to train on yet.
-        record: imagine by a CUDA graph, see `Recorded`; for an agent on a CUDA device.
+        cuda_graph: imagine by a `CudaGraph`; for an agent on a CUDA device.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         generator: torch.Generator,
         warn: Callable[[str], None],
         *,
-        record: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         super().__init__(component, warn)
         self._agent = agent
@@ -52,7 +51,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         self._tokens = tokens
         self._config = config
         self._imagine = partial(imagine, agent, cfg=config, generator=generator)
-        self._recorded = Recorded(self._imagine, generator) if record else None
+        self._graph = CudaGraph(self._imagine, generator) if cuda_graph else None
 
     def prepare(self, epoch: int) -> bool:
         """Whether the replay holds an episode long enough."""
@@ -76,11 +75,11 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
     def imagine(self, segments: SequenceTokens, lap: Lap = untimed) -> Imagination:
         """Imagine from the segments' last frames, see `actor_critic.imagine`.
 
-        A recording has no parts: then `lap` is told "burn-in and steps".
+        A graph has no parts: then `lap` is told "burn-in and steps".
         """
-        if self._recorded is None:
+        if self._graph is None:
             return self._imagine(segments, lap=lap)
-        imagination = self._recorded(segments)
+        imagination = self._graph(segments)
         lap("burn-in and steps")
         return imagination
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
-from rem_atari.training.laps import Lap, untimed
-from rem_atari.training.updates import Metrics
+from rem_atari.training.updates import Lap, Metrics, untimed
 
 PARTS = ("data", "forward", "backward", "optimiser")
 """The parts of an update, in order."""

@@ -18,13 +18,10 @@ from rem_atari.play.evaluation_state import Evaluation
 from rem_atari.replay.buffer import Replay
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError
 from rem_atari.training.phase import TrainingPhase
-from rem_atari.training.random_sources import RandomSources, RandomState
 from rem_atari.training.schedule import UNITS
+from rem_atari.training.seeding import RandomSources, RandomState
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Updates
-
-PHASES = tuple(UNITS)
-"""The phases of an epoch in order. Those before `collect` belong to the first epoch alone."""
 
 
 @dataclass
@@ -39,7 +36,7 @@ class RunState:
         tokens: the tokens of the replay's frames.
         random: all sources of random numbers.
         epoch: the epoch under way, from 0; so many are complete.
-        phase: its phase under way, or next.
+        phase: its phase under way; None: between two epochs.
         units: what the phase under way is to do in all, steps, updates or games; None: it has not begun.
         collection: what the collection under way did, and the controller's memory.
         updates: what the training phase under way did.
@@ -47,6 +44,7 @@ class RunState:
         played: environment steps of the evaluations that are done.
         best_return: the highest mean return of an evaluation so far, or None.
         notes: sentences on what a resumption could not restore.
+        resumed: whether the run was stopped in `phase`, and has not come back to it yet.
     """
 
     agent: Agent
@@ -56,7 +54,7 @@ class RunState:
     tokens: TokenCache
     random: RandomSources
     epoch: int = 0
-    phase: str = PHASES[0]
+    phase: str | None = None
     units: int | None = None
     collection: Collection = field(default_factory=Collection)
     updates: Updates = field(default_factory=Updates)
@@ -64,12 +62,23 @@ class RunState:
     played: int = 0
     best_return: float | None = None
     notes: list[str] = field(default_factory=list)
+    resumed: bool = False
 
-    def next_phase(self) -> None:
-        """The phase under way is complete."""
-        place = PHASES.index(self.phase) + 1
-        self.epoch += place // len(PHASES)
-        self.phase = PHASES[place % len(PHASES)]
+    def enter(self, phase: str) -> bool:
+        """Enter a phase. False: the run was stopped in a later one, to which it has not come back yet."""
+        if self.resumed:
+            self.resumed = phase != self.phase
+            return not self.resumed
+        self._change_to(phase)
+        return True
+
+    def end_epoch(self) -> None:
+        """The epoch under way is complete."""
+        self.epoch += 1
+        self._change_to(None)
+
+    def _change_to(self, phase: str | None) -> None:
+        self.phase = phase
         self.units = None
         self.collection = Collection(carry=self.collection.carry)
         self.updates = Updates()
@@ -151,7 +160,10 @@ class RunState:
                 raise ValueError(f"the optimiser of the {name} is missing")
             phase.load_state(state["phases"][name])
         self.tokens.load_tensors(_of("tokens", training))
-        self.epoch, self.phase = int(state["epoch"]), PHASES[PHASES.index(state["phase"])]
+        self.epoch, self.phase = int(state["epoch"]), state["phase"]
+        self.resumed = self.phase is not None
+        if self.resumed and self.phase not in UNITS:
+            raise ValueError(f"it was saved in a phase {self.phase!r}")
         self.units = None if state["units"] is None else int(state["units"])
         self.best_return, self.notes = state["best_return"], [str(note) for note in state["notes"]]
         self.updates = Updates(int(state["turn"]["done"]), float(state["turn"]["seconds"]))

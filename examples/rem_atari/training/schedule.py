@@ -16,7 +16,7 @@ UNITS = {
     "controller": "updates",
     "evaluate": "episodes",
 }
-"""The phases, in order, and what each counts, which is also the metric that says how much it did."""
+"""What each phase counts, which is also the metric that says how much it did."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""The trainer: epoch by epoch collect, train the tokenizer, the world model and the controller, evaluate."""
+"""The trainer. `Trainer.run` is an epoch: collect, train tokenizer, world model and controller, evaluate."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ from rem_atari.training.seeding import derive_seed
 from rem_atari.training.setup import TrainingParts
 from rem_atari.training.signals import StopRequest
 from rem_atari.training.updates import Metrics, run_updates
+
+ENDS = (StoppedError, NonFiniteError, EnvironmentDiedError, EnvironmentAnswerError)
+"""What ends a run where it can be saved."""
 
 
 class Trainer:
@@ -74,7 +78,7 @@ class Trainer:
         replay, notes = reopen_replay(config, run, checkpoint, progress.say)
         self._state = assemble(config, parts, replay, progress.say)
         self.phases = self._state.phases
-        """The components' turns, in order, by name."""
+        """The components' turns, by name."""
         log = LogState.of(checkpoint)
         if checkpoint is not None:
             self._load(checkpoint, notes, log)
@@ -87,7 +91,7 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """Train through all epochs that are left.
+        """Train through all epochs that are left, from the phase in which the run was stopped.
 
         Raises:
             StoppedError: a signal asked for it; a checkpoint has been saved.
@@ -96,27 +100,45 @@ class Trainer:
             EnvironmentAnswerError: an environment answered what none may; the state before has been saved.
             RunError: one of these, and the state could not be saved.
         """
+        state, phases = self._state, self.phases
+        with self._saving_where_it_stops():
+            if self._is_new:
+                state.env.reset()
+            while state.epoch < self._config.schedule.epochs:
+                if state.enter("random") and state.epoch == 0:
+                    self._play_at_random()
+                if state.enter("collect_random") and state.epoch == 0:
+                    self._collect_random()
+                if state.enter("collect"):
+                    self._collect()
+                if state.enter("tokenizer"):
+                    self._train(phases["tokenizer"])
+                if state.enter("world_model"):
+                    self._train(phases["world_model"])
+                if state.enter("controller"):
+                    self._train(phases["controller"])
+                is_best = state.enter("evaluate") and self._evaluate()
+                state.end_epoch()
+                self._save_if_due(is_best=is_best)
+
+    @contextmanager
+    def _saving_where_it_stops(self) -> Iterator[None]:
+        """Save the run where it's stopped or cannot go on; close its metrics in any case."""
         try:
-            self._run_epochs()
-        except BaseException:
-            # What ended the run is to be told, not what a full disk makes of the log's end.
-            with contextlib.suppress(OSError):
-                self._metrics.close()
+            yield
+        except BaseException as error:
+            try:
+                if isinstance(error, ENDS) and self._state.env.is_started:
+                    self._save_because_of(error)
+            finally:
+                # What ended the run is to be told, not what a full disk makes of the log's end.
+                with suppress(OSError):
+                    self._metrics.close()
             raise
         self._metrics.close()
 
-    def _run_epochs(self) -> None:
-        if self._is_new:
-            self._state.env.reset()  # should that fail, there is nothing to save yet
-        try:
-            while self._state.epoch < self._config.schedule.epochs:
-                self._run_phase()
-        except (StoppedError, NonFiniteError, EnvironmentDiedError, EnvironmentAnswerError) as error:
-            self._save_interrupted(error)
-            raise
-
-    def _save_interrupted(self, error: RunError) -> None:
-        """Save where the run is, because of `error`, which a save that fails must not hide."""
+    def _save_because_of(self, error: RunError) -> None:
+        """Save where the run is; a save that fails must not hide why the run ended."""
         try:
             self._save()
             self._write_interrupted()
@@ -126,35 +148,14 @@ class Trainer:
         if isinstance(error, StoppedError):
             self._progress.say(f"saved; `{resume_command(self._config.env, self._run.path)}` goes on")
 
-    def _run_phase(self) -> None:
-        """Run the phase that is due, or the rest of it; then save, if it's time to."""
-        state, schedule = self._state, self._config.schedule
-        is_best = False
-        match state.phase:
-            case "random":
-                self._play_at_random()
-            case "collect_random" | "collect":
-                self._collect(state.phase)
-            case "evaluate":
-                is_best = self._evaluate()
-            case _:
-                self._train(self.phases[state.phase])
-        begun = state.epoch
-        state.next_phase()
-        if state.epoch == begun:
-            return
-        keep_this = is_best and schedule.keep_best
-        if state.epoch % schedule.checkpoint_every == 0 or state.epoch == schedule.epochs or keep_this:
-            self._save(best=keep_this)
-
     def _play_at_random(self) -> None:
-        """Before the first epoch: random play for comparison."""
+        """Random play for comparison, before anything is learned."""
         state = self._state
         episodes = self._config.evaluation.random_episodes if state.units is None else state.units
-        if episodes == 0 or state.epoch > 0:
+        if episodes == 0:
             return
         state.units = episodes
-        with self._progress.phase(0, "random", episodes, done=len(state.evaluation.games)):
+        with self._showing(episodes, done=len(state.evaluation.games)):
             result = evaluate_random(
                 state.agent,
                 self._config,
@@ -163,57 +164,52 @@ class Trainer:
                 after_step=self._advance,
                 evaluation=state.evaluation,
             )
-        self._write("random", result.metrics())
+        self._write(result.metrics())
 
-    def _collect(self, phase: str) -> None:
-        """Random experience before the first epoch, the agent's own in every one."""
-        state, config = self._state, self._config
-        if phase == "collect":
-            steps = steps_in_epoch(config, state.epoch)
-        else:
-            steps = config.schedule.random_steps if state.epoch == 0 else 0
+    def _collect_random(self) -> None:
+        """Random experience to begin with."""
+        state = self._state
+        play = partial(collect_random, state.env, state.collection, generator=state.random["random steps"])
+        self._collect_steps(play, self._config.schedule.random_steps)
+
+    def _collect(self) -> None:
+        """The agent's own experience."""
+        state, cfg = self._state, self._config.controller
+        play = partial(
+            collect,
+            state.env,
+            state.agent.controller,
+            state.collection,
+            generator=state.random["actions"],
+            temperature=cfg.temperature,
+            epsilon=cfg.epsilon,
+        )
+        self._collect_steps(play, steps_in_epoch(self._config, state.epoch))
+
+    def _collect_steps(self, play: Callable[..., None], steps: int) -> None:
+        """Play so many steps, or those of them that are left, into the replay."""
         if steps == 0:
             return
+        state = self._state
         state.units = steps if state.units is None else state.units
-        bounds = {
-            "steps": state.units,
-            "generator": state.random["random steps" if phase == "collect_random" else "actions"],
-            "after_step": self._after_collected,
-            "max_seconds": config.schedule.collect_max_seconds,
-        }
-        with self._progress.phase(state.epoch, phase, state.units, done=state.collection.steps):
-            if phase == "collect_random":
-                collect_random(state.env, state.collection, **bounds)
-            else:
-                temperature, epsilon = config.controller.temperature, config.controller.epsilon
-                collect(
-                    state.env,
-                    state.agent.controller,
-                    state.collection,
-                    temperature=temperature,
-                    epsilon=epsilon,
-                    **bounds,
-                )
+        with self._showing(state.units, done=state.collection.steps):
+            play(
+                steps=state.units,
+                after_step=self._after_collected,
+                max_seconds=self._config.schedule.collect_max_seconds,
+            )
         state.replay.flush()
-        self._write(phase, state.collection.metrics())
+        self._write(state.collection.metrics())
 
     def _train(self, phase: TrainingPhase) -> None:
+        """An epoch's updates of one component, or those of them that are left."""
         state, component = self._state, phase.component
-        if state.units is None:
-            updates = updates_in_epoch(component.config, state.epoch, first=component.updates == 0)
-            if updates == 0:
-                return
-            if not phase.prepare(state.epoch):
-                if phase.is_over:
-                    self._progress.time_left.drop(component.name)
-                means = {"updates": 0.0, "phase_seconds": 0.0, "rate": 0.0}
-                self._write(component.name, means | phase.more_metrics(means))
-                return
-            state.units = updates
-        else:
+        if state.units is not None:
             phase.go_on()
+        elif not self._begin_training(phase):
+            return
         component.module.train()
-        with self._progress.phase(state.epoch, component.name, state.units, done=state.updates.done):
+        with self._showing(state.units, done=state.updates.done):
             run_updates(
                 lambda: self._update(phase),
                 state.updates,
@@ -223,7 +219,22 @@ class Trainer:
             )
         component.module.eval()
         means = state.updates.means()
-        self._write(component.name, means | phase.more_metrics(means))
+        self._write(means | phase.more_metrics(means))
+
+    def _begin_training(self, phase: TrainingPhase) -> bool:
+        """Whether there are updates to make in this epoch; a phase that rests leaves a line of metrics."""
+        state, component = self._state, phase.component
+        updates = updates_in_epoch(component.config, state.epoch, first=component.updates == 0)
+        if updates == 0:
+            return False
+        if phase.prepare(state.epoch):
+            state.units = updates
+            return True
+        if phase.is_over:
+            self._progress.time_left.drop(component.name)
+        means = {"updates": 0.0, "phase_seconds": 0.0, "rate": 0.0}
+        self._write(means | phase.more_metrics(means))
+        return False
 
     def _update(self, phase: TrainingPhase) -> Metrics:
         """One update; where it is not applied, nothing has happened, so that it can be looked at again."""
@@ -247,7 +258,7 @@ class Trainer:
         state.units = episodes
         final = state.epoch == self._config.schedule.epochs - 1
         heldout = self._make_heldout()
-        with self._progress.phase(state.epoch, "evaluate", episodes, done=len(state.evaluation.games)):
+        with self._showing(episodes, done=len(state.evaluation.games)):
             result = evaluate(
                 state.agent,
                 self._config,
@@ -260,7 +271,7 @@ class Trainer:
         if heldout is not None:
             heldout.flush()
         metrics = result.metrics()
-        self._write("evaluate", metrics | {"final": int(final)})
+        self._write(metrics | {"final": int(final)})
         self._progress.say(_describe(result, state.epoch))
         mean = metrics.get("mean_return")
         is_best = mean is not None and (state.best_return is None or mean > state.best_return)
@@ -278,6 +289,10 @@ class Trainer:
         seed = derive_seed(self._config.seed, "heldout")
         return Replay((side, side, 3), steps, folder=self._run.heldout, seed=seed)
 
+    def _showing(self, units: int, *, done: int = 0) -> AbstractContextManager[None]:
+        """Show the phase under way while it does its `units`, `done` of them before the run was resumed."""
+        return self._progress.phase(self._state.epoch, self._state.phase, units, done=done)
+
     def _after_collected(self, units: int) -> None:
         """Say once, and as soon as it is seen, what the world model does not learn of the game's rewards."""
         sizes = self._state.collection.sizes
@@ -294,9 +309,10 @@ class Trainer:
         self._progress.advance(units)
         self._stop.check()
 
-    def _write(self, phase: str, values: Mapping[str, MetricValue]) -> None:
+    def _write(self, values: Mapping[str, MetricValue]) -> None:
+        """A line of metrics of the phase under way."""
         state = self._state
-        self._metrics.write(phase, epoch=state.epoch, env_steps=state.replay.num_steps, values=values)
+        self._metrics.write(state.phase, epoch=state.epoch, env_steps=state.replay.num_steps, values=values)
 
     def _write_interrupted(self) -> None:
         """A line for the part that was done of the phase under way. When the run goes on, it is cut off."""
@@ -304,7 +320,14 @@ class Trainer:
         if state.units is None or state.phase in ("random", "evaluate"):
             return  # half an evaluation is no result
         part = state.updates.means() if state.phase in self.phases else state.collection.metrics()
-        self._write(state.phase, part | {"interrupted": 1})
+        self._write(part | {"interrupted": 1})
+
+    def _save_if_due(self, *, is_best: bool) -> None:
+        """At an epoch's end: save every so many epochs, at the run's end, and a best agent that is kept."""
+        epoch, schedule = self._state.epoch, self._config.schedule
+        keep_this = is_best and schedule.keep_best
+        if epoch % schedule.checkpoint_every == 0 or epoch == schedule.epochs or keep_this:
+            self._save(best=keep_this)
 
     def _save(self, *, best: bool = False) -> None:
         """Save a checkpoint; what it refers to is on the disk before it."""

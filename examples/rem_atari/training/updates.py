@@ -1,4 +1,4 @@
-"""The loop of every training phase: so many updates, bounded by time, and the means of their metrics."""
+"""Updates: what one is told and says, the loop that makes so many, and the means of their metrics."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from torch import Tensor
 
 Metrics = Mapping[str, Tensor | float]
 """What one update measured: scalars by name; NaN where this update had nothing to measure it on."""
+
+Lap = Callable[[str], None]
+"""How work that is timed says where its parts end: called with a part's name, as the next one begins."""
+
+
+def untimed(part: str) -> None:
+    """The `Lap` of work that nothing times."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The weights of the perceptual loss (LPIPS): found on this machine, fetched once, read without trust."""
 
-from rem_atari.weights.cache import cached_weights, find_weights, load_perceptual
 from rem_atari.weights.fetch import convert_weights, fetch_weights
+from rem_atari.weights.files import cached_weights, find_weights, load_perceptual
 
 __all__ = ["cached_weights", "convert_weights", "fetch_weights", "find_weights", "load_perceptual"]

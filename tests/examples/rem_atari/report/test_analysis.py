@@ -18,8 +18,8 @@ from rem_atari.report.analysis import (
     score_tokens,
 )
 from rem_atari.report.charts import charts_of, make_axis
-from rem_atari.report.comparisons import Comparison, compare_frames, compare_tokens
 from rem_atari.report.history import Returns, returns_of, throughput, values_of, verdict, was_trained
+from rem_atari.report.quality import Comparison, compare_frames, compare_tokens
 from rem_atari.report.text import count, duration, number, size
 
 BLACK, WHITE = 0, 255

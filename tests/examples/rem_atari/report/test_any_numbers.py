@@ -12,12 +12,12 @@ import torch
 from run_folders import make_run
 
 from rem_atari.errors import RunWarning
-from rem_atari.report import sections, write, write_report
-from rem_atari.report.charts import Chart, chart_svg, charts_of, make_axis
-from rem_atari.report.figures import save_curves
+from rem_atari.report import page as page_module
+from rem_atari.report import sections, write_report
+from rem_atari.report.charts import Chart, chart_svg, charts_of, make_axis, save_curves
+from rem_atari.report.contents import without_nan
 from rem_atari.report.history import Series
 from rem_atari.report.text import number
-from rem_atari.report.write import without_nan
 from rem_atari.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 NAN, INF = math.nan, math.inf
@@ -102,7 +102,7 @@ def test_a_part_that_fails_is_shown_as_such_and_the_rest_is_there(
 
     run = make_run(tmp_path / "run")
     run.metrics.write_text('{"epoch": 0, "env_steps": 1, "seconds": 1, "phase": "tokenizer", "loss": 1.0}\n')
-    monkeypatch.setattr(write, "save_curves", fail)
+    monkeypatch.setattr(page_module, "save_curves", fail)
     monkeypatch.setattr(sections, "chart_svg", fail)
     with pytest.warns(RunWarning) as said:
         page = write_report(run.path).read_text()
@@ -120,4 +120,4 @@ def test_weights_that_are_not_finite_are_not_looked_at(tmp_path: Path) -> None:
     model["controller.actor.weight"] = torch.full_like(model["controller.actor.weight"], NAN)
     save_checkpoint(run.checkpoints, Checkpoint(43, model, {}, {"epoch": 2}), keep=1)
     page = write_report(run.path).read_text()
-    assert "the newest ones are not finite (controller.actor.weight)" in page
+    assert "the weights of checkpoint 43 are not finite: controller.actor.weight" in page

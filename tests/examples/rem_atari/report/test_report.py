@@ -19,24 +19,29 @@ from rem_atari.arguments import TrainArguments, parse_arguments
 from rem_atari.config import Config
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import UsageError
+from rem_atari.films.dreams import dream_along, make_scenes
+from rem_atari.films.pictures import (
+    DIFFERENCE_CEILING,
+    Film,
+    FilmStep,
+    Scene,
+    difference_image,
+    filmstrip,
+    save_imagination,
+)
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
 from rem_atari.models.tokenizer import FOREGROUND_THRESHOLD
 from rem_atari.replay.buffer import Replay
 from rem_atari.report import write_report
 from rem_atari.report.analysis import codebook_use, frame_errors
-from rem_atari.report.colophon import train_command
-from rem_atari.report.contents import Report
-from rem_atari.report.dreams import dream_along, make_scenes
-from rem_atari.report.figures import DIFFERENCE_CEILING, difference_image, filmstrip, save_imagination
-from rem_atari.report.films import Film, FilmStep, Scene
-from rem_atari.report.horizon import look_ahead
-from rem_atari.report.load import action_names
+from rem_atari.report.contents import Report, action_names
+from rem_atari.report.measure import look_ahead, predict_sequences, token_pairs
 from rem_atari.report.page import render
-from rem_atari.report.probe import predict_sequences, token_pairs
 from rem_atari.report.quality import FrameQuality, Quality, Redrawn
 from rem_atari.report.text import number
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
 from rem_atari.runs.folder import RunFolder, create_run_folder
+from rem_atari.runs.session import train_command
 
 DEBUG = PRESETS["debug"]
 ACTIONS, SIDE, EPISODE = 3, 24, 6
@@ -293,7 +298,7 @@ def test_weights_of_another_configuration_are_left_out(tmp_path: Path) -> None:
     data["controller"]["lstm_dim"] += 1
     run.config.write_text(json.dumps(data))
     page = write_report(run.path).read_text(encoding="utf-8")
-    assert "the newest ones do not fit the configuration" in page
+    assert "does not fit the run&#x27;s configuration" in page
 
 
 def test_no_module_that_a_configuration_names_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

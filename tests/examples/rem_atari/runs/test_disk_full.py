@@ -19,9 +19,9 @@ from saved_runs import SavedRun, all_checkpoints, check_run, leftovers
 from rem_atari.cli import main
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import RunError
+from rem_atari.films.pictures import save_reconstructions
 from rem_atari.films.video import save_video
 from rem_atari.replay.buffer import Replay
-from rem_atari.report.figures import save_reconstructions
 from rem_atari.runs.checkpoint import read_checkpoint
 from rem_atari.runs.folder import create_run_folder, hold_run_folder, open_run_folder
 from rem_atari.runs.metrics import MetricsLog, read_metrics

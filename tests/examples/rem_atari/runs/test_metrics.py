@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rem_atari.errors import RunWarning
-from rem_atari.report.load import read_lines
+from rem_atari.report.history import read_lines
 from rem_atari.runs.metrics import MetricsLog, read_metrics
 
 

@@ -21,8 +21,8 @@ from rem_atari.models.lpips import Lpips
 from rem_atari.timing import benchmark
 from rem_atari.timing.benchmark import measure, scale_batches
 from rem_atari.timing.projection import COMPONENTS, Benchmark, Timing, expected_encodings
-from rem_atari.training.laps import Lap
 from rem_atari.training.phase import TrainingPhase
+from rem_atari.training.updates import Lap
 from rem_atari.weights.files import read_weights
 
 PARTS_OF = {name: ["data", "forward", "backward", "optimiser"] for name in COMPONENTS} | {

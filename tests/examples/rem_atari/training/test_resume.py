@@ -336,6 +336,24 @@ def edit(checkpoint: Checkpoint, **changes: object) -> Checkpoint:
     return replace(checkpoint, state={**checkpoint.state, **changes})
 
 
+def put_back(folder: Path, changed: Checkpoint) -> None:
+    """Put a changed checkpoint in the place of a run's newest."""
+    shutil.rmtree(list_checkpoints(folder / "checkpoints")[-1][1])
+    save_checkpoint(folder / "checkpoints", changed, keep=5)
+
+
+def test_a_checkpoint_of_an_earlier_version_that_names_the_next_phase_is_gone_on_from(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    crash_at(folder, Point(1, "collect", 2))
+    between_epochs = newest(folder)
+    assert between_epochs.state["phase"] is None
+    put_back(folder, edit(between_epochs, phase="random"))
+    finish(folder)
+    assert fingerprint(folder) == fingerprint(whole)
+
+
 @pytest.mark.parametrize(
     "forge",
     [
@@ -373,10 +391,7 @@ def test_a_checkpoint_that_does_not_fit_fails_with_one_sentence(
     """Whole by its digests, but of another configuration, or from somebody who means harm."""
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
-    forged = forge(newest(folder))
-    (_, path) = list_checkpoints(folder / "checkpoints")[-1]
-    shutil.rmtree(path)
-    save_checkpoint(folder / "checkpoints", forged, keep=5)
+    put_back(folder, forge(newest(folder)))
     assert main(["resume", str(folder)]) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error

@@ -22,8 +22,7 @@ from rem_atari.errors import StoppedError
 from rem_atari.evaluation import EvaluationResult
 from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.replay.buffer import Replay
-from rem_atari.report.load import load_run
-from rem_atari.report.write import measure_quality
+from rem_atari.report.contents import load_run, measure_quality
 from rem_atari.runs import folder as run_folder
 from rem_atari.runs.checkpoint import find_best, list_checkpoints, load_checkpoint, read_checkpoint
 from rem_atari.runs.folder import create_run_folder

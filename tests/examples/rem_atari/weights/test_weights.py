@@ -35,8 +35,8 @@ from rem_atari.training.signals import StopRequest
 from rem_atari.training.trainer import Trainer
 from rem_atari.weights import cached_weights, downloads, fetch, find_weights, load_perceptual
 from rem_atari.weights.downloads import DownloadError, Network, RemoteFile
+from rem_atari.weights.fetch import find_file, pip_settings
 from rem_atari.weights.files import JAX_WEIGHTS, WeightsFileError, read_numpy_pickle, read_weights
-from rem_atari.weights.package_index import find_file, pip_settings
 
 NETWORK = Network()
 

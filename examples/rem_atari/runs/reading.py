@@ -1,4 +1,4 @@
-"""What `rem-atari evaluate` left in a run's folder, read with care: anybody may have written it."""
+"""What lies in a run's folder as JSON, read with care: anybody may have written it."""
 
 from __future__ import annotations
 
@@ -42,10 +42,35 @@ def read_summary(path: Path) -> Mapping[str, Any] | None:
         summary = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(summary, dict) or not all(_is_number(summary.get(name)) for name in NUMBERS):
+    if not isinstance(summary, dict) or not all(is_number(summary.get(name)) for name in NUMBERS):
         return None
     return summary
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of a file that are JSON objects, oldest first, and the numbers, from 1, of the others.
+
+    A run that was killed may leave half a line, and a full disk any kind of them. No file has no lines.
+    """
+    if not path.is_file():
+        return [], []
+    # Only a newline ends a line: a text within one may hold other characters that split lines.
+    texts = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    parsed = [(number, _parse(text)) for number, text in enumerate(texts, start=1) if text]
+    lines = [line for _, line in parsed if isinstance(line, dict)]
+    return lines, [number for number, line in parsed if not isinstance(line, dict)]
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is an int or float that is a finite float (True and False are not)."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False

@@ -1,38 +1,101 @@
-"""Pictures: PNG and GIF files for the media folder, and images for the page as data URIs."""
+"""Films and pictures: what they hold, PNG and GIF files of them, and images for the page as data URIs."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps, get_data_path
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from rem_atari.report.charts import LOG_RATIO, Chart
-from rem_atari.report.films import Film, Scene
 from rem_atari.runs.durable import replace_file
 
 DIFFERENCE_CEILING = 64
 """Levels (of 255) of difference that are drawn at full brightness."""
 
 STEP_MILLISECONDS = 450
+
 LAST_STEP_MILLISECONDS = 1_800
+
 FRAME_PIXELS = 192
 """Side of a frame in the GIF, about; frames grow by whole factors so that their pixels stay square."""
 
 GAP, CAPTION, HEADING = 8, 38, 22
+
 FONT = get_data_path() + "/fonts/ttf/DejaVuSans.ttf"
 """Comes with matplotlib, and has the minus sign and the Greek that Pillow's own font lacks."""
+
 PAPER, INK, FAINT = (255, 255, 255), (28, 30, 33), (120, 124, 130)
-COLOURS = ("#2f6fb0", "#c8641b", "#3f8f5f")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmStep:
+    """One step of a film.
+
+    Attributes:
+        action: name of the action taken.
+        reward: the reward that came of it; of an imagined one only the sign, -1, 0 or 1.
+        ended: the episode came to an end with this step.
+        reward_chances: the world model's chances of the signs -1, 0, 1; None where the step is real.
+        end_chance: the world model's chance of the end; None where the step is real.
+        cut: nothing is known beyond this step: a limit, and not the game, cut the episode.
+    """
+
+    action: str
+    reward: float
+    ended: bool
+    reward_chances: tuple[float, float, float] | None = None
+    end_chance: float | None = None
+    cut: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Film:
+    """Frames and the steps between them.
+
+    Attributes:
+        title: what the film shows.
+        frames: uint8 (F, S, S, 3): the start, then the frame after each step.
+        steps: F - 1 steps; one more if the episode ended or was cut with it, since no frame follows then.
+    """
+
+    title: str
+    frames: NDArray[np.uint8]
+    steps: list[FilmStep]
+
+    def caption(self, step: int) -> tuple[str, str]:
+        """Two short lines on the frame after `step` steps: what led to it, and what chance it had.
+
+        Beyond the film's last step the caption stays at that step.
+        """
+        if step == 0 or not self.steps:
+            return "start", ""
+        number = min(step, len(self.steps))
+        done = self.steps[number - 1]
+        happened = f"{number}: {done.action}" + (f", reward {done.reward:+g}" if done.reward else "")
+        if done.ended or done.cut:
+            happened += ", episode over" if done.ended else ", cut off here"
+        if done.reward_chances is None or done.end_chance is None:
+            return happened.replace("-", "−"), ""
+        minus, _, plus = done.reward_chances
+        return happened.replace("-", "−"), f"reward −1 {minus:.0%}, +1 {plus:.0%}; end {done.end_chance:.0%}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Films that share one held-out start: the real continuation first, then what was imagined."""
+
+    films: list[Film]
+
+    @property
+    def length(self) -> int:
+        """Number of steps of the longest film."""
+        return max(len(film.steps) for film in self.films)
 
 
 def difference_image(frame: NDArray[np.uint8], redrawn: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -70,51 +133,6 @@ def save_reconstructions(path: Path, frames: NDArray[np.uint8], redrawn: NDArray
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     replace_file(path, buffer.getvalue())
-
-
-def save_curves(path: Path, charts: Sequence[Chart]) -> None:
-    """Save the charts, three a row, as a PNG."""
-    columns = min(3, len(charts))
-    rows = math.ceil(len(charts) / columns)
-    figure = Figure(figsize=(4.4 * columns, 2.9 * rows), dpi=120)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    # Margins in inches: the constrained layout would measure every text twice, which takes seconds.
-    width, height = figure.get_size_inches()
-    figure.subplots_adjust(
-        left=0.6 / width,
-        right=1 - 0.15 / width,
-        bottom=0.5 / height,
-        top=1 - 0.35 / height,
-        wspace=0.25,
-        hspace=0.4,
-    )
-    for axes, chart in zip(grid, charts, strict=False):
-        _draw_chart(axes, chart)
-    for axes in grid[len(charts) :]:
-        axes.remove()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    replace_file(path, buffer.getvalue())
-
-
-def _draw_chart(axes: Axes, chart: Chart) -> None:
-    for colour, series in zip(COLOURS, chart.drawn, strict=False):
-        if series.low is not None and series.high is not None:
-            axes.vlines(series.x, series.low, series.high, color=colour, alpha=0.3, linewidth=3)
-        axes.plot(series.x, series.y, marker="o", markersize=3, color=colour, label=series.name)
-    if chart.level is not None and math.isfinite(chart.level[1]):
-        axes.axhline(chart.level[1], color="#777777", linestyle="--", linewidth=1, label=chart.level[0])
-    elif (
-        chart.level is None and min(chart.heights) > 0 and max(chart.heights) / min(chart.heights) > LOG_RATIO
-    ):
-        axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.set_title(chart.title, fontsize=10)
-    axes.set_xlabel(chart.x_label, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
 
 
 def save_imagination(path: Path, scenes: Sequence[Scene]) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from rem_atari.agent import Agent
+from rem_atari.films.pictures import Film, FilmStep, Scene
 from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import TokenStep, rollout
-from rem_atari.report.films import Film, FilmStep, Scene
 
 
-class _RecordingEnv:
+class _WatchedEnv:
     """An ImaginedEnv that keeps the tokens of every observation it shows."""
 
     def __init__(self, env: ImaginedEnv, tokens: Tensor) -> None:
@@ -112,12 +112,12 @@ def _dream_freely(
 
 def _start(
     agent: Agent, batch: SequenceTokens, context: int, generator: torch.Generator
-) -> tuple[_RecordingEnv, Tensor]:
+) -> tuple[_WatchedEnv, Tensor]:
     """An imagined environment at step `context` of every row, and what the controller sees of it."""
     env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
     start = batch.tokens[:, context]
     codes = env.reset(start, batch.tokens[:, :context], batch.actions[:, :context])
-    return _RecordingEnv(env, start), codes
+    return _WatchedEnv(env, start), codes
 
 
 def _imagined_films(

@@ -1,0 +1,64 @@
+"""The reference as a backend: `retpop.ops.reference` behind the same functions as the faster ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from retpop.ops import reference
+from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.dtypes import Inputs
+from retpop.ops.gated_norm import gated_norm as gated_norm
+from retpop.ops.packed import Packing
+from retpop.ops.rows import PopSpec, join_row, split_row
+from retpop.ops.torch_backend import rotate as rotate
+
+NAME = "reference"
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    powers: DecayPowers,
+    *,
+    mode: str,
+    state: Tensor | None,
+    chunk_size: int | None,
+    packing: Packing | None,
+) -> tuple[Tensor, Tensor]:
+    """Retention token by token; the mode and its chunks change nothing."""
+    bounds = None if packing is None else packing.bounds
+    return reference.retention(q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds)
+
+
+def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
+    """POP block by block, of every token; of rows, those that nobody reads are dropped afterwards."""
+    if len(tokens) == 3:
+        q, k, v = tokens
+        (q, q_pred), (k, k_pred), (v, v_pred) = (
+            split_row(x, spec.predictions) for x in (spec.all_tokens(q), k, v)
+        )
+        out, pred, final = pop((q, k, v, q_pred, k_pred, v_pred), state, spec)
+        return spec.readers(join_row(out, pred)), final
+    q, k, v, q_pred, k_pred, v_pred = tokens
+    return reference.pop_retention(
+        q,
+        k,
+        v,
+        q_pred,
+        k_pred,
+        v_pred,
+        spec.powers.log_decay,
+        block_size=spec.block_size,
+        offset=spec.offset,
+        state=state,
+        scale=spec.powers.scale,
+        reset=spec.reset,
+    )
+
+
+def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
+    """The form that runs, for people."""
+    return "token-by-token form"
