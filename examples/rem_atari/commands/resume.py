@@ -35,13 +35,15 @@ def resume(arguments: ResumeArguments) -> None:
         saved = run.read_config()
         if saved.note is not None:
             tell(f"warning: {saved.note}{'; the run goes on with it' if saved.is_edited else ''}")
+        if saved.lost_from is not None:
+            write_config(run.config, saved.config)
         config = change_config(saved.config, arguments)
         checkpoint = newest_checkpoint(run, tell)
         if epochs_complete(checkpoint) >= config.schedule.epochs:
             _say_finished(run, config)
             return
         with prepare_training(config) as parts:
-            if config != saved.config or saved.note is not None:
+            if config != saved.config or saved.is_edited:
                 write_config(run.config, config)
             if checkpoint is None:
                 tell("the run was stopped before its first checkpoint: it starts from its beginning")

@@ -286,7 +286,8 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
             axes.vlines(series.x, series.low, series.high, color=colour, alpha=0.3, linewidth=3)
         axes.plot(series.x, series.y, marker="o", markersize=3, color=colour, label=series.name)
     if chart.level is not None and math.isfinite(chart.level[1]):
-        axes.axhline(chart.level[1], color="#777777", linestyle="--", linewidth=1, label=chart.level[0])
+        name, height = chart.level
+        axes.axhline(_in_reach(height), color="#777777", linestyle="--", linewidth=1, label=name)
     lowest, highest = min(chart.heights), max(chart.heights)
     if chart.level is None and lowest > 0 and highest / lowest > LOG_RATIO:
         axes.set_yscale("log")

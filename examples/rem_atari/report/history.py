@@ -180,9 +180,8 @@ def read_lines(path: Path, notes: list[str]) -> list[MetricLine]:
         return []
     lines, unreadable = read_json_lines(path)
     if unreadable:
-        named = ", ".join(map(str, unreadable[:LINES_NAMED])) + (
-            " ..." if len(unreadable) > LINES_NAMED else ""
-        )
+        named = ", ".join(map(str, unreadable[:LINES_NAMED]))
+        named += " ..." if len(unreadable) > LINES_NAMED else ""
         total = len(lines) + len(unreadable)
         notes.append(f"{len(unreadable)} of {total} lines of {path.name} cannot be read: line {named}.")
     return lines
