@@ -95,9 +95,8 @@ def _make(cfg: EnvConfig, **more: str) -> gymnasium.Env:
     except gymnasium.error.DependencyNotInstalled as error:
         raise ValueError(f"{name} cannot be made: {error}") from error
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise UnknownGameError(
-            f"There is no gymnasium environment {name!r}: {error}{_module_hint(name)}"
-        ) from error
+        reason = f"{str(error).rstrip('.')}{_module_hint(name)}"
+        raise UnknownGameError(f"There is no gymnasium environment {name!r}: {reason}") from error
     except (Exception, SystemExit) as error:
         made_with = f" with {kwargs}" if kwargs else ""
         reason = f"it raised {type(error).__name__}: {error}"

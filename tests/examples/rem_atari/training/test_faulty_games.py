@@ -55,14 +55,13 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_stops_the_run_before_it_is_stored(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: float
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    FAULTS["reward"] = reward
+    FAULTS["reward"] = float("nan")
     run = tmp_path / "run"
     assert train(run) == 1
-    told = f"rem-atari: Faulty-v0: step() gave the reward {reward}; wanted a finite number, at most 3.4e+38"
+    told = "rem-atari: Faulty-v0: step() gave the reward nan; wanted a finite number, at most 3.4e+38"
     assert last_line(capsys) == told
     assert load_checkpoint(run / "checkpoints").state["env_steps"] == 2 * 3
     assert Replay.load(run / "replay").num_steps == 2 * 3
@@ -71,13 +70,12 @@ def test_a_reward_that_is_not_finite_stops_the_run_before_it_is_stored(
     assert "could not be saved: it starts anew" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["--evaluation.random-episodes", "2"]])
 @pytest.mark.parametrize("error", [FileNotFoundError("the ROM is missing"), SystemExit("no licence")])
 def test_a_first_reset_that_raises_is_what_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: BaseException, words: list[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: BaseException
 ) -> None:
     FAULTS["reset"] = error
-    assert train(tmp_path / "run", *words) == 1
+    assert train(tmp_path / "run") == 1
     assert last_line(capsys).endswith(f"the last time it raised {type(error).__name__}: {error}")
 
 
@@ -102,7 +100,9 @@ def test_a_game_that_cannot_be_closed_fails_nothing(
     FAULTS["close"] = OSError("the window is gone")
     assert train(tmp_path / "run") == 0
     told = "rem-atari: warning: Faulty-v0 cannot be closed: it raised OSError: the window is gone"
-    assert told in capsys.readouterr().err.splitlines()
+    said = capsys.readouterr().err
+    assert told in said.splitlines()
+    assert "the signs of rewards" not in said, "rewards of -1, 0 and +1 are nothing to warn of"
 
 
 def test_a_module_that_leaves_the_program_when_imported_is_named(
@@ -132,8 +132,3 @@ def test_rewards_that_are_no_signs_are_told_of_as_soon_as_they_are_seen(
     assert "rewards are from 1 to 5 in size" in page.replace("1.00", "1").replace("5.00", "5")
     assert "reward +5" in page, "in the films of what really happened"
     assert "Rewards of different sizes" in page
-
-
-def test_a_game_of_signs_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(tmp_path / "run") == 0
-    assert "only the signs of rewards" not in capsys.readouterr().err
