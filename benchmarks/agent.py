@@ -4,22 +4,31 @@
 controller is burnt in on 20 of them, and 9 steps are imagined from the last. "steps" are these 9 alone. The
 floor counts encoding and the decoder's products, 129 tokens a step; heads, controller and draws are left out.
 What comes out is drawn at random; compared with float64 is what one step says before anything is drawn.
+
+`whole_run` times the parts of a training run, and adds them up, by `rem_atari.timing`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import origin
+from benchmarks.measurements import Measurement
+from benchmarks.timing import Effort
 from benchmarks.work import DTYPES, FORWARD, Contender, Group, Problem, Work, product_flops
 
 FRAMES, STEPS = 21, 9
+
+PART_SECONDS = 4.0
+"""A part of a training run is timed no longer than this."""
 
 ACTIONS = 4
 """Of the game: as many as Breakout has."""
@@ -42,14 +51,13 @@ SHAPES = {"tiny": Sizes(B=2, preset="debug"), "rem_8": Sizes(B=8)}
 
 
 def groups() -> Iterator[Group]:
-    """The call and its steps in each dtype; none where rem_atari cannot be imported."""
-    try:
-        import rem_atari.agent  # noqa: F401
-    except ImportError:
+    """The call and its steps in each dtype; none where rem_atari is not there."""
+    if find_spec("rem_atari") is None:
         return
     for shape, sizes in SHAPES.items():
         for dtype in ("float32", "bfloat16"):
             for mode in ("call", "steps"):
+                make = partial(imagine, mode=mode)
                 yield Group(
                     op="agent",
                     shape=shape,
@@ -57,13 +65,7 @@ def groups() -> Iterator[Group]:
                     dtype=dtype,
                     passes=(FORWARD,),
                     problem=partial(problem, sizes, DTYPES[dtype]),
-                    contenders={
-                        "torch": Contender(
-                            make=partial(imagine, mode=mode),
-                            reference=partial(imagine, mode=mode),
-                            model=True,
-                        )
-                    },
+                    contenders={"torch": Contender(make=make, reference=make, model=True)},
                 )
 
 
@@ -119,7 +121,7 @@ def imagine(problem: Problem, *, mode: str) -> Work:
     flops = STEPS * (world.block_size + world.num_tokens) * product_flops(world.decoder)
     if mode == "call":
         flops += FRAMES * _encoding_flops(agent, frames)
-    return Work(inputs=[frames], run=run, answer=answer, flops=len(frames) * flops, graded=0)
+    return Work(inputs=[frames], run=run, answer=answer, flops=len(frames) * flops, graded=0, moves=False)
 
 
 def _start(agent: Any, tokens: Tensor, actions: Tensor, generator: torch.Generator) -> Any:
@@ -141,3 +143,47 @@ def _encoding_flops(agent: Any, frames: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         agent.tokenizer.encode(frames[:1, :1])
     return int(counter.get_total_flops())
+
+
+def whole_run(device: torch.device, effort: Effort) -> Iterator[list[Measurement]]:
+    """Each part of a training run, and the run that they make.
+
+    On a GPU the preset "paper" in bfloat16, on Catch with frames of the same size where ale-py is missing; on
+    a CPU the preset "debug", as a rehearsal.
+    """
+    try:
+        from rem_atari.config.presets import CATCH_ID, PRESETS
+        from rem_atari.timing import benchmark
+    except ImportError as error:
+        note = f"not measured: {error}"
+        yield [Measurement(**origin(device), op="rem_atari", mode="rem_atari", note=note)]
+        return
+    on_gpu = device.type == "cuda"
+    config = PRESETS["paper" if on_gpu else "debug"]
+    if on_gpu:
+        config = replace(config, device="cuda", precision="bfloat16")
+        if find_spec("ale_py") is None:
+            config = replace(config, env=replace(config.env, id=CATCH_ID))
+    game = "Catch" if config.env.id == CATCH_ID else config.env.game
+    found = benchmark.measure(
+        config,
+        updates=20 if on_gpu else 1,
+        warmup=5 if on_gpu else 0,
+        max_seconds=PART_SECONDS,
+        batch_scale=1.0,
+        after_part=lambda count: None,
+    )
+    row = {"op": "rem_atari", "shape": config.preset, "sizes": game, "dtype": config.precision}
+    measured = partial(Measurement, **origin(device), **row)
+    for timing in found.timings.values():
+        name, batch = timing.name.replace("_", " "), f"{timing.batch} {timing.of}"
+        rate = f"{timing.rate:.4g} {timing.of}/s"
+        yield [measured(mode=name, direction=batch, samples=tuple(timing.seconds), note=rate)]
+        for part, seconds in timing.parts.items() if len(timing.parts) > 1 else ():
+            note = f"{timing.share(part):.1%} of the time"
+            yield [measured(mode=f"{name}: {part}", direction=batch, samples=(seconds,), note=note)]
+    projected = found.project()
+    epochs = f"{config.schedule.epochs} epochs"
+    for name, seconds in (*projected.items(), ("in all", sum(projected.values()))):
+        mode = f"projected run, {name.replace('_', ' ')}"
+        yield [measured(mode=mode, direction=epochs, samples=(seconds,))]

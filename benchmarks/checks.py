@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.work import BOTH, Contender, Maker, Problem, Work
+from benchmarks.work import FORWARD, Contender, Maker, Problem, Work
 
 PIECE = 64
 """Tokens over which an error is averaged."""
@@ -72,7 +72,7 @@ class Checker:
 
     def check(self, contender: Contender, work: Work, passes: Sequence[str]) -> dict[str, Verdict]:
         """Verdicts by pass: that of forward holds for outputs and states, the other for gradients too."""
-        graded = self._graded and BOTH in passes and work.graded > 0
+        graded = self._graded and set(passes) != {FORWARD} and work.graded > 0
         actual = _results(contender, work, graded)
         expected = self._reference(contender, torch.float64, graded)
         limits = [TOLERANCES[self._problem.dtype][found.kind] for found in actual]
@@ -87,7 +87,7 @@ class Checker:
             for found, error, limit in zip(actual, _errors(actual, expected), limits, strict=False)
         ]
         outputs = [v for v, found in zip(verdicts, actual, strict=False) if found.kind != "gradient"]
-        return {name: max(verdicts if name == BOTH else outputs, key=_badness) for name in passes}
+        return {name: max(outputs if name == FORWARD else verdicts, key=_badness) for name in passes}
 
     def _reference(self, contender: Contender, dtype: torch.dtype, graded: bool) -> list[Found]:
         key = (contender.reference, dtype, graded)

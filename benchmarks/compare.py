@@ -1,84 +1,85 @@
-"""Two sets of results side by side: what became faster, what slower, and whether more than the noise.
+"""Two measurements of everything side by side: what became faster or slower, beyond noise and a limit.
 
-Runs of two days see two machines even on one: besides the ratio of times stands that of the times in units of
-the matrix product that was timed in turn with each, which a machine's mood divides out of.
+Runs of two days see two machines even on one. Beside the ratio of times stands that of the times in units of
+the matrix product that was timed in turn with each: a slow moment of the machine divides out of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.kernel_audit import print_table
-from benchmarks.records import Ratio, Record, RefusedError, ratio
-from benchmarks.text import duration
+from benchmarks.measurements import Measurement, Ratio, RefusedError, ratio
+from benchmarks.text import duration, print_table
+
+LIMIT = 1.05
+"""How many times as long a row may take as before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One measurement, before and after.
+    """One row, before and after.
 
     Attributes:
-        before, after: the two.
+        before, after: the two measurements.
         time: how many times as long it takes now.
-        at_equal_rate: the same with each in units of its run's matrix product.
+        at_equal_rate: the same, each time in units of its run's matrix product.
         refused: why there is no ratio, or "".
     """
 
-    before: Record
-    after: Record
+    before: Measurement
+    after: Measurement
     time: Ratio | None = None
     at_equal_rate: Ratio | None = None
     refused: str = ""
 
-    @property
-    def verdict(self) -> str:
-        """What the quartiles at equal rate say."""
+    def verdict(self, limit: float = LIMIT) -> str:
+        """Of the quartiles: faster, slower or equal; SLOWER where the median is beyond the limit too."""
         found = self.at_equal_rate
         if found is None:
-            return ""
-        return "faster" if found.high < 1 else "slower" if found.low > 1 else "equal"
+            return f"refused: {self.refused}"
+        if found.low > 1:
+            return "SLOWER" if found.middle > limit else "slower"
+        return "faster" if found.high < 1 else "equal"
 
 
-def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
+def compare(before: Iterable[Measurement], after: Iterable[Measurement]) -> list[Change]:
     """The changes of what both have, in the order of the first."""
-    now = {record.key: record for record in after}
-    return [_change(record, now[record.key]) for record in before if record.key in now]
+    now = {m.key: m for m in after}
+    return [change(m, now[m.key]) for m in before if m.key in now]
 
 
-def _change(before: Record, after: Record) -> Change:
-    # Of two runs, even of one commit: never sample by sample.
-    old = replace(before, date="")
+def change(before: Measurement, after: Measurement, *, in_turn: bool = False) -> Change:
+    """What became of a row; with ``in_turn`` samples were taken in turn and are compared one by one."""
+    factor = after.matrix_rate / before.matrix_rate if before.matrix_rate and after.matrix_rate else 1.0
+    old = replace(before, date=after.date if in_turn else "")
     try:
-        time = ratio(after, old)
+        time, equal = ratio(after, old), ratio(after, old, factor)
     except RefusedError as refused:
         return Change(before=before, after=after, refused=str(refused))
-    factor = after.matrix_rate / before.matrix_rate
-    equal = Ratio(low=time.low * factor, middle=time.middle * factor, high=time.high * factor)
     return Change(before=before, after=after, time=time, at_equal_rate=equal)
 
 
-def print_changes(changes: Sequence[Change]) -> None:
-    """A line each, and how many became faster and slower."""
-    body = []
-    for change in changes:
-        record = change.before
-        name = f"{record.op}, {record.mode}, {record.shape}" + (f" {record.size}" if record.size else "")
-        times = [duration(x.seconds) if x.samples else "" for x in (record, change.after)]
-        ratios = ["", ""] if change.time is None else [str(change.time), str(change.at_equal_rate)]
-        body.append(
-            [
-                name,
-                record.dtype,
-                record.backend,
-                record.direction,
-                *times,
-                *ratios,
-                change.verdict or f"refused: {change.refused}",
-            ]
-        )
-    print_table(["what", "dtype", "backend", "pass", "A", "B", "B / A", "at equal matrix rate", ""], body)
-    verdicts = [change.verdict for change in changes]
+def line(change: Change, limit: float = LIMIT) -> list[str]:
+    """A change as cells under `HEADING`."""
+    m = change.before
+    name = f"{m.op}, {m.mode}, {m.shape}" + (f" {m.size}" if m.size else "")
+    times = [duration(x.seconds) if x.samples else "" for x in (m, change.after)]
+    ratios = ["", ""] if change.time is None else [str(change.time), str(change.at_equal_rate)]
+    return [name, m.dtype, m.backend, m.direction, *times, *ratios, change.verdict(limit)]
+
+
+HEADING = ["what", "dtype", "backend", "pass", "A", "B", "B / A", "at equal matrix rate", ""]
+
+
+def report(changes: Sequence[Change], limit: float = LIMIT) -> int:
+    """Print a line each and a sum; returns 1 if a row became slower by more than the limit, or wrong."""
+    print_table(HEADING, [line(change, limit) for change in changes])
+    verdicts = [change.verdict(limit) for change in changes]
+    broken = [c for c in changes if c.refused and c.before.verdict == "right"]
     print(
-        f"\nB is faster in {verdicts.count('faster')} of {len(changes)}, slower in {verdicts.count('slower')}"
+        f"\nB is faster in {verdicts.count('faster')} of {len(changes)}, slower in "
+        f"{verdicts.count('slower') + verdicts.count('SLOWER')}, by more than {limit - 1:.0%} in "
+        f"{verdicts.count('SLOWER')}; not right any more: {len(broken)}"
     )
+    return int(bool(broken) or "SLOWER" in verdicts)

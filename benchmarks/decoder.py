@@ -1,8 +1,9 @@
 """REM's decoder in training: a POP pass over a batch of sequences, and plain passes over a sequence.
 
-Weights and inputs are float32, and autocast computes in bfloat16, as when a model is trained so. Floors count
-the products of the weights: two operations a weight and token, twice as many again in backward. Those of
-retention itself, about 8% more, are left out, as in the decoder's targets.
+"paper_train" is the training pass at the paper's batch, for a GPU. Weights and inputs are float32, and
+autocast computes in bfloat16, as when a model is trained so. Floors count the products of the weights: two
+operations a weight and token, twice as many again in backward. Those of retention itself, about 8% more, are
+left out, as in the decoder's targets.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from benchmarks.work import (
     BOTH,
     DTYPES,
     FORWARD,
+    UPDATE,
     Contender,
     Group,
     Problem,
     Work,
+    compile_call,
+    ours,
     product_flops,
     randoms,
     weights_of,
@@ -62,51 +66,43 @@ class Sizes:
         return {name: getattr(self, name) for name in names}
 
 
-TINY = {"embed_dim": 32, "num_heads": 2, "num_layers": 2, "ffn_dim": 64}
+TINY = {"embed_dim": 32, "num_heads": 2, "num_layers": 1, "ffn_dim": 64}
 
 SHAPES = {
-    "tiny": Sizes(B=2, N=3, L=5, M=4, **TINY),
+    "tiny": Sizes(B=1, N=2, L=5, M=4, **TINY),
     "rem_train": Sizes(B=4, N=10, L=65, M=64),
 }
 
-MODES = ("pop", "chunkwise")
+GPU_SHAPES = {"paper_train": replace(SHAPES["rem_train"], B=64)}
 
 
 def groups() -> Iterator[Group]:
-    """The training pass and the plain passes in each dtype."""
-    for shape, sizes in SHAPES.items():
+    """The training pass and the plain pass in each dtype."""
+    for shape, sizes in (SHAPES | GPU_SHAPES).items():
         for dtype in ("float32", "bfloat16"):
-            for mode in MODES:
+            for mode in ("pop", "chunkwise"):
                 yield group(shape, sizes, mode, dtype)
 
 
 def group(shape: str, sizes: Sizes, mode: str, dtype: str) -> Group:
-    """Everybody who makes this pass."""
-    same = partial(Contender, reference=partial(ours, mode=mode, backend="reference"), model=True)
-    contenders = {"torch": same(make=partial(ours, mode=mode, backend="torch"), states=1)}
-    if mode == "pop":
-        contenders[LAST] = last_outputs(states=1)
-        contenders["compile"] = same(
-            make=partial(ours, mode=mode, backend="torch", compiler="inductor"), states=1
-        )
-    contenders["triton"] = same(make=partial(ours, mode=mode, backend="triton"), states=1)
-    if yet_another_retnet.is_there():
-        contenders[yet_another_retnet.NAME] = same(make=partial(theirs, mode=mode))
-    if mode != "parallel":
-        contenders["transformer"] = Contender(
-            make=transformer,
-            reference=transformer,
-            computes="causal attention, one pass over the sequence",
-            model=True,
-        )
+    """Every contender for this pass."""
+    contenders = by_all(mode)
+    contenders["transformer"] = Contender(
+        make=transformer,
+        reference=transformer,
+        computes="causal attention, one pass over the sequence",
+        model=True,
+    )
+    passes = (FORWARD, BOTH, UPDATE) if shape in GPU_SHAPES else (FORWARD, BOTH)
     return Group(
         op="decoder",
         shape=shape,
         mode=mode,
         dtype=dtype,
-        passes=(FORWARD, BOTH),
+        passes=passes,
         problem=partial(problem, sizes, DTYPES[dtype]),
         contenders=contenders,
+        for_gpu=shape in GPU_SHAPES,
     )
 
 
@@ -114,16 +110,22 @@ LAST = 'torch, main_out="last"'
 """Ours where of the main stream only the last token of each block is wanted, as in training REM."""
 
 
-def last_outputs(states: int) -> Contender:
-    """Whoever wants of the sequence only the outputs at each block's last token: the agent's world model."""
-    make = partial(ours, mode="pop", main_out="last")
-    return Contender(
-        make=partial(make, backend="torch"),
-        reference=partial(make, backend="reference"),
-        computes="of the sequence, the last token's output of each block",
-        model=True,
-        states=states,
-    )
+def by_all(mode: str, *, is_compiled: bool = True) -> dict[str, Contender]:
+    """Our decoder by every backend, and yet-another-retnet's layers, in a mode: "pop" or "chunkwise"."""
+    make = partial(by_us, mode=mode)
+    names = ["torch", "triton"]
+    if mode == "pop" and is_compiled:
+        names = ["torch", "compile", "triton", "triton-compile"]
+    contenders = ours(make, names, model=True, states=1)
+    if mode == "pop":
+        computes = "of the sequence, the last token's output of each block"
+        last = ours(partial(make, main_out="last"), ["torch"], computes=computes, model=True, states=1)
+        contenders[LAST] = last["torch"]
+    if yet_another_retnet.is_there():
+        reference = contenders["torch"].reference
+        make_theirs = partial(theirs, mode=mode)
+        contenders[yet_another_retnet.NAME] = Contender(make=make_theirs, reference=reference, model=True)
+    return contenders
 
 
 def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -153,26 +155,19 @@ def make_models(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     return models | {"ours": ours.eval()}
 
 
-def ours(problem: Problem, *, mode: str, backend: str, compiler: str = "", main_out: str = "all") -> Work:
-    """`RetNetDecoder`, under torch.compile if there is a ``compiler``; ``main_out`` as in its `pop`."""
+def by_us(
+    problem: Problem, *, mode: str, backend: str, compiled: bool = False, main_out: str = "all"
+) -> Work:
+    """`RetNetDecoder`; ``main_out`` as in its `pop`."""
     s, decoder = problem.sizes, problem.shared["ours"]
     x, x_pred = problem.tensors["x"], problem.tensors["x_pred"]
     state = state_of(problem)
+    call = partial(decoder, x, state, mode=mode, backend=backend)
     if mode == "pop":
-        call = partial(
-            decoder.pop,
-            x,
-            x_pred,
-            state,
-            block_size=s.L,
-            offset=s.offset,
-            main_out=main_out,
-            backend=backend,
-        )
-    else:
-        call = partial(decoder, x, state, mode=mode, backend=backend)
-    if compiler:
-        call = torch.compile(call, dynamic=False, fullgraph=True, backend=compiler)
+        wanted = {"block_size": s.L, "offset": s.offset, "main_out": main_out, "backend": backend}
+        call = partial(decoder.pop, x, x_pred, state, **wanted)
+    if compiled:
+        call = compile_call(call, backend, problem.device)
 
     def run() -> tuple[Tensor, ...]:
         with problem.autocast():
@@ -186,6 +181,7 @@ def ours(problem: Problem, *, mode: str, backend: str, compiler: str = "", main_
         run=run,
         flops=s.B * tokens * product_flops(decoder),
         graded=0 if s.offset else 2 if mode == "pop" else 1,
+        moves=False,
     )
 
 
@@ -198,7 +194,7 @@ def state_of(problem: Problem) -> retpop.RetNetState | None:
 
 def theirs(problem: Problem, *, mode: str) -> Work:
     """yet-another-retnet's layers: POP in two passes in each, or its own pass."""
-    s, decoder, work = problem.sizes, problem.shared["theirs"], ours(problem, mode=mode, backend="torch")
+    s, decoder, work = problem.sizes, problem.shared["theirs"], by_us(problem, mode=mode, backend="torch")
     x, state = problem.tensors["x"], state_of(problem)
     # It divides keys where we scale outputs.
     states = None if state is None else state.kv * (s.embed_dim // s.num_heads) ** -0.5
@@ -210,8 +206,6 @@ def theirs(problem: Problem, *, mode: str) -> Work:
                 return yet_another_retnet.decoder_pop(
                     decoder, x, problem.tensors["x_pred"], states, position, s.L, s.offset
                 )
-            if mode == "parallel":
-                return (decoder.forward_parallel(x),)
             outs, carried = [], []
             for start, chunk in enumerate(x.split(CHUNK, dim=1)):
                 out, carried = decoder.forward_chunkwise(chunk, CHUNK * start, carried)
@@ -235,4 +229,4 @@ def transformer(problem: Problem) -> Work:
             return (model(x),)
 
     flops = s.B * s.N * s.L * product_flops(model)
-    return Work(inputs=[x], weights=weights_of(model), run=run, flops=flops)
+    return Work(inputs=[x], weights=weights_of(model), run=run, flops=flops, moves=False)

@@ -17,18 +17,6 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-python3}
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-
-# A package's folder is put together from the checkout's: retpop.kernels lies beside retpop there.
-mkdir "$folder/packages" "$folder/packages/retpop" "$folder/report"
-ln -s "$root"/retpop/* "$folder/packages/retpop/"
-ln -s "$root/kernels" "$folder/packages/retpop/kernels"
-ln -s "$root/examples/rem_atari" "$folder/packages/rem_atari"
-export PYTHONPATH="$folder/packages:$root${PYTHONPATH:+:$PYTHONPATH}"
-# The working folder, which may be the checkout, must not come before these.
+# The working folder, which may be a checkout, must not come before the root.
 export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-export RETPOP_REPORT_FOLDER="$folder/report"
-
-"$python" -m benchmarks.gpu.report "$@"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -m benchmarks.gpu_report "$@"

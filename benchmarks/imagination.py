@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import decoder
-from benchmarks.peers import yet_another_retnet
-from benchmarks.work import DTYPES, FORWARD, Contender, Group, Problem, Work, product_flops
+from benchmarks.work import DTYPES, FORWARD, Contender, Group, Problem, Work, ours, product_flops
 
 PAST_BLOCKS = 5
 """Blocks that a model remembers: the middle of a sequence of 10."""
@@ -30,7 +29,7 @@ def step_sizes(batch: int, tokens: int, **model: int) -> decoder.Sizes:
     return decoder.Sizes(B=batch, N=1, L=block, M=tokens, offset=1, past=PAST_BLOCKS * block, **model)
 
 
-SHAPES = {"tiny": step_sizes(2, 4, **decoder.TINY), "rem_8": step_sizes(8, 64), "rem_64": step_sizes(64, 64)}
+SHAPES = {"tiny": step_sizes(1, 4, **decoder.TINY), "rem_8": step_sizes(8, 64), "rem_64": step_sizes(64, 64)}
 
 
 def groups() -> Iterator[Group]:
@@ -43,25 +42,12 @@ def groups() -> Iterator[Group]:
 
 
 def step_group(shape: str, sizes: decoder.Sizes, dtype: str, *, by_token: bool, size: int = 0) -> Group:
-    """Everybody who can imagine an observation."""
-    same = partial(Contender, reference=partial(decoder.ours, mode="pop", backend="reference"), model=True)
-    contenders = {"torch": same(make=partial(decoder.ours, mode="pop", backend="torch"), states=1)}
-    contenders[decoder.LAST] = decoder.last_outputs(states=1)
-    if not size:
-        contenders["compile"] = same(
-            make=partial(decoder.ours, mode="pop", backend="torch", compiler="inductor"), states=1
-        )
-    contenders["triton"] = same(make=partial(decoder.ours, mode="pop", backend="triton"), states=1)
-    if yet_another_retnet.is_there():
-        contenders[yet_another_retnet.NAME] = same(make=partial(decoder.theirs, mode="pop"))
+    """Every contender for an imagined observation."""
+    contenders = decoder.by_all("pop", is_compiled=not size)
     if by_token:
-        contenders["retnet, token by token"] = Contender(
-            make=partial(retnet_by_token, backend="torch"),
-            reference=partial(retnet_by_token, backend="reference"),
-            computes="the same tokens, one after another",
-            model=True,
-            states=1,
-        )
+        computes = "the same tokens, one after another"
+        retnet = ours(retnet_by_token, ["torch"], computes=computes, model=True, states=1)["torch"]
+        contenders["retnet, token by token"] = retnet
         contenders["transformer, token by token"] = Contender(
             make=transformer_by_token,
             reference=transformer_by_token,
@@ -100,7 +86,7 @@ def retnet_by_token(problem: Problem, *, backend: str) -> Work:
                 outs.append(out)
         return torch.cat(outs, dim=1), state.kv.transpose(0, 1)
 
-    return Work(inputs=[x], run=run, flops=s.B * s.L * product_flops(model), graded=0)
+    return Work(inputs=[x], run=run, flops=s.B * s.L * product_flops(model), graded=0, moves=False)
 
 
 def transformer_by_token(problem: Problem) -> Work:
@@ -113,4 +99,4 @@ def transformer_by_token(problem: Problem) -> Work:
             outs = [model.step(token, cache, s.past + i) for i, token in enumerate(x.split(1, dim=1))]
         return (torch.cat(outs, dim=1),)
 
-    return Work(inputs=[x], run=run, flops=s.B * s.L * product_flops(model), graded=0)
+    return Work(inputs=[x], run=run, flops=s.B * s.L * product_flops(model), graded=0, moves=False)

@@ -1,6 +1,8 @@
 """POP beside what it replaces: yet-another-retnet and flash-linear-attention in two passes.
 
-Shapes: "rem_train" is a batch of REM's world model in training, "rem_imagine" a step of its imagination.
+Shapes: "rem_train" is a batch of REM's world model in training, "rem_imagine" a step of its imagination;
+"paper_train" and "paper_imagine" are these at the paper's batch, for a GPU. Mode "pop" takes sequence and
+predictions as separate tensors, "rows" one row of both, as a layer calls the kernels.
 """
 
 from __future__ import annotations
@@ -13,9 +15,22 @@ import torch
 from torch import Tensor
 
 import retpop
-from benchmarks.audit.case import BACKWARD_FLOPS, chunk_flops
+from benchmarks import internals
+from benchmarks.floors import BACKWARD_FLOPS, chunk_flops
 from benchmarks.peers import flash_linear_attention, yet_another_retnet
-from benchmarks.work import BOTH, DTYPES, FORWARD, Contender, Group, Problem, Work, leaf, randoms
+from benchmarks.work import (
+    BOTH,
+    DTYPES,
+    FORWARD,
+    Contender,
+    Group,
+    Problem,
+    Work,
+    compile_call,
+    leaf,
+    ours,
+    randoms,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,38 +67,38 @@ class Sizes:
 
 
 SHAPES = {
-    "tiny": Sizes(B=2, N=3, L=5, M=4, H=2, D=16),
+    "tiny": Sizes(B=1, N=2, L=5, M=4, H=2, D=16),
     "rem_train": Sizes(B=4, N=10, L=65, M=64, H=4, D=64),
     "rem_imagine": Sizes(B=8, N=1, L=65, M=64, H=4, D=64, offset=1),
 }
 
+GPU_SHAPES = {
+    "paper_train": replace(SHAPES["rem_train"], B=64),
+    "paper_imagine": replace(SHAPES["rem_imagine"], B=64),
+}
+
 
 def groups() -> Iterator[Group]:
-    """Every shape in every dtype."""
-    for shape, sizes in SHAPES.items():
+    """Every shape in every dtype, from separate tensors and from rows."""
+    for shape, sizes in (SHAPES | GPU_SHAPES).items():
         for dtype in ("float32", "bfloat16"):
-            contenders = {
-                "torch": _same(partial(ours, backend="torch"), states=1),
-                "compile": _same(partial(ours, backend="torch", compiled=True), states=1),
-                "triton": _same(partial(ours, backend="triton"), states=1),
-            }
+            contenders = ours(by_us, reference=reference, states=1)
             if yet_another_retnet.is_there():
-                contenders[yet_another_retnet.NAME] = _same(two_passes)
+                contenders[yet_another_retnet.NAME] = Contender(make=two_passes, reference=reference)
             for name, call in flash_linear_attention.compositions().items():
                 contenders[name] = Contender(make=partial(composed, call=call), reference=with_retnet_decays)
-            yield Group(
-                op="pop",
-                shape=shape,
-                mode="pop",
-                dtype=dtype,
-                passes=(FORWARD,) if sizes.offset else (FORWARD, BOTH),
-                problem=partial(problem, sizes, DTYPES[dtype]),
-                contenders=contenders,
-            )
-
-
-def _same(make: Callable[[Problem], Work], states: int = 0) -> Contender:
-    return Contender(make=make, reference=reference, states=states)
+            by_rows = ours(rows, ["triton"], states=1)
+            for mode, make, found in (("pop", problem, contenders), ("rows", row_problem, by_rows)):
+                yield Group(
+                    op="pop",
+                    shape=shape,
+                    mode=mode,
+                    dtype=dtype,
+                    passes=(FORWARD,) if sizes.offset else (FORWARD, BOTH),
+                    problem=partial(make, sizes, DTYPES[dtype]),
+                    contenders=found,
+                    for_gpu=shape in GPU_SHAPES,
+                )
 
 
 def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -102,10 +117,10 @@ def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
     )
 
 
-def ours(problem: Problem, *, backend: str, compiled: bool = False) -> Work:
+def by_us(problem: Problem, *, backend: str, compiled: bool = False) -> Work:
     """`retpop.pop_retention`."""
     s = problem.sizes
-    call = torch.compile(retpop.pop_retention, dynamic=False) if compiled else retpop.pop_retention
+    call = compile_call(retpop.pop_retention, backend, problem.device) if compiled else retpop.pop_retention
     *tokens, state = (*problem.tensors.values(), *([] if s.offset else [None]))
     log_decay = problem.shared["log_decay"]
     return Work(
@@ -119,7 +134,7 @@ def ours(problem: Problem, *, backend: str, compiled: bool = False) -> Work:
 
 def reference(problem: Problem) -> Work:
     """The definition, as a loop over tokens."""
-    return ours(problem, backend="reference")
+    return by_us(problem, backend="reference")
 
 
 def with_retnet_decays(problem: Problem) -> Work:
@@ -128,9 +143,50 @@ def with_retnet_decays(problem: Problem) -> Work:
     return reference(replace(problem, shared={"log_decay": log_decay}))
 
 
+def row_problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Rows as a layer has them: queries and keys side by side once rotated, values out of a projection."""
+    s = sizes
+    made = (
+        leaf(s.B, s.tokens, 2 * s.H, s.D, dtype=dtype, device=device, grad=False).chunk(2, dim=2)
+        for _ in range(2)
+    )
+    (q, k), (v, _) = made
+    tensors = {name: x.requires_grad_() for name, x in (("q", q), ("k", k), ("v", v))}
+    if s.offset:
+        tensors["state"] = leaf(s.B, s.H, s.D, s.D, dtype=torch.float32, device=device, grad=False)
+    shared = {"log_decay": retpop.log_spaced_decay(s.H).to(device)}
+    return Problem(sizes=s, dtype=dtype, tensors=tensors, shared=shared)
+
+
+def rows(problem: Problem, *, backend: str) -> Work:
+    """The kernels on rows; the reference takes them apart."""
+    s, log_decay = problem.sizes, problem.shared["log_decay"]
+    *row, state = (*problem.tensors.values(), *([] if s.offset else [None]))
+
+    def by_definition() -> tuple[Tensor, Tensor]:
+        parts = [x.split((s.N * s.L, s.N * s.M), dim=1) for x in row]
+        main, pred = ([part[i] for part in parts] for i in range(2))
+        pred = [x.unflatten(1, (s.N, s.M)) for x in pred]
+        out, predicted, final = retpop.pop_retention(
+            *main, *pred, log_decay, block_size=s.L, offset=s.offset, state=state, backend="reference"
+        )
+        return torch.cat([out, predicted.flatten(1, 2)], dim=1), final
+
+    def run() -> tuple[Tensor, Tensor]:
+        return internals.pop_rows(row, log_decay, state, (s.N, s.M), s.L, s.offset)
+
+    return Work(
+        inputs=[*row, state],
+        run=by_definition if backend == "reference" else run,
+        flops=s.flops,
+        backward_flops=BACKWARD_FLOPS,
+        graded=0 if s.offset else 1,
+    )
+
+
 def two_passes(problem: Problem) -> Work:
     """yet-another-retnet: a pass over the blocks that keeps all states, then one over all predictions."""
-    s, work = problem.sizes, ours(problem, backend="torch")
+    s, work = problem.sizes, by_us(problem, backend="torch")
     *tokens, state = work.inputs
     if state is not None:  # as it keeps states: smaller, and in the queries' dtype
         state = (s.D**-0.5 * state).to(problem.dtype)
@@ -142,6 +198,6 @@ def two_passes(problem: Problem) -> Work:
 
 def composed(problem: Problem, *, call: Callable[..., tuple[Tensor, Tensor]]) -> Work:
     """flash-linear-attention: a call a block, and one for all predictions."""
-    s, work = problem.sizes, ours(problem, backend="torch")
+    s, work = problem.sizes, by_us(problem, backend="torch")
     *tokens, state = work.inputs
     return replace(work, run=lambda: call(tokens[:3], tokens[3:], state, s.L, s.offset))

@@ -1,8 +1,9 @@
 """Retention in its three modes, beside yet-another-retnet's, attention, and flash-linear-attention.
 
-Shapes: "rem_train" is the world model's sequence in training; "long" one long sequence; "token" one token
-and a state, for some sizes of a batch; "length" and "batch" are series, whose times over the length of a
-sequence or the rows of a batch make a slope.
+Shapes: "rem_train" is the world model's sequence in training; "long" one long sequence, "long_64" and
+"long_128" batches of them on a GPU; "token", "token_64" and "token_128" one token and a state, for some sizes
+of a batch; "length" and "batch" are series, whose times over the length of a sequence or the rows of a batch
+make a slope.
 """
 
 from __future__ import annotations
@@ -10,15 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import retpop
-from benchmarks.audit.case import BACKWARD_FLOPS, chunk_flops
+from benchmarks.floors import BACKWARD_FLOPS, chunk_flops
 from benchmarks.peers import flash_linear_attention, yet_another_retnet
-from benchmarks.work import BOTH, DTYPES, FORWARD, Contender, Group, Problem, Work, randoms
+from benchmarks.work import (
+    BOTH,
+    DTYPES,
+    FORWARD,
+    Contender,
+    Group,
+    Problem,
+    Work,
+    compile_call,
+    ours,
+    randoms,
+)
 
 LONGEST_LOOP = 1500
 """Tokens up to which a gradient's reference is the loop over tokens; beyond, the torch backend in float64."""
@@ -40,10 +53,14 @@ class Sizes:
 
 
 SHAPES = {
-    "tiny": Sizes(B=2, T=130, H=2, D=16),
+    "tiny": Sizes(B=1, T=70, H=2, D=16),
     "rem_train": Sizes(B=4, T=650, H=4, D=64),
     "long": Sizes(B=1, T=4096, H=4, D=64),
 }
+
+GPU_SHAPES = {f"long_{dim}": Sizes(B=8, T=4096, H=16, D=dim) for dim in (64, 128)}
+
+GPU_TOKENS = {"token_64": Sizes(B=64, T=1, H=4, D=64), "token_128": Sizes(B=256, T=1, H=16, D=128)}
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
@@ -68,31 +85,35 @@ def groups() -> Iterator[Group]:
                 # Token by token is for generating, without gradient; that and all pairs not for long inputs.
                 if mode != "chunkwise" and shape == "long":
                     continue
-                passes = (FORWARD,) if mode == "recurrent" else (FORWARD, BOTH)
-                yield group(shape, sizes, mode, dtype, passes)
+                yield group(shape, sizes, mode, dtype, FORWARD if mode == "recurrent" else BOTH)
     for mode in MODES:
         yield token("tiny", replace(SHAPES["tiny"], T=1), mode)
         for rows in TOKEN_BATCHES:
             yield token("token", replace(SHAPES["rem_train"], B=rows, T=1), mode)
     row = SHAPES["long"]
     for length in LENGTHS:
-        passes = (FORWARD, BOTH) if length <= LONGEST_TRAINED else (FORWARD,)
-        yield group("length", replace(row, T=length), "chunkwise", "float32", passes, size=length)
+        last = BOTH if length <= LONGEST_TRAINED else FORWARD
+        yield group("length", replace(row, T=length), "chunkwise", "float32", last, size=length)
     for rows in BATCHES:
         sizes = replace(SHAPES["rem_train"], B=rows)
-        yield group("batch", sizes, "chunkwise", "float32", (FORWARD, BOTH), size=rows)
+        yield group("batch", sizes, "chunkwise", "float32", BOTH, size=rows)
+    for shape, sizes in GPU_SHAPES.items():
+        yield group(shape, sizes, "chunkwise", "bfloat16", BOTH, for_gpu=True)
+    for shape, sizes in GPU_TOKENS.items():
+        yield token(shape, sizes, "recurrent", "bfloat16", for_gpu=True)
 
 
-def group(
-    shape: str, sizes: Sizes, mode: str, dtype: str, passes: tuple[str, ...], *, size: int = 0
-) -> Group:
-    """Everybody who computes retention in this mode at these sizes."""
-    contenders = {"torch": _same(partial(ours, mode=mode, backend="torch"), states=1)}
-    if not size and mode != "recurrent":  # a loop over tokens would be unrolled
-        contenders["compile"] = _same(partial(ours, mode=mode, backend="torch", compiled=True), states=1)
-    contenders["triton"] = _same(partial(ours, mode=mode, backend="triton"), states=1)
+def group(shape: str, sizes: Sizes, mode: str, dtype: str, last: str, **options: Any) -> Group:
+    """Every contender for retention in this mode at these sizes, with the passes up to ``last``."""
+    size = options.get("size", 0)
+    names = ["torch"]
+    if mode != "recurrent" and not size:  # a loop over tokens would be unrolled
+        names.append("compile")
+    if mode == "chunkwise":  # the kernels have one mode
+        names.append("triton")
+    contenders = ours(partial(by_us, mode=mode), names, reference=reference, states=1)
     for name, run in yet_another_retnet.retentions(mode, SERIES_CHUNK if size else None).items():
-        contenders[name] = _same(partial(theirs, run=run))
+        contenders[name] = Contender(make=partial(theirs, run=run), reference=reference)
     if mode == "chunkwise":
         if size <= LONGEST_ATTENTION:
             contenders["attention"] = Contender(
@@ -105,35 +126,34 @@ def group(
         shape=shape,
         mode=mode,
         dtype=dtype,
-        size=size,
-        passes=passes,
+        passes=(FORWARD,) if last == FORWARD else (FORWARD, BOTH),
         problem=partial(problem, sizes, DTYPES[dtype]),
         contenders=contenders,
+        **options,
     )
 
 
-def token(shape: str, sizes: Sizes, mode: str) -> Group:
-    """One token from a state, in ours by any mode; theirs is the recurrent step, which is made for it."""
-    contenders = {
-        "torch": _same(partial(ours, mode=mode, backend="torch"), states=1),
-        "triton": _same(partial(ours, mode=mode, backend="triton"), states=1),
-    }
+def token(shape: str, sizes: Sizes, mode: str, dtype: str = "float32", *, for_gpu: bool = False) -> Group:
+    """One token from a state, in ours by any mode; in others by the step that is made for it."""
+    contenders = ours(partial(by_us, mode=mode), ["torch", "triton"], reference=reference, states=1)
     if yet_another_retnet.is_there():
-        contenders[yet_another_retnet.NAME] = _same(their_token)
+        contenders[yet_another_retnet.NAME] = Contender(make=their_token, reference=reference)
+    if mode == "recurrent":
+        for name, step in flash_linear_attention.steps().items():
+            contenders[name] = Contender(
+                make=partial(fla_token, step=step), reference=with_retnet_decays, states=1
+            )
     return Group(
         op="retention",
         shape=shape,
         mode=mode,
-        dtype="float32",
+        dtype=dtype,
         size=sizes.B,
         passes=(FORWARD,),
-        problem=partial(token_problem, sizes, torch.float32),
+        problem=partial(token_problem, sizes, DTYPES[dtype]),
         contenders=contenders,
+        for_gpu=for_gpu,
     )
-
-
-def _same(make: Callable[[Problem], Work], states: int = 0) -> Contender:
-    return Contender(make=make, reference=reference, states=states)
 
 
 def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -150,10 +170,10 @@ def token_problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Pro
     return replace(tokens, tensors={**tokens.tensors, **state})
 
 
-def ours(problem: Problem, *, mode: str = "chunkwise", backend: str, compiled: bool = False) -> Work:
+def by_us(problem: Problem, *, mode: str = "chunkwise", backend: str, compiled: bool = False) -> Work:
     """`retpop.retention`."""
     s = problem.sizes
-    call = torch.compile(retpop.retention, dynamic=False) if compiled else retpop.retention
+    call = compile_call(retpop.retention, backend, problem.device) if compiled else retpop.retention
     *tokens, state = (problem.tensors.get(name) for name in ("q", "k", "v", "state"))
     log_decay = problem.shared["log_decay"]
     return Work(
@@ -167,7 +187,7 @@ def ours(problem: Problem, *, mode: str = "chunkwise", backend: str, compiled: b
 def reference(problem: Problem) -> Work:
     """The definition, as a loop over tokens."""
     short = problem.sizes.T <= LONGEST_LOOP or not torch.is_grad_enabled()
-    return ours(problem, backend="reference" if short else "torch")
+    return by_us(problem, backend="reference" if short else "torch")
 
 
 def with_retnet_decays(problem: Problem) -> Work:
@@ -179,7 +199,7 @@ def with_retnet_decays(problem: Problem) -> Work:
 def theirs(problem: Problem, *, run: Callable[..., Tensor]) -> Work:
     """A function of queries, keys and values (B, T, H, D)."""
     return replace(
-        ours(problem, backend="torch"), run=lambda: (run(*problem.tensors.values(), **problem.shared),)
+        by_us(problem, backend="torch"), run=lambda: (run(*problem.tensors.values(), **problem.shared),)
     )
 
 
@@ -189,9 +209,18 @@ def their_token(problem: Problem) -> Work:
     state = problem.sizes.D**-0.5 * problem.tensors["state"].detach()
     step = yet_another_retnet.step()
     return replace(
-        ours(problem, backend="torch"),
+        by_us(problem, backend="torch"),
         run=lambda: step(q, k, v, state),
         answer=lambda: (step(q, k, v, state)[0].unsqueeze(1),),
+    )
+
+
+def fla_token(problem: Problem, *, step: Callable[..., tuple[Tensor, Tensor]]) -> Work:
+    """flash-linear-attention's recurrent function on one token."""
+    *tokens, state = problem.tensors.values()
+    return replace(
+        by_us(problem, backend="torch"),
+        run=lambda: step(*tokens, initial_state=state, output_final_state=True),
     )
 
 

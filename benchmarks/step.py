@@ -1,7 +1,7 @@
 """Decoding: what one token costs, at positions from 256 to 65,536.
 
 REM's decoder carries a state of constant size; a transformer of its size looks at a cache of keys and values
-that grows with every token.
+that grows with every token. "paper_token" is a batch of them on a GPU, in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from torch import Tensor
 
 from benchmarks import decoder
 from benchmarks.peers import yet_another_retnet
-from benchmarks.work import FORWARD, Contender, Group, Problem, Work, leaf, product_flops
+from benchmarks.work import (
+    DTYPES,
+    FORWARD,
+    Contender,
+    Group,
+    Problem,
+    Work,
+    compile_call,
+    leaf,
+    ours,
+    product_flops,
+)
 
 POSITIONS = (256, 1024, 4096, 16384, 65536)
 
@@ -33,18 +44,15 @@ def groups() -> Iterator[Group]:
         for sizes in series:
             yield group(shape, sizes)
     yield constant(SHAPES["position"])
+    yield group("paper_token", replace(SIZES, B=64, past=65), "bfloat16", for_gpu=True)
 
 
-def group(shape: str, sizes: decoder.Sizes) -> Group:
-    """Everybody who decodes a token."""
-    same = partial(Contender, reference=partial(ours, backend="reference"), model=True)
-    contenders = {
-        "torch": same(make=partial(ours, backend="torch"), states=1),
-        "compile": same(make=partial(ours, backend="torch", compiler="inductor"), states=1),
-        "triton": same(make=partial(ours, backend="triton"), states=1),
-    }
+def group(shape: str, sizes: decoder.Sizes, dtype: str = "float32", *, for_gpu: bool = False) -> Group:
+    """Every contender for one token."""
+    contenders = ours(by_us, ["torch", "compile", "triton", "triton-compile"], model=True, states=1)
     if yet_another_retnet.is_there():
-        contenders[yet_another_retnet.NAME] = same(make=theirs)
+        reference = contenders["torch"].reference
+        contenders[yet_another_retnet.NAME] = Contender(make=theirs, reference=reference, model=True)
     contenders["transformer"] = Contender(
         make=transformer,
         reference=transformer,
@@ -55,16 +63,23 @@ def group(shape: str, sizes: decoder.Sizes) -> Group:
         op="step",
         shape=shape,
         mode="recurrent",
-        dtype="float32",
+        dtype=dtype,
         size=sizes.past,
         passes=(FORWARD,),
-        problem=partial(problem, sizes, torch.float32),
+        problem=partial(problem, sizes, DTYPES[dtype]),
         contenders=contenders,
+        for_gpu=for_gpu,
     )
 
 
 def constant(series: list[decoder.Sizes]) -> Group:
     """Ours at every position: does a later token take longer?"""
+    contenders = {
+        f"torch, position {sizes.past}": ours(
+            partial(at_position, past=sizes.past), ["torch"], model=True, states=1
+        )["torch"]
+        for sizes in series
+    }
     return Group(
         op="step",
         shape="positions_in_turn",
@@ -72,22 +87,14 @@ def constant(series: list[decoder.Sizes]) -> Group:
         dtype="float32",
         passes=(FORWARD,),
         problem=partial(problem, series[0], torch.float32),
-        contenders={
-            f"torch, position {sizes.past}": Contender(
-                make=partial(ours_at, past=sizes.past, backend="torch"),
-                reference=partial(ours_at, past=sizes.past, backend="reference"),
-                model=True,
-                states=1,
-            )
-            for sizes in series
-        },
+        contenders=contenders,
     )
 
 
-def ours_at(problem: Problem, *, past: int, backend: str) -> Work:
+def at_position(problem: Problem, *, past: int, backend: str) -> Work:
     """Ours, so many tokens after the start."""
     position = torch.full_like(problem.tensors["position"], past)
-    return ours(replace(problem, tensors={**problem.tensors, "position": position}), backend=backend)
+    return by_us(replace(problem, tensors={**problem.tensors, "position": position}), backend=backend)
 
 
 def problem(sizes: decoder.Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -104,19 +111,18 @@ def problem(sizes: decoder.Sizes, dtype: torch.dtype, device: torch.device) -> P
     return Problem(sizes=s, dtype=dtype, tensors=tensors, shared=models)
 
 
-def ours(problem: Problem, *, backend: str, compiler: str = "") -> Work:
-    """`RetNetDecoder` on one token, under torch.compile if there is a ``compiler``."""
+def by_us(problem: Problem, *, backend: str, compiled: bool = False) -> Work:
+    """`RetNetDecoder` on one token."""
     model, x, state = problem.shared["ours"], problem.tensors["x"], decoder.state_of(problem)
-    call = torch.compile(model, dynamic=False, fullgraph=True, backend=compiler) if compiler else model
+    call = compile_call(model, backend, problem.device) if compiled else model
 
     def run() -> tuple[Tensor, ...]:
         with problem.autocast():
             out, after = call(x, state, backend=backend)
         return out, after.kv.transpose(0, 1)
 
-    return Work(
-        inputs=[x, problem.tensors["kv"]], run=run, flops=problem.sizes.B * product_flops(model), graded=0
-    )
+    flops = problem.sizes.B * product_flops(model)
+    return Work(inputs=[x, problem.tensors["kv"]], run=run, flops=flops, graded=0, moves=False)
 
 
 def theirs(problem: Problem) -> Work:
@@ -128,16 +134,16 @@ def theirs(problem: Problem) -> Work:
         out, _ = model.forward_recurrent(x[:, 0], s.past, states)
         return (out[:, None],)
 
-    return replace(ours(problem, backend="torch"), run=run)
+    return replace(by_us(problem, backend="torch"), run=run)
 
 
 def transformer(problem: Problem) -> Work:
     """A transformer, from its cache."""
     s, model, x = problem.sizes, problem.shared["transformer"], problem.tensors["x"]
     cache = problem.tensors["cache"].permute(1, 2, 0, 3, 4, 5)
-    return Work(
-        inputs=[x, cache],
-        run=lambda: (model.step(x, cache, s.past),),
-        flops=s.B * product_flops(model),
-        graded=0,
-    )
+
+    def run() -> tuple[Tensor]:
+        with problem.autocast():
+            return (model.step(x, cache, s.past),)
+
+    return Work(inputs=[x, cache], run=run, flops=s.B * product_flops(model), graded=0, moves=False)

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Figures and tables as people read them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,20 @@ def size_of(count: int) -> str:
     return f"{count} B"
 
 
+def first_line(error: BaseException) -> str:
+    """An error in one line, for example "ValueError: no such shape"."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def print_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """Columns two spaces apart."""
+    lines = [heading, *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
 def markdown_table(heading: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Lines with bars; no bar of a cell's own survives."""
+    """A table in Markdown; a bar inside a cell becomes a slash."""
     lines = [heading, ["---"] * len(heading), *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""Times taken in turn, the rate of matrix products among them, and the memory of a call."""
+"""Times taken in turn, on the device's own clock, and the memory of a call."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.work import Run
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler prints no banner
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, asked for memory, is not to chat
-
-RATE = "matrix rate"
-"""Name of the matrix product among the runs of a group."""
-
-SIDES = {"cpu": 2048, "cuda": 8192}
-"""Of the square matrices whose product is the matrix rate."""
+Run = Callable[[], object]
+Sampler = Callable[[], float]
+"""Takes a sample: the seconds of one run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +26,12 @@ class Effort:
 
     Attributes:
         rounds: samples of each run, at most.
-        least: samples of each run, whatever they take.
-        sample_seconds: a sample repeats its run until it takes about so long.
-        group_seconds: no round is begun after so long.
-        side: of the matrices of the matrix rate; None: as `SIDES` has it.
-        clock: seconds of the wall, or those that the process computed: with one thread they are the same on
-            a quiet machine, and on a busy one only the second are of use.
+        least: samples of each run, however long they take.
+        sample_seconds: a sample repeats its run for about so long; 0: it is one run, with nothing before it.
+        group_seconds: no round begins after so long.
+        side: of the matrices of the matrix rate; None: as `floors.SIDES` has it.
+        clock: of a CPU: `time.perf_counter`, or `time.process_time` for one thread on a busy machine. On a
+            GPU its own events tell the time.
     """
 
     rounds: int = 7
@@ -46,39 +42,72 @@ class Effort:
     clock: Callable[[], float] = time.perf_counter
 
 
+QUICK = Effort(rounds=2, least=2, sample_seconds=0.0, group_seconds=0.0, side=64)
+REHEARSAL = Effort(rounds=1, least=1, sample_seconds=0.0, group_seconds=0.0, side=64)
+
 LONG = 0.2
 """Seconds from which one run warms up for long enough."""
 
-QUICK = Effort(rounds=2, least=2, sample_seconds=0.0, group_seconds=0.0, side=64)
+
+def sampler(run: Run, device: torch.device, effort: Effort) -> Sampler:
+    """What takes samples of a run; it has warmed up.
+
+    On a GPU a sample is `triton.testing.do_bench`'s median, with the L2 cache cleared before each run. On a
+    CPU it is the mean of as many runs as make a sample. A run that is a sample by itself runs once untimed
+    before each: the memory that other runs leave to malloc would cost it page faults, up to a fifth of a
+    training pass.
+    """
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        run()
+        torch.cuda.synchronize(device)
+        milliseconds = 1e3 * effort.sample_seconds
+        return lambda: 1e-3 * do_bench(run, warmup=milliseconds / 4, rep=milliseconds, return_mode="median")
+    repeats = _repeats(run, effort)
+
+    def sample() -> float:
+        if repeats == 1 and effort.sample_seconds:
+            run()
+        return _mean(run, repeats, effort.clock)
+
+    return sample
 
 
-def interleaved(runs: Mapping[str, Run], device: torch.device, effort: Effort) -> dict[str, list[float]]:
-    """Seconds of every run, sample by sample: all first ones, then all second ones, and so on.
+def in_turn(samplers: Mapping[str, Sampler], effort: Effort) -> dict[str, list[float]]:
+    """Samples by name: the first of each, then the second of each, and so on.
 
     A slow moment of the machine then slows all sides of a ratio. Every second round goes backwards, so that
-    nobody always follows the same neighbour. Each run is warmed up before. One that is a sample by itself is
-    warmed up before every sample, as in a loop that makes nothing else: the state that others leave malloc in
-    would cost it page faults, up to a fifth of a training pass.
+    no run always follows the same neighbour.
     """
-    repeats = {name: _repeats(run, device, effort) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
     started = effort.clock()
     with _without_collection():
         for number in range(effort.rounds):
             if number >= effort.least and effort.clock() - started > effort.group_seconds:
                 break
-            for name in reversed(runs) if number % 2 else runs:
-                if repeats[name] == 1:
-                    runs[name]()
-                samples[name].append(_sample(runs[name], repeats[name], device, effort.clock))
+            for name in reversed(samplers) if number % 2 else samplers:
+                samples[name].append(samplers[name]())
     return samples
 
 
-def matrix_product(dtype: torch.dtype, device: torch.device, effort: Effort) -> tuple[Run, int]:
-    """A product of square matrices of random numbers, and its operations."""
-    side = effort.side or SIDES[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return lambda: a @ b, 2 * side**3
+def in_graph(run: Run, device: torch.device) -> Run:
+    """Replays a CUDA graph of ``run``: the GPU's share of its time. On a CPU, for rehearsals, ``run`` itself.
+
+    Three calls on a side stream come first, as PyTorch's documentation of graphs has it.
+    """
+    if device.type != "cuda":
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
@@ -90,11 +119,11 @@ def peak_bytes(run: Run, device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         run()
     changes = sorted(
         (event.start_ns(), event.nbytes())
-        for event in recorded.profiler.kineto_results.events()
+        for event in profiled.profiler.kineto_results.events()
         if event.name() == "[memory]"
     )
     held = most = 0
@@ -104,7 +133,7 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     return most
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile."""
     if len(values) == 1:
         return (values[0],) * 3
@@ -112,36 +141,27 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _repeats(run: Run, device: torch.device, effort: Effort) -> int:
+def _repeats(run: Run, effort: Effort) -> int:
     """How many runs make a sample; finding out warms them up.
 
-    More and more of them are timed: one run after another's, with nothing of its own in a cache, may take ten
-    times as long as the next hundred.
+    More and more of them are timed, because the first run, with a cold cache, may take ten times as long as
+    the next hundred.
     """
-    once = _sample(run, 1, device, effort.clock)
-    if once >= LONG:
+    if _mean(run, 1, effort.clock) >= LONG or not effort.sample_seconds:
         return 1
     repeats = 1
     while True:
-        once = _sample(run, repeats, device, effort.clock)
-        wanted = max(1, round(effort.sample_seconds / max(once, 1e-7)))
+        wanted = max(1, round(effort.sample_seconds / max(_mean(run, repeats, effort.clock), 1e-7)))
         if wanted <= 2 * repeats:
             return wanted
         repeats = min(wanted, 8 * repeats)
 
 
-def _sample(run: Run, repeats: int, device: torch.device, clock: Callable[[], float]) -> float:
-    _wait(device)
+def _mean(run: Run, repeats: int, clock: Callable[[], float]) -> float:
     started = clock()
     for _ in range(repeats):
         run()
-    _wait(device)
     return (clock() - started) / repeats
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""What is measured: problems, those who solve them, and groups of these that are timed together.
+"""What is measured: problems, contenders that solve them, and groups of contenders timed together.
 
-A `Problem` is inputs with sizes; a `Contender` makes of it a `Work`, which times, memory, floors and the
-comparison with the reference are all taken from; a `Group` is a problem and its contenders, whose times are
-taken in turn so that a ratio of two of them has seen the same noise. Every module of an operation
-(`benchmarks.retention`, `pop`, `decoder`, `step`, `imagination`) has a function ``groups``.
+A `Problem` is inputs with sizes. A `Contender` makes a `Work` of it: times, memory, floors and the comparison
+with the reference are all taken from that. A `Group` is a problem and its contenders, timed in turn, so that
+the sides of a ratio have seen the same noise. Every module of an operation has a function ``groups``.
 """
 
 from __future__ import annotations
@@ -12,30 +11,43 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.audit.case import floor_bytes
+from benchmarks.floors import floor_bytes
+from benchmarks.timing import Run
 
-FORWARD, BOTH = "forward", "forward+backward"
+FORWARD, BOTH, UPDATE = "forward", "forward+backward", "training step"
+"""The passes; the last one is forward, backward and AdamW."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+BACKENDS: dict[str, dict[str, Any]] = {
+    "torch": {"backend": "torch"},
+    "compile": {"backend": "torch", "compiled": True},
+    "triton": {"backend": "triton"},
+    "triton-compile": {"backend": "triton", "compiled": True},
+}
+"""Our own contenders, and how they are called."""
+
+ON_GPU = ("triton", "triton-compile", "fla")
+"""Contenders that need a GPU; on a CPU Triton would run in its interpreter."""
+
 Outputs = Sequence[Tensor]
-Run = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Inputs of one call, the same for everybody who makes it.
+    """Inputs of one call, the same for every contender.
 
     Attributes:
         sizes: of the call; a dataclass with ``text``.
-        dtype: what is computed in. A model's weights and inputs stay in float32: autocast makes it bfloat16.
+        dtype: what is computed in. A model's weights and inputs stay in float32, and autocast computes.
         tensors: inputs by name, each (B, ...).
-        shared: what all rows share: log-decays, models.
+        shared: what all rows of the batch share: log-decays, models.
     """
 
     sizes: Any
@@ -61,7 +73,7 @@ class Problem:
         return replace(self, dtype=dtype, tensors=tensors, shared=shared)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Makes a model's products of its dtype, where that is not its weights' own."""
+        """Computes a model's products in ``dtype``, where that is not its weights' own."""
         enabled = self.dtype in (torch.bfloat16, torch.float16)
         # Without the cache, as in a captured graph; inside one pass every weight is used once anyway.
         return torch.autocast(self.device.type, self.dtype if enabled else None, enabled, cache_enabled=False)
@@ -69,7 +81,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One way through a work, and what it must at least move and compute."""
+    """One way through a work, and what it must at least move and multiply."""
 
     run: Run
     floor_bytes: int
@@ -89,6 +101,7 @@ class Work:
         backward_flops: those of the backward pass, in those of the forward.
         graded: how many outputs, the first ones, have gradients in training; 0: it is not trained.
         linear: whether backward needs no input.
+        moves: whether the bytes of inputs and outputs count; a model's floor is its products alone.
     """
 
     run: Callable[[], Outputs]
@@ -98,6 +111,7 @@ class Work:
     backward_flops: float = 2.0
     graded: int = 1
     linear: bool = False
+    moves: bool = True
     answer: Callable[[], Outputs] | None = None
 
     @property
@@ -114,18 +128,32 @@ class Work:
         """Gradients in the leaves, then in the weights, of the first outputs times ``upstream``."""
         return torch.autograd.grad(self.run()[: self.graded], [*self.leaves, *self.weights], upstream)
 
-    def passes(self) -> dict[str, Pass]:
-        """Forward and, if it is trained, forward and backward; runs it once to see its outputs."""
+    def passes(self, wanted: Sequence[str] = (FORWARD, BOTH)) -> dict[str, Pass]:
+        """The passes that it has of those that are wanted; runs it once to see its outputs."""
         outputs = self.forward()
-        moved = floor_bytes([*self.inputs, *self.weights, *outputs])
+        moved = floor_bytes([*self.inputs, *outputs]) if self.moves else 0
         found = {FORWARD: Pass(run=self.forward, floor_bytes=moved, flops=self.flops)}
         if self.graded and (self.leaves or self.weights):
             upstream = [torch.randn_like(x) for x in outputs[: self.graded]]
-            read = [] if self.linear else [*self.inputs, *self.weights]
-            moved += floor_bytes([*read, *upstream, *self.leaves, *self.weights])
+            read = [] if self.linear else self.inputs
+            moved += floor_bytes([*read, *upstream, *self.leaves]) if self.moves else 0
             flops = int((1 + self.backward_flops) * self.flops)
             found[BOTH] = Pass(run=lambda: self.gradients(upstream), floor_bytes=moved, flops=flops)
-        return found
+            if UPDATE in wanted:
+                found[UPDATE] = replace(found[BOTH], run=self._update())
+        return {name: found[name] for name in wanted if name in found}
+
+    def _update(self) -> Run:
+        """Forward, backward and AdamW, with a learning rate that leaves the weights finite."""
+        on_gpu = self.weights[0].is_cuda
+        optimizer = torch.optim.AdamW(self.weights, lr=1e-5, capturable=on_gpu, fused=on_gpu)
+
+        def run() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            sum(x.float().square().mean() for x in self.run()[: self.graded]).backward()
+            optimizer.step()
+
+        return run
 
 
 Maker = Callable[[Problem], Work]
@@ -133,7 +161,7 @@ Maker = Callable[[Problem], Work]
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Somebody who solves a problem.
+    """A way to solve a problem.
 
     Attributes:
         make: the work, of a problem.
@@ -141,6 +169,7 @@ class Contender:
         computes: "" if that is the same function as ours, else what it computes instead.
         model: whether outputs are a model's, (..., T, E); else an operation's, (..., T, H, D).
         states: how many outputs, the last ones, are states.
+        graphable: whether a CUDA graph of it is timed too.
     """
 
     make: Maker
@@ -148,6 +177,26 @@ class Contender:
     computes: str = ""
     model: bool = False
     states: int = 0
+    graphable: bool = False
+
+
+def ours(
+    make: Callable[..., Work],
+    names: Sequence[str] = ("torch", "compile", "triton"),
+    *,
+    reference: Maker | None = None,
+    **options: Any,
+) -> dict[str, Contender]:
+    """Our contenders of these names: ``make`` with ``backend`` and, where it is compiled, ``compiled``.
+
+    The reference is ``make`` by the backend "reference", unless another is given; ``options`` are the
+    contenders' fields.
+    """
+    expected = reference or partial(make, backend="reference")
+    return {
+        name: Contender(make=partial(make, **BACKENDS[name]), reference=expected, graphable=True, **options)
+        for name in names
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +210,7 @@ class Group:
         passes: those that are timed.
         problem: makes the problem on a device.
         contenders: by name.
+        for_gpu: whether its sizes are too large for a CPU.
     """
 
     op: str
@@ -171,6 +221,7 @@ class Group:
     problem: Callable[[torch.device], Problem]
     contenders: Mapping[str, Contender]
     size: int = 0
+    for_gpu: bool = False
 
 
 def randoms(
@@ -183,6 +234,12 @@ def randoms(
 def leaf(*shape: int, dtype: torch.dtype, device: torch.device, grad: bool = True) -> Tensor:
     """A random tensor in which gradients can be taken."""
     return torch.randn(shape, device=device).to(dtype).requires_grad_(grad)
+
+
+def compile_call(call: Callable[..., Any], backend: str, device: torch.device) -> Callable[..., Any]:
+    """``call`` by torch.compile, in one graph; interpreted kernels are captured and no more."""
+    compiler = "eager" if backend == "triton" and device.type == "cpu" else "inductor"
+    return torch.compile(call, dynamic=False, fullgraph=True, backend=compiler)
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:

@@ -9,18 +9,22 @@ from retpop.config import RetNetConfig
 from retpop.decay import log_spaced_decay, retnet_decay
 from retpop.layers import MultiScaleRetention, RetNetDecoder
 from retpop.ops import explain_backend, pop_retention, retention
+from retpop.packing import Packed, pack_padded, pad_packed
 from retpop.state import RetNetState
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MultiScaleRetention",
+    "Packed",
     "RetNetConfig",
     "RetNetDecoder",
     "RetNetState",
     "checkpoints",
     "explain_backend",
     "log_spaced_decay",
+    "pack_padded",
+    "pad_packed",
     "pop_retention",
     "retention",
     "retnet_decay",

@@ -14,7 +14,14 @@ import retpop
 
 ROOT = Path(__file__).parent.parent
 
-LAYERS = ["retpop.kernels", "retpop.ops", "retpop.layers", "retpop.models", "rem_atari"]
+LAYERS = [
+    "retpop.kernels",
+    "retpop.ops",
+    "retpop.layers",
+    "retpop.models",
+    "retpop.integrations",
+    "rem_atari",
+]
 """From the ground up: a module imports what lies below it. `retpop.checkpoints` is beside `retpop.models`."""
 
 FOUNDATIONS = {"retpop.arguments", "retpop.decay", "retpop.position", "retpop.state", "retpop.config"}
@@ -169,6 +176,7 @@ print(json.dumps([sorted(before), sorted(sys.modules)]))
     extras = {
         *("triton", "gymnasium", "ale_py", "tyro", "rich", "tensorboard", "safetensors", "PIL", "matplotlib"),
         *("rem_atari", "pytest", "hypothesis", "yet_another_retnet"),
+        *("transformers", "huggingface_hub", "peft", "accelerate", "torchscale", "fla"),
     }
     loaded = {name for name in after - before if name.split(".")[0] in extras}
     assert not loaded

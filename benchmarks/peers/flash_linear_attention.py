@@ -1,6 +1,7 @@
-"""flash-linear-attention: retention by its kernels, on a GPU and where it is installed.
+"""flash-linear-attention: retention by its kernels, where it is installed.
 
-It has RetNet's decays built in, 1 - 2^(-5-h), which is what it is compared with.
+It has RetNet's decays built in, 1 - 2^(-5-h), which is what it is compared with. None of it is timed in a
+CUDA graph: its functions copy the decays from the host at every call, which no graph can hold.
 """
 
 from __future__ import annotations
@@ -13,43 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FUNCTIONS = ("chunk_retention", "fused_chunk_retention", "fused_recurrent_retention")
-"""Its ways to compute retention; not every version has all."""
-
 
 def functions() -> Any:
-    """Its module of retention; ImportError where it is not installed."""
-    return import_module("fla.ops.retention")
+    """Its module of retention, whose functions are not the same in every version; None: not installed."""
+    try:
+        return import_module("fla.ops.retention")
+    except ImportError:
+        return None
 
 
 def retentions() -> dict[str, Callable[..., Tensor]]:
-    """Its ways to compute retention of (B, T, H, D); none where it or a GPU is missing."""
-    if not torch.cuda.is_available():
-        return {}
-    try:
-        found = functions()
-    except ImportError:
-        return {}
-    return {f"fla, {name}": _plain(getattr(found, name)) for name in FUNCTIONS[:2] if hasattr(found, name)}
+    """Its ways to compute retention of (B, T, H, D), by name."""
+    names = ("chunk_retention", "fused_chunk_retention")
+    return {f"fla, {name}": partial(_plain, function) for name, function in _there(*names)}
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        out: Tensor = function(q, k, v)[0]
-        return out
-
-    return run
+def steps() -> dict[str, Callable[..., Any]]:
+    """Its function for single tokens, by name."""
+    return {f"fla, {name}": function for name, function in _there("fused_recurrent_retention")}
 
 
 def compositions() -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
-    """POP composed of its calls, by name; none where it or a GPU is missing."""
-    if not torch.cuda.is_available():
-        return {}
-    try:
-        chunk_retention = functions().chunk_retention
-    except (ImportError, AttributeError):
-        return {}
-    return {"fla, composed": partial(compose_pop, chunk_retention)}
+    """POP composed of its calls, by name."""
+    found = _there("chunk_retention")
+    return {"fla, composed": partial(compose_pop, found[0][1])} if found else {}
+
+
+def _there(*names: str) -> list[tuple[str, Any]]:
+    found = functions()
+    return [(name, getattr(found, name)) for name in names if hasattr(found, name)]
+
+
+def _plain(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    out: Tensor = function(q, k, v)[0]
+    return out
 
 
 def compose_pop(

@@ -1,4 +1,4 @@
-"""Who is wrong gets no ratio: outputs, states and gradients are compared in the run that times them."""
+"""A wrong contender gets no ratio: outputs, states and gradients are checked in the run that times them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import retpop
-from benchmarks import pop, retention, runner
+from benchmarks import decoder, pop, retention, runner
 from benchmarks.checks import Checker, largest_error
-from benchmarks.records import RefusedError, ratio
+from benchmarks.measurements import Measurement, RefusedError, print_measurements, ratio
 from benchmarks.timing import QUICK
-from benchmarks.work import BOTH, FORWARD, Contender, Group, Problem, Work
+from benchmarks.work import BOTH, FORWARD, UPDATE, Contender, Group, Problem, Work
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ Spoil = Callable[[Tensor], Tensor]
 
 def spoiled(problem: Problem, *, spoil: Spoil) -> Work:
     """Ours with another output; its gradient is that of what it computes."""
-    work = retention.ours(problem, backend="torch")
+    work = retention.by_us(problem, backend="torch")
 
     def run() -> tuple[Tensor, Tensor]:
         out, state = work.run()
@@ -69,7 +69,7 @@ def verdicts(make: Callable[[Problem], Work], dtype: torch.dtype = torch.float32
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ours_is_right(dtype: torch.dtype) -> None:
-    assert verdicts(partial(retention.ours, backend="torch"), dtype) == {FORWARD: True, BOTH: True}
+    assert verdicts(partial(retention.by_us, backend="torch"), dtype) == {FORWARD: True, BOTH: True}
 
 
 @pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG)
@@ -83,7 +83,7 @@ def test_a_wrong_gradient_is_wrong_in_training() -> None:
 
 def test_a_wrong_state_is_wrong() -> None:
     def make(problem: Problem) -> Work:
-        work = retention.ours(problem, backend="torch")
+        work = retention.by_us(problem, backend="torch")
         return replace(work, run=lambda: [x * (1 + 1e-3 * i) for i, x in enumerate(work.run())])
 
     assert not verdicts(make)[FORWARD]
@@ -101,7 +101,7 @@ def test_an_error_is_that_of_the_worst_piece() -> None:
 
 def group(make: Callable[[Problem], Work]) -> Group:
     """Ours beside a rival."""
-    right = Contender(make=partial(retention.ours, backend="torch"), reference=retention.reference, states=1)
+    right = Contender(make=partial(retention.by_us, backend="torch"), reference=retention.reference, states=1)
     return Group(
         op="retention",
         shape="test",
@@ -113,25 +113,29 @@ def group(make: Callable[[Problem], Work]) -> Group:
     )
 
 
+def measured(group: Group) -> list[Measurement]:
+    return [row for rows in runner.measure(group, CPU, QUICK) for row in rows]
+
+
 def test_no_ratio_for_a_wrong_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    records = runner.measure(group(partial(spoiled, spoil=WRONG["a little off"])), CPU, QUICK)
-    by_name = {(r.backend, r.direction): r for r in records}
+    rows = measured(group(partial(spoiled, spoil=WRONG["a little off"])))
+    by_name = {(r.backend, r.direction): r for r in rows}
     assert by_name["rival", FORWARD].samples  # it was timed all the same
     for sides in (("rival", "torch"), ("torch", "rival")):
         with pytest.raises(RefusedError, match=r"rival is wrong: output .* of 5\.0e-06"):
             ratio(*(by_name[side, FORWARD] for side in sides))
-    runner.print_records(records)
+    print_measurements(rows)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rival")]
     assert len(lines) == 2
     assert all("refused: rival is wrong" in line and "x (" not in line for line in lines)
 
 
 def test_no_ratio_to_ourselves_when_we_are_wrong(capsys: pytest.CaptureFixture[str]) -> None:
-    right = group(partial(retention.ours, backend="torch"))
+    right = group(partial(retention.by_us, backend="torch"))
     wrong = right.contenders["torch"]
     wrong = replace(wrong, make=partial(spoiled, spoil=WRONG["a little off"]))
-    records = runner.measure(replace(right, contenders={**right.contenders, "torch": wrong}), CPU, QUICK)
-    runner.print_records(records)
+    rows = measured(replace(right, contenders={**right.contenders, "torch": wrong}))
+    print_measurements(rows)
     shown = capsys.readouterr().out
     assert "refused: torch is wrong" in shown
     assert "x (" not in shown
@@ -141,21 +145,21 @@ def test_a_contender_that_raises_costs_itself_alone(capsys: pytest.CaptureFixtur
     def broken(problem: Problem) -> Work:
         raise RuntimeError("no such kernel\nat all")
 
-    records = runner.measure(group(broken), CPU, QUICK)
-    assert [(r.backend, r.verdict) for r in records if r.direction == BOTH] == [
+    rows = measured(group(broken))
+    assert [(r.backend, r.verdict) for r in rows if r.direction == BOTH] == [
         ("torch", "right"),
         ("rival", "failed"),
     ]
-    assert records[-1].note == "RuntimeError: no such kernel"
-    runner.print_records(records)
+    assert rows[-1].note == "RuntimeError: no such kernel"
+    print_measurements(rows)
     assert "refused: rival is failed" in capsys.readouterr().out
 
 
-TINY = list(runner.Selection(tiny=True, dtypes=["float32"]).groups(CPU))
+TINY = list(runner.Selection(tiny=True, dtypes=["float32"]).groups())
 
 
 @pytest.mark.parametrize("tiny", TINY, ids=lambda g: f"{g.op}-{g.mode}-{g.size}")
-def test_everybody_computes_what_the_reference_does(tiny: Group) -> None:
+def test_every_contender_computes_what_its_reference_does(tiny: Group) -> None:
     """Of every operation, in float32, at tiny shapes."""
     problem = tiny.problem(CPU)
     checker = Checker(problem, graded=True)
@@ -177,7 +181,7 @@ def test_what_is_compiled_is_right(tiny: Group, fresh_compiler: None) -> None:
 
 
 def test_a_model_in_bfloat16_may_err_as_its_definition_does() -> None:
-    groups = runner.Selection(tiny=True, ops=["decoder"], modes=["pop"], dtypes=["bfloat16"]).groups(CPU)
+    groups = runner.Selection(tiny=True, ops=["decoder"], modes=["pop"], dtypes=["bfloat16"]).groups()
     tiny = next(groups)
     problem = tiny.problem(CPU)
     checker = Checker(problem, graded=True)
@@ -188,13 +192,24 @@ def test_a_model_in_bfloat16_may_err_as_its_definition_does() -> None:
     assert not checker.check(ours, off, tiny.passes)[FORWARD].right
 
 
+def test_a_training_step_updates_every_matrix() -> None:
+    problem = decoder.problem(decoder.SHAPES["tiny"], torch.float32, CPU)
+    work = decoder.by_us(problem, mode="pop", backend="torch")
+    before = [x.clone() for x in work.weights]
+    passes = work.passes((BOTH, UPDATE))
+    assert passes[UPDATE].flops == passes[BOTH].flops
+    passes[UPDATE].run()
+    matrices = [(x, y) for x, y in zip(before, work.weights, strict=True) if x.dim() > 1]
+    assert matrices
+    assert all(y.isfinite().all() and not torch.equal(x, y) for x, y in matrices)
+
+
 def test_yet_another_retnet_is_wrong_in_bfloat16() -> None:
     """Its decays are made in the queries' dtype: 1 - 1/512 is 1 there."""
     sizes = retention.Sizes(B=1, T=1024, H=4, D=16)
     problem = retention.problem(sizes, torch.bfloat16, CPU)
-    contender = retention.group("test", sizes, "parallel", "bfloat16", (FORWARD,)).contenders[
-        "yet-another-retnet"
-    ]
+    group = retention.group("test", sizes, "parallel", "bfloat16", FORWARD)
+    contender = group.contenders["yet-another-retnet"]
     found = Checker(problem, graded=False).check(contender, contender.make(problem), [FORWARD])
     assert found[FORWARD].error > 3
 

@@ -7,88 +7,90 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_rows import ROW
 
 import retpop
-from benchmarks.gpu import report, suite, worker
-from benchmarks.gpu.clock import Clock
-from benchmarks.gpu.floors import Ceilings
-from benchmarks.gpu.ops import Entry, Sizes, rotation, separate_pop, timed
-from benchmarks.gpu.rows import Row, append_row, read_rows
+from benchmarks import __main__ as command_line
+from benchmarks import gpu_report as report
+from benchmarks import measurements, pop, retention, runner, token_wise
+from benchmarks.measurements import IN_GRAPH, Measurement, read
 from benchmarks.peers import flash_linear_attention
-from benchmarks.work import Work
+from benchmarks.timing import QUICK
+from benchmarks.work import BOTH, FORWARD, Contender, Group, Problem, Work
 
 ROOT = Path(__file__).parent.parent.parent
 
 CPU = torch.device("cpu")
 
-FLOORS = [
-    Row(part="floors", what="copy", seconds=2.0, floor_bytes=8_000),
-    Row(part="floors", what="matrix product", dtype="bfloat16", seconds=0.5, floor_flops=1_000),
-]
-"""4,000 bytes and 2,000 operations a second."""
-
-ROW = Row(part="pop", what="pop_rows", shape="tiny", dtype="bfloat16", way="forward", mode="eager")
-
-
-def test_rows_outlive_their_writer(tmp_path: Path) -> None:
-    path = tmp_path / "rows"
-    assert read_rows(path) == []
-    append_row(path, ROW)
-    with path.open("a") as file:
-        file.write('{"part": "pop", "wha')
-    assert read_rows(path) == [ROW]
-
-
-@pytest.mark.parametrize(
-    ("moved", "computed", "share"),
-    [(4_000, 0, 0.5), (4_000, 1_000, 0.5), (2_000, 3_000, 0.75), (0, 0, None)],
-)
-def test_a_floor_is_the_later_of_moving_and_computing(moved: int, computed: int, share: float | None) -> None:
-    row = replace(ROW, seconds=2.0, floor_bytes=moved, floor_flops=computed)
-    assert Ceilings(FLOORS).fraction(row) == share
-
-
-@pytest.mark.parametrize("row", [replace(ROW, floor_bytes=8), replace(ROW, seconds=1.0, floor_bytes=8)])
-def test_no_share_without_a_time_or_a_ceiling(row: Row) -> None:
-    assert Ceilings([]).fraction(row) is None
+PARTS = [part for part in report.PARTS if part != report.TESTS]
 
 
 def test_the_yardstick_of_rem_is_that_of_the_targets() -> None:
     """169 MB and 9.4 GFLOP for POP at the training shape in bfloat16."""
-    rem = Sizes(B=64, N=10, L=65, M=64, H=4, D=64)
+    rem = pop.GPU_SHAPES["paper_train"]
     assert rem.flops == pytest.approx(9.4e9, rel=0.03)
     assert 4 * 2 * rem.B * rem.tokens * rem.H * rem.D == pytest.approx(169e6, rel=0.01)
 
 
 def test_what_backward_must_move() -> None:
     """POP reads its inputs again; a rotation does not need them. The final state is no output of training."""
-    tiny = Sizes(B=1, N=2, L=5, M=4, H=1, D=16)
+    tiny = pop.Sizes(B=1, N=2, L=5, M=4, H=1, D=16)
     token = 4 * tiny.tokens * 16
-    rows = {(row.way, row.mode): row for row in timed(separate_pop(tiny, torch.float32, CPU), Clock(CPU))}
-    forward, both = (rows[way, "graph"].floor_bytes for way in ("forward", "forward+backward"))
+    passes = pop.by_us(pop.problem(tiny, torch.float32, CPU), backend="torch").passes()
+    forward, both = (passes[direction].floor_bytes for direction in (FORWARD, BOTH))
     assert forward == 4 * token + 4 * 16 * 16
     assert both - forward == (3 + 1 + 3) * token
-    rows = {row.way: row for row in timed(rotation("", (1, 9, 2, 16), torch.float32, CPU), Clock(CPU))}
-    assert rows["forward+backward"].floor_bytes == 2 * rows["forward"].floor_bytes == 8 * 4 * 9 * 2 * 16
+    problem = token_wise.rotation_problem(retention.Sizes(B=1, T=9, H=2, D=16), torch.float32, CPU)
+    passes = token_wise.rotation(problem, backend="triton").passes()
+    assert passes[BOTH].floor_bytes == 2 * passes[FORWARD].floor_bytes == 8 * 4 * 9 * 2 * 16
 
 
-@pytest.mark.parametrize("part", worker.PARTS)
+SHORTER = {
+    "pop": ["--pass", FORWARD],
+    "retention": ["--pass", FORWARD],
+    "decoder": ["--op", "step"],
+    "compiled decoder": ["--op", "step"],
+}
+"""Less work for parts that take long in the interpreter; `test_the_whole_rehearsal` does it all."""
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_every_part_measures(part: str, tmp_path: Path) -> None:
-    rows = tmp_path / "rows"
-    assert worker.main([part, "--rows", str(rows), "--dry-run"]) == 0
-    found = read_rows(rows)
-    assert {row.part for row in found} == {part}
-    assert all(row.seconds or "not measured" in row.note for row in found)
+    asked = report.PARTS[part]
+    words = asked.command(tmp_path / "rows", dry_run=True)
+    assert words[1:3] == ["-m", "benchmarks"]
+    assert command_line.main([*words[3:], *SHORTER.get(part, [])]) == 0
+    found = read(tmp_path / "rows")
+    assert found
+    assert {row.op for row in found} <= set(asked.ops.split(","))
+    assert all(row.samples for row in found)
+    assert not any(map(report._failed, found))
+    graphs = {row.backend for row in found if row.backend.endswith(IN_GRAPH)}
+    wanted = asked.backends.removesuffix(",fla")
+    assert graphs == ({wanted + IN_GRAPH} if wanted else set())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_asks_for_what_is_there(part: str) -> None:
+    """Of the names on its command line on a GPU."""
+    words = report.PARTS[part].command(Path("rows"), dry_run=False)
+    options = command_line._parser().parse_args(words[3:])
+    found = list(runner.Selection(**command_line._selected(options, on_gpu=True, tiny=False)).groups())
+    direct = set(options.op) & set(runner.DIRECT)
+    assert direct or {group.op for group in found} == set(options.op)
+    for names, name in ((options.mode, "mode"), (options.dtype, "dtype")):
+        assert names is None or {getattr(group, name) for group in found} == set(names)
 
 
 class FlashLinearAttention:
-    """Its functions, without a decay that a graph could hold; this version has no fused_chunk_retention."""
+    """Its functions, with decays made in the call; this version has no fused_chunk_retention."""
 
     def __init__(self) -> None:
         self.fused_recurrent_retention = self.chunk_retention
@@ -108,49 +110,75 @@ class FlashLinearAttention:
 
 
 def test_flash_linear_attention_where_it_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Eagerly only, and right."""
     monkeypatch.setattr(flash_linear_attention, "functions", FlashLinearAttention)
-    rows = tmp_path / "rows"
-    assert worker.main(["peers", "--rows", str(rows), "--dry-run"]) == 0
-    found = {(row.what, row.way, row.mode) for row in read_rows(rows) if "fla" in row.what}
-    both = ("fla chunk_retention", "fla chunk_retention, composed")
-    assert found == {(what, way, "eager") for what in both for way in ("forward", "forward+backward")} | {
-        ("fla fused_recurrent_retention", "forward", "eager"),
-        ("fla fused_chunk_retention", "", ""),
+    words = ["run", "--dry-run", "--dtype", "fp32", "--op", "pop,retention", "--backend", "fla"]
+    assert command_line.main([*words, "--csv", str(tmp_path / "rows")]) == 0
+    found = read(tmp_path / "rows")
+    assert {row.verdict for row in found} == {"right"}
+    assert {(row.op, row.mode, row.backend, row.direction) for row in found} == {
+        ("pop", "pop", "fla, composed", FORWARD),
+        ("pop", "pop", "fla, composed", BOTH),
+        ("retention", "chunkwise", "fla, chunk_retention", FORWARD),
+        ("retention", "chunkwise", "fla, chunk_retention", BOTH),
+        ("retention", "recurrent", "fla, fused_recurrent_retention", FORWARD),
     }
 
 
-def test_the_composition_is_pop() -> None:
-    sizes = Sizes(B=2, N=3, L=5, M=4, H=2, D=8)
-    tokens = [torch.randn(2, 15, 2, 8) for _ in range(3)] + [torch.randn(2, 3, 4, 2, 8) for _ in range(3)]
-    chunk_retention = FlashLinearAttention.chunk_retention
-    found = flash_linear_attention.compose_pop(chunk_retention, tokens[:3], tokens[3:], None, sizes.L, 0)
-    expected = retpop.pop_retention(*tokens, retpop.retnet_decay(2), block_size=sizes.L)
-    for a, e in zip(found, expected[:2], strict=True):
-        torch.testing.assert_close(a, e)
+def group(*runs: Callable[[], object]) -> Group:
+    """A contender for each run, that runs it when it is timed."""
+
+    def make(problem: Problem, *, run: Callable[[], object]) -> Work:
+        work = retention.by_us(problem, backend="torch")
+        return replace(work, run=lambda: run() or work.run(), answer=work.run)
+
+    return Group(
+        op="retention",
+        shape="test",
+        mode="chunkwise",
+        dtype="float32",
+        passes=(FORWARD,),
+        problem=partial(retention.problem, retention.SHAPES["tiny"], torch.float32),
+        contenders={
+            str(i): Contender(make=partial(make, run=run), reference=retention.reference, states=1)
+            for i, run in enumerate(runs)
+        },
+    )
 
 
-def _works(*errors: Exception | None) -> Iterator[Entry]:
-    for index, error in enumerate(errors):
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_a_case_that_fails_costs_that_case(calls_before: int) -> None:
+    """Whether it fails when it is checked or when it warms up."""
+    left = iter(range(calls_before))
 
-        def run(error: Exception | None = error) -> list[torch.Tensor]:
-            if error is not None:
-                raise error
-            return [torch.zeros(1)]
+    def fail() -> None:
+        if next(left, None) is None:
+            raise ValueError("no such shape\nat all")
 
-        yield Entry(part="pop", what=str(index), shape="", dtype=torch.float32, work=Work(run=run, graded=0))
+    (found,) = runner.measure(group(lambda: None, fail, lambda: None), CPU, QUICK)
+    assert [row.verdict for row in found] == ["right", "failed", "right"]
+    assert found[1].note == "ValueError: no such shape"
+    assert [len(row.samples) for row in found] == [2, 0, 2]
 
 
-@pytest.mark.parametrize(
-    ("error", "after"),
-    [(ValueError("no such shape\nat all"), True), (RuntimeError("CUDA error: misaligned address"), False)],
-)
-def test_a_case_that_fails_costs_that_case(error: Exception, after: bool) -> None:
-    """Unless the device is lost: what came after it would tell nothing."""
-    found = list(worker.time_entries(lambda clock: _works(None, error, None), Clock(CPU), "pop"))
-    failed = [row for row in found if row.failed]
-    assert [row.what for row in failed] == ["1"]
-    assert failed[0].note == f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    assert {row.what for row in found} == {"0", "1"} | ({"2"} if after else set())
+def test_a_lost_device_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came after it would tell nothing: the group's rows are failures, and no other group is begun."""
+
+    def lose() -> None:
+        raise RuntimeError("CUDA error: misaligned address")
+
+    begun = []
+
+    def groups() -> object:
+        for runs in ((lambda: None,), (lose, lambda: None), (lambda: None,)):
+            begun.append(runs)
+            yield group(*runs)
+
+    monkeypatch.setitem(runner.OPS, "retention", groups)
+    found = list(runner.run(runner.Selection(ops=["retention"]), CPU, QUICK))
+    assert [[row.verdict for row in rows] for rows in found] == [["right"], ["failed", "failed"]]
+    assert found[1][0].note == "RuntimeError: CUDA error: misaligned address"
+    assert len(begun) == 2
 
 
 JUNIT = """<testsuites><testsuite><testcase name="test_pop[rem]" time="1.5"><properties>
@@ -161,10 +189,10 @@ JUNIT = """<testsuites><testsuite><testcase name="test_pop[rem]" time="1.5"><pro
 
 def test_tests_become_rows_with_their_errors(tmp_path: Path) -> None:
     (tmp_path / "junit").write_text(JUNIT)
-    passed, failed, skipped = suite.rows(tmp_path / "junit")
-    assert (passed.note, passed.failed, passed.seconds) == ("out 0.002 of 0.004", False, 1.5)
-    assert (failed.note, failed.failed) == ("out: 1 is above 0.004", True)
-    assert (skipped.note, skipped.failed) == ("skipped: needs memory", False)
+    passed, failed, skipped = report.rows_of_tests(tmp_path / "junit")
+    assert (passed.note, passed.verdict, passed.seconds) == ("out 0.002 of 0.004", "right", 1.5)
+    assert (failed.note, failed.verdict) == ("out: 1 is above 0.004", "failed")
+    assert (skipped.note, skipped.verdict) == ("skipped: needs memory", "right")
 
 
 ALL_SKIPPED = '<testsuite><testcase name="a"><skipped message="no GPU"/></testcase></testsuite>'
@@ -175,7 +203,7 @@ def test_no_test_that_ran_is_a_failure(junit: str | None, tmp_path: Path) -> Non
     path = tmp_path / "junit"
     if junit is not None:
         path.write_text(junit)
-    assert any(row.failed for row in suite.rows(path))
+    assert any(row.verdict == "failed" for row in report.rows_of_tests(path))
 
 
 def test_a_part_is_stopped_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
@@ -211,19 +239,21 @@ def test_tests_that_are_stopped_leave_what_they_have(tmp_path: Path, monkeypatch
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}", str(tmp_path)]
     ended = report.run_limited(command, 0.5, tmp_path / "log", os.environ)
     assert ended.status is None
-    first, *_ = suite.rows(junit)
-    assert (first.what, first.failed) == ("test_first", False)
+    first, *_ = report.rows_of_tests(junit)
+    assert (first.mode, first.verdict) == ("test_first", "right")
 
 
 def test_the_table_comes_last_and_a_failure_before_it(capsys: pytest.CaptureFixture[str]) -> None:
-    timed_rows = [replace(ROW, mode=mode, seconds=2.0, floor_bytes=4_000) for mode in ("eager", "graph")]
-    broken = Row(part="tests", what="test_pop", note="too far off", failed=True)
-    report.print_report([*FLOORS, *timed_rows, broken])
+    eager = replace(ROW, backend="triton", samples=(2.0,), floor_bytes=4_000, copy_rate=4_000.0)
+    graph = replace(eager, backend="triton" + IN_GRAPH, samples=(1.25,))
+    rival = replace(ROW, backend="rival", verdict="wrong", note="output")
+    broken = report._failure("tests", "too far off")
+    report.print_report({"pop": [eager, graph, rival], "tests": [broken]})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "FAILED tests: test_pop   too far off"
-    assert [line.split() for line in lines if line.startswith("pop_rows")] == [
-        ["pop_rows", "tiny", "bfloat16", "forward", "2", "s", "2", "s", "50%"]
-    ]
+    assert lines[0] == "FAILED tests tests forward: too far off"
+    shown = [line.split() for line in lines if line.startswith("pop, pop")]
+    assert shown[0][-6:] == ["forward", "2", "s", "1.25", "s", "80%"]
+    assert shown[1][-2:] == ["wrong:", "output"]
     assert lines[-1] == "tests: 0 passed, 1 failed, 0 skipped"
 
 
@@ -231,11 +261,25 @@ def test_the_table_comes_last_and_a_failure_before_it(capsys: pytest.CaptureFixt
 def test_the_exit_status_tells_whether_the_tests_passed(
     failed: tuple[str, ...], status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("RETPOP_REPORT_FOLDER", str(tmp_path))
-    monkeypatch.setattr(
-        report, "_run_part", lambda part, *_, **__: [Row(part=part, what=part, failed=part in failed)]
-    )
+    def run_part(part: str, *_: object, **__: object) -> list[Measurement]:
+        return [report._failure(part, "cut")] if part in failed else []
+
+    monkeypatch.setattr(report, "_run_part", run_part)
     assert report.main(["--dry-run", "--out", str(tmp_path)]) == status
+
+
+def test_rows_of_a_part_that_is_cut_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run_limited(command: list[str], *_: object) -> report.Ended:
+        measurements.append(Path(command[command.index("--csv") + 1]), [ROW])
+        return report.Ended(status=None, seconds=60.0)
+
+    monkeypatch.setattr(report, "run_limited", run_limited)
+    (tmp_path / "pop.log").touch()
+    kept, cut = report._run_part("pop", 1000.0, tmp_path, {}, dry_run=False)
+    assert kept == ROW
+    assert (cut.verdict, cut.note) == ("failed", "stopped after 60 s")
+    (late,) = report._run_part("pop", -1.0, tmp_path, {}, dry_run=True)
+    assert late.note == "not started: no time was left"
 
 
 def rehearse(folder: Path, *arguments: str) -> tuple[str, list[dict[str, str]]]:
@@ -266,7 +310,7 @@ def rehearse(folder: Path, *arguments: str) -> tuple[str, list[dict[str, str]]]:
 def test_a_short_rehearsal(tmp_path: Path) -> None:
     """Two parts, from another folder, without an installation."""
     shown, rows = rehearse(tmp_path, "--parts", "floors,token-wise")
-    assert {row["part"] for row in rows} == {"floors", "token-wise"}
+    assert {row["op"] for row in rows} == {"floors", "token_wise"}
     assert {row["commit"] for row in rows} == {"abc"}
     assert "norm_gate" in shown.rpartition("of floor")[2]
 
@@ -274,5 +318,6 @@ def test_a_short_rehearsal(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_rehearsal(tmp_path: Path) -> None:
     shown, rows = rehearse(tmp_path)
-    assert {row["part"] for row in rows} == set(report.LIMITS)
+    ops = {op for part in report.PARTS.values() for op in part.ops.split(",") if op} | {"tests"}
+    assert {row["op"] for row in rows} == ops
     assert " 0 failed" in shown.splitlines()[-3]

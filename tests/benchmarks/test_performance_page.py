@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmark_rows import RECORD
+from benchmark_rows import ROW
 
 from benchmarks import page, plots
-from benchmarks.records import Record, append
+from benchmarks.measurements import Measurement, append
 from benchmarks.targets import Judged, Results, judge, slope
 
-TRAINING = replace(RECORD, op="decoder", direction="forward+backward", samples=(1.0,), flops=1_400)
+TRAINING = replace(ROW, op="decoder", direction="forward+backward", samples=(1.0,), flops=1_400)
 
 
 def judged(results: Results, words: str) -> Judged:
@@ -34,49 +34,49 @@ def test_without_results_nothing_was_measured() -> None:
 def test_a_share_of_the_matrix_rate_is_judged(flops: int, verdict: str) -> None:
     """2,000 operations a second: 1,400 of them in a second are 70%; 65% are wanted."""
     slower = replace(TRAINING, backend="compile", flops=flops, samples=(4.0,))
-    found = judged(Results(records=[replace(TRAINING, flops=flops), slower]), "decoder, float32")
+    found = judged(Results(rows=[replace(TRAINING, flops=flops), slower]), "decoder, float32")
     assert found.verdict == verdict
     assert found.figure.text.endswith(", torch")
 
 
-def test_who_is_wrong_meets_nothing() -> None:
+def test_a_wrong_row_meets_nothing() -> None:
     wrong = replace(TRAINING, verdict="wrong")
-    assert judged(Results(records=[wrong]), "decoder, float32").figure is None
+    assert judged(Results(rows=[wrong]), "decoder, float32").figure is None
     theirs = replace(TRAINING, backend="yet-another-retnet", samples=(2.0,))
-    assert judged(Results(records=[TRAINING, theirs]), "two-pass port").verdict == "met"
-    assert judged(Results(records=[wrong, theirs]), "two-pass port").figure is None
+    assert judged(Results(rows=[TRAINING, theirs]), "two-pass port").verdict == "met"
+    assert judged(Results(rows=[wrong, theirs]), "two-pass port").figure is None
 
 
 def test_the_fastest_chunks_of_theirs_count() -> None:
-    ours = replace(RECORD, op="retention", shape="long", mode="chunkwise", samples=(1.0,))
+    ours = replace(ROW, op="retention", shape="long", mode="chunkwise", samples=(1.0,))
     theirs = [
         replace(ours, backend=f"yet-another-retnet, chunks of {size}", samples=(seconds,))
         for size, seconds in ((64, 3.0), (128, 1.4), (256, 2.0))
     ]
-    found = judged(Results(records=[ours, *theirs]), "T = 4096")
+    found = judged(Results(rows=[ours, *theirs]), "T = 4096")
     assert found.figure.value == pytest.approx(1.4)
     assert found.verdict == "**missed** by 7%"
-    assert judged(Results(records=[ours, *theirs]), "every mode").verdict == "met"
+    assert judged(Results(rows=[ours, *theirs]), "every mode").verdict == "met"
 
 
 def test_single_tokens_count_among_the_modes() -> None:
     """Of every batch by itself; points of a series do not."""
-    ours = replace(RECORD, op="retention", mode="recurrent", samples=(1.0,))
+    ours = replace(ROW, op="retention", mode="recurrent", samples=(1.0,))
     rows = []
     for shape, size, seconds in (("token", 1, 1.2), ("token", 64, 0.9), ("batch", 1, 0.1)):
         row = replace(ours, shape=shape, size=size)
         rows += [row, replace(row, backend="yet-another-retnet", samples=(seconds,))]
-    found = judged(Results(records=rows), "every mode")
+    found = judged(Results(rows=rows), "every mode")
     assert found.figure.text.endswith("retention, recurrent, token at batch 64, forward")
     assert found.verdict == "**missed** by 10%"
-    assert judged(Results(records=rows[:2]), "every mode").verdict == "met"
-    shown = page.render("<!-- generated: operations -->\n<!-- end -->", Results(records=rows))
+    assert judged(Results(rows=rows[:2]), "every mode").verdict == "met"
+    shown = page.render("<!-- generated: operations -->\n<!-- end -->", Results(rows=rows))
     assert shown.count("| **retpop**, torch |") == 2
 
 
-def lengths(power: float, **changes: object) -> list[Record]:
+def lengths(power: float, **changes: object) -> list[Measurement]:
     """Times that grow with a power of the length, up to 16k; beyond, as if they were quadratic."""
-    row = replace(RECORD, op="retention", shape="length", mode="chunkwise", **changes)
+    row = replace(ROW, op="retention", shape="length", mode="chunkwise", **changes)
     return [
         replace(row, size=1024 * 2**n, samples=((2.0**n) ** (power if n < 5 else 2),), peak_bytes=100 * 2**n)
         for n in range(7)
@@ -85,21 +85,21 @@ def lengths(power: float, **changes: object) -> list[Record]:
 
 def test_slopes_are_those_of_the_logarithms() -> None:
     assert slope([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)
-    found = judged(Results(records=lengths(1.05)), "tokens, forward, time")
+    found = judged(Results(rows=lengths(1.05)), "tokens, forward, time")
     assert found.figure.value == pytest.approx(1.05)
     assert found.verdict == "met"
-    assert judged(Results(records=lengths(1.2)), "tokens, forward, time").verdict == "**missed** by 9%"
-    assert judged(Results(records=lengths(1.2)), "tokens, forward, memory").verdict == "met"
+    assert judged(Results(rows=lengths(1.2)), "tokens, forward, time").verdict == "**missed** by 9%"
+    assert judged(Results(rows=lengths(1.2)), "tokens, forward, memory").verdict == "met"
 
 
 def test_a_later_token_may_not_take_longer() -> None:
-    first = replace(RECORD, op="step", shape="positions_in_turn", backend="torch, position 256")
+    first = replace(ROW, op="step", shape="positions_in_turn", backend="torch, position 256")
     later = replace(first, backend="torch, position 4096", samples=(2.1, 1.05, 3.15))
-    found = judged(Results(records=[first, later]), "recurrent step")
+    found = judged(Results(rows=[first, later]), "recurrent step")
     assert found.verdict == "met"
     assert found.figure.text == "1.05x (1.05 to 1.05) the first's: position 4096"
     slow = replace(later, samples=(2.4, 1.2, 3.6))
-    assert judged(Results(records=[first, later, slow]), "recurrent step").verdict == "**missed** by 9%"
+    assert judged(Results(rows=[first, later, slow]), "recurrent step").verdict == "**missed** by 9%"
 
 
 def test_the_audits_targets_keep_their_verdicts() -> None:
@@ -110,55 +110,53 @@ def test_the_audits_targets_keep_their_verdicts() -> None:
     assert [each.verdict for each in found] == ["met", "**missed** by 24%"]
 
 
-GPU_ROW = {
-    "gpu": "a GPU",
-    "commit": "abc",
-    "torch": "2.13.0",
-    "triton": "3.9.0",
-    "part": "pop",
-    "what": "pop_rows",
-    "shape": "rem training, B64",
-    "dtype": "bfloat16",
-    "way": "forward",
-    "mode": "graph",
-    "seconds": "0.00006",
-    "of_floor": "0.7",
-    "failed": "False",
-}
+GPU_ROW = replace(
+    ROW,
+    machine="a GPU",
+    shape="paper_train",
+    mode="rows",
+    dtype="bfloat16",
+    backend="triton, CUDA graph",
+    samples=(1.0,),
+    flops=0,
+    floor_bytes=700,
+    copy_rate=1_000.0,
+)
 
 
 def test_a_gpus_report_is_judged() -> None:
-    both = GPU_ROW | {"way": "forward+backward", "what": "pop_retention", "mode": "eager", "seconds": "0.001"}
-    theirs = both | {"part": "peers", "what": "fla chunk_retention, composed", "seconds": "0.0015"}
-    run = GPU_ROW | {"part": "rem_atari", "what": "projected run, in all", "seconds": "3000"}
+    both = replace(GPU_ROW, direction="forward+backward", mode="pop", backend="triton")
+    theirs = replace(both, backend="fla, composed", samples=(1.5,))
+    run = replace(GPU_ROW, op="rem_atari", mode="projected run, in all", samples=(3000.0,))
     results = Results(gpu=[GPU_ROW, both, theirs, run])
     assert judged(results, "share of the copy bandwidth").verdict == "met"
     assert judged(results, "calls composed").verdict == "**missed** by 25%"
     assert judged(results, "600 epochs").figure.text == "50 min (a GPU)"
-    assert judged(results, "D 64, bfloat16, forward, beside").figure is None
-    broken = Results(gpu=[GPU_ROW | {"failed": "True"}])
+    assert judged(results, "D 64, bfloat16, forward, beside").verdict == "not measured: not in these results"
+    broken = Results(gpu=[replace(GPU_ROW, verdict="failed")])
     assert judged(broken, "share of the copy bandwidth").figure is None
+    shown = page.render("<!-- generated: gpu -->\n<!-- end -->", results)
+    assert "a GPU, commit abc123" in shown
+    assert "| 70% |" in shown
 
 
 def test_what_is_written_by_hand_stays() -> None:
     text = "# Title\n\n<!-- generated: losses -->\nold\n<!-- end -->\n\nBy hand.\n"
-    made = page.render(text, Results(records=[RECORD]))
+    made = page.render(text, Results(rows=[ROW]))
     assert made == (
         "# Title\n\n<!-- generated: losses -->\n\nNowhere, in these results.\n\n<!-- end -->\n\nBy hand.\n"
     )
-    assert page.render(made, Results(records=[RECORD])) == made
+    assert page.render(made, Results(rows=[ROW])) == made
     with pytest.raises(ValueError, match="'nothing' is no generated part"):
-        page.render("<!-- generated: nothing -->\n<!-- end -->", Results(records=[RECORD]))
+        page.render("<!-- generated: nothing -->\n<!-- end -->", Results(rows=[ROW]))
 
 
 def test_where_we_lose_is_said() -> None:
-    faster = replace(RECORD, backend="rival", samples=(1.0, 0.5, 1.5), computes="attention")
-    lost = page.render("<!-- generated: losses -->\n<!-- end -->", Results(records=[RECORD, faster]))
+    faster = replace(ROW, backend="rival", samples=(1.0, 0.5, 1.5), computes="attention")
+    lost = page.render("<!-- generated: losses -->\n<!-- end -->", Results(rows=[ROW, faster]))
     assert "- pop, rem_train, pop, B4, float32, forward: rival (attention) takes 0.50x" in lost
     wrong = replace(faster, verdict="wrong")
-    assert "Nowhere" in page.render(
-        "<!-- generated: losses -->\n<!-- end -->", Results(records=[RECORD, wrong])
-    )
+    assert "Nowhere" in page.render("<!-- generated: losses -->\n<!-- end -->", Results(rows=[ROW, wrong]))
 
 
 def test_other_results_of_the_same_commit_stand_beside(tmp_path: Path) -> None:
@@ -186,22 +184,22 @@ def test_the_newest_results_are_shown(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         page.newest(tmp_path)
     (tmp_path / "kernel_audit.csv").write_text("commit,part\nabc,target\n")
-    append(tmp_path / "a.csv", [RECORD, replace(RECORD, date="2026-03-01T00:00:00", backend="rival")])
-    append(tmp_path / "b.csv", [replace(RECORD, date="2026-02-01T00:00:00")])
+    append(tmp_path / "a.csv", [ROW, replace(ROW, date="2026-03-01T00:00:00", backend="rival")])
+    append(tmp_path / "b.csv", [replace(ROW, date="2026-02-01T00:00:00")])
     assert page.newest(tmp_path).name == "a.csv"
 
 
 def test_every_picture_is_drawn_where_there_are_results(tmp_path: Path) -> None:
-    groups: list[Record] = [TRAINING]
-    long = replace(RECORD, op="retention", shape="long", mode="chunkwise", sizes="B1 T4096 H4 D64")
+    groups: list[Measurement] = [TRAINING]
+    long = replace(ROW, op="retention", shape="long", mode="chunkwise", sizes="B1 T4096 H4 D64")
     groups += [long, replace(long, backend="yet-another-retnet, chunks of 64")]
     groups += lengths(1.0)
-    groups += [replace(RECORD, op="step", shape="position", size=size) for size in (256, 1024)]
-    groups += [replace(RECORD, op="imagination", shape="tokens", size=size) for size in (16, 64)]
-    written = plots.write(Results(records=groups), tmp_path, ["svg", "png"])
+    groups += [replace(ROW, op="step", shape="position", size=size) for size in (256, 1024)]
+    groups += [replace(ROW, op="imagination", shape="tokens", size=size) for size in (16, 64)]
+    written = plots.write(Results(rows=groups), tmp_path, ["svg", "png"])
     assert {path.name for path in written} == {f"{n}.{k}" for n in plots.PLOTS for k in ("svg", "png")}
     first = {path: path.read_bytes() for path in written}
-    plots.write(Results(records=groups), tmp_path, ["svg", "png"])
+    plots.write(Results(rows=groups), tmp_path, ["svg", "png"])
     assert {path: path.read_bytes() for path in written} == first
     assert plots.write(Results(), tmp_path / "none") == []
 
@@ -224,6 +222,6 @@ def test_the_pages_are_up_to_date(path: Path, shown: Results) -> None:
 def test_the_pictures_are_up_to_date(shown: Results) -> None:
     text = page.PAGES[0].read_text(encoding="utf-8")
     pictures = re.findall(r"\(performance/(\w+)\.svg\)", text)
-    assert pictures
+    assert set(pictures) == set(plots.PLOTS)
     for name in pictures:
         assert plots.digest(shown) in (page.PICTURES / f"{name}.svg").read_text(encoding="utf-8"), name

@@ -7,9 +7,13 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.timing import Effort, interleaved
+from benchmarks.timing import Effort, Run, in_turn, sampler
 
 CPU = torch.device("cpu")
+
+
+def samples_of(runs: dict[str, Run], effort: Effort) -> dict[str, list[float]]:
+    return in_turn({name: sampler(run, CPU, effort) for name, run in runs.items()}, effort)
 
 
 class Runs:
@@ -31,7 +35,7 @@ class Runs:
 def test_a_slow_start_does_not_shorten_the_samples(slow: int) -> None:
     runs = Runs(slow=slow, first=1e-3, then=1e-5)
     effort = Effort(rounds=4, sample_seconds=0.02, group_seconds=10.0, clock=runs.clock)
-    samples = interleaved({"it": runs}, CPU, effort)["it"]
+    samples = samples_of({"it": runs}, effort)["it"]
     assert samples == pytest.approx([1e-5] * 4)
     before = runs.count
     assert runs.now == pytest.approx(slow * 1e-3 + (before - slow) * 1e-5)
@@ -41,7 +45,7 @@ def test_a_slow_start_does_not_shorten_the_samples(slow: int) -> None:
 def test_a_long_run_is_sampled_singly_and_after_itself() -> None:
     runs = Runs(slow=0, first=0.0, then=1.5)
     effort = Effort(rounds=3, sample_seconds=0.02, group_seconds=100.0, clock=runs.clock)
-    assert interleaved({"it": runs}, CPU, effort)["it"] == pytest.approx([1.5] * 3)
+    assert samples_of({"it": runs}, effort)["it"] == pytest.approx([1.5] * 3)
     assert runs.count == 1 + 2 * 3
 
 
@@ -55,5 +59,5 @@ def test_what_a_neighbour_leaves_behind_is_not_timed() -> None:
         last = name
 
     effort = Effort(rounds=4, group_seconds=100.0, clock=lambda: now)
-    samples = interleaved({name: partial(run, name) for name in "ab"}, CPU, effort)
+    samples = samples_of({name: partial(run, name) for name in "ab"}, effort)
     assert samples == {"a": [1.0] * 4, "b": [1.0] * 4}

@@ -232,7 +232,7 @@ def test_unknown_angles_are_refused() -> None:
         (
             "layers.0.retention.q_proj.weight",
             torch.zeros(EMBED, 8),
-            r"'layers.0.retention.q_proj.weight'.*\(8, 8\)",
+            r"'layers.0.retention.q_proj.weight'.*\(32, 32\)",
         ),
         (
             "layers.2.norm1.bias",

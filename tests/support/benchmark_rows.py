@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from benchmarks.records import Record
+from benchmarks.measurements import Measurement
 
-RECORD = Record(
+ROW = Measurement(
     machine="a machine",
     commit="abc123",
     date="2026-01-02T03:04:05",
     torch="2.13.0",
     op="pop",
     shape="rem_train",
-    size=0,
     mode="pop",
     dtype="float32",
     backend="torch",
     direction="forward",
     sizes="B4",
-    computes="",
     samples=(2.0, 1.0, 3.0),
-    peak_bytes=None,
     flops=1_000,
     matrix_rate=2_000.0,
     verdict="right",

@@ -1,0 +1,319 @@
+"""Tests and timings on a GPU, each part in a process of its own with a time limit of its own.
+
+Run by benchmarks/gpu_report.sh, which says what it takes and what it leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
+
+import torch
+
+from benchmarks.machine import ROOT, commit, environment_with, origin, slug, version_of
+from benchmarks.measurements import FAILED, IN_GRAPH, RESULTS, RIGHT, WRONG, Measurement, append, read
+from benchmarks.text import duration, print_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of the report.
+
+    Attributes:
+        limit: seconds that it may take.
+        ops: those that `python -m benchmarks run` measures; none for the tests.
+        backends: by whom.
+        shapes, modes, dtypes: of which kind; all where none is named.
+    """
+
+    limit: float
+    ops: str = ""
+    backends: str = ""
+    shapes: str = ""
+    modes: str = ""
+    dtypes: str = ""
+
+    def command(self, csv: Path, *, dry_run: bool) -> list[str]:
+        """Measures it; its rows are in the file as soon as they are measured."""
+        words = [sys.executable, "-m", "benchmarks", "run", "--op", self.ops, "--csv", str(csv)]
+        words += ["--backend", self.backends] if self.backends else []
+        words += ["--mode", self.modes] if self.modes else []
+        if dry_run:
+            return [*words, "--dry-run", "--dtype", "fp32"]
+        words += ["--shape", self.shapes] if self.shapes else []
+        words += ["--dtype", self.dtypes] if self.dtypes else []
+        return [*words, "--device", "cuda"]
+
+
+TESTS = "tests"
+
+_LONG = "paper_train,paper_imagine,long_64,long_128,token_64,token_128"
+_DECODER = {
+    "ops": "decoder,imagination,step",
+    "shapes": "paper_train,rem_64,paper_token",
+    "modes": "pop,step,recurrent",
+    "dtypes": "bf16",
+}
+
+PARTS = {
+    "floors": Part(limit=40, ops="floors"),
+    TESTS: Part(limit=210),
+    "pop": Part(limit=60, ops="pop", backends="triton", shapes=_LONG),
+    "retention": Part(limit=60, ops="retention", backends="triton", shapes=_LONG),
+    "token-wise": Part(limit=40, ops="token_wise", backends="triton", dtypes="bf16"),
+    "decoder": Part(limit=50, backends="triton", **_DECODER),
+    "rem_atari": Part(limit=90, ops="rem_atari"),
+    "compiled decoder": Part(limit=100, backends="triton-compile", **_DECODER),
+    "peers": Part(limit=60, ops="pop,retention", backends="torch,fla", shapes=_LONG, dtypes="bf16"),
+}
+"""In the order in which they run: what is missed least comes last."""
+
+WHOLE = 455
+"""Seconds that all parts together may take."""
+
+REHEARSED = 4
+"""How many times as long a rehearsal's interpreted kernels may take."""
+
+GRACE = 20
+"""Seconds in which a part that is stopped may write down what it has; pytest does, for the tests so far."""
+
+LOG_LINES = 25
+"""Lines of a failed part's output that are shown."""
+
+MOST_WORKERS = 12
+"""Processes of the tests, where pytest-xdist is there: compiling the kernels takes most of the time."""
+
+Rows = list[Measurement]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the report. Returns 0; 1 if the tests did not pass; 2 if they did but another part failed."""
+    options = _parse(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        sys.exit("gpu_report.sh: torch sees no GPU here; --dry-run walks through it on the CPU")
+    started = time.monotonic()
+    with TemporaryDirectory() as folder:
+        environment = _environment(Path(folder), dry_run=options.dry_run)
+        found: dict[str, Rows] = {}
+        for part in options.parts:
+            left = WHOLE * (REHEARSED if options.dry_run else 1) - (time.monotonic() - started)
+            found[part] = _run_part(part, left, Path(folder), environment, dry_run=options.dry_run)
+    device = "rehearsal" if options.dry_run else torch.cuda.get_device_name()
+    path = options.out / f"gpu_{slug(device)}_{slug(commit())}.csv"
+    path.unlink(missing_ok=True)
+    append(path, [row for rows in found.values() for row in rows])
+    print_report(found)
+    versions = ", ".join(
+        f"{name} {version_of(name)}" for name in ("torch", "triton", "flash-linear-attention")
+    )
+    print(f"{sum(map(len, found.values()))} rows in {path}; {time.monotonic() - started:.0f} s; {versions}")
+    failed = {part for part, rows in found.items() if any(map(_failed, rows))}
+    return 1 if TESTS in failed else 2 if failed else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu_report.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, interpreted, tiny sizes")
+    parser.add_argument(
+        "--parts", type=_part_names, default=list(PARTS), metavar="A,B", help=", ".join(PARTS)
+    )
+    parser.add_argument("--out", type=Path, help="folder of the CSV; else $OUT, else benchmarks/results")
+    options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = Path(os.environ.get("OUT") or RESULTS)
+    return options
+
+
+def _part_names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    return names
+
+
+def _environment(folder: Path, *, dry_run: bool) -> dict[str, str]:
+    # Triton and tests/conftest.py look at the first, tests/gpu at the second.
+    extra = {"TRITON_INTERPRET": "1" if dry_run else "0"}
+    extra |= {"RETPOP_GPU_TESTS": "interpreter"} if dry_run else {}
+    packages = folder / "packages"
+    packages.mkdir()
+    return environment_with(ROOT, packages) | extra
+
+
+def _run_part(part: str, left: float, folder: Path, environment: Mapping[str, str], *, dry_run: bool) -> Rows:
+    if left <= 0:
+        print(f"{part}: not started, no time is left", flush=True)
+        return [_failure(part, "not started: no time was left")]
+    limit = min(PARTS[part].limit * (REHEARSED if dry_run else 1), left)
+    path, log = (folder / f"{slug(part)}{suffix}" for suffix in (".rows", ".log"))
+    is_tests = part == TESTS
+    command = (
+        pytest_command(path, dry_run=dry_run) if is_tests else PARTS[part].command(path, dry_run=dry_run)
+    )
+    ended = run_limited(command, limit, log, environment)
+    found = rows_of_tests(path) if is_tests else read(path)
+    if ended.status is None:
+        found.append(_failure(part, f"stopped after {limit:.0f} s"))
+    elif ended.status and not any(map(_failed, found)):
+        found.append(_failure(part, f"ended with status {ended.status}"))
+    failures = sum(map(_failed, found))
+    print(f"{part}: {len(found)} rows, {failures} failed, {ended.seconds:.0f} s", flush=True)
+    if failures:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:]), flush=True)
+    return found
+
+
+def _failure(part: str, note: str) -> Measurement:
+    return Measurement(**origin(_device()), op=part, mode=part, verdict=FAILED, note=note)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _failed(row: Measurement) -> bool:
+    """Whether it counts as a failure: others may be wrong, ours may not."""
+    return row.verdict == FAILED or (row.verdict == WRONG and row.is_ours)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a part's process ended.
+
+    Attributes:
+        status: its exit status; None: it was stopped at its limit.
+        seconds: that it took.
+    """
+
+    status: int | None
+    seconds: float
+
+
+def _heed_interrupts() -> None:
+    """In a new process: do not inherit that a shell's background job ignores this signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_limited(command: Sequence[str], limit: float, log: Path, environment: Mapping[str, str]) -> Ended:
+    """Run a command and all it starts, its output in ``log``, for at most ``limit`` seconds and `GRACE`."""
+    started = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+            preexec_fn=_heed_interrupts,
+        )
+        try:
+            status: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            status = None
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE)
+        finally:
+            # Also what the process has left running; usually nothing is there any more.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return Ended(status=status, seconds=time.monotonic() - started)
+
+
+def pytest_command(junit: Path, *, dry_run: bool) -> list[str]:
+    """Runs tests/gpu, from any folder, and leaves a JUnit file."""
+    words = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
+    words += ["-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+    # The project's pythonpath would put the checkout first, where retpop has no kernels.
+    words += ["-o", "pythonpath=", "-o", "junit_duration_report=call"]
+    if not dry_run and find_spec("xdist") is not None:
+        workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))
+        words += ["-n", str(workers), "--dist", "loadgroup"]
+    return [*words, str(ROOT / "tests" / "gpu")]
+
+
+def rows_of_tests(junit: Path) -> Rows:
+    """A row a test, with its errors against float64; no test that ran is a failure too."""
+    if not junit.exists():
+        return [_failure(TESTS, "pytest left no report")]
+    found = [_test_row(case) for case in ElementTree.parse(junit).iter("testcase")]
+    if all(row.note.startswith("skipped") for row in found):
+        found.append(_failure(TESTS, "no test ran"))
+    return found
+
+
+def _test_row(case: ElementTree.Element) -> Measurement:
+    problem = next((x for x in case if x.tag in ("failure", "error")), None)
+    skipped = case.find("skipped")
+    note = "; ".join(f"{p.get('name')} {p.get('value')}" for p in case.iter("property"))
+    if problem is not None:
+        note = (problem.get("message") or problem.tag).splitlines()[0]
+    elif skipped is not None:
+        note = f"skipped: {skipped.get('message')}"
+    return Measurement(
+        **origin(_device()),
+        op=TESTS,
+        mode=case.get("name", ""),
+        samples=(float(case.get("time", "nan")),),
+        verdict=RIGHT if problem is None else FAILED,
+        note=note,
+    )
+
+
+def print_report(found: Mapping[str, Rows]) -> None:
+    """Failures, the timings against their floors, and the tests in one line; short, for it is read last."""
+    rows = [row for rows in found.values() for row in rows]
+    for row in filter(_failed, rows):
+        words = (row.op, row.mode, row.shape, row.dtype, row.backend, row.direction)
+        print(f"FAILED {' '.join(filter(None, words))}: {row.note}")
+    print()
+    heading = ["what", "shape", "dtype", "by", "pass", "eager", "in a graph", "of floor", ""]
+    print_table(heading, _lines(row for row in rows if row.op != TESTS and not _failed(row)))
+    tests = found.get(TESTS, [])
+    skipped, failed = sum(row.note.startswith("skipped") for row in tests), sum(map(_failed, tests))
+    if tests:
+        print(f"\ntests: {len(tests) - skipped - failed} passed, {failed} failed, {skipped} skipped")
+
+
+def _lines(rows: Iterable[Measurement]) -> list[list[str]]:
+    """A line for a call and its graph, whose share of the floor is the kernels' and not Python's."""
+    pairs: dict[object, dict[bool, Measurement]] = {}
+    for row in rows:
+        plain = replace(row, backend=row.backend.removesuffix(IN_GRAPH))
+        pairs.setdefault(plain.key, {})[row.backend.endswith(IN_GRAPH)] = row
+    lines = []
+    for pair in pairs.values():
+        row = next(iter(pair.values()))
+        share = pair.get(True, row).fraction
+        times = [duration(pair[x].seconds) if x in pair and pair[x].samples else "" for x in (False, True)]
+        who, note = row.backend.removesuffix(IN_GRAPH), "" if row.flops or row.floor_bytes else row.note
+        lines.append(
+            [
+                f"{row.op}, {row.mode}",
+                f"{row.shape} {row.sizes}".strip(),
+                row.dtype,
+                who,
+                row.direction,
+                *times,
+                "" if share is None else f"{share:.0%}",
+                note if row.verdict == RIGHT else f"{row.verdict}: {row.note}",
+            ]
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Models of this library inside other libraries; each module needs the extra of its name."""

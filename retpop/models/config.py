@@ -1,0 +1,71 @@
+"""The configuration of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from retpop.config import RetNetConfig
+
+MODEL_TYPE = "retpop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetNetLMConfig:
+    """Everything that shapes a `RetNetLM`; checked once, here.
+
+    Attributes:
+        vocab_size: number of tokens V.
+        decoder: of the decoder; ``final_norm=True`` is usual.
+        tie_embeddings: whether the head's weight is the embedding's.
+        scale_embeddings: whether embeddings are multiplied by sqrt(E), as in the Transformer
+            (arXiv 1706.03762, section 3.4).
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range; the message names it.
+    """
+
+    vocab_size: int
+    decoder: RetNetConfig
+    tie_embeddings: bool = False
+    scale_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int):
+            raise TypeError(f"RetNetLMConfig: vocab_size is {self.vocab_size!r}; it must be an int.")
+        if self.vocab_size < 1:
+            raise ValueError(f"RetNetLMConfig: vocab_size is {self.vocab_size}; it must be at least 1.")
+        if not isinstance(self.decoder, RetNetConfig):
+            raise TypeError(f"RetNetLMConfig: decoder is {self.decoder!r}; it must be a RetNetConfig.")
+        for name in ("tie_embeddings", "scale_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"RetNetLMConfig: {name} is {getattr(self, name)!r}; it must be True or False."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values, ready for JSON, with ``model_type`` to recognise it by."""
+        return {"model_type": MODEL_TYPE, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RetNetLMConfig:
+        """The configuration that `to_dict` wrote.
+
+        Raises:
+            TypeError, ValueError: a key is unknown or missing, or ``model_type`` is another model's.
+        """
+        values = dict(values)
+        model_type = values.pop("model_type", None)
+        if model_type != MODEL_TYPE:
+            raise ValueError(f"RetNetLMConfig: model_type is {model_type!r}; it must be {MODEL_TYPE!r}.")
+        names = {field.name for field in fields(cls)}
+        unknown, missing = sorted(values.keys() - names), sorted({"vocab_size", "decoder"} - values.keys())
+        if unknown or missing:
+            raise ValueError(
+                f"RetNetLMConfig: unknown keys: {unknown or 'none'}; missing: {missing or 'none'}."
+            )
+        decoder = dict(values.pop("decoder"))
+        if isinstance(decoder.get("decay"), list):  # JSON has no tuples
+            decoder["decay"] = tuple(decoder["decay"])
+        return cls(decoder=RetNetConfig(**decoder), **values)
