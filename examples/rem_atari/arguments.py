@@ -115,11 +115,11 @@ class ReportArguments:
 
 @dataclass(frozen=True)
 class DiagnoseArguments:
-    """Say why a run does not learn: six signs, in the order in which to heed them, each with its figures.
+    """Say why a run does not learn: seven signs, in the order in which to heed them, each with its figures.
 
     Reads config.json and metrics.jsonl alone, so that it can look at a run that is under way. The checks:
     error on moving pixels, reward loss stuck high, entropy near zero before the imagined return moves,
-    world-model loss rising, codebook use, value scale.
+    world-model loss rising, codebook use, value scale, rewards of different sizes.
 
     Example: rem-atari diagnose runs/pong --json
 
@@ -156,8 +156,8 @@ class EvaluateArguments:
     random_episodes: int = 0
     """Games of random play under the same conditions, to compare with; 0: none."""
     temperature: float | None = None
-    """Temperature of the actions: below 1 is closer to the most likely one. None: the run's own for
-    evaluations (0.5 in the paper)."""
+    """Temperature of the actions: below 1 is closer to the most likely one, which 0 always takes. None: the
+    run's own for evaluations (0.5 in the paper)."""
     seed: int = 0
     """Seed of the games and the actions: with the same number of environments the same games again."""
     step: Step = "newest"

@@ -13,6 +13,8 @@ code  meaning
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -21,6 +23,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
@@ -47,13 +50,28 @@ commands:
   weights    fetch the weights of the perceptual loss, once
   list       list the games and the presets
 
-`rem-atari COMMAND --help` shows a command's flags, an example, and what it writes.
+`rem-atari COMMAND --help` shows a command's flags, an example, and what it writes;
+`rem-atari --version` the version.
 Try: rem-atari train --preset tiny --env.game Breakout
 
 exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after
 
 The commands need the packages of an extra: pip install 'retpop[atari]'"""
 """The overview. It is no work of tyro's, so that it answers where the extra is not installed."""
+
+SPELLINGS = {
+    "±": "+-",
+    "−": "-",
+    "–": "-",
+    "—": "-",
+    "×": "x",
+    "…": "...",
+    "∞": "inf",
+    "“": '"',
+    "”": '"',
+    "’": "'",
+}
+"""What stands for a character where the terminal does not have it; for others a question mark does."""
 
 EXTRAS = {
     "atari": {
@@ -87,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: by tyro, which has then said what is wrong (code 2) or shown a command's help (code 0).
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    _spell_out_what_terminals_cannot_show()
     try:
         with _sigterm_interrupts(), _plain_warnings():
             try:
@@ -121,6 +140,9 @@ def _run(words: list[str]) -> int:
         return WRONG_USE
     if words[0] in ("-h", "--help"):
         print(HELP)
+        return DONE
+    if words[0] == "--version":
+        print(f"rem-atari {version('retpop')}")
         return DONE
     # Imported here: both need packages of the extra, which may be missing.
     from rem_atari.arguments import parse_arguments
@@ -177,6 +199,22 @@ def _plain_warnings() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def _spell_out_what_terminals_cannot_show() -> None:
+    """Let output go on where a terminal has another encoding (LANG=C), or a path is in none."""
+    codecs.register_error("rem_atari.spell_out", _spell_out)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="rem_atari.spell_out")
+
+
+def _spell_out(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that cannot be written, and where the text goes on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(SPELLINGS.get(character, "?") for character in text), error.end
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -29,6 +29,10 @@ class EnvironmentDiedError(RunError):
     """An environment raised, died or did not answer in time."""
 
 
+class EnvironmentAnswerError(RunError, ValueError):
+    """An environment answered what none may; another one in its place would do the same."""
+
+
 def describe_os_error(error: OSError) -> str:
     """What the operating system refused, and for which file, as one sentence for the user.
 
@@ -39,3 +43,8 @@ def describe_os_error(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot write {where}{reason}; nothing that was saved before is lost: make room and try again"
     return f"{where}{reason}"
+
+
+def explain(error: BaseException) -> str:
+    """An error that nobody foresaw in a few words, for a sentence."""
+    return " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__

@@ -13,6 +13,7 @@ from rem_atari.agent import Agent
 from rem_atari.config import Config
 from rem_atari.config.presets import PRESETS
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
+from rem_atari.runs.config_file import config_text
 from rem_atari.runs.folder import RunFolder, create_run_folder
 
 DEBUG = replace(PRESETS["debug"], threads=0)
@@ -29,7 +30,8 @@ def make_run(
         agent = Agent.from_config(config, num_actions=3)
         complete = epoch - (len(steps) - 1 - place)
         state = {"epoch": complete, "env_steps": 10 * step, "action_names": ["left", "stay", "right"]}
-        save_checkpoint(run.checkpoints, Checkpoint(step, agent.state_dict(), {}, state), keep=len(steps))
+        checkpoint = Checkpoint(step, agent.state_dict(), {}, state, config=config_text(config))
+        save_checkpoint(run.checkpoints, checkpoint, keep=len(steps))
     return run
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -18,10 +19,10 @@ from rem_atari.commands.counting import counting, tell
 from rem_atari.config import Config
 from rem_atari.envs import env_name
 from rem_atari.errors import UsageError
+from rem_atari.evaluation import EvaluationResult, evaluate_random, playing_conditions
+from rem_atari.evaluation import evaluate as play_games
 from rem_atari.films.games import BestAndWorst, GameFilm
 from rem_atari.films.video import check_video_path, enlarge, save_video
-from rem_atari.play.evaluation import EvaluationResult, evaluate_random, playing_conditions
-from rem_atari.play.evaluation import evaluate as play_games
 from rem_atari.runs.durable import replace_file
 from rem_atari.runs.reading import EPISODES_FILE, SUMMARY_FILE
 from rem_atari.runs.trained import TrainedAgent, load_trained
@@ -34,6 +35,15 @@ FILM_PIXELS = 256
 
 ATARI_FPS, OTHER_FPS = 15.0, 5.0
 """Of an Atari game every fourth frame of 60 a second is seen; small games have no speed of their own."""
+
+
+OWN_FILES = (EPISODES_FILE, SUMMARY_FILE, "best.mp4", "worst.mp4")
+"""All that an evaluation may leave; whatever else is in its folder is somebody's."""
+
+PROBE = ".probe"
+
+_LEFTOVER = re.compile(r"\.writing-\d+-(best|worst)\.mp4|\.(episodes\.csv|summary\.json|\.probe)\.writing")
+"""Temporary names of `save_video` and `replace_file`."""
 
 
 def evaluate(arguments: EvaluateArguments) -> None:
@@ -69,12 +79,15 @@ def evaluate(arguments: EvaluateArguments) -> None:
         )
     random = _play_at_random(trained, config, arguments.random_episodes, arguments.seed)
     summary = summarise(result, trained, config, seed=arguments.seed, random=random)
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)  # of an earlier evaluation, which these are not of
+    written = [folder / EPISODES_FILE, folder / SUMMARY_FILE]
     replace_file(folder / EPISODES_FILE, episodes_csv(result, config).encode())
     if films is not None:
-        _save_films(folder, films, config)
+        written += _save_films(folder, films, config)
     replace_file(folder / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
     print(describe(summary))
-    print(f"written: {', '.join(str(path) for path in sorted(folder.iterdir()))}")
+    print(f"written: {', '.join(str(path) for path in sorted(written))}")
 
 
 def _play_at_random(
@@ -94,11 +107,19 @@ def _play_at_random(
 
 
 def _make_folder(folder: Path) -> Path:
-    """Make the folder for the results before anything is played for nothing."""
+    """Make the folder for the results, and try to write to it, before anything is played for nothing.
+
+    What an evaluation that was interrupted left half written goes.
+    """
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link; --out names the folder that it leads to")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.iterdir():
+            if _LEFTOVER.fullmatch(leftover.name):
+                leftover.unlink()
+        replace_file(folder / PROBE, b"")
+        (folder / PROBE).unlink()
     except OSError as error:
         raise UsageError(
             f"cannot write to {folder}: {error.strerror or error}; --out names another"
@@ -175,8 +196,9 @@ def film_fps(config: Config) -> float:
     return ATARI_FPS if config.env.id is None else OTHER_FPS
 
 
-def _save_films(folder: Path, films: BestAndWorst, config: Config) -> None:
+def _save_films(folder: Path, films: BestAndWorst, config: Config) -> list[Path]:
     """Films of the best and the worst game, which are one where only one was played."""
+    written = []
     found: list[tuple[str, GameFilm | None]] = [("best", films.best)]
     if films.worst is not films.best:
         found.append(("worst", films.worst))
@@ -184,7 +206,9 @@ def _save_films(folder: Path, films: BestAndWorst, config: Config) -> None:
         if film is not None:
             tell(f"filming the {name} game: return {film.game.raw_return:g}, {film.game.length} steps")
             frames = (enlarge(frame, FILM_PIXELS) for frame in film)
-            save_video(folder / f"{name}.mp4", frames, film_fps(config))
+            written.append(folder / f"{name}.mp4")
+            save_video(written[-1], frames, film_fps(config))
+    return written
 
 
 def describe(summary: Mapping[str, Any]) -> str:

@@ -13,9 +13,9 @@ from rem_atari.commands.counting import counting, tell
 from rem_atari.commands.evaluate import film_fps
 from rem_atari.config import Config
 from rem_atari.errors import UsageError
+from rem_atari.evaluation import playing_conditions
 from rem_atari.films.side_by_side import Moment, draw, play
 from rem_atari.films.video import check_video_path, save_video
-from rem_atari.play.evaluation import playing_conditions
 from rem_atari.runs.trained import load_trained
 from rem_atari.training.setup import check_config
 
@@ -68,5 +68,7 @@ def _pictures(
     moments: Iterator[Moment], dream_steps: int, advance: Callable[[int], None]
 ) -> Iterator[np.ndarray]:
     for moment in moments:
+        if moment.ending is not None:
+            yield draw(moment.ending, dream_steps)
         yield draw(moment, dream_steps)
         advance(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -11,7 +10,7 @@ from rem_atari.commands.counting import tell
 from rem_atari.commands.train import check_stop_after, conclude, run_and_report
 from rem_atari.config import Config
 from rem_atari.errors import UsageError
-from rem_atari.runs.durable import replace_file
+from rem_atari.runs.config_file import write_config
 from rem_atari.runs.folder import RunFolder, hold_run_folder, open_run_folder
 
 Part = TypeVar("Part")
@@ -33,20 +32,25 @@ def resume(arguments: ResumeArguments) -> None:
     check_stop_after(arguments.stop_after)
     run = open_run_folder(arguments.run)
     with hold_run_folder(run.path):
-        saved = run.load_config()
-        config = change_config(saved, arguments)
+        saved = run.read_config()
+        if saved.note is not None:
+            tell(f"warning: {saved.note}{'; the run goes on with it' if saved.is_edited else ''}")
+        if saved.lost_from is not None:
+            write_config(run.config, saved.config)
+        config = change_config(saved.config, arguments)
         checkpoint = newest_checkpoint(run, tell)
         if epochs_complete(checkpoint) >= config.schedule.epochs:
             _say_finished(run, config)
             return
         with prepare_training(config) as parts:
-            if config != saved:
-                replace_file(run.config, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+            if config != saved.config or saved.is_edited:
+                write_config(run.config, config)
             if checkpoint is None:
                 tell("the run was stopped before its first checkpoint: it starts from its beginning")
             else:
                 tell(f"going on from checkpoint {checkpoint.step}")
-            run_and_report(config, run, parts, checkpoint, stop_after=arguments.stop_after)
+            edits = saved.edits if saved.is_edited else None
+            run_and_report(config, run, parts, checkpoint, stop_after=arguments.stop_after, edits=edits)
 
 
 def change_config(config: Config, arguments: ResumeArguments) -> Config:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rem_atari.arguments import TrainArguments
 from rem_atari.commands.report import explain_unwritten
 from rem_atari.config import Config
 from rem_atari.errors import RunError, UsageError
-from rem_atari.runs.folder import RunFolder, create_run_folder, default_run_path, hold_run_folder
+from rem_atari.runs.folder import (
+    RunFolder,
+    create_run_folder,
+    default_run_path,
+    hold_run_folder,
+    make_new_folder,
+)
 
 if TYPE_CHECKING:
     from rem_atari.runs.checkpoint import Checkpoint
@@ -28,10 +35,13 @@ def train(arguments: TrainArguments) -> None:
 
     config = arguments.config
     check_stop_after(arguments.stop_after)
-    path = arguments.run or default_run_path(config, env_name(config.env), datetime.now())
-    with prepare_training(config) as parts, hold_run_folder(path):
-        run = create_run_folder(path, config)
-        run_and_report(config, run, parts, stop_after=arguments.stop_after)
+    with prepare_training(config) as parts:
+        path = arguments.run
+        if path is None:
+            path = make_new_folder(default_run_path(config, env_name(config.env), datetime.now()))
+        with hold_run_folder(path):
+            run = create_run_folder(path, config)
+            run_and_report(config, run, parts, stop_after=arguments.stop_after)
 
 
 def run_and_report(
@@ -41,8 +51,17 @@ def run_and_report(
     checkpoint: Checkpoint | None = None,
     *,
     stop_after: float | None = None,
+    edits: Mapping[str, Any] | None = None,
 ) -> None:
     """Train from the beginning or a checkpoint to the end, write the report, and say where it is.
+
+    Args:
+        config: the run's configuration.
+        run: its folder.
+        parts: environments and agent.
+        checkpoint: where to go on from; None: the beginning.
+        stop_after: seconds after which it stops; None: no bound.
+        edits: how config.json was edited by hand, to be recorded; None: it was not.
 
     Raises:
         StoppedError: a signal has come, or `stop_after` seconds have passed, and the run was not done.
@@ -56,9 +75,10 @@ def run_and_report(
 
     progress = make_progress(plan_run(config), config.schedule.epochs, sys.stderr)
     progress.say(f"run folder: {run.path}")
+    progress.say(f"the agent sees {parts.envs.sees}")
     command = "train" if checkpoint is None else "resume"
     reproduce = train_command(config, PRESETS.get(config.preset))
-    log_session(run, command, reproduce=reproduce, device=config.device)
+    log_session(run, command, reproduce=reproduce, device=config.device, edits=edits)
     with progress, StopRequest(stop_after) as stop:
         Trainer(config, run, parts, progress, stop, checkpoint).run()
     progress.say("writing the report")

@@ -91,3 +91,12 @@ def _name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(repr(value) for value in get_args(hint))
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dictionary from dotted paths to values."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, dict) else {path: value})
+    return flat

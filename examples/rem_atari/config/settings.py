@@ -34,6 +34,14 @@ class EnvConfig:
     """Any gymnasium id with pixels and discrete actions, for example MinAtar/Breakout-v1, or
     my_module:MyGame-v0, which imports my_module first. Pixels are RGB observations, or else rendered
     pictures. `game`, `frame_skip` and `noop_max` are not used. None: the ALE game `game`."""
+    kwargs: tuple[str, ...] = ()
+    """With an `id`: what the environment is made with, as key=value words (size=8 mode=hard; a value that is
+    JSON is taken as JSON) or as one JSON object."""
+    wrapper: str | None = None
+    """With an `id`: module:Name of a wrapper (anything that takes an environment and returns one) to put
+    around the environment."""
+    render: bool = False
+    """With an `id`: show what the environment renders although its observations are images too."""
     action_repeat: int = 1
     """With an `id`: steps of the environment that one action lasts; their rewards are added up, and the last
     frame is shown."""
@@ -247,7 +255,7 @@ class EvaluationConfig:
     num_envs: int = 8
     """Environments stepped side by side."""
     temperature: float = 0.5
-    """Temperature of the actions."""
+    """Temperature of the actions; 0: always the most likely one."""
     random_episodes: int = 20
     """Episodes of a random agent, played once for comparison; 0: none."""
     max_steps: int | None = None
@@ -258,7 +266,14 @@ class EvaluationConfig:
     """Steps of the last evaluation so far that are kept in heldout/, for the report; never trained on."""
 
 
-ADDED_FIELDS = {"cuda_graphs": False, "tokenizer.patchwise": False, "world_model.freeze_at_init": False}
+ADDED_FIELDS = {
+    "cuda_graphs": False,
+    "env.kwargs": (),
+    "env.wrapper": None,
+    "env.render": False,
+    "tokenizer.patchwise": False,
+    "world_model.freeze_at_init": False,
+}
 """Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
 what those runs did."""
 

@@ -2,7 +2,7 @@
 
 Whatever the game, observations are frames, Box uint8 (S, S, 3) with S = `EnvConfig.frame_size`, and actions
 are Discrete. An episode is what the agent stores; a *game* may span several (Atari's lives). Where they
-differ, `info["game_over"]` says so (`atari.LifeLossEndsEpisode`); `vector.VectorEnv` reads it.
+differ, `atari.LifeLossEndsEpisode` tells; of anybody's `info` nothing is read.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def make_env(cfg: EnvConfig, *, training: bool) -> gymnasium.Env:
         MissingExtraError: the extra that the game needs is not installed.
         ValueError: observations or actions are of a kind that the agent does not take.
     """
+    if cfg.id is None or cfg.id.startswith(MINATAR):
+        _check_unused(cfg)
     if cfg.id is None:
         return make_atari(cfg, training=training)
     if cfg.id.startswith("ALE/"):
@@ -52,11 +54,21 @@ def make_env(cfg: EnvConfig, *, training: bool) -> gymnasium.Env:
     if cfg.id.startswith(MINATAR):
         env = make_minatar(cfg.id, cfg.minatar, frame_size=cfg.frame_size)
     else:
-        env = make_gym_pixels(cfg.id)
+        env = make_gym_pixels(cfg)
     env = TimeLimit(env, cfg.max_raw_frames if training else cfg.eval_max_raw_frames)
     if cfg.action_repeat > 1:
         env = RepeatAction(env, cfg.action_repeat)
-    return show_frames(env, cfg.frame_size)
+    return show_frames(env, cfg)
+
+
+def _check_unused(cfg: EnvConfig) -> None:
+    """What only gymnasium's environments have is not silently ignored elsewhere."""
+    for name, value in (("kwargs", cfg.kwargs), ("wrapper", cfg.wrapper), ("render", cfg.render)):
+        if value:
+            raise ValueError(
+                f"env.{name} is {value!r}, but the game {cfg.id or cfg.game} takes none; it is for other"
+                " environments named by env.id"
+            )
 
 
 def env_name(cfg: EnvConfig) -> str:

@@ -25,6 +25,7 @@ import gymnasium
 import numpy as np
 
 from rem_atari.config import EnvConfig
+from rem_atari.envs.env_state import KeepsNothing
 from rem_atari.envs.errors import UnknownGameError, needs_extra
 from rem_atari.envs.frames import frame_space, resize_frame
 
@@ -62,7 +63,7 @@ def list_games() -> list[str]:
 def make_atari(cfg: EnvConfig, *, training: bool) -> gymnasium.Env:
     """The game `cfg.game` with Atari 100K's preprocessing; frames (S, S, 3) uint8, S = `cfg.frame_size`.
 
-    `info` holds ale-py's entries and, in training, those of `LifeLossEndsEpisode`.
+    `info` holds ale-py's entries; in training the outermost layer is a `LifeLossEndsEpisode`.
 
     Args:
         cfg: the game and its preprocessing.
@@ -109,7 +110,7 @@ def _check_at_least_one(name: str, value: int) -> None:
         raise ValueError(f"env.{name} is {value}; it must be at least 1.")
 
 
-class NoopStart(gymnasium.Wrapper):
+class NoopStart(KeepsNothing, gymnasium.Wrapper):
     """Begin every game with 1 to `most` no-ops, so that games differ although the emulator does not.
 
     The reward of these frames is dropped: nobody played them. If one of them ends the game, a new one begins
@@ -129,15 +130,8 @@ class NoopStart(gymnasium.Wrapper):
                 frame, info = self.env.reset(options=options)
         return frame, info
 
-    def get_resume_state(self) -> Info:
-        """Nothing: the no-ops are drawn from the game's own `np_random`, and over when `reset` returns."""
-        return {}
 
-    def set_resume_state(self, state: Info) -> None:
-        """Take nothing."""
-
-
-class SkipFrames(gymnasium.Wrapper):
+class SkipFrames(KeepsNothing, gymnasium.Wrapper):
     """Repeat an action for `skip` raw frames and show the maximum of the last two, each resized first.
 
     The maximum undoes the flicker of games that draw half their objects on every other frame. A game that
@@ -169,53 +163,48 @@ class SkipFrames(gymnasium.Wrapper):
         shown = np.maximum.reduce([resize_frame(frame, self._size) for frame in last_two])
         return shown, total, terminated, truncated, info
 
-    def get_resume_state(self) -> Info:
-        """Nothing: no frame is kept between steps."""
-        return {}
-
-    def set_resume_state(self, state: Info) -> None:
-        """Take nothing."""
-
 
 class LifeLossEndsEpisode(gymnasium.Wrapper):
     """End an episode (terminated) with each life while the game goes on; its next `reset` is one no-op.
 
-    That no-op is one action, so it lasts as many raw frames as any other. `info` tells more:
+    That no-op is one action, so it lasts as many raw frames as any other. A reset with a seed, or in the
+    middle of a life, starts a new game.
 
-    - ``game_over`` (step): the game itself ended or was cut short, so the next reset starts a new one;
-    - ``game_over`` (reset): the no-op ended the game, and the observation is of a new one already;
-    - ``reset_reward`` (reset): the raw reward of that no-op, which belongs to the game's return.
-
-    A reset with a seed, or in the middle of a life, starts a new game.
+    Attributes:
+        game_over: after a step: the game itself ended or was cut short, so the next reset starts a new one;
+            after a reset: the no-op ended the game, and the observation is of a new one already.
+        reset_reward: the raw reward of the last reset's no-op, which belongs to the game's return; else 0.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
+        self.game_over = False
+        self.reset_reward = 0.0
         self._lives = 0
         self._game_goes_on = False
 
     def step(self, action: int) -> Step:
         """Step the game; `terminated` where it ended or a life was lost."""
         frame, reward, terminated, truncated, info = self.env.step(action)
-        game_over = terminated or truncated
+        self.game_over = terminated or truncated
         # Some games count down to 0 a few frames before they are over: that last life ends with the game.
         life_lost = 0 < info["lives"] < self._lives
         self._lives = info["lives"]
-        self._game_goes_on = life_lost and not game_over
-        return frame, float(reward), terminated or life_lost, truncated, {**info, "game_over": game_over}
+        self._game_goes_on = life_lost and not self.game_over
+        return frame, float(reward), terminated or life_lost, truncated, info
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[np.ndarray, Info]:
         """Go on with the game after a life loss, or start a new one."""
         starts_anew = seed is not None or not self._game_goes_on
-        reward, game_over = 0.0, False
+        self.reset_reward, self.game_over = 0.0, False
         if not starts_anew:
             frame, reward, terminated, truncated, info = self.env.step(NOOP)
-            game_over = terminated or truncated
-        if starts_anew or game_over:
+            self.reset_reward, self.game_over = float(reward), terminated or truncated
+        if starts_anew or self.game_over:
             frame, info = self.env.reset(seed=seed, options=options)
         self._lives = info["lives"]
         self._game_goes_on = False
-        return frame, {**info, "game_over": game_over, "reset_reward": float(reward)}
+        return frame, info
 
     def get_resume_state(self) -> Info:
         """The lives seen last, and whether the next `reset` goes on with the game."""

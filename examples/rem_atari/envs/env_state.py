@@ -5,7 +5,8 @@ An environment is a stack of layers, the wrappers and the game itself, and each 
 - a layer of this package, or any environment of yours, by two methods: ``get_resume_state() -> dict``, plain
   JSON data, and ``set_resume_state(state)``, which a fresh instance gets before any ``reset``;
 - a game of the Arcade Learning Environment by its emulator's snapshot, random numbers included;
-- gymnasium's own wrappers by the attributes listed in `WRAPPER_ATTRIBUTES`.
+- gymnasium's own wrappers by the attributes listed in `WRAPPER_ATTRIBUTES`;
+- a layer that keeps nothing between steps (`KeepsNothing`) is left out.
 
 A stack with any other layer cannot be saved: a layer that is not known may hold anything.
 """
@@ -18,26 +19,32 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 State = dict[str, Any]
 """Plain JSON data."""
 
 WRAPPER_ATTRIBUTES: dict[type[gymnasium.Wrapper], tuple[str, ...]] = {
     OrderEnforcing: ("_has_reset",),
-    PassiveEnvChecker: (),
     TimeLimit: ("_elapsed_steps",),
 }
 """Of gymnasium's wrappers that change nothing but these attributes while a game is played."""
+
+STATES_OF_NOTHING = ("PassiveEnvChecker",)
+"""Layers in the states of earlier versions that are no longer there, and kept nothing."""
 
 MOST_SNAPSHOT_BYTES = 1_000_000
 """An emulator's snapshot has about 15,000; whatever is far above that is none."""
 
 
+class KeepsNothing:
+    """A layer that keeps nothing between steps, so that there is nothing of it to save."""
+
+
 def save_env(env: gymnasium.Env) -> State | None:
     """The state of an environment with all its wrappers; None where one of its layers cannot be saved."""
     layers = []
-    for layer in _layers(env):
+    for layer in _keeping(env):
         state = _save_layer(layer)
         if state is None:
             return None
@@ -51,12 +58,14 @@ def load_env(env: gymnasium.Env, state: State) -> None:
     Raises:
         ValueError: the state is of an environment that is made in another way.
     """
-    layers = list(_layers(env))
+    layers = list(_keeping(env))
     names = [type(layer).__name__ for layer in layers]
-    saved = [entry["layer"] for entry in state["layers"]]
+    left_out = {kind.__name__ for kind in KeepsNothing.__subclasses__()} | set(STATES_OF_NOTHING)
+    entries = [entry for entry in state["layers"] if entry["layer"] not in left_out]
+    saved = [entry["layer"] for entry in entries]
     if saved != names:
         raise ValueError(f"the saved environment consists of {saved}, this one of {names}")
-    for layer, entry in zip(layers, state["layers"], strict=True):
+    for layer, entry in zip(layers, entries, strict=True):
         _load_layer(layer, entry["state"])
 
 
@@ -72,12 +81,17 @@ def set_random_state(env: gymnasium.Env, state: State) -> None:
     env.np_random.bit_generator.state = state
 
 
-def _layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
+def layers_of(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
     """The wrappers from the outside in, and the game."""
     while isinstance(env, gymnasium.Wrapper):
         yield env
         env = env.env
     yield env
+
+
+def _keeping(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
+    """The layers that keep something between steps, or of which nobody knows."""
+    return (layer for layer in layers_of(env) if not isinstance(layer, KeepsNothing))
 
 
 def _save_layer(layer: gymnasium.Env) -> State | None:
@@ -97,19 +111,10 @@ def _load_layer(layer: gymnasium.Env, state: State) -> None:
     elif type(layer) in WRAPPER_ATTRIBUTES:
         for name in WRAPPER_ATTRIBUTES[type(layer)]:
             setattr(layer, name, state[name])
-        _spare_checks(layer)
     elif _is_emulated(layer):
         _load_snapshot(layer, state)
     else:
         raise ValueError(f"an environment with the layer {type(layer).__name__} cannot be loaded")
-
-
-def _spare_checks(layer: gymnasium.Wrapper) -> None:
-    """A checker compares a game's first steps with its reset, which the process before has seen to."""
-    if isinstance(layer, PassiveEnvChecker):
-        for name in vars(layer):
-            if name.startswith("checked_"):
-                setattr(layer, name, True)
 
 
 def _is_emulated(layer: gymnasium.Env) -> bool:

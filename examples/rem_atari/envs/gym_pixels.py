@@ -2,87 +2,163 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Discrete
 
+from rem_atari.config import EnvConfig
+from rem_atari.envs.answers import CheckedAnswers
+from rem_atari.envs.env_options import parse_kwargs
+from rem_atari.envs.env_state import WRAPPER_ATTRIBUTES, KeepsNothing, layers_of
 from rem_atari.envs.errors import UnknownGameError
-from rem_atari.envs.frames import ResizeFrames, frame_space, is_picture_space, resize_frame
+from rem_atari.envs.frames import ResizeFrames, frame_space, is_picture_space, resize_frame, to_rgb
 
 Info = dict[str, Any]
-Step = tuple[np.ndarray, float, bool, bool, Info]
+Step = tuple[Any, float, bool, bool, Info]
 
 
-def make_gym_pixels(name: str) -> gymnasium.Env:
-    """The gymnasium environment `name`, or "module:name", made to render where its pictures are needed.
+def make_gym_pixels(cfg: EnvConfig) -> gymnasium.Env:
+    """The gymnasium environment `cfg.id`, or "module:name", made to render where its pictures are needed.
 
-    Where its observations are RGB images they are the frames. Where they are anything else, the environment
-    is asked to render instead, and `show_frames` takes the pictures.
+    Where its observations are images they are the frames. Where they are anything else, or `cfg.render` asks
+    for it, the environment is asked to render instead, and `show_frames` takes the pictures.
 
     Raises:
         UnknownGameError: there is no such environment.
-        ValueError: it has no pixels, or its actions are not Discrete from 0.
+        ValueError: it cannot be made, it has no pixels, or its actions are not Discrete from 0.
     """
+    env = _make(cfg)
+    if is_rendered(env, cfg):
+        modes = env.metadata.get("render_modes") or []
+        if "rgb_array" not in modes:
+            raise ValueError(
+                f"{cfg.id}: the observation space is {env.observation_space}; wanted RGB images, RGBA or gray"
+                " (Box uint8 up to 255, 8 pixels a side at least), or the render mode 'rgb_array' (it has"
+                f" {', '.join(map(str, modes)) or 'none'})."
+            )
+        env.close()
+        env = _make(cfg, render_mode="rgb_array")
+    actions = env.action_space
+    if not isinstance(actions, Discrete) or actions.start != 0:
+        raise ValueError(f"{cfg.id}: the action space is {actions}; wanted Discrete, counting from 0.")
+    return env
+
+
+def is_rendered(env: gymnasium.Env, cfg: EnvConfig) -> bool:
+    """Whether an environment's frames are what it renders, not what it observes."""
+    return cfg.render or not is_picture_space(env.observation_space)
+
+
+def show_frames(env: gymnasium.Env, cfg: EnvConfig) -> gymnasium.Env:
+    """Let an environment show frames, RGB of `cfg.frame_size`: its observations, or what it renders."""
+    if is_rendered(env, cfg):
+        return RenderedFrames(env, cfg.frame_size, cfg.id or cfg.game)
+    if env.observation_space != frame_space(cfg.frame_size):
+        return ResizeFrames(env, cfg.frame_size)
+    return env
+
+
+def what_is_seen(env: gymnasium.Env) -> str:
+    """What an environment's frames show, for the user: the source, its size, and the size that is left."""
+    side = env.observation_space.shape[0] if env.observation_space.shape else 0
+    layers = list(layers_of(env))
+    rendered = next((layer for layer in layers if isinstance(layer, RenderedFrames)), None)
+    source = layers[-1].observation_space
+    if rendered is not None:
+        height, width = rendered.picture_shape
+        text = f"what the game renders, {width} x {height}, not {_short(source)}"
+    elif source.shape and len(source.shape) >= 2:
+        text = f"the game's images, {source.shape[1]} x {source.shape[0]}"
+    else:
+        return "the game's frames"
+    return f"{text}, as {side} x {side} pixels"
+
+
+def _short(space: gymnasium.Space) -> str:
+    """A space in a few characters: kind and shape where it has one, as Box(4,)."""
+    return f"{type(space).__name__}{space.shape}" if space.shape else type(space).__name__
+
+
+def _make(cfg: EnvConfig, **more: str) -> gymnasium.Env:
+    """The environment as its id, its keyword arguments and its wrapper say, its answers checked."""
+    name = cfg.id or ""
+    kwargs = parse_kwargs(cfg.kwargs)
     try:
-        env = gymnasium.make(name)
-        if not is_picture_space(env.observation_space):
-            env = _make_rendered(env, name)
+        # Its checks are ours (`answers`), which stop a run where gymnasium's would warn.
+        env = gymnasium.make(name, disable_env_checker=True, **{**kwargs, **more})
     except gymnasium.error.DependencyNotInstalled as error:
         raise ValueError(f"{name} cannot be made: {error}") from error
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise UnknownGameError(f"There is no gymnasium environment {name!r}: {error}") from error
-    actions = env.action_space
-    if not isinstance(actions, Discrete) or actions.start != 0:
-        raise ValueError(f"{name}: the action space is {actions}; wanted Discrete, counting from 0.")
-    return env
+        reason = f"{str(error).rstrip('.')}{_module_hint(name)}"
+        raise UnknownGameError(f"There is no gymnasium environment {name!r}: {reason}") from error
+    except (Exception, SystemExit) as error:
+        made_with = f" with {kwargs}" if kwargs else ""
+        reason = f"it raised {type(error).__name__}: {error}"
+        raise ValueError(f"{name} cannot be made{made_with}: {reason}") from error
+    _check_signature(env, name)
+    env = _check_answers(env)
+    return env if cfg.wrapper is None else CheckedAnswers(_wrap(env, cfg.wrapper))
 
 
-def show_frames(env: gymnasium.Env, size: int) -> gymnasium.Env:
-    """Let an environment show frames (size, size, 3): its observations, or else what it renders."""
-    if not is_picture_space(env.observation_space):
-        return RenderedFrames(env, size)
-    if env.observation_space.shape != (size, size, 3):
-        return ResizeFrames(env, size)
-    return env
+def _module_hint(name: str) -> str:
+    """What to do where an id's module lies in the current folder, which a console script does not search."""
+    module, colon, _ = name.partition(":")
+    if colon and Path(f"{module}.py").is_file() and find_spec(module) is None:
+        return f"; `python -m rem_atari` instead of `rem-atari` finds {module}.py in the current folder"
+    return ""
 
 
-def _make_rendered(env: gymnasium.Env, name: str) -> gymnasium.Env:
-    """The environment made once more, to render RGB pictures, if it can."""
-    env.close()
-    modes = env.metadata.get("render_modes") or []
-    if "rgb_array" not in modes:
+def _check_signature(env: gymnasium.Env, name: str) -> None:
+    """Environments from before gymnasium took no seed when they were reset."""
+    parameters = inspect.signature(env.unwrapped.reset).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    missing = [wanted for wanted in ("seed", "options") if wanted not in parameters]
+    if missing:
         raise ValueError(
-            f"{name}: the observation space is {env.observation_space}; wanted RGB images, Box uint8"
-            f" (H, W, 3), or the render mode 'rgb_array' (it has {', '.join(map(str, modes)) or 'none'})."
+            f"{name}: its reset() takes no {' and no '.join(missing)}; wanted gymnasium's"
+            " reset(*, seed=None, options=None)"
         )
-    env = gymnasium.make(name, render_mode="rgb_array")
+
+
+def _check_answers(env: gymnasium.Env) -> gymnasium.Env:
+    """Check answers below gymnasium's own wrappers, which take them apart and fail in words of their own."""
+    layer = env
+    while type(layer) in WRAPPER_ATTRIBUTES:
+        if type(layer.env) not in WRAPPER_ATTRIBUTES:
+            layer.env = CheckedAnswers(layer.env)
+            return env
+        layer = layer.env
+    return CheckedAnswers(env)
+
+
+def _wrap(env: gymnasium.Env, wrapper: str) -> gymnasium.Env:
+    """The environment in the wrapper "module:Name".
+
+    Raises:
+        ValueError: there is no such wrapper, or it makes no environment.
+    """
+    module, _, name = wrapper.partition(":")
     try:
-        # What rendering needs may not be installed, and is better missed now than once a run has begun.
-        env.reset(seed=0)
-        _check_picture(env.render(), name)
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise ValueError(f"{name} cannot be rendered: {error}") from error
-    return env
+        make = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"env.wrapper is {wrapper!r}; wanted module:Name ({error})") from error
+    try:
+        wrapped = make(env)
+    except Exception as error:
+        raise ValueError(f"env.wrapper {wrapper} raised {type(error).__name__}: {error}") from error
+    if not isinstance(wrapped, gymnasium.Env):
+        raise ValueError(f"env.wrapper {wrapper} gave a {type(wrapped).__name__}, wanted a gymnasium.Env")
+    return wrapped
 
 
-def _check_picture(picture: Any, name: str) -> np.ndarray:
-    is_picture = (
-        isinstance(picture, np.ndarray)
-        and picture.dtype == np.uint8
-        and picture.ndim == 3
-        and picture.shape[2] == 3
-    )
-    if not is_picture:
-        kind = (
-            f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-        )
-        raise ValueError(f"{name}: render() gives {kind}; wanted an RGB image, uint8 (H, W, 3).")
-    return picture
-
-
-class RepeatAction(gymnasium.Wrapper):
+class RepeatAction(KeepsNothing, gymnasium.Wrapper):
     """Repeat an action for up to `times` steps; rewards are added up, and the last observation is shown."""
 
     def __init__(self, env: gymnasium.Env, times: int) -> None:
@@ -99,38 +175,39 @@ class RepeatAction(gymnasium.Wrapper):
                 break
         return observation, total, terminated, truncated, info
 
-    def get_resume_state(self) -> Info:
-        """Nothing: nothing is kept between steps."""
-        return {}
 
-    def set_resume_state(self, state: Info) -> None:
-        """Take nothing."""
+class RenderedFrames(KeepsNothing, gymnasium.Wrapper):
+    """Show what the environment renders, as RGB at `size` by `size` pixels, in place of its observations.
 
+    It is reset and rendered once at the beginning: what rendering needs may not be installed, and is better
+    missed then than once a run has begun.
 
-class RenderedFrames(gymnasium.Wrapper):
-    """Show what the environment renders, RGB, at `size` by `size` pixels, in place of its observations."""
+    Attributes:
+        picture_shape: height and width of what it renders.
 
-    def __init__(self, env: gymnasium.Env, size: int) -> None:
+    Raises:
+        ValueError: it cannot be rendered.
+    """
+
+    def __init__(self, env: gymnasium.Env, size: int, name: str) -> None:
         super().__init__(env)
+        self._size, self._name = size, name
+        try:
+            env.reset(seed=0)
+            self.picture_shape = self._picture().shape[:2]
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise ValueError(f"{name} cannot be rendered: {error}") from error
         self.observation_space = frame_space(size)
-        self._size = size
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[np.ndarray, Info]:
         """Start an episode."""
         _, info = self.env.reset(seed=seed, options=options)
-        return self._frame(), info
+        return resize_frame(self._picture(), self._size), info
 
     def step(self, action: int) -> Step:
         """Step the environment, then render it."""
         _, reward, terminated, truncated, info = self.env.step(action)
-        return self._frame(), float(reward), terminated, truncated, info
+        return resize_frame(self._picture(), self._size), float(reward), terminated, truncated, info
 
-    def get_resume_state(self) -> Info:
-        """Nothing: each picture is taken on its own."""
-        return {}
-
-    def set_resume_state(self, state: Info) -> None:
-        """Take nothing."""
-
-    def _frame(self) -> np.ndarray:
-        return resize_frame(_check_picture(self.env.render(), str(self.env)), self._size)
+    def _picture(self) -> np.ndarray:
+        return to_rgb(self.env.render(), f"{self._name}: render()")

@@ -2,12 +2,13 @@
 
 A host is asked by `start`, which never waits, and answers by `finish`: E hosts that are all asked before the
 first answer is waited for work side by side. Whatever goes wrong with an environment, an exception, a crash
-or a hang, is one error for those who ask: `EnvironmentDiedError`, and the host is of no use any more.
+or a hang, is one error for those who ask: `EnvironmentDiedError`, and the host is of no use any more. An
+answer that no environment may give (`answers`) is another: `EnvironmentAnswerError`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,8 +16,11 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
-from rem_atari.envs.env_state import load_env, save_env
-from rem_atari.errors import EnvironmentDiedError
+from rem_atari.envs.answers import check_observation, check_reset, check_step, name_of
+from rem_atari.envs.atari import LifeLossEndsEpisode
+from rem_atari.envs.env_state import layers_of, load_env, save_env
+from rem_atari.envs.gym_pixels import what_is_seen
+from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError, RunWarning
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class EnvStep:
         game_over: the whole game ended with this step, not just a life.
         restart_reward: raw reward on the way to the new episode (see `atari.LifeLossEndsEpisode`).
         restart_game_over: the game ended on the way to the new episode.
+        last_frame: the frame that the episode ended with, which nobody acts on; None: it goes on.
     """
 
     frame: np.ndarray
@@ -40,6 +45,22 @@ class EnvStep:
     game_over: bool
     restart_reward: float
     restart_game_over: bool
+    last_frame: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvDescription:
+    """What an environment is, as far as an agent is built for it.
+
+    Attributes:
+        num_actions: A.
+        action_names: the game's names of its actions in lower case, or "action 0" and so on.
+        sees: what its frames show, in a few words for the user.
+    """
+
+    num_actions: int
+    action_names: list[str]
+    sees: str
 
 
 class SingleEnv:
@@ -51,33 +72,45 @@ class SingleEnv:
 
     def __init__(self, env: gymnasium.Env) -> None:
         self._env = env
+        self._name = name_of(env)
+        lives = (layer for layer in layers_of(env) if isinstance(layer, LifeLossEndsEpisode))
+        self._lives: LifeLossEndsEpisode | None = next(lives, None)
 
     def reset(self, seed: int | None) -> np.ndarray:
         """Start anew and return the frame to act on."""
-        return self._env.reset(seed=seed)[0]
+        frame, _ = check_reset(self._env.reset(seed=seed), self._name)
+        return check_observation(frame, self._env.observation_space, self._name)
 
     def step(self, action: int) -> EnvStep:
         """Take one action."""
-        frame, reward, terminated, truncated, info = self._env.step(action)
-        restarted: dict[str, Any] = {}
+        frame, reward, terminated, truncated, _ = check_step(self._env.step(action), self._name)
+        check_observation(frame, self._env.observation_space, self._name)
+        game_over = self._lives.game_over if self._lives is not None else terminated
+        restart_reward, restart_game_over = 0.0, False
+        last_frame = None
         if terminated or truncated:
-            frame, restarted = self._env.reset()
+            last_frame, frame = frame, self.reset(None)
+            if self._lives is not None:
+                restart_reward, restart_game_over = self._lives.reset_reward, self._lives.game_over
         return EnvStep(
             frame=frame,
-            reward=float(reward),
-            terminated=bool(terminated),
-            truncated=bool(truncated),
-            game_over=bool(info.get("game_over", terminated) or truncated),
-            restart_reward=float(restarted.get("reset_reward", 0.0)),
-            restart_game_over=bool(restarted.get("game_over", False)),
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            game_over=game_over or truncated,
+            restart_reward=restart_reward,
+            restart_game_over=restart_game_over,
+            last_frame=last_frame,
         )
 
-    def describe(self) -> tuple[int, list[str]]:
-        """The number of actions A, and the game's names of them in lower case or "action 0" and so on."""
+    def describe(self) -> EnvDescription:
+        """The actions, and what the agent sees."""
         num_actions = int(self._env.action_space.n)
         meanings = getattr(self._env.unwrapped, "get_action_meanings", list)
         names = [str(meaning).lower() for meaning in meanings()]
-        return num_actions, names if len(names) == num_actions else number_actions(num_actions)
+        if len(names) != num_actions:
+            names = number_actions(num_actions)
+        return EnvDescription(num_actions=num_actions, action_names=names, sees=what_is_seen(self._env))
 
     def save(self) -> dict[str, Any] | None:
         """The environment's state, plain JSON data; None if it cannot be saved."""
@@ -88,8 +121,13 @@ class SingleEnv:
         load_env(self._env, state)
 
     def close(self) -> None:
-        """Close the environment."""
-        self._env.close()
+        """Close the environment; if that fails it is only said: what it was for is done, or failed before."""
+        try:
+            self._env.close()
+        except (Exception, SystemExit) as error:
+            warnings.warn(
+                f"{self._name} cannot be closed: {describe_exception(error)}", RunWarning, stacklevel=2
+            )
 
 
 def number_actions(num_actions: int) -> list[str]:
@@ -109,6 +147,7 @@ class EnvHost(Protocol):
 
         Raises:
             EnvironmentDiedError: the environment raised, died or did not answer in time.
+            EnvironmentAnswerError: it answered what no environment may.
         """
         ...
 
@@ -148,7 +187,9 @@ class LocalHost:
         method, arguments = self._asked
         try:
             return getattr(self._env, method)(*arguments)
-        except Exception as error:
+        except EnvironmentAnswerError:
+            raise
+        except (Exception, SystemExit) as error:
             self._death = EnvironmentDiedError(describe_exception(error))
             raise self._death from error
 
@@ -162,10 +203,10 @@ class LocalHost:
     def discard(self) -> None:
         """As `EnvHost.discard`."""
         # It raised before, so it may raise again, and nobody waits for what it has to say.
-        with contextlib.suppress(Exception):
+        with warnings.catch_warnings(action="ignore"):
             self._env.close()
 
 
-def describe_exception(error: Exception) -> str:
+def describe_exception(error: BaseException) -> str:
     """An environment's exception in one line."""
     return " ".join(f"it raised {type(error).__name__}: {error}".split())

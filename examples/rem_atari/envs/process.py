@@ -31,7 +31,7 @@ from typing import Any
 import gymnasium
 
 from rem_atari.envs.host import SingleEnv, describe_exception
-from rem_atari.errors import EnvironmentDiedError
+from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError
 
 START_SECONDS = 60.0
 """How long a process may take to start, build its environment and answer for the first time."""
@@ -84,6 +84,8 @@ class ProcessHost:
             raise EnvironmentDiedError(self._describe_death()) from error
         if kind == "raised":
             raise EnvironmentDiedError(content)
+        if kind == "refused":
+            raise EnvironmentAnswerError(content)
         self._has_answered = True
         return content
 
@@ -150,7 +152,9 @@ def serve(descriptor: int) -> None:
                 with _watchdog(patience):
                     env = SingleEnv(make()) if env is None else env
                     answer = ("done", getattr(env, method)(*arguments))
-            except Exception as error:
+            except EnvironmentAnswerError as error:
+                answer = ("refused", str(error))
+            except (Exception, SystemExit) as error:
                 answer = ("raised", describe_exception(error))
             _send(parent, answer, None)
             patience = 2 * timeout

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from rem_atari.envs.host import EnvHost, EnvStep, LocalHost, SingleEnv, describe_exception
+from rem_atari.envs.host import EnvDescription, EnvHost, EnvStep, LocalHost, SingleEnv, describe_exception
 from rem_atari.envs.process import ProcessHost
-from rem_atari.errors import EnvironmentDiedError, RunWarning
+from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError, RunWarning
 
 MOST_DEATHS = 3
 """So often an environment may die within `DEATH_WINDOW` steps; with one death more the run stops."""
@@ -50,6 +50,7 @@ class VectorStep:
         lost: the environment died and another one has taken its place, (E,) bool. Nobody knows what the
             action did: the reward is 0, and the episode counts as truncated before it.
         game_returns: the games that ended in this step; a life loss ends none.
+        last_frames: of each environment whose episode ended, the frame that it ended with.
     """
 
     frames: np.ndarray
@@ -58,14 +59,14 @@ class VectorStep:
     truncated: np.ndarray
     lost: np.ndarray
     game_returns: list[GameReturn]
+    last_frames: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 
 class VectorEnv:
     """E environments of one kind, stepped side by side; an ended episode restarts at once.
 
-    A game's return counts all its lives: it is reported when the environment's ``info["game_over"]`` says so
-    (see `atari.LifeLossEndsEpisode`), or, where there is no such entry, when the episode ends. A truncation
-    always ends the game.
+    A game's return counts all its lives: it is reported when the game is over, which in Atari's training is
+    not each end of an episode (see `atari.LifeLossEndsEpisode`). A truncation always ends the game.
 
     An environment that raises is replaced by a new one, and the run goes on: see `VectorStep.lost`. Its game
     is given up and not reported. With `processes` the same holds for one that crashes or does not answer.
@@ -96,22 +97,23 @@ class VectorEnv:
         if processes:
             # What cannot be built at all shall fail as it would here, not as a death in another process.
             with closing(SingleEnv(make())) as env:
-                self._num_actions, self._action_names = env.describe()
+                self._about: EnvDescription = env.describe()
         self._make_host: Callable[[], EnvHost] = (
             partial(ProcessHost, make, timeout=timeout) if processes else partial(LocalHost, make)
         )
         self._hosts: list[EnvHost] = [self._make_host() for _ in range(num_envs)]
         if not processes:
             self._hosts[0].start("describe")
-            self._num_actions, self._action_names = self._hosts[0].finish()
+            self._about = self._hosts[0].finish()
         self._seed = seed
-        self._seeds: list[int | None] = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
+        self._seeds: list[int | None] = list(_env_seeds(np.random.SeedSequence(seed), num_envs))
         self._returns = [0.0] * num_envs
         self._lengths = [0] * num_envs
         self._steps = 0
         self._deaths = [0] * num_envs
         self._recent_deaths: list[list[int]] = [[] for _ in range(num_envs)]
         self._is_started = False
+        self._is_in_step = False
 
     @property
     def num_envs(self) -> int:
@@ -121,12 +123,17 @@ class VectorEnv:
     @property
     def num_actions(self) -> int:
         """Number of actions A; an action is an integer in [0, A)."""
-        return self._num_actions
+        return self._about.num_actions
 
     @property
     def action_names(self) -> list[str]:
         """The game's names of its actions in lower case, or "action 0" and so on where it has none."""
-        return list(self._action_names)
+        return list(self._about.action_names)
+
+    @property
+    def sees(self) -> str:
+        """What the frames show, in a few words for the user."""
+        return self._about.sees
 
     def reset(self) -> np.ndarray:
         """Start every environment anew and return the frames to act on, (E, S, S, 3) uint8.
@@ -136,6 +143,7 @@ class VectorEnv:
 
         Raises:
             EnvironmentDiedError: an environment died too often.
+            EnvironmentAnswerError: an environment answered what none may.
         """
         for host, seed in zip(self._hosts, self._seeds, strict=True):
             host.start("reset", seed)
@@ -155,12 +163,14 @@ class VectorEnv:
             RuntimeError: `reset` was not called yet.
             ValueError: the number of actions is not E.
             EnvironmentDiedError: an environment died too often.
+            EnvironmentAnswerError: an environment answered what none may.
         """
         if not self._is_started:
             raise RuntimeError("VectorEnv.step() before the first reset().")
         if len(actions) != self.num_envs:
             raise ValueError(f"VectorEnv.step(): {len(actions)} actions for {self.num_envs} environments.")
         self._steps += 1
+        self._is_in_step = True
         for host, action in zip(self._hosts, actions, strict=True):
             host.start("step", int(action))
         steps, dead = self._finish_all()
@@ -169,6 +179,7 @@ class VectorEnv:
         ]
         for index, frame in self._replace(dead).items():
             steps[index] = _lost_step(frame)
+        self._is_in_step = False
         return VectorStep(
             frames=np.stack([step.frame for step in steps]),
             rewards=np.array([step.reward for step in steps], dtype=np.float32),
@@ -176,6 +187,9 @@ class VectorEnv:
             truncated=np.array([step.truncated for step in steps], dtype=bool),
             lost=np.array([index in dead for index in range(self.num_envs)], dtype=bool),
             game_returns=game_returns,
+            last_frames={
+                index: step.last_frame for index, step in enumerate(steps) if step.last_frame is not None
+            },
         )
 
     def open_games(self) -> list[GameReturn]:
@@ -187,8 +201,10 @@ class VectorEnv:
         """Each environment's state for `resume`, plain JSON data.
 
         None stands for one that cannot be saved: its kind says nothing of its state, or it has died, which
-        the next `step` sees to.
+        the next `step` sees to. After a `step` that raised none can be: some took a step that nobody knows.
         """
+        if self._is_in_step:
+            return [None] * self.num_envs
         for host in self._hosts:
             host.start("save")
         states, _ = self._finish_all()
@@ -211,7 +227,7 @@ class VectorEnv:
         """
         if len(states) != self.num_envs:
             raise ValueError(f"VectorEnv.resume(): {len(states)} states for {self.num_envs} environments.")
-        seeds = np.random.SeedSequence(seed).generate_state(self.num_envs).tolist()
+        seeds = _env_seeds(np.random.SeedSequence(seed), self.num_envs)
         for index, (host, state) in enumerate(zip(self._hosts, states, strict=True)):
             if state is None:
                 host.start("reset", seeds[index])
@@ -234,14 +250,23 @@ class VectorEnv:
             host.close()
 
     def _finish_all(self) -> tuple[list[Any], dict[int, EnvironmentDiedError]]:
-        """The answers, None where there is none, and why there is none."""
+        """The answers, None where there is none, and why there is none.
+
+        Raises:
+            EnvironmentAnswerError: one answered what none may; all have been waited for.
+        """
         answers: list[Any] = [None] * self.num_envs
         dead: dict[int, EnvironmentDiedError] = {}
+        refused: EnvironmentAnswerError | None = None
         for index, host in enumerate(self._hosts):
             try:
                 answers[index] = host.finish()
             except EnvironmentDiedError as error:
                 dead[index] = error
+            except EnvironmentAnswerError as error:
+                refused = refused or error
+        if refused is not None:
+            raise refused
         return answers, dead
 
     def _replace(self, dead: dict[int, EnvironmentDiedError]) -> dict[int, np.ndarray]:
@@ -262,11 +287,11 @@ class VectorEnv:
             self._hosts[index].discard()
             try:
                 self._hosts[index] = self._make_host()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 dead[index] = EnvironmentDiedError(describe_exception(error))
                 continue
             sequence = np.random.SeedSequence(self._seed, spawn_key=(index, self._deaths[index]))
-            self._hosts[index].start("reset", int(sequence.generate_state(1)[0]))
+            self._hosts[index].start("reset", _env_seeds(sequence, 1)[0])
         for index in indices:
             if index not in dead:
                 try:
@@ -307,6 +332,11 @@ class VectorEnv:
         game = GameReturn(index, self._returns[index], self._lengths[index])
         self._returns[index], self._lengths[index] = 0.0, 0
         return game
+
+
+def _env_seeds(sequence: np.random.SeedSequence, count: int) -> list[int]:
+    """Seeds for environments: many hand theirs on to libraries that take 32 signed bits."""
+    return (sequence.generate_state(count) % 2**31).tolist()
 
 
 def _lost_step(frame: np.ndarray) -> EnvStep:

@@ -168,7 +168,7 @@ def _real_film(frames: Tensor, batch: SequenceTokens, row: int, context: int, na
         steps.append(
             FilmStep(
                 action=names[int(batch.actions[row, at])],
-                reward=int(batch.rewards[row, at].sign()),
+                reward=float(batch.rewards[row, at]),
                 ended=ended,
                 cut=not complete and not ended and step == real - 1,
             )

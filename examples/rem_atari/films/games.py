@@ -16,7 +16,7 @@ FASTEST = 1
 
 @dataclass(frozen=True)
 class GameFilm:
-    """A game and the frames that were acted on in it, compressed."""
+    """A game and the frames of it, those that were acted on and the one it ended with, compressed."""
 
     game: GameReturn
     frames: list[bytes]
@@ -47,12 +47,14 @@ class BestAndWorst:
         self._frame_shape = frames.shape[1:]
         self._ended.clear()
         for index, frame in enumerate(frames):
-            self._open.setdefault(index, []).append(zlib.compress(frame.tobytes(), FASTEST))
+            self._open.setdefault(index, []).append(_compress(frame))
             if step.lost[index]:
                 # The game was given up with its environment; another one has begun.
                 del self._open[index]
         for game in step.game_returns:
-            self._ended[game.env_index] = self._open.pop(game.env_index, [])
+            frames_of_game = self._open.pop(game.env_index, [])
+            last = step.last_frames.get(game.env_index)
+            self._ended[game.env_index] = frames_of_game + ([] if last is None else [_compress(last)])
 
     def count(self, game: GameReturn) -> None:
         """Take a game that counts; one that is still open is taken as far as it has come."""
@@ -64,3 +66,7 @@ class BestAndWorst:
             self.best = film
         if self.worst is None or game.raw_return <= self.worst.game.raw_return:
             self.worst = film
+
+
+def _compress(frame: np.ndarray) -> bytes:
+    return zlib.compress(frame.tobytes(), FASTEST)

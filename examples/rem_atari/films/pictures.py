@@ -39,7 +39,7 @@ class FilmStep:
 
     Attributes:
         action: name of the action taken.
-        reward: sign of the reward that came of it: -1, 0 or 1.
+        reward: the reward that came of it; of an imagined one only the sign, -1, 0 or 1.
         ended: the episode came to an end with this step.
         reward_chances: the world model's chances of the signs -1, 0, 1; None where the step is real.
         end_chance: the world model's chance of the end; None where the step is real.
@@ -47,7 +47,7 @@ class FilmStep:
     """
 
     action: str
-    reward: int
+    reward: float
     ended: bool
     reward_chances: tuple[float, float, float] | None = None
     end_chance: float | None = None
@@ -77,7 +77,7 @@ class Film:
             return "start", ""
         number = min(step, len(self.steps))
         done = self.steps[number - 1]
-        happened = f"{number}: {done.action}" + (f", reward {done.reward:+d}" if done.reward else "")
+        happened = f"{number}: {done.action}" + (f", reward {done.reward:+g}" if done.reward else "")
         if done.ended or done.cut:
             happened += ", episode over" if done.ended else ", cut off here"
         if done.reward_chances is None or done.end_chance is None:

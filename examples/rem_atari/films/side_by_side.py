@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config
+from rem_atari.evaluation import make_test_envs
 from rem_atari.films.pictures import FAINT, FONT, GAP, INK, PAPER
 from rem_atari.films.video import enlarge
 from rem_atari.play.collector import RealEnv
-from rem_atari.play.evaluation import make_test_envs
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import rollout
 from rem_atari.training.seeding import derive_seed
@@ -58,6 +58,7 @@ class Moment:
         latest: the step that led here, whose game may be over; None at the start of the film.
         imagined_reward: sign of its reward as imagined; None at the start of the film.
         dream_over: the imagined episode has come to its end; what it shows now means nothing.
+        ending: where a game is over: the picture before this one, of the frame that the game ended with.
     """
 
     step: int
@@ -68,6 +69,7 @@ class Moment:
     latest: RealStep | None
     imagined_reward: float | None
     dream_over: bool
+    ending: Moment | None = None
 
 
 class _Dream:
@@ -129,6 +131,12 @@ class _Player:
         """The frame to act on, uint8 (1, S, S, 3) on the CPU."""
         return torch.from_numpy(self._env.frames)
 
+    @property
+    def last_frame(self) -> Tensor | None:
+        """The frame that a game ended with in the last step, uint8 (1, S, S, 3); None: it goes on."""
+        frame = self._env.last_frames.get(0)
+        return None if frame is None else torch.from_numpy(frame)[None]
+
     def start(self) -> None:
         """Begin the first game."""
         self._observation = self._env.reset()
@@ -172,7 +180,22 @@ def play(agent: Agent, config: Config, *, steps: int, dream_steps: int, seed: in
     """
     generator = torch.Generator(config.device).manual_seed(derive_seed(seed, "record", "dreams"))
     dream = _Dream(agent, config.world_model.context_blocks, generator)
-    imagined_reward = None
+    imagined_reward, ending = None, None
+
+    def look(step: int, frame: Tensor, tokens: Tensor, ending: Moment | None = None) -> Moment:
+        decoded = agent.tokenizer.decode(torch.cat([tokens, dream.tokens])).cpu().numpy()
+        return Moment(
+            step=step,
+            frame=frame[0].numpy(),
+            decoded=decoded[0],
+            imagined=decoded[1],
+            dream_step=dream.steps,
+            latest=player.latest,
+            imagined_reward=imagined_reward,
+            dream_over=dream.over,
+            ending=ending,
+        )
+
     with closing(_Player(agent, config, seed)) as player:
         player.start()
         for step in range(steps + 1):
@@ -180,19 +203,11 @@ def play(agent: Agent, config: Config, *, steps: int, dream_steps: int, seed: in
             tokens = agent.tokenizer.encode(frame.to(config.device))
             if latest is None or latest.ended or dream.steps > dream_steps:
                 dream.begin(tokens)
-            decoded = agent.tokenizer.decode(torch.cat([tokens, dream.tokens])).cpu().numpy()
-            yield Moment(
-                step=step,
-                frame=frame[0].numpy(),
-                decoded=decoded[0],
-                imagined=decoded[1],
-                dream_step=dream.steps,
-                latest=latest,
-                imagined_reward=imagined_reward,
-                dream_over=dream.over,
-            )
-            imagined_reward = dream.step(tokens, player.step())
-            if player.latest is not None and player.latest.ended:
+            yield look(step, frame, tokens, ending)
+            imagined_reward, ending = dream.step(tokens, player.step()), None
+            if player.last_frame is not None:
+                last = player.last_frame
+                ending = look(step + 1, last, agent.tokenizer.encode(last.to(config.device)))
                 dream.forget()
 
 
@@ -225,7 +240,7 @@ def _captions(moment: Moment, dream_steps: int) -> list[tuple[str, str, str]]:
         happened += f": {latest.action}"
         real = f"return {latest.game_return:g}" + (f", reward {latest.reward:+g}" if latest.reward else "")
         if latest.ended:
-            real = f"game over, {real}; the next begins"
+            real = f"game over, {real}"
     if moment.dream_step == 0:
         state = "is shown the game"
     else:

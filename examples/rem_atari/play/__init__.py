@@ -1,1 +1,1 @@
-"""Playing, in the game or in the world model: one rollout loop, collection, imagination and evaluation."""
+"""Playing, in the game or in the world model: one rollout loop, collection and imagination."""

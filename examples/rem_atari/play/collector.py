@@ -49,6 +49,8 @@ class RealEnv:
         self._show = tokenizer.embed if show is None else show
         self._stop_recording_when_full = stop_recording_when_full
         self._frames: np.ndarray | None = None
+        self.last_frames: Mapping[int, np.ndarray] = {}
+        """Of each environment whose episode ended with the last step, the frame that it ended with."""
         self._finished_games: list[GameReturn] = []
 
     @property
@@ -60,6 +62,11 @@ class RealEnv:
     def num_actions(self) -> int:
         """Number of actions A."""
         return self._env.num_actions
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the environments were started, or go on from a checkpoint."""
+        return self._frames is not None
 
     @property
     def frames(self) -> np.ndarray:
@@ -110,7 +117,7 @@ class RealEnv:
                 self._replay.append(
                     env_index, frame, int(action), float(reward), bool(terminated), bool(truncated)
                 )
-        self._frames = step.frames
+        self._frames, self.last_frames = step.frames, step.last_frames
         self._finished_games.extend(step.game_returns)
         return step
 
@@ -164,6 +171,30 @@ class RealEnv:
 
 
 @dataclass
+class RewardSizes:
+    """How large rewards are, whatever their sign; rewards of 0 do not count.
+
+    Attributes:
+        smallest, largest: of those seen so far; 0 before the first one.
+    """
+
+    smallest: float = 0.0
+    largest: float = 0.0
+
+    def see(self, rewards: np.ndarray) -> None:
+        """Take in rewards of any shape."""
+        sizes = np.abs(rewards[rewards != 0])
+        if len(sizes) > 0:
+            self.smallest = min(self.smallest or math.inf, float(sizes.min()))
+            self.largest = max(self.largest, float(sizes.max()))
+
+    @property
+    def are_signs(self) -> bool:
+        """Whether every reward was -1, 0 or 1."""
+        return self.largest == 0 or (self.smallest, self.largest) == (1.0, 1.0)
+
+
+@dataclass
 class Collection:
     """A collection as far as it has come; one that was interrupted goes on from here.
 
@@ -174,6 +205,7 @@ class Collection:
         games: whole games that ended.
         total_entropy: sum over the steps of the policy's entropy in nats.
         seconds: wall time.
+        sizes: how large its rewards were.
     """
 
     carry: Carry | None = None
@@ -182,9 +214,11 @@ class Collection:
     games: list[GameReturn] = field(default_factory=list)
     total_entropy: float = 0.0
     seconds: float = 0.0
+    sizes: RewardSizes = field(default_factory=RewardSizes)
 
     def metrics(self) -> dict[str, float]:
-        """The collection's line of metrics; no mean_game_return where no game ended."""
+        """The collection's line of metrics; no mean_game_return where no game ended, no sizes of
+        rewards where there was none."""
         metrics = {
             "steps": float(self.steps),
             "episodes": float(self.episodes),
@@ -194,6 +228,9 @@ class Collection:
         }
         if self.games:
             metrics["mean_game_return"] = sum(game.raw_return for game in self.games) / len(self.games)
+        if self.sizes.largest > 0:
+            metrics["smallest_reward"] = self.sizes.smallest
+            metrics["largest_reward"] = self.sizes.largest
         return metrics
 
     def state(self) -> dict[str, Any]:
@@ -204,12 +241,15 @@ class Collection:
             "games": [asdict(game) for game in self.games],
             "total_entropy": self.total_entropy,
             "seconds": self.seconds,
+            "sizes": asdict(self.sizes),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], carry: Carry | None) -> Collection:
         """The collection of a `state`, with the controller's memory."""
-        return cls(carry=carry, **{**state, "games": [GameReturn(**game) for game in state["games"]]})
+        games = [GameReturn(**game) for game in state["games"]]
+        sizes = RewardSizes(**state.get("sizes", {}))  # not in checkpoints of earlier versions
+        return cls(carry=carry, **{**state, "games": games, "sizes": sizes})
 
 
 def collect(
@@ -245,7 +285,7 @@ def collect(
     observation = env.observe()
 
     @torch.no_grad()
-    def step() -> int:
+    def step() -> tuple[int, np.ndarray]:
         nonlocal observation
         trajectory, collection.carry, observation = rollout(
             env,
@@ -258,7 +298,8 @@ def collect(
             generator=generator,
         )
         collection.total_entropy += float(entropy(trajectory.logits).sum())
-        return int((trajectory.ended | trajectory.truncated).sum())
+        ended = int((trajectory.ended | trajectory.truncated).sum())
+        return ended, trajectory.rewards.cpu().numpy()
 
     _step_until(env, collection, step, steps, after_step, max_seconds)
 
@@ -283,11 +324,11 @@ def collect_random(
         max_seconds: no further step begins after so long; None: no bound.
     """
 
-    def step() -> int:
+    def step() -> tuple[int, np.ndarray]:
         actions = torch.randint(env.num_actions, (env.num_envs,), generator=generator)
         answer = env.play(actions.numpy())
         collection.total_entropy += env.num_envs * math.log(env.num_actions)
-        return int((answer.terminated | answer.truncated).sum())
+        return int((answer.terminated | answer.truncated).sum()), answer.rewards
 
     _step_until(env, collection, step, steps, after_step, max_seconds)
 
@@ -295,16 +336,18 @@ def collect_random(
 def _step_until(
     env: RealEnv,
     collection: Collection,
-    step: Callable[[], int],
+    step: Callable[[], tuple[int, np.ndarray]],
     steps: int,
     after_step: Callable[[int], None],
     max_seconds: float | None,
 ) -> None:
-    """Take steps until there are enough or the time is up; `step` says how many episodes it ended."""
+    """Take steps until there are enough or the time is up; `step` says how many episodes it ended, and the
+    rewards."""
     env.take_finished_games()
     started = time.monotonic() - collection.seconds
     while collection.steps < steps:
-        episodes = step()
+        episodes, rewards = step()
+        collection.sizes.see(rewards)
         collection.steps += env.num_envs
         collection.episodes += episodes
         collection.games.extend(env.take_finished_games())

@@ -74,10 +74,15 @@ def choose_actions(
 ) -> Tensor:
     """Sample from each row of `logits` (B, A), or, with chance `epsilon`, a uniform action; (B,) int64.
 
+    At temperature 0 the most likely action is taken.
+
     Every row draws for itself whether it explores. The draws are made on the device of `logits`, without
     waiting for it.
     """
-    actions = sample_categorical(logits, generator, temperature=temperature)
+    if temperature == 0:
+        actions = logits.argmax(dim=-1)
+    else:
+        actions = sample_categorical(logits, generator, temperature=temperature)
     if epsilon == 0:
         return actions
     rows, num_actions = logits.shape

@@ -222,6 +222,21 @@ class Replay:
         self._rows.truncated[row] = truncated
         self._link(row)
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """Copies of the rows stored, column by column, for `extend`."""
+        return {name: column[: self._size].copy() for name, column in self._rows.columns().items()}
+
+    def extend(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Store rows that `columns` gave, as if they arrived now.
+
+        Raises:
+            ReplayFullError, ValueError: as `append`.
+        """
+        names = ("env_indices", "frames", "actions", "rewards", "terminated", "truncated")
+        for row in zip(*(columns[name] for name in names), strict=True):
+            env_index, frame, action, reward, terminated, truncated = row
+            self.append(int(env_index), frame, int(action), float(reward), bool(terminated), bool(truncated))
+
     def cut(self, env_index: int | None = None) -> None:
         """End an open episode as truncated: its environment was restarted, and no step follows.
 

@@ -26,6 +26,13 @@ LOG_RATIO = 50.0
 COLOURS = ("#2f6fb0", "#c8641b", "#3f8f5f")
 
 
+FLAT = 1e-9
+"""Values that differ by less than this share of the largest are drawn as one height."""
+
+LARGEST, SMALLEST = 1e290, 1e-290
+"""Sizes that can be drawn without an overflow: larger values are drawn at the edge, smaller ones as 0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     """A small chart.
@@ -33,7 +40,7 @@ class Chart:
     Attributes:
         title: what is drawn, with its unit.
         x_label: what x is.
-        series: the curves; those without a point are not drawn.
+        series: the curves; points that are not finite are not drawn, nor curves without another point.
         level: name and height of a horizontal line to compare with, or None.
     """
 
@@ -44,15 +51,33 @@ class Chart:
 
     @property
     def drawn(self) -> list[Series]:
-        """The curves that have a point."""
-        return [series for series in self.series if series.x]
+        """The curves that have a point that can be drawn, as far as they can."""
+        return [series for series in map(_drawable, self.series) if series.x]
 
     @property
     def heights(self) -> list[float]:
         """Every height that the y axis must span."""
-        level = [] if self.level is None else [self.level[1]]
+        level = [] if self.level is None or not math.isfinite(self.level[1]) else [_in_reach(self.level[1])]
         bands = [bound for series in self.drawn for bound in (series.low or []) + (series.high or [])]
         return [y for series in self.drawn for y in series.y] + bands + level
+
+
+def _drawable(series: Series) -> Series:
+    """The points of a series that are finite, within reach; a bound of the band that is not falls on the
+    curve."""
+    low, high = series.low or series.y, series.high or series.y
+    rows = [
+        tuple(_in_reach(value if math.isfinite(value) else y) for value in (x, y, bottom, top))
+        for x, y, bottom, top in zip(series.x, series.y, low, high, strict=True)
+        if math.isfinite(x) and math.isfinite(y)
+    ]
+    x, y, bottom, top = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [], [])
+    has_band = series.low is not None and series.high is not None
+    return Series(series.name, x, y, low=bottom if has_band else None, high=top if has_band else None)
+
+
+def _in_reach(value: float) -> float:
+    return 0.0 if abs(value) < SMALLEST else min(max(value, -LARGEST), LARGEST)
 
 
 LOSS_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -142,17 +167,19 @@ def make_axis(
     values: Sequence[float], *, start: float, stop: float, may_log: bool = False, smallest_step: float = 0.0
 ) -> Axis:
     """An axis over `values` (at least one) with ticks at round numbers, at least `smallest_step` apart."""
-    low, high = min(values), max(values)
+    low, high = _in_reach(min(values)), _in_reach(max(values))
     if may_log and low > 0 and high / low > LOG_RATIO:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         step = max(1, math.ceil((last - first) / 4))
         ticks = [10.0**power for power in range(first, last + 1, step)]
         return Axis(10.0**first, 10.0**last, ticks, True, start, stop)
-    if high == low:
-        low, high = (low - 1.0, high + 1.0) if low == 0 else (low - 0.1 * abs(low), high + 0.1 * abs(high))
+    largest = max(abs(low), abs(high))
+    if high - low <= FLAT * largest:
+        low, high = (low - 0.1 * largest, high + 0.1 * largest) if largest > 0 else (-1.0, 1.0)
     step = max(_round_step((high - low) / 4), smallest_step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [round(index * step, 12) for index in range(first, last + 1)]
+    digits = 12 - math.floor(math.log10(step))
+    ticks = [round(index * step, digits) for index in range(first, last + 1)]
     return Axis(ticks[0], ticks[-1], ticks, False, start, stop)
 
 
@@ -165,9 +192,10 @@ def _round_step(rough: float) -> float:
 
 
 def tick_text(value: float) -> str:
-    """A tick's number, short: 12k, 0.05, 1e-4."""
-    if value != 0 and abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-").replace("-", "−")
+    """A tick's number, short: 12k, 0.05, 1e-4, 2e+9."""
+    if value != 0 and not 1e-3 <= abs(value) < 1e7:
+        exact = f"{value:.0e}" if float(f"{value:.0e}") == value else f"{value:.3g}"
+        return exact.replace("e-0", "e-").replace("e+0", "e+").replace("-", "−")
     text = f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
     return text.replace("-", "−")
 
@@ -178,8 +206,8 @@ def chart_svg(chart: Chart) -> str:
     x_axis = make_axis(xs, start=LEFT, stop=WIDTH - RIGHT, smallest_step=1.0)
     y_axis = make_axis(chart.heights, start=HEIGHT - BOTTOM, stop=TOP, may_log=chart.level is None)
     parts = [*_grid(x_axis, y_axis, chart.x_label)]
-    if chart.level is not None:
-        y = y_axis.place(chart.level[1])
+    if chart.level is not None and math.isfinite(chart.level[1]):
+        y = y_axis.place(_in_reach(chart.level[1]))
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     for index, series in enumerate(chart.drawn):
         parts.extend(_curve(series, x_axis, y_axis, index))
@@ -257,9 +285,11 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
         if series.low is not None and series.high is not None:
             axes.vlines(series.x, series.low, series.high, color=colour, alpha=0.3, linewidth=3)
         axes.plot(series.x, series.y, marker="o", markersize=3, color=colour, label=series.name)
-    if chart.level is not None:
-        axes.axhline(chart.level[1], color="#777777", linestyle="--", linewidth=1, label=chart.level[0])
-    elif min(chart.heights) > 0 and max(chart.heights) / min(chart.heights) > LOG_RATIO:
+    if chart.level is not None and math.isfinite(chart.level[1]):
+        name, height = chart.level
+        axes.axhline(_in_reach(height), color="#777777", linestyle="--", linewidth=1, label=name)
+    lowest, highest = min(chart.heights), max(chart.heights)
+    if chart.level is None and lowest > 0 and highest / lowest > LOG_RATIO:
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_title(chart.title, fontsize=10)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,7 +20,7 @@ from rem_atari.config import Config
 from rem_atari.config.presets import PRESETS
 from rem_atari.envs import env_name
 from rem_atari.envs.host import number_actions
-from rem_atari.errors import RunError
+from rem_atari.errors import RunError, RunWarning, explain
 from rem_atari.films.pictures import Scene
 from rem_atari.replay.buffer import Replay
 from rem_atari.report.history import MetricLine, last_value, read_lines
@@ -26,8 +29,10 @@ from rem_atari.report.quality import Comparison, Quality
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from rem_atari.runs.folder import RunFolder, open_run_folder
 from rem_atari.runs.reading import newest_summary
-from rem_atari.runs.session import read_sessions, train_command
+from rem_atari.runs.session import read_sessions, recorded_edits, train_command
 from rem_atari.runs.trained import build_agent
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,7 @@ class RunData:
         training: the experience trained on, or None.
         heldout: the steps of the last evaluation, never trained on, or None.
         notes: a sentence on each thing that is missing or damaged.
+        edits: settings edited by hand since the run began, see `SavedConfig`.
     """
 
     folder: RunFolder
@@ -55,6 +61,7 @@ class RunData:
     training: Replay | None
     heldout: Replay | None
     notes: list[str]
+    edits: Mapping[str, Any]
 
 
 def load_run(path: Path) -> RunData:
@@ -64,8 +71,8 @@ def load_run(path: Path) -> RunData:
         UsageError: `path` is no run folder, or its configuration cannot be read.
     """
     folder = open_run_folder(path)
-    config = folder.load_config()
-    notes: list[str] = []
+    saved = folder.read_config()
+    config, notes = saved.config, [] if saved.note is None else [f"{saved.note}."]
     lines = read_lines(folder.metrics, notes)
     checkpoint = _load_checkpoint(folder, notes)
     return RunData(
@@ -78,6 +85,7 @@ def load_run(path: Path) -> RunData:
         training=_load_replay(folder.replay, "training frames", notes),
         heldout=_load_replay(folder.heldout, "held-out frames", notes),
         notes=notes,
+        edits=recorded_edits(read_sessions(folder.sessions)) | dict(saved.edits),
     )
 
 
@@ -94,8 +102,8 @@ def _load_agent(checkpoint: Checkpoint, config: Config, notes: list[str]) -> Age
     """The agent with a checkpoint's weights, or None with a note."""
     try:
         return build_agent(config, checkpoint)
-    except CheckpointError:
-        notes.append("There are no weights to look at: the newest ones do not fit the configuration.")
+    except CheckpointError as error:
+        notes.append(f"There are no weights to look at: {error}.")
         return None
 
 
@@ -147,6 +155,7 @@ class Report:
         step: number of the checkpoint whose weights were looked at, or None.
         quality: what was measured on held-out frames.
         scenes: imagined films; empty where none could be made.
+        edits: settings that were edited by hand after the run had begun: what each was, and what it is.
         evaluation: what `rem-atari evaluate` found out, see `reading.newest_summary`, or None.
     """
 
@@ -159,6 +168,7 @@ class Report:
     step: int | None
     quality: Quality
     scenes: list[Scene]
+    edits: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     sessions: Sequence[Mapping[str, Any]] = ()
 
@@ -168,13 +178,26 @@ class Report:
         return self.quality.comparisons
 
 
+def attempt(part: str, notes: list[str], make: Callable[[], T]) -> T | None:
+    """What `make` gives; None and a note where it fails: one part must not cost the report of a whole run.
+
+    Raises:
+        OSError: the disk refused; that is no fault of the part.
+    """
+    try:
+        return make()
+    except OSError:
+        raise
+    except Exception as error:
+        notes.append(f"{part} could not be made: {explain(error)}.")
+        warnings.warn(notes[-1], RunWarning, stacklevel=2)
+        return None
+
+
 def gather(data: RunData) -> Report:
     """Measure what can be measured of a run, and collect all that its page shows."""
     config = data.config
-    scenes: list[Scene] = []
-    if data.agent is not None and data.heldout is not None:
-        names = action_names(data.state, data.agent.controller.num_actions)
-        scenes = imagine_scenes(data.agent, config, data.heldout, names)
+    scenes = attempt("The imagined films", data.notes, partial(_imagine, data))
     return Report(
         game=env_name(config.env),
         config=config,
@@ -188,10 +211,19 @@ def gather(data: RunData) -> Report:
         notes=data.notes,
         step=data.step,
         quality=measure_quality(data),
-        scenes=scenes,
+        scenes=scenes or [],
+        edits=data.edits,
         evaluation=newest_summary(data.folder),
         sessions=read_sessions(data.folder.sessions),
     )
+
+
+def _imagine(data: RunData) -> list[Scene]:
+    """Films from held-out starts; none without weights or held-out frames."""
+    if data.agent is None or data.heldout is None:
+        return []
+    names = action_names(data.state, data.agent.controller.num_actions)
+    return imagine_scenes(data.agent, data.config, data.heldout, names)
 
 
 def quality_json(report: Report) -> str:
@@ -204,7 +236,16 @@ def quality_json(report: Report) -> str:
         "step": report.step,
         "env_steps": None if steps is None else int(steps),
     }
-    return json.dumps({**of, **report.quality.to_dict()}, indent=2, allow_nan=False) + "\n"
+    return json.dumps(without_nan({**of, **report.quality.to_dict()}), indent=2, allow_nan=False) + "\n"
+
+
+def without_nan(value: Any) -> Any:
+    """JSON data with null for every number that is not finite, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def measure_quality(data: RunData) -> Quality:
@@ -212,9 +253,12 @@ def measure_quality(data: RunData) -> Quality:
     agent, heldout, training = data.agent, data.heldout, data.training
     if agent is None or heldout is None:
         return Quality(steps=0 if heldout is None else heldout.num_steps)
-    return Quality(
-        steps=heldout.num_steps,
-        frames=None if training is None else look_at_frames(agent, training, heldout),
-        predictions=None if training is None else look_at_predictions(agent, data.config, training, heldout),
-        horizon=look_at_horizon(agent, data.config, heldout),
-    )
+    frames = predictions = None
+    if training is not None:
+        look = partial(look_at_frames, agent, training, heldout)
+        frames = attempt("What is measured of frames", data.notes, look)
+        look_on = partial(look_at_predictions, agent, data.config, training, heldout)
+        predictions = attempt("What is measured of predictions", data.notes, look_on)
+    look_ahead = partial(look_at_horizon, agent, data.config, heldout)
+    horizon = attempt("What is measured of the horizon", data.notes, look_ahead)
+    return Quality(steps=heldout.num_steps, frames=frames, predictions=predictions, horizon=horizon)

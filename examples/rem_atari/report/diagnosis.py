@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rem_atari.config import Config
-from rem_atari.report.history import MetricLine, Series, values_of
+from rem_atari.report.history import MetricLine, Series, reward_sizes, values_of
 from rem_atari.report.text import number
 
 BLIND_FACTOR = 2.0
@@ -38,6 +38,9 @@ USED_SHARE = 0.1
 
 CLIPPED_FACTOR = 2.0
 """The value's scale counts as too large with gradients of so many times the norm they are clipped to."""
+
+SAME_SIZE = 1.001
+"""Rewards count as equally large up to this ratio."""
 
 WINDOW = 3
 """Epochs averaged before a curve's lowest and its present height are compared."""
@@ -238,6 +241,27 @@ def check_value_scale(lines: Sequence[MetricLine], config: Config) -> Finding:
     return found(too_large, says, advice, figures)
 
 
+def check_reward_sizes(lines: Sequence[MetricLine], config: Config) -> Finding:
+    """Whether rewards differ in size, of which the world model learns nothing."""
+    found = _finding("reward_sizes", "Rewards of different sizes")
+    sizes = reward_sizes(lines)
+    if sizes is None:
+        return found(None, "No reward has been seen so far, or the run did not note how large they are.")
+    smallest, largest = sizes
+    figures = {"smallest": smallest, "largest": largest}
+    if largest <= SAME_SIZE * smallest:
+        return found(False, f"Every reward that is not 0 has the size {number(largest)}.", "", figures)
+    says = (
+        f"Those that are not 0 are from {number(smallest)} to {number(largest)} in size, and the world model"
+        " learns their signs alone."
+    )
+    advice = (
+        "The agent takes the smallest reward for as good as the largest, and may prefer what pays little but"
+        " surely. A wrapper (env.wrapper) can give rewards of one size, for what really counts."
+    )
+    return found(True, says, advice, figures)
+
+
 CHECKS: tuple[Callable[[Sequence[MetricLine], Config], Finding], ...] = (
     check_moving_pixels,
     check_reward_loss,
@@ -245,6 +269,7 @@ CHECKS: tuple[Callable[[Sequence[MetricLine], Config], Finding], ...] = (
     check_world_model_loss,
     check_codebook,
     check_value_scale,
+    check_reward_sizes,
 )
 """The checks, in the order in which to heed them."""
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rem_atari.evaluation import standard_error
 from rem_atari.runs.reading import is_number, read_json_lines
 from rem_atari.training.schedule import UNITS
+
+LINES_NAMED = 5
+"""At most so many damaged lines are named."""
+
+COLLECTIONS = ("collect_random", "collect")
+"""The phases that collect experience."""
 
 MetricLine = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -38,7 +44,7 @@ class PhaseThroughput:
         amount: units of work done, or None where the phase counts none.
         unit: what a unit of work is.
         rate: units a second over the phase's whole time, or None.
-        frames_per_second: imagined frames a second (controller), mean over epochs, or None.
+        frames_per_second: imagined frames a second (controller) over its whole time, or None.
     """
 
     phase: str
@@ -92,10 +98,17 @@ def returns_of(lines: Sequence[MetricLine], phase: str) -> Returns | None:
     episodes = last.get("episodes")
     return Returns(
         mean=float(last["mean_return"]),
-        standard_error=statistics.stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else None,
+        standard_error=standard_error(returns),
         episodes=int(episodes) if is_number(episodes) else len(returns),
         unfinished=int(last["unfinished"]) if is_number(last.get("unfinished")) else 0,
     )
+
+
+def reward_sizes(lines: Sequence[MetricLine]) -> tuple[float, float] | None:
+    """Sizes of the smallest and the largest reward collected that is not 0; None where none is known."""
+    smallest = [size for phase in COLLECTIONS for size in values_of(lines, phase, "smallest_reward").y]
+    largest = [size for phase in COLLECTIONS for size in values_of(lines, phase, "largest_reward").y]
+    return (min(smallest), max(largest)) if smallest and largest else None
 
 
 def verdict(agent: Returns, random: Returns) -> str:
@@ -121,7 +134,6 @@ def throughput(lines: Sequence[MetricLine]) -> list[PhaseThroughput]:
         if spent[phase] == 0:
             continue
         amount = sum(values_of(lines, phase, unit).y) or None
-        imagined = values_of(lines, phase, "frames_per_second").y
         rows.append(
             PhaseThroughput(
                 phase=phase,
@@ -130,7 +142,7 @@ def throughput(lines: Sequence[MetricLine]) -> list[PhaseThroughput]:
                 amount=amount,
                 unit=unit,
                 rate=None if amount is None else amount / spent[phase],
-                frames_per_second=statistics.fmean(imagined) if imagined else None,
+                frames_per_second=_rate(lines, phase, "frames_per_second"),
             )
         )
     rest = total - sum(spent.values())
@@ -140,6 +152,15 @@ def throughput(lines: Sequence[MetricLine]) -> list[PhaseThroughput]:
         )
         rows.append(other)
     return rows
+
+
+def _rate(lines: Sequence[MetricLine], phase: str, name: str) -> float | None:
+    """The rate `name` of a phase over all its lines, as work over time; None without any."""
+    rates = values_of(lines, phase, name, x="phase_seconds")
+    seconds = sum(rates.x)
+    return (
+        sum(each * rate for each, rate in zip(rates.x, rates.y, strict=True)) / seconds if seconds else None
+    )
 
 
 def total_seconds(lines: Sequence[MetricLine]) -> float:
@@ -159,5 +180,8 @@ def read_lines(path: Path, notes: list[str]) -> list[MetricLine]:
         return []
     lines, unreadable = read_json_lines(path)
     if unreadable:
-        notes.append(f"{unreadable} of {len(lines) + unreadable} lines of {path.name} cannot be read.")
+        named = ", ".join(map(str, unreadable[:LINES_NAMED]))
+        named += " ..." if len(unreadable) > LINES_NAMED else ""
+        total = len(lines) + len(unreadable)
+        notes.append(f"{len(unreadable)} of {total} lines of {path.name} cannot be read: line {named}.")
     return lines

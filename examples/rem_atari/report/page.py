@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from rem_atari.config import EnvConfig
 from rem_atari.config.presets import PRESETS
+from rem_atari.config.reading import flatten
+from rem_atari.errors import RunWarning, explain
 from rem_atari.films.pictures import save_imagination, save_reconstructions
 from rem_atari.report import sections
 from rem_atari.report.charts import charts_of, save_curves
-from rem_atari.report.contents import Report, RunFile, gather, load_run, quality_json
+from rem_atari.report.contents import Report, RunFile, attempt, gather, load_run, quality_json
 from rem_atari.report.quality import QUALITY_FILE
 from rem_atari.report.summary import header
 from rem_atari.report.text import section, size, table
+from rem_atari.runs.command_line import program
+from rem_atari.runs.config_file import describe_edits
 from rem_atari.runs.durable import replace_file
-from rem_atari.runs.session import flatten, short_commit
+from rem_atari.runs.session import short_commit
 
 PURPOSES = {
     "config.json": "the resolved configuration",
@@ -57,18 +64,33 @@ def write_report(run: Path) -> Path:
     report = gather(data)
     media = run / "media"
     media.mkdir(exist_ok=True)
-    charts = charts_of(report.lines)
-    if charts:
-        save_curves(media / "curves.png", charts)
-    if report.quality.frames is not None:
-        redrawn = report.quality.frames.redrawn
-        save_reconstructions(media / "reconstructions.png", redrawn.frames, redrawn.reconstructions)
-    if report.scenes:
-        save_imagination(media / "imagination.gif", report.scenes)
+    for picture, save in (
+        ("curves.png", _save_curves),
+        ("reconstructions.png", _save_reconstructions),
+        ("imagination.gif", _save_imagination),
+    ):
+        attempt(f"media/{picture}", data.notes, partial(save, media / picture, report))
     replace_file(run / QUALITY_FILE, quality_json(report).encode())
     page = run / "report.html"
     replace_file(page, render(report, list_files(run)).encode())
     return page
+
+
+def _save_curves(path: Path, report: Report) -> None:
+    charts = charts_of(report.lines)
+    if charts:
+        save_curves(path, charts)
+
+
+def _save_reconstructions(path: Path, report: Report) -> None:
+    if report.quality.frames is not None:
+        redrawn = report.quality.frames.redrawn
+        save_reconstructions(path, redrawn.frames, redrawn.reconstructions)
+
+
+def _save_imagination(path: Path, report: Report) -> None:
+    if report.scenes:
+        save_imagination(path, report.scenes)
 
 
 def list_files(run: Path) -> list[RunFile]:
@@ -106,9 +128,20 @@ def render(report: Report, run_files: Sequence[RunFile]) -> str:
     return Template(parts.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=escape(f"REM on {report.game}: {config.preset}, seed {config.seed}"),
         style=parts.joinpath("page.css").read_text(encoding="utf-8"),
-        body="\n".join([*(make(report) for make in from_top_to_bottom), file_table(run_files)]),
+        body="\n".join([*(_make(make, report) for make in from_top_to_bottom), file_table(run_files)]),
         script=parts.joinpath("page.js").read_text(encoding="utf-8"),
     )
+
+
+def _make(make: Callable[[Report], str], report: Report) -> str:
+    """A section of the page; one that fails says so in its place, and the others are there."""
+    try:
+        return make(report)
+    except Exception as error:
+        name = make.__name__.replace("_", " ")
+        note = f"The section on {name} could not be made: {explain(error)}."
+        warnings.warn(note, RunWarning, stacklevel=2)
+        return section(name.capitalize(), f'<p class="note">{escape(note)}</p>')
 
 
 def configuration(report: Report) -> str:
@@ -166,6 +199,14 @@ def reproduce(report: Report) -> str:
             f" ({', '.join(f'<code>{escape(path)}</code>' for path in bounded)}): a slower machine,"
             " or a busier one, does less in them and ends elsewhere.</p>"
         )
+    if report.edits:
+        lead += (
+            "<p>The configuration was edited by hand after the run had begun"
+            f" ({escape(describe_edits(report.edits))}): the command starts with the edited one, which is not"
+            " the same run.</p>"
+        )
+    if program(report.config.env) != program(EnvConfig()):
+        lead += "<p>It is to be run where the game's module is found, such as in its folder.</p>"
     return section("How to reproduce", f"{lead}<pre>{escape(report.command)}</pre>{_sessions(report)}")
 
 

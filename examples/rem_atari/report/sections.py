@@ -84,8 +84,9 @@ def imagination(report: Report) -> str:
         "<p>From each held-out start the world model imagines on, one network pass a step, all tokens of a"
         " frame drawn at once. Beside the real continuation: what it imagines with the same actions, and with"
         " the actions that the controller chooses. Starts that a reward or an end follows come first. Below"
-        " each frame the sign of the reward and the end of the episode, with the chance that the model gave"
-        f" them. It was trained on sequences of {trained} steps; in what lies beyond it has no practice."
+        " each frame the reward (of an imagined one its sign) and the end of the episode, with the chance"
+        f" that the model gave them. It was trained on sequences of {trained} steps; in what lies beyond it"
+        " has no practice."
         f"{_what_ends(report.config)}</p>"
     )
     player = (

@@ -9,6 +9,7 @@ from rem_atari.report.history import (
     Returns,
     last_value,
     returns_of,
+    reward_sizes,
     total_seconds,
     values_of,
     verdict,
@@ -123,6 +124,12 @@ def warnings_of(report: Report) -> list[str]:
         found.append(
             "The tokenizer was to rest by now, but it never showed an error on foreground pixels of"
             f" {limit:g} or less and trained on."
+        )
+    sizes = reward_sizes(report.lines)
+    if sizes is not None and sizes != (1.0, 1.0):
+        found.append(
+            f"The game's rewards are from {number(sizes[0])} to {number(sizes[1])} in size; the world model"
+            " learns only their signs, so that to the agent each is worth −1, 0 or +1."
         )
     return found + report.notes
 

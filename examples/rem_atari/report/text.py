@@ -31,6 +31,8 @@ def number(value: float | None, digits: int = 3) -> str:
         return "∞" if value > 0 else f"{MINUS}∞"
     if value == 0:
         return "0"
+    if abs(value) >= 1e15:
+        return f"{value:.{digits - 1}e}".replace("-", MINUS)
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{decimals}f}" if decimals <= 6 else f"{value:.{digits - 1}e}"
     return text.replace("-", MINUS)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -36,11 +37,12 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINING_FILE = "training.safetensors"
 STATE_FILE = "state.json"
+CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 CONTENT_FILES = (MODEL_FILE, OPTIMIZER_FILE, TRAINING_FILE, STATE_FILE)
 REPLAY_FOLDER = "replay"
 
-MOST_BYTES = {MANIFEST_FILE: 100_000, STATE_FILE: 100_000_000}
+MOST_BYTES = {MANIFEST_FILE: 100_000, CONFIG_FILE: 1_000_000, STATE_FILE: 100_000_000}
 """A file of more bytes is not read: JSON takes many times its size in memory."""
 
 MOST_TENSOR_BYTES = 2**36
@@ -70,6 +72,7 @@ class Checkpoint:
         optimizer: the tensors of the optimisers by name, see :mod:`rem_atari.training.component`.
         state: everything else, plain JSON data.
         training: what else is made of tensors, by name, see :mod:`rem_atari.training.run_state`.
+        config: a copy of the run's config.json, for the case that it is lost; None: none.
     """
 
     step: int
@@ -77,6 +80,7 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
     training: Mapping[str, Tensor] = field(default_factory=dict)
+    config: bytes | None = None
 
 
 def save_checkpoint(
@@ -176,6 +180,8 @@ def read_checkpoint(path: Path, step: int) -> Checkpoint:
         _check_size(path / MANIFEST_FILE)
         manifest = json.loads((path / MANIFEST_FILE).read_bytes())["files"]
         content = {name: _read_checked(path / name, manifest[name]) for name in CONTENT_FILES}
+        has_copy = CONFIG_FILE in manifest  # not in those of earlier versions
+        copy = _read_checked(path / CONFIG_FILE, manifest[CONFIG_FILE]) if has_copy else None
         state = json.loads(content[STATE_FILE])
         if not isinstance(state, dict):
             raise ValueError(f"{STATE_FILE} holds no object")
@@ -185,11 +191,29 @@ def read_checkpoint(path: Path, step: int) -> Checkpoint:
             optimizer=safetensors.torch.load(content[OPTIMIZER_FILE]),
             state=state,
             training=safetensors.torch.load(content[TRAINING_FILE]),
+            config=copy,
         )
     except KeyError as error:
         raise CheckpointError(f"{path} is damaged: {MANIFEST_FILE} has no entry {error}") from error
     except (OSError, ValueError, TypeError, MemoryError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def read_config_copy(folder: Path) -> tuple[int, bytes] | None:
+    """Step and config.json of the newest checkpoint that has a whole copy of it; None: none has."""
+    for step, path in reversed(list_checkpoints(folder)):
+        try:
+            _check_size(path / MANIFEST_FILE)
+            entry = json.loads((path / MANIFEST_FILE).read_bytes())["files"][CONFIG_FILE]
+            return step, _read_checked(path / CONFIG_FILE, entry)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return None
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a number that is not finite; None where all are."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def _list_named(folder: Path, name: re.Pattern[str]) -> list[tuple[int, Path]]:
@@ -210,6 +234,7 @@ def _write_content(folder: Path, checkpoint: Checkpoint) -> None:
         OPTIMIZER_FILE: safetensors.torch.save(_portable(checkpoint.optimizer)),
         TRAINING_FILE: safetensors.torch.save(_portable(checkpoint.training)),
         STATE_FILE: json.dumps(checkpoint.state, indent=2).encode(),
+        **({} if checkpoint.config is None else {CONFIG_FILE: checkpoint.config}),
     }
     manifest = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +16,14 @@ from datetime import datetime
 from pathlib import Path
 
 from rem_atari.config import Config
-from rem_atari.errors import RunError, UsageError, describe_os_error
-from rem_atari.runs.durable import replace_file
+from rem_atari.errors import RunError, RunWarning, UsageError, describe_os_error
+from rem_atari.runs.checkpoint import read_config_copy
+from rem_atari.runs.config_file import SavedConfig, read_config, write_config
 
 LOCK_FILE = ".lock"
 """Held (flock) by the process that writes into the folder; says which one that is."""
 
 MOST_LOCK_BYTES = 1_000
-MOST_CONFIG_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -79,25 +81,50 @@ class RunFolder:
         """Folder of pictures and films."""
         return self.path / "media"
 
-    def load_config(self) -> Config:
-        """The run's configuration.
+    def read_config(self) -> SavedConfig:
+        """The run's configuration, and whether it is as the run left it.
 
         Raises:
             UsageError: it cannot be read, or it isn't one.
         """
-        try:
-            size = self.config.stat().st_size
-            if size > MOST_CONFIG_BYTES:
-                raise ValueError(f"it has {size} bytes, at most {MOST_CONFIG_BYTES}")
-            return Config.from_dict(json.loads(self.config.read_bytes()))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{self.config} is not the configuration of a run: {error}") from error
+        return read_config(self.config, self.checkpoints)
+
+    def load_config(self) -> Config:
+        """The run's configuration; a warning says if it is not as the run left it.
+
+        Raises:
+            UsageError: it cannot be read, or it isn't one.
+        """
+        saved = self.read_config()
+        if saved.note is not None:
+            warnings.warn(f"{self.path}: {saved.note}", RunWarning, stacklevel=2)
+        return saved.config
 
 
 def default_run_path(config: Config, environment: str, now: datetime) -> Path:
     """``runs/<env>-<preset>-<seed>-<time>``, the folder of a run that names none."""
     safe_name = re.sub(r"[^A-Za-z0-9._]+", "_", environment)
     return Path("runs") / f"{safe_name}-{config.preset}-{config.seed}-{now:%Y%m%d-%H%M%S}"
+
+
+def make_new_folder(path: Path) -> Path:
+    """Make a folder that nobody has: `path`, or with a number behind it where another run was faster.
+
+    Raises:
+        UsageError: it cannot be made.
+        RunError: there is no room on the disk.
+    """
+    for number in itertools.count(1):
+        numbered = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            numbered.parent.mkdir(parents=True, exist_ok=True)
+            numbered.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _explain(error, f"cannot create the run folder {numbered}") from error
+        return numbered
+    raise AssertionError("there are always more numbers")
 
 
 @contextmanager
@@ -136,8 +163,7 @@ def create_run_folder(path: Path, config: Config) -> RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         if any(entry.name != LOCK_FILE for entry in path.iterdir()):
             raise UsageError(f"the run folder {path} exists and is not empty; name another with --run")
-        text = json.dumps(config.to_dict(), indent=2) + "\n"
-        replace_file(run.config, text.encode())
+        write_config(run.config, config)
     except OSError as error:
         raise _explain(error, f"cannot create the run folder {path}") from error
     return run
@@ -160,7 +186,7 @@ def open_run_folder(path: Path) -> RunFolder:
         UsageError: there is no run in it, or what is in it are links.
     """
     run = RunFolder(path)
-    if not run.config.is_file():
+    if not run.config.is_file() and read_config_copy(run.checkpoints) is None:
         raise UsageError(f"{os.fspath(path)} is not a run folder: it has no {run.config.name}")
     for part in (
         run.config,

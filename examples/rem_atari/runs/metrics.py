@@ -6,13 +6,16 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from rem_atari.errors import RunWarning
 from rem_atari.runs.durable import replace_file
+from rem_atari.runs.reading import read_json_lines
 
 LINE_FIELDS = ("epoch", "env_steps", "seconds", "cpu_seconds", "phase")
 """What every line begins with."""
@@ -117,9 +120,21 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file, oldest first; a last line cut short by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics file, oldest first; a last line cut short by a kill is left out.
+
+    Another line that is no JSON object is left out too, and a warning names it: one damaged line does not
+    make the others worthless.
+    """
+    lines, damaged = read_json_lines(path)
+    last = None if _ends_with_a_line(path) else len(lines) + len(damaged)
+    for number in damaged:
+        if number != last:
+            warnings.warn(f"{path}, line {number} cannot be read and is left out", RunWarning, stacklevel=2)
+    return lines
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    return path.read_bytes().endswith(b"\n")
 
 
 def _cut(path: Path, keep: int) -> list[str]:

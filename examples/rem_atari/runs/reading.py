@@ -47,16 +47,18 @@ def read_summary(path: Path) -> Mapping[str, Any] | None:
     return summary
 
 
-def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a file that are JSON objects, oldest first, and how many lines are not.
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of a file that are JSON objects, oldest first, and the numbers, from 1, of the others.
 
     A run that was killed may leave half a line, and a full disk any kind of them. No file has no lines.
     """
     if not path.is_file():
-        return [], 0
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = [line for line in map(_parse, texts) if isinstance(line, dict)]
-    return lines, len(texts) - len(lines)
+        return [], []
+    # Only a newline ends a line: a text within one may hold other characters that split lines.
+    texts = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    parsed = [(number, _parse(text)) for number, text in enumerate(texts, start=1) if text]
+    lines = [line for _, line in parsed if isinstance(line, dict)]
+    return lines, [number for number, line in parsed if not isinstance(line, dict)]
 
 
 def _parse(text: str) -> Any:

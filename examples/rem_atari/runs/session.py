@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from rem_atari.config import Config
+from rem_atari.config.reading import flatten
+from rem_atari.runs.command_line import program
 from rem_atari.runs.folder import RunFolder
 from rem_atari.runs.reading import read_json_lines
 
@@ -27,7 +30,14 @@ COMMIT_LENGTH = 7
 """Digits of a commit that are shown."""
 
 
-def log_session(run: RunFolder, command: str, *, reproduce: str, device: str) -> None:
+def log_session(
+    run: RunFolder,
+    command: str,
+    *,
+    reproduce: str,
+    device: str,
+    edits: Mapping[str, Any] | None = None,
+) -> None:
     """Add a line to a run's sessions.jsonl.
 
     Args:
@@ -35,12 +45,16 @@ def log_session(run: RunFolder, command: str, *, reproduce: str, device: str) ->
         command: what began: train or resume.
         reproduce: the command line that starts such a run with the code of now.
         device: torch device that it runs on.
+        edits: the settings that were edited by hand since the run wrote them, what each was and is; None:
+            nobody did.
     """
-    began = {
+    began: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "reproduce": reproduce,
     }
+    if edits is not None:
+        began["edited"] = edits
     with run.sessions.open("a", encoding="utf-8") as file:
         file.write(json.dumps(began | describe_session(device)) + "\n")
 
@@ -74,6 +88,17 @@ def find_commit(folder: Path) -> str | None:
 def read_sessions(path: Path) -> list[dict[str, Any]]:
     """The lines of a sessions.jsonl that can be read, oldest first; none without the file."""
     return read_json_lines(path)[0]
+
+
+def recorded_edits(sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that sessions say were edited by hand: what each was at first, and what it is."""
+    found: dict[str, Any] = {}
+    for session in sessions:
+        edited = session.get("edited")
+        for path, change in edited.items() if isinstance(edited, dict) else ():
+            if isinstance(change, list) and len(change) == 2:
+                found[path] = (found[path][0] if path in found else change[0], change[1])
+    return found
 
 
 def _git(folder: Path, *words: str) -> str:
@@ -119,7 +144,7 @@ def train_command(config: Config, preset: Config | None) -> str:
             from the defaults becomes a flag.
     """
     base = flatten((preset or Config()).to_dict())
-    words = ["rem-atari", "train"]
+    words = [*program(config.env), "train"]
     if preset is not None:
         words += ["--preset", config.preset]
     always = ("seed", "env.game") if config.env.id is None else ("seed",)
@@ -138,12 +163,3 @@ def _flag(path: str, value: object) -> list[str]:
         return [f"--{name}" if value else f"--{prefix}no-{leaf}"]
     values = value if isinstance(value, list | tuple) else [value]
     return [f"--{name}", *(str(entry) for entry in values)]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one dictionary from dotted paths to values."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat.update(flatten(value, f"{path}.") if isinstance(value, dict) else {path: value})
-    return flat

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from rem_atari.agent import Agent
@@ -20,10 +19,11 @@ from rem_atari.runs.checkpoint import (
     find_best,
     list_checkpoints,
     load_checkpoint,
+    not_finite,
     read_checkpoint,
 )
 from rem_atari.runs.folder import RunFolder, open_run_folder
-from rem_atari.training.setup import check_device
+from rem_atari.training.setup import check_device, set_threads
 
 ATTEMPTS = 3
 """A training may delete the checkpoint that is being read; there is a newer one then."""
@@ -81,8 +81,7 @@ def load_trained(
     config = run.load_config()
     config = replace(config, device=config.device if device is None else device)
     check_device(config.device)
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
+    set_threads(config)
     checkpoint = _find_checkpoint(run, step, say)
     agent = build_agent(config, checkpoint).to(config.device)
     return TrainedAgent(run=run, config=config, agent=agent, step=checkpoint.step, state=checkpoint.state)
@@ -135,6 +134,9 @@ def build_agent(config: Config, checkpoint: Checkpoint) -> Agent:
         CheckpointError: they do not fit the configuration.
     """
     weights: dict[str, Tensor] = dict(checkpoint.model)
+    broken = not_finite(weights)
+    if broken is not None:
+        raise CheckpointError(f"the weights of checkpoint {checkpoint.step} are not finite: {broken}")
     try:
         agent = Agent.from_config(config, num_actions=weights["controller.actor.weight"].shape[0])
         agent.load_state_dict(weights)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rem_atari.agent import Agent
 from rem_atari.models.controller import Carry, reset_carry
 from rem_atari.play.collector import Collection, RealEnv
+from rem_atari.play.evaluation_state import Evaluation
 from rem_atari.replay.buffer import Replay
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError
 from rem_atari.training.phase import TrainingPhase
@@ -36,10 +37,11 @@ class RunState:
         random: all sources of random numbers.
         epoch: the epoch under way, from 0; so many are complete.
         phase: its phase under way; None: between two epochs.
-        units: what the phase under way is to do in all, steps or updates; None: it has not begun, or begins
-            anew where it is resumed (an evaluation, which depends on nothing but the weights and its seed).
+        units: what the phase under way is to do in all, steps, updates or games; None: it has not begun.
         collection: what the collection under way did, and the controller's memory.
         updates: what the training phase under way did.
+        evaluation: what the evaluation, or the random play, under way did.
+        played: environment steps of the evaluations that are done.
         best_return: the highest mean return of an evaluation so far, or None.
         notes: sentences on what a resumption could not restore.
         resumed: whether the run was stopped in `phase`, and has not come back to it yet.
@@ -56,6 +58,8 @@ class RunState:
     units: int | None = None
     collection: Collection = field(default_factory=Collection)
     updates: Updates = field(default_factory=Updates)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    played: int = 0
     best_return: float | None = None
     notes: list[str] = field(default_factory=list)
     resumed: bool = False
@@ -78,6 +82,8 @@ class RunState:
         self.units = None
         self.collection = Collection(carry=self.collection.carry)
         self.updates = Updates()
+        self.played += self.evaluation.steps
+        self.evaluation = Evaluation()
 
     @property
     def step(self) -> int:
@@ -86,10 +92,13 @@ class RunState:
         Epochs count too, because one may do nothing but evaluate.
         """
         updates = sum(phase.component.updates for phase in self.phases.values())
-        return self.epoch + self.replay.num_steps + updates
+        return self.epoch + self.replay.num_steps + updates + self.played + self.evaluation.steps
 
-    def checkpoint(self, more: Mapping[str, Any]) -> Checkpoint:
-        """The state as a checkpoint; the replay must be flushed. Its JSON data takes in `more` too."""
+    def checkpoint(self, more: Mapping[str, Any], config: bytes) -> Checkpoint:
+        """The state as a checkpoint with a copy of config.json; the replay must be flushed.
+
+        Its JSON data takes in `more` too.
+        """
         random = self.random.snapshot()
         components = {name: phase.component for name, phase in self.phases.items()}
         optimizer: dict[str, Tensor] = {}
@@ -100,6 +109,7 @@ class RunState:
             **_named("tokens", self.tokens.tensors()),
             **_named("updates", self.updates.tensors()),
             **_named("carry", {str(index): part for index, part in enumerate(self.collection.carry or ())}),
+            **_named("evaluation", self.evaluation.tensors()),
             "frames": torch.from_numpy(self.env.frames),
         }
         state = {
@@ -112,12 +122,14 @@ class RunState:
             "best_return": self.best_return,
             "notes": self.notes,
             "collection": self.collection.state(),
+            "evaluation": self.evaluation.state(),
+            "played": self.played,
             "turn": {"done": self.updates.done, "seconds": self.updates.seconds},
             "shards": [asdict(entry) for entry in self.replay.shards],
             "environments": self.env.resume_states(),
             "random": random.data,
         }
-        return Checkpoint(self.step, self.agent.state_dict(), optimizer, {**more, **state}, training)
+        return Checkpoint(self.step, self.agent.state_dict(), optimizer, {**more, **state}, training, config)
 
     def load(self, checkpoint: Checkpoint, *, seed: int) -> list[int]:
         """Become what a checkpoint says; the replay has been loaded by what it says.
@@ -156,6 +168,9 @@ class RunState:
         self.best_return, self.notes = state["best_return"], [str(note) for note in state["notes"]]
         self.updates = Updates(int(state["turn"]["done"]), float(state["turn"]["seconds"]))
         self.updates.load_tensors(_of("updates", training))
+        if "evaluation" in state:  # checkpoints of earlier versions begin an evaluation anew
+            self.played = int(state["played"])
+            self.evaluation = Evaluation.from_state(state["evaluation"], _of("evaluation", training))
         restarted = self._load_play(state, training, seed)
         # Last: to build and to load the parts may have drawn from them.
         self.random.restore(RandomState(_of("random", training), state["random"]))

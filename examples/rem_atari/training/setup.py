@@ -61,7 +61,10 @@ AT_LEAST_ONE = (
 SMALLEST = dict.fromkeys(AT_LEAST_ONE, 1) | {"controller.horizon": 2}
 """Smallest values allowed, by the field's dotted path; of a number that is not listed it is 0."""
 
-ABOVE_ZERO = ("controller.temperature", "env.timeout_seconds", "evaluation.temperature")
+ABOVE_ZERO = ("controller.temperature", "env.timeout_seconds")
+
+MOST_THREADS = 1024
+"""CPU threads: torch does not check, and dies of very many."""
 
 AT_MOST_ONE = (
     "controller.gamma",
@@ -98,8 +101,7 @@ def prepare_training(config: Config) -> Iterator[TrainingParts]:
     """
     check_config(config)
     perceptual = load_perceptual(config.tokenizer, config.device)
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
+    set_threads(config)
     torch.manual_seed(derive_seed(config.seed, "torch"))
     np.random.seed(derive_seed(config.seed, "numpy") % 2**32)
     random.seed(derive_seed(config.seed, "python"))
@@ -116,6 +118,17 @@ def prepare_training(config: Config) -> Iterator[TrainingParts]:
         raise UsageError(str(error)) from error
     with closing(envs):
         yield TrainingParts(envs, _build_agent(config, envs.num_actions), perceptual)
+
+
+def set_threads(config: Config) -> None:
+    """Give torch as many threads as the configuration says; 0 leaves torch's own choice.
+
+    Raises:
+        UsageError: they are more than `MOST_THREADS`.
+    """
+    _check_number("threads", config.threads)
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
 
 
 def _build_agent(config: Config, num_actions: int) -> Agent:
@@ -169,6 +182,8 @@ def _check_number(path: str, number: float) -> None:
         wanted = f"at least {smallest}"
     elif path in AT_MOST_ONE and number > 1:
         wanted = "at most 1"
+    elif path == "threads" and number > MOST_THREADS:
+        wanted = f"at most {MOST_THREADS}"
     else:
         return
     raise UsageError(f"{path} is {number}, wanted {wanted}")

@@ -38,7 +38,7 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         tokens: cleared at every update.
         config: the freeze, the care for codes.
         generator: source of draws, on the tokenizer's device.
-        warn: told when a freeze that is due is not granted.
+        warn: told, once, when a freeze that is due is not granted.
         perceptual: the network of the perceptual loss, if the configuration asks for it.
     """
 
@@ -57,6 +57,7 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         self.frozen = False
         self.foreground_error: float | None = None
         """Running mean of the foreground error; None before an update that saw foreground."""
+        self._has_warned = False
         self._tokenizer = tokenizer
         self._replay = replay
         self._tokens = tokens
@@ -110,14 +111,19 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         return {"frozen": float(self.frozen)}
 
     def state(self) -> dict[str, Any]:
-        """The freeze and what it is judged by."""
-        return {"frozen": self.frozen, "foreground_error": self.foreground_error}
+        """The freeze, what it is judged by, and whether it was said to wait."""
+        return {
+            "frozen": self.frozen,
+            "foreground_error": self.foreground_error,
+            "has_warned": self._has_warned,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
         self.frozen = bool(state["frozen"])
         error = state["foreground_error"]
         self.foreground_error = None if error is None else float(error)
+        self._has_warned = bool(state.get("has_warned", False))  # not in checkpoints of earlier versions
 
     def changed_on_the_way(self) -> list[torch.Tensor]:
         """The codebook and the counts of its codes: new and restarted codes are set before the step."""
@@ -127,8 +133,9 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         """Freeze if the foreground error is known to be low enough, else warn."""
         limit = self._config.freeze_foreground_error
         self.frozen = self.foreground_error is not None and self.foreground_error <= limit
-        if self.frozen:
+        if self.frozen or self._has_warned:
             return
+        self._has_warned = True
         if self.foreground_error is None:
             reason = "none of the pixels that it trained on differed from the median frame"
         else:
@@ -136,7 +143,7 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
                 f"its error on foreground pixels is {self.foreground_error:.4f}, above"
                 f" tokenizer.freeze_foreground_error = {limit}"
             )
-        self.warn(f"warning: the tokenizer is due to freeze, but {reason}; it trains on")
+        self.warn(f"warning: the tokenizer is due to freeze, but {reason}; it trains on until that is so")
 
     def _track(self, error: float) -> None:
         """Take an update's foreground error into the running mean; NaN, without foreground, is none."""

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from rem_atari.config import Config
-from rem_atari.errors import EnvironmentDiedError, NonFiniteError, StoppedError
+from rem_atari.errors import (
+    EnvironmentAnswerError,
+    EnvironmentDiedError,
+    NonFiniteError,
+    RunError,
+    StoppedError,
+    describe_os_error,
+)
+from rem_atari.evaluation import EvaluationResult, evaluate, evaluate_random
 from rem_atari.play.collector import collect, collect_random
-from rem_atari.play.evaluation import EvaluationResult, evaluate, evaluate_random
 from rem_atari.replay.buffer import Replay
 from rem_atari.replay.shards import delete_shards
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
+from rem_atari.runs.command_line import resume_command
+from rem_atari.runs.config_file import config_text
 from rem_atari.runs.folder import RunFolder
 from rem_atari.runs.metrics import MetricsLog, MetricValue
 from rem_atari.runs.progress import Progress
@@ -28,6 +36,9 @@ from rem_atari.training.seeding import derive_seed
 from rem_atari.training.setup import TrainingParts
 from rem_atari.training.signals import StopRequest
 from rem_atari.training.updates import Metrics, run_updates
+
+ENDS = (StoppedError, NonFiniteError, EnvironmentDiedError, EnvironmentAnswerError)
+"""What ends a run where it can be saved."""
 
 
 class Trainer:
@@ -63,6 +74,7 @@ class Trainer:
         self._progress = progress
         self._stop = stop
         self._is_new = checkpoint is None
+        self._told_of_rewards = False
         replay, notes = reopen_replay(config, run, checkpoint, progress.say)
         self._state = assemble(config, parts, replay, progress.say)
         self.phases = self._state.phases
@@ -85,6 +97,8 @@ class Trainer:
             StoppedError: a signal asked for it; a checkpoint has been saved.
             NonFiniteError: a loss or gradient was not finite; the state before it has been saved.
             EnvironmentDiedError: an environment died too often; the state before that has been saved.
+            EnvironmentAnswerError: an environment answered what none may; the state before has been saved.
+            RunError: one of these, and the state could not be saved.
         """
         state, phases = self._state, self.phases
         with self._saving_where_it_stops():
@@ -112,24 +126,43 @@ class Trainer:
         """Save the run where it's stopped or cannot go on; close its metrics in any case."""
         try:
             yield
-        except (StoppedError, NonFiniteError, EnvironmentDiedError) as error:
+        except BaseException as error:
+            try:
+                if isinstance(error, ENDS) and self._state.env.is_started:
+                    self._save_because_of(error)
+            finally:
+                # What ended the run is to be told, not what a full disk makes of the log's end.
+                with suppress(OSError):
+                    self._metrics.close()
+            raise
+        self._metrics.close()
+
+    def _save_because_of(self, error: RunError) -> None:
+        """Save where the run is; a save that fails must not hide why the run ended."""
+        try:
             self._save()
             self._write_interrupted()
-            if isinstance(error, StoppedError):
-                self._progress.say(f"saved; `rem-atari resume {shlex.quote(str(self._run.path))}` goes on")
-            raise
-        finally:
-            self._metrics.close()
+        except Exception as failed:
+            why = describe_os_error(failed) if isinstance(failed, OSError) else str(failed)
+            raise RunError(f"{error}; and no checkpoint could be saved: {why}") from error
+        if isinstance(error, StoppedError):
+            self._progress.say(f"saved; `{resume_command(self._config.env, self._run.path)}` goes on")
 
     def _play_at_random(self) -> None:
         """Random play for comparison, before anything is learned."""
-        episodes = self._config.evaluation.random_episodes
+        state = self._state
+        episodes = self._config.evaluation.random_episodes if state.units is None else state.units
         if episodes == 0:
             return
-        seed = derive_seed(self._config.seed, "random")
-        with self._showing(episodes):
+        state.units = episodes
+        with self._showing(episodes, done=len(state.evaluation.games)):
             result = evaluate_random(
-                self._state.agent, self._config, episodes=episodes, seed=seed, after_step=self._advance
+                state.agent,
+                self._config,
+                episodes=episodes,
+                seed=derive_seed(self._config.seed, "random"),
+                after_step=self._advance,
+                evaluation=state.evaluation,
             )
         self._write(result.metrics())
 
@@ -162,7 +195,7 @@ class Trainer:
         with self._showing(state.units, done=state.collection.steps):
             play(
                 steps=state.units,
-                after_step=self._advance,
+                after_step=self._after_collected,
                 max_seconds=self._config.schedule.collect_max_seconds,
             )
         state.replay.flush()
@@ -219,12 +252,13 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate if it's time to; whether the mean return is the best so far."""
         state = self._state
-        episodes = evaluation_episodes(self._config, state.epoch)
+        episodes = evaluation_episodes(self._config, state.epoch) if state.units is None else state.units
         if episodes == 0:
             return False
+        state.units = episodes
         final = state.epoch == self._config.schedule.epochs - 1
         heldout = self._make_heldout()
-        with self._showing(episodes):
+        with self._showing(episodes, done=len(state.evaluation.games)):
             result = evaluate(
                 state.agent,
                 self._config,
@@ -232,6 +266,7 @@ class Trainer:
                 seed=derive_seed(self._config.seed, "evaluation", state.epoch),
                 heldout=heldout,
                 after_step=self._advance,
+                evaluation=state.evaluation,
             )
         if heldout is not None:
             heldout.flush()
@@ -248,7 +283,7 @@ class Trainer:
         steps = self._config.evaluation.heldout_steps
         if steps == 0:
             return None
-        # Those of an earlier evaluation, of one that was interrupted too.
+        # Those of an earlier evaluation. What an interrupted one recorded is in its checkpoint.
         delete_shards(self._run.heldout)
         side = self._config.env.frame_size
         seed = derive_seed(self._config.seed, "heldout")
@@ -257,6 +292,17 @@ class Trainer:
     def _showing(self, units: int, *, done: int = 0) -> AbstractContextManager[None]:
         """Show the phase under way while it does its `units`, `done` of them before the run was resumed."""
         return self._progress.phase(self._state.epoch, self._state.phase, units, done=done)
+
+    def _after_collected(self, units: int) -> None:
+        """Say once, and as soon as it is seen, what the world model does not learn of the game's rewards."""
+        sizes = self._state.collection.sizes
+        if not sizes.are_signs and not self._told_of_rewards:
+            self._told_of_rewards = True
+            self._progress.say(
+                f"warning: the game gives a reward of size {sizes.largest:g}, and the world model learns only"
+                " the signs of rewards: to the agent each is worth -1, 0 or +1"
+            )
+        self._advance(units)
 
     def _advance(self, units: int = 1) -> None:
         """The running phase has done so much more; between two of its steps a signal may stop the run."""
@@ -271,8 +317,8 @@ class Trainer:
     def _write_interrupted(self) -> None:
         """A line for the part that was done of the phase under way. When the run goes on, it is cut off."""
         state = self._state
-        if state.units is None:
-            return
+        if state.units is None or state.phase in ("random", "evaluate"):
+            return  # half an evaluation is no result
         part = state.updates.means() if state.phase in self.phases else state.collection.metrics()
         self._write(part | {"interrupted": 1})
 
@@ -300,7 +346,7 @@ class Trainer:
         shards: list[Path] = [self._run.replay / entry.name for entry in state.replay.shards]
         save_checkpoint(
             self._run.checkpoints,
-            state.checkpoint(more),
+            state.checkpoint(more, config_text(self._config)),
             keep=schedule.keep_checkpoints,
             shards=shards,
             best=best,

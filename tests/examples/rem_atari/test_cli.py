@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
@@ -14,20 +15,25 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.abc import MetaPathFinder
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
 
 import rem_atari.report
+from rem_atari import commands
 from rem_atari.arguments import ReportArguments, TrainArguments, parse_arguments
 from rem_atari.cli import EXTRAS, HELP, main
 from rem_atari.commands import listing
-from rem_atari.config import Config
+from rem_atari.commands import train as train_command_module
+from rem_atari.config import Config, EnvConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import StoppedError, UsageError
+from rem_atari.runs.command_line import resume_command
 from rem_atari.runs.folder import create_run_folder
+from rem_atari.runs.session import train_command
 from rem_atari.training import trainer
 
 COMMANDS = (
@@ -140,7 +146,8 @@ def test_the_module_runs_as_a_program() -> None:
         (["--env.id", "Nowhere/Nothing-v9"], "Nowhere/Nothing-v9"),
         (["--preset", "paper"], "`rem-atari weights` fetches them once, --tokenizer.lpips-weights PATH"),
         (["--seed", "-1"], "seed is -1, wanted at least 0"),
-        (["--evaluation.temperature", "0"], "evaluation.temperature is 0.0, wanted more than 0"),
+        (["--controller.temperature", "0"], "controller.temperature is 0.0, wanted more than 0"),
+        (["--threads", "100000"], "threads is 100000, wanted at most 1024"),
         (["--controller.optim.batch-size", "0"], "controller.optim.batch_size is 0, wanted at least 1"),
         (["--controller.min-real-frames", "8"], "controller.min_real_frames is 8"),
         (["--device", "toaster"], "the device 'toaster' cannot be used; wanted cpu, cuda or mps"),
@@ -398,7 +405,8 @@ def test_the_report_is_announced_before_it_is_written(
     monkeypatch.setattr(trainer.Trainer, "run", lambda self: None)
     monkeypatch.setattr(rem_atari.report, "write_report", write_report)
     assert main(["train", "--preset", "debug", "--run", str(tmp_path / "run")]) == 1
-    assert announced == [f"run folder: {tmp_path / 'run'}", "writing the report"]
+    sees = "the agent sees the game's images, 24 x 24, as 24 x 24 pixels"
+    assert announced == [f"run folder: {tmp_path / 'run'}", sees, "writing the report"]
 
 
 def test_a_report_that_fails_keeps_the_run(
@@ -415,3 +423,79 @@ def test_a_report_that_fails_keeps_the_run(
     assert line.startswith(f"rem-atari: the report of {run} could not be written (no frames)")
     assert len(list((run / "checkpoints").iterdir())) == 1
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["final"] == 1
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rem-atari {version('retpop')}\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_unicode_gets_other_characters(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+
+    def show(arguments: object) -> None:
+        print("mean ±1 − 2 × \udcff ☃")
+
+    monkeypatch.setattr(commands, "run_command", show)
+    assert main(["list"]) == 0
+    wanted = {"ascii": "mean +-1 - 2 x ? ?\n", "latin-1": "mean ±1 - 2 × ? ?\n"}
+    assert written.getvalue().decode(encoding) == wanted[encoding]
+
+
+def test_a_whole_run_in_the_c_locale(tmp_path: Path) -> None:
+    """With everything that Python does to be in UTF-8 all the same switched off."""
+    c_locale = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    words = ["train", "--preset", "debug", "--schedule.epochs", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rem_atari", *words],
+        env={**os.environ, **c_locale},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"mean return: agent -" in done.stdout
+    assert b" +- " in done.stdout
+
+
+def test_two_runs_of_the_same_second_have_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:
+            return datetime(2031, 2, 3, 12)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_command_module, "datetime", Noon)
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: None)
+    monkeypatch.setattr(train_command_module, "conclude", lambda run: None)
+    for _ in range(3):
+        assert main(["train", "--preset", "debug"]) == 0
+    name = "Catch-debug-0-20310203-120000"
+    assert sorted(path.name for path in Path("runs").iterdir()) == [name, f"{name}-2", f"{name}-3"]
+
+
+def test_suggested_commands_work_for_a_module_beside_the_run() -> None:
+    beside, installed = EnvConfig(id="my_game:Game-v0"), EnvConfig(id="ALE/Pong-v5")
+    assert resume_command(beside, Path("my run")) == "python -m rem_atari resume 'my run'"
+    assert resume_command(installed, Path("run")) == "rem-atari resume run"
+    wrapped = EnvConfig(id="ALE/Pong-v5", wrapper="mine:Wrapper")
+    assert resume_command(wrapped, Path("run")) == "python -m rem_atari resume run"
+    started = train_command(Config(env=beside), None)
+    assert started == "python -m rem_atari train --seed 0 --env.id my_game:Game-v0"
+
+
+def test_a_module_in_the_current_folder_is_pointed_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("game_beside.py").touch()
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    line = fails_with(capsys, ["train", "--preset", "debug", "--env.id", "game_beside:Game-v0"], code=2)
+    hint = "`python -m rem_atari` instead of `rem-atari` finds game_beside.py in the current folder"
+    assert line.endswith(hint)

@@ -12,14 +12,17 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 from run_folders import DEBUG, add_evaluation, files_in, make_run
 
 from rem_atari.cli import main
 from rem_atari.commands import evaluate as evaluate_command
 from rem_atari.config.presets import PRESETS
 from rem_atari.envs.vector import GameReturn, VectorStep
+from rem_atari.evaluation import EvaluationResult, playing_conditions
 from rem_atari.films.games import BestAndWorst
-from rem_atari.play.evaluation import EvaluationResult, playing_conditions
+from rem_atari.play.rollout import choose_actions
+from rem_atari.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rem_atari.runs.folder import hold_run_folder
 from rem_atari.runs.trained import TrainedAgent, load_trained
 from rem_atari.scores.published import human_normalised, reference_scores
@@ -109,7 +112,7 @@ def test_the_conditions_of_a_test_need_no_perceptual_loss() -> None:
     assert playing_conditions(PRESETS["paper"]).evaluation.temperature == 0.5
 
 
-def test_films_show_every_step_of_the_best_and_the_worst_game(tmp_path: Path) -> None:
+def test_films_show_every_frame_of_the_best_and_the_worst_game(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     before = files_in(tmp_path)
     assert main(["evaluate", str(tmp_path / "run"), "--episodes", "12", "--temperature", "5"]) == 0
@@ -119,7 +122,7 @@ def test_films_show_every_step_of_the_best_and_the_worst_game(tmp_path: Path) ->
     for name in ("best.mp4", "worst.mp4"):
         stream = imageio_ffmpeg.read_frames(str(folder / name))
         assert next(stream)["size"] == (264, 264)
-        assert len(list(stream)) == 5
+        assert len(list(stream)) == 5 + 1
 
 
 def test_one_game_has_one_film(tmp_path: Path) -> None:
@@ -181,7 +184,7 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read_is_not_missed(
     [
         (["--episodes", "0"], "--episodes is 0, wanted at least 1"),
         (["--seed", "-1"], "--seed is -1, wanted at least 0"),
-        (["--temperature", "0"], "evaluation.temperature is 0.0, wanted more than 0"),
+        (["--temperature", "-1"], "evaluation.temperature is -1.0, wanted at least 0"),
         (["--num-envs", "0"], "evaluation.num_envs is 0, wanted at least 1"),
         (["--device", "toaster"], "the device 'toaster' cannot be used"),
         (["--device", "mps"], "the device 'mps' cannot be used: torch finds no such GPU on this machine"),
@@ -277,6 +280,61 @@ def test_the_best_and_the_worst_game_that_count_are_kept() -> None:
     films.count(last)
     assert (films.best.game, shown(films.best)) == (first, [0, 1])
     assert (films.worst.game, shown(films.worst)) == (last, [2, 3])
+
+
+def test_a_film_ends_with_the_games_last_frame() -> None:
+    films = BestAndWorst()
+    game = GameReturn(0, 1.0, 1)
+    last = np.full((2, 2, 3), 77, np.uint8)
+    see(films, 0, replace(step_with(game), last_frames={0: last}))
+    films.count(game)
+    assert shown(films.best) == [0, 77]
+
+
+def test_what_is_said_to_be_written_was_written_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "run").evaluation / "step-00000042"
+    folder.mkdir(parents=True)
+    leftovers = {".writing-4711-best.mp4", ".summary.json.writing"}
+    for name in ("best.mp4", "worst.mp4", "notes.txt", ".writing-mine", *leftovers):
+        (folder / name).write_text("before")
+    assert main(["evaluate", str(tmp_path / "run"), "--episodes", "1", "--no-videos"]) == 0
+    written = [folder / "episodes.csv", folder / "summary.json"]
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {written[0]}, {written[1]}"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"episodes.csv", "summary.json", "notes.txt", ".writing-mine"}, "strangers' files stay"
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_played(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    make_run(tmp_path / "run")
+    monkeypatch.setattr(evaluate_command, "replace_file", refuse)
+    monkeypatch.setattr(evaluate_command, "play_games", None)
+    assert "Read-only file system; --out names another" in fails(capsys, tmp_path / "run")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    model = dict(load_checkpoint(run.checkpoints).model)
+    model["tokenizer.codebook.weight"] = torch.full_like(model["tokenizer.codebook.weight"], torch.inf)
+    save_checkpoint(run.checkpoints, Checkpoint(43, model, {}, {"epoch": 2}), keep=1)
+    for command in ("evaluate", "record"):
+        assert main([command, str(run.path)]) == 1
+        told = "rem-atari: the weights of checkpoint 43 are not finite: tokenizer.codebook.weight"
+        assert capsys.readouterr().err.splitlines()[-1] == told
+
+
+def test_the_greedy_agent_plays_the_same_whatever_is_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    logits = torch.tensor([[0.1, 0.3, 0.2], [2.0, -1.0, 1.9]])
+    generator = torch.Generator().manual_seed(0)
+    assert choose_actions(logits, generator, temperature=0.0).tolist() == [1, 0]
+    assert main(["evaluate", str(run.path), "--episodes", "2", "--temperature", "0"]) == 0
 
 
 def test_of_equal_games_the_first_is_the_best_and_the_last_the_worst() -> None:

@@ -117,11 +117,11 @@ def test_training_frames_equal_raw_frames_stepped_by_hand_over_a_life_loss() -> 
     rng = np.random.default_rng(0)
     for _ in range(150):
         action = int(rng.integers(4))
-        seen, _, terminated, _, info = env.step(action)
+        seen, _, terminated, _, _ = env.step(action)
         played = [raw.step(action) for _ in range(4)]
         lives_now = played[-1][4]["lives"]
         assert terminated == (lives_now < lives)
-        assert not info["game_over"]
+        assert not env.game_over
         if terminated:
             lives_lost += 1
             seen, _ = env.reset()
@@ -142,12 +142,12 @@ def test_bound_on_raw_frames_counts_no_ops_skips_and_all_lives() -> None:
     while not truncated:
         _, _, terminated, truncated, info = env.step(1)
         frames += 4 if not truncated else (401 - frames)
-        if terminated and not info["game_over"]:
+        if terminated and not env.game_over:
             lives_lost += 1
             env.reset()
             frames += 4
         assert info["episode_frame_number"] <= 401
-    assert info["game_over"]
+    assert env.game_over
     assert info["episode_frame_number"] == frames == 401
     assert lives_lost >= 1
     _, info = env.reset()
@@ -253,19 +253,19 @@ def test_an_ended_skip_leaves_nothing_for_the_next_game() -> None:
 def test_a_life_loss_ends_the_episode_but_not_the_game() -> None:
     game = ScriptedGame(4, lives=[3, 3, 2, 2, 2])
     env = LifeLossEndsEpisode(game)
-    _, info = env.reset()
-    assert (info["game_over"], info["reset_reward"]) == (False, 0.0)
-    *_, terminated, truncated, info = env.step(1)
-    assert (terminated, truncated, info["game_over"]) == (False, False, False)
-    *_, terminated, truncated, info = env.step(1)
-    assert (terminated, truncated, info["game_over"]) == (True, False, False)
-    frame, info = env.reset()
+    env.reset()
+    assert (env.game_over, env.reset_reward) == (False, 0.0)
+    *_, terminated, truncated, _ = env.step(1)
+    assert (terminated, truncated, env.game_over) == (False, False, False)
+    *_, terminated, truncated, _ = env.step(1)
+    assert (terminated, truncated, env.game_over) == (True, False, False)
+    frame, _ = env.reset()
     assert game.games == 1
     assert game.actions == [1, 1, NOOP]
     assert (frame == 3).all()
-    assert (info["game_over"], info["reset_reward"]) == (False, 1.0)
-    *_, terminated, truncated, info = env.step(1)
-    assert (terminated, truncated, info["game_over"]) == (True, False, True)
+    assert (env.game_over, env.reset_reward) == (False, 1.0)
+    *_, terminated, truncated, _ = env.step(1)
+    assert (terminated, truncated, env.game_over) == (True, False, True)
     env.reset()
     assert game.games == 2
 
@@ -275,8 +275,8 @@ def test_a_no_op_that_ends_the_game_is_told() -> None:
     env = LifeLossEndsEpisode(game)
     env.reset()
     assert env.step(1)[2]
-    frame, info = env.reset()
-    assert (info["game_over"], info["reset_reward"]) == (True, 1.0)
+    frame, _ = env.reset()
+    assert (env.game_over, env.reset_reward) == (True, 1.0)
     assert game.games == 2
     assert (frame == 0).all()
 
@@ -286,8 +286,8 @@ def test_life_loss_and_truncation_at_once_end_the_game() -> None:
     env = LifeLossEndsEpisode(game)
     env.reset()
     env.step(1)
-    *_, terminated, truncated, info = env.step(1)
-    assert (terminated, truncated, info["game_over"]) == (True, True, True)
+    *_, terminated, truncated, _ = env.step(1)
+    assert (terminated, truncated, env.game_over) == (True, True, True)
     env.reset()
     assert game.games == 2
 
@@ -308,10 +308,10 @@ def test_a_reset_with_a_seed_or_amid_a_life_starts_a_new_game() -> None:
         assert env.step(1)[2]  # a life is lost
         if continues:
             env.reset()
-        frame, info = env.reset(seed=seed)
+        frame, _ = env.reset(seed=seed)
         assert game.games == games
         assert (frame == 0).all()
-        assert (info["game_over"], info["reset_reward"]) == (False, 0.0)
+        assert (env.game_over, env.reset_reward) == (False, 0.0)
     assert game.actions == [1, 1, NOOP, 1, NOOP]
 
 

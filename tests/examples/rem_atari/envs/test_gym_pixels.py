@@ -15,6 +15,7 @@ from PIL import Image
 
 from rem_atari.config import EnvConfig
 from rem_atari.envs import UnknownGameError, make_env
+from rem_atari.envs.env_options import parse_kwargs
 from rem_atari.envs.env_state import load_env, save_env
 from rem_atari.envs.vector import VectorEnv
 
@@ -183,9 +184,8 @@ def test_other_actions_are_refused(kind: type[Game], actions: gymnasium.Space, n
     ("rendered", "named"),
     [
         (None, "NoneType"),
-        (np.zeros((12, 18), np.uint8), r"uint8 \(12, 18\)"),
-        (np.zeros((12, 18, 4), np.uint8), r"uint8 \(12, 18, 4\)"),
-        (np.zeros((12, 18, 3)), "float64"),
+        (np.zeros((3, 12, 18), np.uint8), r"an array uint8 \(3, 12, 18\)"),
+        (np.zeros((12, 18, 3)), r"an array float64 \(12, 18, 3\) from 0 to 0"),
         ([], "list"),
     ],
 )
@@ -196,6 +196,118 @@ def test_what_is_rendered_must_be_a_picture(rendered: object, named: str) -> Non
 
     with pytest.raises(ValueError, match=rf"-v0: render\(\) gives {named}"):
         make_env(register(Odd, disable_env_checker=True), training=True)
+
+
+def test_gray_and_rgba_pictures_are_taken() -> None:
+    rgb = picture(3)
+    kinds = {
+        "gray": (rgb[..., 0], rgb[..., [0, 0, 0]]),
+        "one channel": (rgb[..., :1], rgb[..., [0, 0, 0]]),
+        "RGBA": (np.concatenate([rgb, rgb[..., :1]], axis=2), rgb),
+    }
+    for shown, wanted in kinds.values():
+
+        class Seen(Game):
+            observation_space = Box(0, 255, shown.shape, np.uint8)
+
+            def observe(self, shown: np.ndarray = shown) -> np.ndarray:
+                return shown
+
+        class Rendered(Game):
+            def render(self, shown: np.ndarray = shown) -> np.ndarray:
+                return shown
+
+        for kind in (Seen, Rendered):
+            frame, _ = make_env(register(kind), training=True).reset(seed=0)
+            np.testing.assert_array_equal(frame, resized(wanted))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [Box(0, 255, (7, 7, 3), np.uint8), Box(0, 10, (12, 18, 3), np.uint8), Box(0, 255, (3, 12, 18), np.uint8)],
+)
+def test_symbols_are_not_taken_for_pictures(space: Box) -> None:
+    class Symbols(Game):
+        observation_space = space
+
+        def observe(self) -> np.ndarray:
+            return np.zeros(space.shape, np.uint8)
+
+    env = make_env(register(Symbols), training=True)
+    frame, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(frame, resized(picture(env.unwrapped.count)))
+
+
+# --- how it is made ---------------------------------------------------------------------------------------
+
+
+def test_rendering_can_be_asked_for() -> None:
+    env = make_env(config("Filmed", render=True), training=True)
+    frame, _ = env.reset(seed=3)
+    np.testing.assert_array_equal(frame, resized(picture(env.unwrapped.count)))
+
+
+def test_keyword_arguments_reach_the_game() -> None:
+    for words in (("length=2",), ('{"length": 2}',)):
+        env = make_env(config("Game", kwargs=words), training=True)
+        assert env.unwrapped.length == 2
+    assert parse_kwargs(("a=1", "b=x y", '{"c": [1]}', "d=")) == {"a": 1, "b": "x y", "c": [1], "d": ""}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("length",), "'length' is neither key=value nor a JSON object"),
+        (("{length: 2}",), "'{length: 2}' is no JSON object"),
+        (("length=2", '{"length": 3}'), "has length twice"),
+        (("size=2",), r"Game-v0 cannot be made with \{'size': 2\}: it raised TypeError: .*'size'"),
+    ],
+)
+def test_keyword_arguments_that_do_not_fit_are_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_env(config("Game", kwargs=words), training=True)
+
+
+class Doubled(gymnasium.RewardWrapper):
+    def reward(self, reward: float) -> float:
+        return 2 * reward
+
+
+def test_a_wrapper_can_be_put_around_the_game() -> None:
+    env = make_env(config("Game", wrapper=f"{__name__}:Doubled"), training=True)
+    env.reset(seed=0)
+    assert env.step(0)[1] == 2 * env.unwrapped.count
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        ("Doubled", "wanted module:Name"),
+        ("no_such_module:Doubled", "wanted module:Name .*no_such_module"),
+        (f"{__name__}:Missing", "wanted module:Name .*Missing"),
+        ("builtins:str", "builtins:str gave a str, wanted a gymnasium.Env"),
+        ("operator:neg", "operator:neg raised TypeError"),
+    ],
+)
+def test_what_is_no_wrapper_is_refused(wrapper: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_env(config("Game", wrapper=wrapper), training=True)
+
+
+@pytest.mark.parametrize("option", [{"kwargs": ("a=1",)}, {"wrapper": "a:B"}, {"render": True}])
+@pytest.mark.parametrize("name", [None, "MinAtar/Breakout-v1"])
+def test_options_of_other_environments_are_not_ignored(name: str | None, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"env.{next(iter(option))} is .*Breakout.* takes none"):
+        make_env(EnvConfig(id=name, **option), training=True)
+
+
+def test_a_game_that_cannot_be_made_is_named() -> None:
+    class Leaving(Game):
+        def __init__(self, **options: Any) -> None:
+            raise SystemExit("no licence")
+
+    with pytest.raises(ValueError, match="-v0 cannot be made: it raised SystemExit: no licence"):
+        make_env(register(Leaving), training=True)
 
 
 def test_a_package_that_rendering_needs_is_missed_at_once() -> None:
@@ -212,6 +324,17 @@ def test_a_package_that_rendering_needs_is_missed_at_once() -> None:
 
     with pytest.raises(ValueError, match="-v0 cannot be made: MuJoCo is not installed"):
         make_env(register(Heavier), training=True)
+
+
+def test_it_is_said_what_the_agent_sees() -> None:
+    def sees(cfg: EnvConfig) -> str:
+        return VectorEnv(lambda: make_env(cfg, training=True), 1, seed=0).sees
+
+    assert sees(config("Game")) == "what the game renders, 18 x 12, not Box(1,), as 8 x 8 pixels"
+    assert sees(config("Filmed")) == "the game's images, 18 x 12, as 8 x 8 pixels"
+    assert (
+        sees(EnvConfig(game="Breakout", frame_size=16)) == "the game's images, 160 x 210, as 16 x 16 pixels"
+    )
 
 
 # --- repeated actions and bounds --------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_a_film_is_as_long_as_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
     stream = imageio_ffmpeg.read_frames(str(film))
     about = next(stream)
     assert (about["fps"], about["size"]) == (5.0, (824, 332))
-    assert len(list(stream)) == 8
+    assert len(list(stream)) == 8 + 1, "the frame that the game ended with too"
 
 
 def test_a_gif_where_it_is_wanted(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_gif_where_it_is_wanted(tmp_path: Path) -> None:
         (["--fps", "0"], "--fps is 0.0, wanted more than 0"),
         (["--fps", "nan"], "--fps is nan, wanted more than 0"),
         (["--out", "film.avi"], "the film film.avi has the ending '.avi'; wanted .mp4 or .gif"),
-        (["--temperature", "-1"], "evaluation.temperature is -1.0, wanted more than 0"),
+        (["--temperature", "-1"], "evaluation.temperature is -1.0, wanted at least 0"),
         (["--step", "1"], "holds no checkpoint 1; there are: 42"),
     ],
 )
@@ -95,6 +95,17 @@ def test_the_game_is_shown_as_it_was_played(moments: list[Moment]) -> None:
     assert all(moments[step].latest.game_return == moments[step].latest.reward != 0 for step in over)
     assert moments[0].latest is None
     assert {moment.latest.action for moment in moments[1:]} <= {"left", "stay", "right"}
+
+
+def test_a_game_is_shown_to_its_last_frame(moments: list[Moment]) -> None:
+    endings = [moment.ending for moment in moments if moment.ending is not None]
+    assert [ending.step for ending in endings] == [5, 10]
+    for ending in endings:
+        row = int(np.argwhere((ending.frame == BALL).all(axis=-1))[0, 0]) // 4
+        assert row == 5, "the ball has landed"
+        assert ending.latest is not None
+        assert ending.latest.ended
+        assert ending.dream_step > 0, "what it believes of that frame, not of the next game"
 
 
 def test_the_middle_shows_what_the_tokens_keep(trained: TrainedAgent, moments: list[Moment]) -> None:

@@ -18,7 +18,15 @@ from rem_atari.runs.folder import create_run_folder
 
 RESULTS = Path(__file__).resolve().parents[4] / "docs" / "results" / "data"
 
-NAMES = ("moving_pixels", "reward_loss", "entropy", "world_model_loss", "codebook", "value_scale")
+NAMES = (
+    "moving_pixels",
+    "reward_loss",
+    "entropy",
+    "world_model_loss",
+    "codebook",
+    "value_scale",
+    "reward_sizes",
+)
 
 CONFIG = replace(
     DEBUG,
@@ -52,6 +60,7 @@ def healthy() -> dict[str, dict[str, list[float]]]:
 
 def lines_of(curves: dict[str, dict[str, list[float]]]) -> list[MetricLine]:
     start = {"epoch": 0, "env_steps": 100, "seconds": 1.0, "phase": "collect_random", "entropy": 1.0986}
+    start |= {"smallest_reward": 1.0, "largest_reward": 1.0}
     return [start] + [
         {"epoch": epoch, "env_steps": 100, "seconds": 1.0, "phase": phase}
         | {name: values[epoch] for name, values in metrics.items() if epoch < len(values)}
@@ -67,7 +76,7 @@ def signs(lines: list[MetricLine], config: Config = CONFIG) -> list[str]:
 def test_a_run_that_learns_shows_no_sign() -> None:
     findings = diagnose(lines_of(healthy()), CONFIG)
     assert [finding.check for finding in findings] == list(NAMES)
-    assert [finding.sign for finding in findings] == [False] * 6
+    assert [finding.sign for finding in findings] == [False] * 7
     assert all(finding.says and not finding.advice for finding in findings)
     assert first_sign(findings) is None
 
@@ -109,6 +118,10 @@ def drowned(curves: dict[str, dict[str, list[float]]]) -> None:
     curves["controller"] |= {"value": [9.0] * EPOCHS, "grad_norm": [7.0] * EPOCHS}
 
 
+def unequal(curves: dict[str, dict[str, list[float]]]) -> None:
+    curves["collect"] = {"smallest_reward": [0.1] * EPOCHS, "largest_reward": [2.0] * (EPOCHS - 1) + [5.0]}
+
+
 @pytest.mark.parametrize(
     ("spoil", "check", "figures"),
     [
@@ -119,6 +132,7 @@ def drowned(curves: dict[str, dict[str, list[float]]]) -> None:
         (running_after, "world_model_loss", {"loss": 1.0, "lowest": 1 / 3, "tokenizer_trains": 1.0}),
         (few_codes, "codebook", {"used": 2.0, "size": 32.0}),
         (drowned, "value_scale", {"error": 3.0, "grad_norm": 7.0, "clip_norm": 3.0}),
+        (unequal, "reward_sizes", {"smallest": 0.1, "largest": 5.0}),
     ],
 )
 def test_each_sign_is_seen_alone_with_its_figures_and_advice(
@@ -199,7 +213,8 @@ def test_too_few_figures_say_nothing() -> None:
     for lines in ([], lines_of(healthy())[:2]):
         findings = diagnose(lines, CONFIG)
         assert len(findings) == len(CHECKS)
-        assert all(finding.sign is None or finding.check == "codebook" for finding in findings)
+        at_once = ("codebook", "reward_sizes")
+        assert all(finding.sign is None or finding.check in at_once for finding in findings)
         assert all(finding.says for finding in findings)
 
 
@@ -233,7 +248,7 @@ def test_the_command_gives_json(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert (data["schema"], data["epoch"], data["env_steps"]) == (1, 11, 100)
     assert data["first_sign"] == "reward_loss"
     assert [check["check"] for check in data["checks"]] == list(NAMES)
-    assert [check["sign"] for check in data["checks"]] == [False, True, False, False, True, False]
+    assert [check["sign"] for check in data["checks"]] == [False, True, False, False, True, False, False]
     assert data["checks"][1]["figures"]["base_rate"] == pytest.approx(0.4)
     assert data["returns"] == {"agent": None, "random": None}
 

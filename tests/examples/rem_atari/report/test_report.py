@@ -278,7 +278,7 @@ def test_run_stopped_early_says_what_it_lacks(tmp_path: Path) -> None:
     page = write_report(run.path).read_text(encoding="utf-8")
     assert "This run did not finish: it began 1 of 2 epochs." in page
     assert "There are no held-out frames" in page
-    assert "1 of 6 lines of metrics.jsonl cannot be read." in page
+    assert "1 of 6 lines of metrics.jsonl cannot be read: line " in page
     assert "The run holds no evaluation" in page
     assert re.findall(r"<h2>(.*?)</h2>", page) == list(SECTIONS)
 
@@ -298,7 +298,7 @@ def test_weights_of_another_configuration_are_left_out(tmp_path: Path) -> None:
     data["controller"]["lstm_dim"] += 1
     run.config.write_text(json.dumps(data))
     page = write_report(run.path).read_text(encoding="utf-8")
-    assert "the newest ones do not fit the configuration" in page
+    assert "does not fit the run&#x27;s configuration" in page
 
 
 def test_no_module_that_a_configuration_names_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,12 +396,12 @@ def test_captions_say_what_happened_and_what_chance_it_had() -> None:
         frames=np.zeros((2, 4, 4, 3), dtype=np.uint8),
         steps=[
             FilmStep(action="left", reward=0, ended=False),
-            FilmStep(action="stay", reward=-1, ended=True, reward_chances=(0.7, 0.2, 0.1), end_chance=0.9),
+            FilmStep(action="stay", reward=-2.5, ended=True, reward_chances=(0.7, 0.2, 0.1), end_chance=0.9),
         ],
     )
     assert film.caption(0) == ("start", "")
     assert film.caption(1) == ("1: left", "")
-    assert film.caption(2) == ("2: stay, reward −1, episode over", "reward −1 70%, +1 10%; end 90%")
+    assert film.caption(2) == ("2: stay, reward −2.5, episode over", "reward −1 70%, +1 10%; end 90%")
     assert film.caption(7) == film.caption(2)
 
 

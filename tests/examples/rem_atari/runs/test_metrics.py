@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rem_atari.errors import RunWarning
+from rem_atari.report.history import read_lines
 from rem_atari.runs.metrics import MetricsLog, read_metrics
 
 
@@ -43,6 +45,19 @@ def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
     assert [line["epoch"] for line in read_metrics(path)] == [0, 1]
+
+
+def test_a_damaged_line_is_named_and_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 0}\n{"epoch": \x00}\n[1]\n{"epoch": 3, "game": "a\u2028b"}\n')
+    with pytest.warns(RunWarning) as said:
+        assert [line["epoch"] for line in read_metrics(path)] == [0, 3]
+    assert [str(warning.message) for warning in said] == [
+        f"{path}, line {number} cannot be read and is left out" for number in (2, 3)
+    ]
+    notes: list[str] = []
+    assert [line["epoch"] for line in read_lines(path, notes)] == [0, 3]
+    assert notes == ["2 of 4 lines of metrics.jsonl cannot be read: line 2, 3."]
 
 
 def test_tensorboard_gets_the_numbers_by_phase_and_epoch(tmp_path: Path) -> None:

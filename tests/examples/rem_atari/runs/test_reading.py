@@ -1,4 +1,4 @@
-"""Files that anybody may have written: what can be read is read, and the rest is counted."""
+"""Files that anybody may have written: what can be read is read, and the rest is named."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from rem_atari.runs.reading import is_number, read_json_lines
 
 
-def test_lines_that_are_no_objects_are_counted(tmp_path: Path) -> None:
+def test_lines_that_are_no_objects_are_named(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     texts = ['{"loss": 1}', "[" * 100_000, "7", '{"loss": 2}', "\udcff", '{"loss": 3, "ep']
     path.write_bytes("\n".join(texts).encode(errors="surrogateescape"))
-    assert read_json_lines(path) == ([{"loss": 1}, {"loss": 2}], 4)
-    assert read_json_lines(tmp_path / "nowhere") == ([], 0)
+    assert read_json_lines(path) == ([{"loss": 1}, {"loss": 2}], [2, 3, 5, 6])
+    assert read_json_lines(tmp_path / "nowhere") == ([], [])
 
 
 @pytest.mark.parametrize("value", [0, -3, 1.5, 10**300])

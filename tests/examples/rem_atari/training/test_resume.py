@@ -19,6 +19,7 @@ from short_runs import (
     Outcome,
     Point,
     fingerprint,
+    hash_replay,
     measured,
     newest,
     run_part,
@@ -78,6 +79,25 @@ def test_a_run_stopped_in_every_phase_and_moved_each_time_ends_as_one_that_never
     assert fingerprint(folder) == fingerprint(whole)
 
 
+def test_a_run_in_slices_of_one_step_comes_through_random_play_and_evaluation(
+    whole: Path, tmp_path: Path
+) -> None:
+    """However short a slice is, the run advances; what an evaluation records for the report survives too."""
+    folder, slices = tmp_path / "run", 0
+    for point in (Point(0, "random", 0), Point(0, "evaluate", 0)):
+        games = 0
+        while games < 2:  # of four and of three; each environment's first game takes five steps
+            assert run_part(folder, until=point, resume=slices > 0).stopped
+            slices += 1
+            assert newest(folder).state["phase"] == point.phase
+            games = len(newest(folder).state["evaluation"]["games"])
+    assert slices == 10
+    finish(folder)
+    assert fingerprint(folder) == fingerprint(whole)
+    ours, theirs = (hash_replay(Replay.load(path / "heldout")) for path in (folder, whole))
+    assert ours == theirs
+
+
 def test_the_short_run_has_what_is_to_survive(whole: Path) -> None:
     """Or the test above would not show that it does."""
     checkpoint = newest(whole)
@@ -95,7 +115,7 @@ def test_a_fresh_process_goes_on_exactly(whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rem_atari", "resume", str(run)]
     resumed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on from checkpoint {0 + 64 + 32 + 4 + 1}" in resumed.stderr
+    assert f"going on from checkpoint {20 + 64 + 32 + 4 + 1}" in resumed.stderr
     assert (run / "report.html").is_file()
     assert fingerprint(run) == fingerprint(whole)
 

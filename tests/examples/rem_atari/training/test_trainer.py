@@ -19,8 +19,8 @@ from rem_atari.config import Config, OptimConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.envs.vector import GameReturn
 from rem_atari.errors import StoppedError
+from rem_atari.evaluation import EvaluationResult
 from rem_atari.models.tokenizer import Tokenizer
-from rem_atari.play.evaluation import EvaluationResult
 from rem_atari.replay.buffer import Replay
 from rem_atari.report.contents import load_run, measure_quality
 from rem_atari.runs import folder as run_folder
@@ -157,7 +157,8 @@ def test_the_checkpoint_holds_the_agent_as_it_ended(trained: tuple[Path, Agent, 
     assert checkpoint.state["epoch"] == 2
     assert checkpoint.state["updates"] == {"tokenizer": 6, "world_model": 4, "controller": 4}
     assert checkpoint.state["action_names"] == ["left", "stay", "right"]
-    assert checkpoint.step == 2 + 128 + 6 + 4 + 4
+    played = 20 + 20 + 30  # at random, and in two evaluations
+    assert checkpoint.step == 2 + 128 + 6 + 4 + 4 + played
     assert len(list_checkpoints(folder / "checkpoints")) == 2
 
 
@@ -315,6 +316,10 @@ def test_a_freeze_waits_for_the_foreground_error() -> None:
     assert phase.prepare(2), "the error is too high: it goes on training"
     assert not phase.is_over
     assert "above tokenizer.freeze_foreground_error" in warnings[0]
+    again = make_tokenizer_phase(warnings, freeze_epoch=2, freeze_foreground_error=1e-9)
+    again.load_state(phase.state())
+    again.component.updates = 1
+    assert again.prepare(3), "it is said once, in a run that was resumed too"
     phase.foreground_error = 0.0
     assert not phase.prepare(3)
     assert phase.is_over

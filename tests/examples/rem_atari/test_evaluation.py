@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +15,14 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
+from rem_atari import evaluation
 from rem_atari.agent import Agent
 from rem_atari.config import Config, EnvConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.envs.vector import GameReturn, VectorStep
 from rem_atari.errors import EnvironmentDiedError, RunWarning, StoppedError
-from rem_atari.play import evaluation
-from rem_atari.play.evaluation import evaluate, evaluate_random, share_episodes
+from rem_atari.evaluation import EvaluationResult, evaluate, evaluate_random, share_episodes
+from rem_atari.play.evaluation_state import Evaluation
 from rem_atari.replay.buffer import Replay
 
 SIZE = 24
@@ -221,3 +224,70 @@ def test_an_evaluation_can_be_stopped(agent: Agent) -> None:
 
     with pytest.raises(StoppedError):
         evaluate(agent, config_with(), episodes=3, seed=0, after_step=stop)
+
+
+@pytest.mark.parametrize("play", [evaluate, evaluate_random])
+def test_an_evaluation_in_slices_of_one_step_is_the_whole_one(agent: Agent, play: Callable[..., Any]) -> None:
+    """Games, their order, what is recorded and the actions; through JSON and tensors as in a checkpoint."""
+    config = config_with(num_envs=2, temperature=1.0)
+
+    def part(evaluation: Evaluation, after_step: Callable[[int], None]) -> tuple[EvaluationResult, Replay]:
+        heldout = Replay((SIZE, SIZE, 3), 13, seed=0)
+        more = {"heldout": heldout} if play is evaluate else {}
+        common = {"episodes": 5, "seed": 3, "after_step": after_step, "evaluation": evaluation}
+        return play(agent, config, **common, **more), heldout
+
+    def stop(ended: int) -> None:
+        raise StoppedError("enough")
+
+    whole, recorded = part(Evaluation(), nothing)
+    evaluation, slices, result = Evaluation(), 0, None
+    while result is None:
+        try:
+            result, heldout = part(evaluation, stop)
+        except StoppedError:
+            slices += 1
+            state, tensors = json.loads(json.dumps(evaluation.state())), evaluation.tensors()
+            evaluation = Evaluation.from_state(state, tensors)
+    assert result.games == whole.games
+    assert slices == 15 == evaluation.steps / 2, "three games of five steps in one of the two environments"
+    assert all((heldout.columns()[name] == rows).all() for name, rows in recorded.columns().items())
+
+
+@pytest.mark.usefixtures("marathon")
+def test_games_that_cannot_be_saved_are_played_anew(agent: Agent) -> None:
+    evaluation, steps = Evaluation(), 0
+
+    def stop(ended: int) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            raise StoppedError("enough")
+
+    config = config_with(num_envs=2)
+    with pytest.raises(StoppedError):
+        evaluate(agent, config, episodes=6, seed=0, after_step=stop, evaluation=evaluation)
+    assert [game.length for game in evaluation.games] == [1, 1, 1]
+    result = evaluate(agent, config, episodes=6, seed=0, after_step=nothing, evaluation=evaluation)
+    assert [game.env_index for game in result.games].count(0) == 3
+    assert len(result.games) == 6
+
+
+@pytest.mark.usefixtures("marathon")
+def test_games_that_do_not_end_are_told_of_once(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock moves ten seconds a step; the second game has 50 steps."""
+    ticks = itertools.count()
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: 5.0 * next(ticks))
+    with pytest.warns(
+        RunWarning, match="no game has ended for 60 seconds.*env.eval_max_raw_frames = 108000"
+    ) as said:
+        evaluate(agent, config_with(num_envs=2), episodes=4, seed=0, after_step=nothing)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf])
+def test_returns_that_are_not_finite_have_no_standard_error(reward: float) -> None:
+    """No environment's are, but a result can be made of anything."""
+    result = EvaluationResult((GameReturn(0, reward, 5), GameReturn(0, 1.0, 5)), 0, 1.0)
+    assert "standard_error" not in result.metrics()
+    assert not np.isfinite(result.metrics()["mean_return"])
