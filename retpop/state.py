@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +12,40 @@ from torch.utils import _pytree as pytree
 from retpop.arguments import check_tensor, values_are_free
 
 
-@dataclass(frozen=True, eq=False)
 class RetNetState:
     """All that a retention stack remembers of the tokens it has seen.
-
-    Attributes:
-        kv: (layers, B, H, Dk, Dv), float32 (float64 for a model in float64); a single layer's state has
-            layers = 1.
-        position: (B,), int64, the number of tokens each row has seen, which is its next token's position.
 
     Nothing here changes a state in place: every method returns a new one. New and old may share memory, so do
     not write into one either. It is a registered pytree, so that ``torch.func``, ``torch.compile``,
     ``torch.export`` and ``torch.utils._pytree.tree_map`` see through it, and ``torch.load`` reads it safely.
+    It is no dataclass: mixed-precision policies (FSDP's) look into those and would cast a state to 16 bits.
+
+    Args:
+        kv: (layers, B, H, Dk, Dv), float32 (float64 for a model in float64); a single layer's state has
+            layers = 1.
+        position: (B,), int64, the number of tokens each row has seen, which is its next token's position.
+
+    Raises:
+        TypeError: kv or position is no tensor.
     """
 
-    kv: Tensor
-    position: Tensor
+    def __init__(self, kv: Tensor, position: Tensor) -> None:
+        check_tensor("RetNetState", "kv", kv)
+        check_tensor("RetNetState", "position", position)
+        self._kv, self._position = kv, position
+
+    @property
+    def kv(self) -> Tensor:
+        """The layers' states (layers, B, H, Dk, Dv)."""
+        return self._kv
+
+    @property
+    def position(self) -> Tensor:
+        """Tokens that each row has seen (B,), int64."""
+        return self._position
+
+    def __repr__(self) -> str:
+        return f"RetNetState(kv={self.kv!r}, position={self.position!r})"
 
     @property
     def batch_size(self) -> int:
@@ -125,10 +143,17 @@ class RetNetState:
         return RetNetState(kv, torch.cat([state.position for state in states]))
 
 
+def _unflatten(leaves: Iterable[Any], _: None) -> RetNetState:
+    """A state of any two leaves: trees also hold shapes, dimensions or None in the tensors' places."""
+    state = object.__new__(RetNetState)
+    state._kv, state._position = leaves
+    return state
+
+
 pytree.register_pytree_node(
     RetNetState,
     lambda state: ([state.kv, state.position], None),
-    lambda leaves, _: RetNetState(*leaves),
+    _unflatten,
     serialized_type_name="retpop.RetNetState",
     to_dumpable_context=lambda context: context,
     from_dumpable_context=lambda context: context,
