@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,40 +13,55 @@ from torch.utils import _pytree as pytree
 from retpop.arguments import check_tensor, values_are_free
 
 
+class Uncast:
+    """Holds a state's kv where FSDP's mixed precision does not look.
+
+    FSDP casts the tensors that it finds in dataclasses, and waits in backward for the gradients of those that
+    it finds. So it has to find kv; and `before_cast` gives kv back.
+    """
+
+    __slots__ = ("kv",)
+
+    def __init__(self, kv: Tensor | None) -> None:
+        self.kv = kv
+
+    def before_cast(self, found: Tensor | None) -> Tensor | None:
+        """``found``, or the kv that was cast to it: no state has 16 bits."""
+        return self.kv if found is not None and found.dtype in (torch.float16, torch.bfloat16) else found
+
+
+@dataclass(frozen=True, eq=False)
 class RetNetState:
     """All that a retention stack remembers of the tokens it has seen.
+
+    Attributes:
+        kv: (layers, B, H, Dk, Dv), float32 (float64 for a model in float64); a single layer's state has
+            layers = 1.
+        position: (B,), int64, the number of tokens each row has seen, which is its next token's position.
 
     Nothing here changes a state in place: every method returns a new one. New and old may share memory, so do
     not write into one either. It is a registered pytree, so that ``torch.func``, ``torch.compile``,
     ``torch.export`` and ``torch.utils._pytree.tree_map`` see through it, and ``torch.load`` reads it safely.
-    It is no dataclass: mixed-precision policies (FSDP's) look into those and would cast a state to 16 bits.
-
-    Args:
-        kv: (layers, B, H, Dk, Dv), float32 (float64 for a model in float64); a single layer's state has
-            layers = 1.
-        position: (B,), int64, the number of tokens each row has seen, which is its next token's position.
+    FSDP's mixed precision leaves its precision alone.
 
     Raises:
         TypeError: kv or position is no tensor.
     """
 
-    def __init__(self, kv: Tensor, position: Tensor) -> None:
-        check_tensor("RetNetState", "kv", kv)
-        check_tensor("RetNetState", "position", position)
-        self._kv, self._position = kv, position
+    kv: Tensor
+    position: Tensor
+    _uncast: Uncast | None = field(default=None, repr=False)
 
-    @property
-    def kv(self) -> Tensor:
-        """The layers' states (layers, B, H, Dk, Dv)."""
-        return self._kv
+    def __post_init__(self) -> None:
+        check_tensor("RetNetState", "kv", self.kv)
+        check_tensor("RetNetState", "position", self.position)
+        if not torch.compiler.is_compiling():
+            if self._uncast is not None:  # FSDP makes a state anew of its fields
+                object.__setattr__(self, "kv", self._uncast.before_cast(self.kv))
+            object.__setattr__(self, "_uncast", Uncast(self.kv))
 
-    @property
-    def position(self) -> Tensor:
-        """Tokens that each row has seen (B,), int64."""
-        return self._position
-
-    def __repr__(self) -> str:
-        return f"RetNetState(kv={self.kv!r}, position={self.position!r})"
+    def __reduce__(self) -> tuple[type[RetNetState], tuple[Tensor, Tensor]]:
+        return RetNetState, (self.kv, self.position)
 
     @property
     def batch_size(self) -> int:
@@ -146,7 +162,8 @@ class RetNetState:
 def _unflatten(leaves: Iterable[Any], _: None) -> RetNetState:
     """A state of any two leaves: trees also hold shapes, dimensions or None in the tensors' places."""
     state = object.__new__(RetNetState)
-    state._kv, state._position = leaves
+    for name, leaf in zip(("kv", "position"), leaves, strict=True):
+        object.__setattr__(state, name, leaf)
     return state
 
 

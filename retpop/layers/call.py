@@ -28,7 +28,7 @@ from retpop.ops.dtypes import Inputs, state_dtype
 from retpop.ops.packed import Packing
 from retpop.ops.rows import PopSpec, join_row, split_row
 from retpop.position import Rotation, boundary_positions, packed_positions, sequence_positions
-from retpop.state import RetNetState
+from retpop.state import RetNetState, Uncast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,27 +176,47 @@ def with_log_decays(
     return replace(call, spec=call.spec._replace(powers=powers))
 
 
-class Carry:
-    """What goes from the decoder into a layer, and back: the layer's state, and the call that was prepared.
+class Hidden(Uncast):
+    """The call that was prepared, hidden like a layer's state from what casts (see `Uncast`)."""
 
-    It is no dataclass and no tuple, into which FSDP's mixed precision looks to cast what it finds. It is a
-    pytree, in which FSDP finds the tensor that it waits for in backward.
+    __slots__ = ("call",)
+
+    def __init__(self, call: Call, kv: Tensor | None) -> None:
+        super().__init__(kv)
+        self.call = call
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What a decoder hands to a layer, and a layer gives back: its state, and the call that was prepared.
 
     Attributes:
         kv: the layer's state (B, H, Dk, Dv), or None for the start of a sequence.
-        call: the same for all layers but the last, which may give out fewer tokens.
+        hidden: the call, the same for all layers but the last, which may give out fewer tokens.
     """
 
-    __slots__ = ("call", "kv")
+    kv: Tensor | None
+    hidden: Hidden
 
-    def __init__(self, kv: Tensor | None, call: Call) -> None:
-        self.kv, self.call = kv, call
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "kv", self.hidden.before_cast(self.kv))
+
+    @staticmethod
+    def of(call: Call, kv: Tensor | None) -> Carry:
+        """A state with the call that it belongs to."""
+        return Carry(kv, Hidden(call, kv))
+
+    @property
+    def call(self) -> Call:
+        """The call that was prepared."""
+        return self.hidden.call
 
 
-pytree.register_pytree_node(
+pytree.register_pytree_node(  # some versions of FSDP flatten what they look into
     Carry,
-    lambda carry: ([carry.kv], carry.call),
-    lambda leaves, call: Carry(next(iter(leaves)), call),
+    lambda carry: ([carry.kv], carry.hidden),
+    lambda leaves, hidden: Carry(next(iter(leaves)), hidden),
     serialized_type_name="retpop.layers.Carry",
 )
 

@@ -244,10 +244,10 @@ class RetNetDecoder(nn.Module):
         states: list[Tensor] = []
         calls = [*[call.for_inner_layers()] * (len(self.layers) - 1), call]
         for index, (layer, own_call) in enumerate(zip(self.layers, calls, strict=True)):
-            carry = Carry(None if kv is None else kv[index], own_call)
+            carry = Carry.of(own_call, None if kv is None else kv[index])
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, carry = checkpoint(layer, x, carry, use_reentrant=False)
             else:
                 x, carry = layer(x, carry)
-            states.append(carry.kv)
+            states.append(cast(Tensor, carry.kv))
         return self.final_norm(x), torch.stack(states)

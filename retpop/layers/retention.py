@@ -123,7 +123,7 @@ class MultiScaleRetention(nn.Module):
         """
         if isinstance(state, Carry):
             out, kv = self._run(x, state.kv, state.call)
-            return out, Carry(kv, state.call)
+            return out, Carry.of(state.call, kv)
         where = "MultiScaleRetention()" if x_pred is None else "MultiScaleRetention.pop()"
         tokens, call, position = prepare(
             Owner(where, [self], self._log_decays, self._constants),
