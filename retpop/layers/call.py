@@ -8,27 +8,21 @@ layer treats both alike, and tells them apart only here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from retpop.arguments import check_tensor
-from retpop.layers.constants import Constants
-from retpop.layers.plain import is_plain
-from retpop.ops import checks
-from retpop.ops.autocast import autocast_is_on, dtype_after, outside_autocast
+from retpop.ops.autocast import outside_autocast
 from retpop.ops.decay_powers import DecayPowers
-from retpop.ops.dispatch import Backend, choose_backend
-from retpop.ops.dtypes import Inputs, state_dtype
+from retpop.ops.dispatch import Backend
 from retpop.ops.packed import Packing
-from retpop.ops.rows import PopSpec, join_row, split_row
-from retpop.position import Rotation, boundary_positions, packed_positions, sequence_positions
-from retpop.state import RetNetState, Uncast
+from retpop.ops.rows import PopSpec, split_row
+from retpop.position import Rotation
+from retpop.state import Uncast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,18 +158,6 @@ class PopCall(AnyCall):
 Call = SequenceCall | PopCall
 
 
-def with_log_decays(
-    call: Call, log_decays: tuple[float, ...] | Tensor, constants: Constants, x: Tensor
-) -> Call:
-    """The call of a layer with tokens ``x`` and these log-decays, which need not be the first layer's."""
-    if not isinstance(log_decays, Tensor) and log_decays == call.powers.values:
-        return call
-    powers = constants.powers(log_decays, x)
-    if isinstance(call, SequenceCall):
-        return replace(call, powers=powers)
-    return replace(call, spec=call.spec._replace(powers=powers))
-
-
 class Hidden(Uncast):
     """The call that was prepared, hidden like a layer's state from what casts (see `Uncast`)."""
 
@@ -219,205 +201,3 @@ pytree.register_pytree_node(  # some versions of FSDP flatten what they look int
     lambda leaves, hidden: Carry(next(iter(leaves)), hidden),
     serialized_type_name="retpop.layers.Carry",
 )
-
-
-class Owner(NamedTuple):
-    """What preparation needs of the module that was called.
-
-    Attributes:
-        where: begins every message, for example ``RetNetDecoder()``.
-        layers: its layers, or the one that it is.
-        log_decays: what its config gives to the first of them.
-        constants: of its config.
-    """
-
-    where: str
-    layers: Sequence[nn.Module]
-    log_decays: tuple[float, ...]
-    constants: Constants
-
-
-def prepare(
-    owner: Owner,
-    x: Tensor,
-    x_pred: Tensor | None,
-    state: RetNetState | None,
-    *,
-    block_size: int | None,
-    offset: int,
-    reset: Tensor | None,
-    main_out: str,
-    mode: str,
-    chunk_size: int | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Call, Tensor]:
-    """The tokens that go through the layers, the call, and the positions (B,) after it.
-
-    The arguments are those of `RetNetDecoder.forward`; with ``x_pred`` it is a call of `RetNetDecoder.pop`.
-    """
-    _check_tokens(owner, "x", x, "BTE")
-    if x_pred is None:
-        _check_left_out(
-            owner.where,
-            "without x_pred",
-            block_size=(block_size, None),
-            offset=(offset, 0),
-            reset=(reset, None),
-            main_out=(main_out, "all"),
-        )
-        return x, *_sequence(owner, x, state, mode, chunk_size, cu_seqlens, backend)
-    _check_left_out(
-        owner.where,
-        "with x_pred",
-        mode=(mode, "chunkwise"),
-        chunk_size=(chunk_size, None),
-        cu_seqlens=(cu_seqlens, None),
-    )
-    _check_tokens(owner, "x_pred", x_pred, "BPME")
-    if x_pred.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"{owner.where}: x_pred has B={x_pred.shape[0]} but x has B={x.shape[0]}; they must agree."
-        )
-    if block_size is None:
-        raise TypeError(f"{owner.where}: block_size is None; with x_pred it must be an int.")
-    checks.check_blocks(owner.where, x.shape[1], x_pred.shape[1], block_size, offset)
-    checks.check_reset(owner.where, reset, "x", x, block_size)
-    checks.check_main_out(owner.where, main_out)
-    powers = owner.constants.powers(owner.log_decays, x)
-    spec = PopSpec(powers, (x_pred.shape[1], x_pred.shape[2]), block_size, offset, reset, main_out)
-    return join_row(x, x_pred), *_pop(owner, x, state, spec, backend)
-
-
-def _sequence(
-    owner: Owner,
-    x: Tensor,
-    state: RetNetState | None,
-    mode: str,
-    chunk_size: int | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-) -> tuple[SequenceCall, Tensor]:
-    checks.check_mode(owner.where, mode, chunk_size)
-    chosen = _choose(owner, x, backend)
-    packing = None
-    rows = x.shape[0]
-    if cu_seqlens is not None:
-        checks.check_cu_seqlens(owner.where, cu_seqlens, "x", x)
-        packing = Packing(owner.where, cu_seqlens, x.shape[1])
-        rows = cu_seqlens.shape[0] - 1
-    _check_state(owner, x, state, rows)
-    start = None if state is None else state.position
-    if cu_seqlens is None:
-        positions = sequence_positions(start, x.shape[1], x.device)
-        after = _after(start, rows, x.shape[1], x.device)
-    else:
-        positions, after = packed_positions(start, cu_seqlens, x.shape[1])
-    if mode == "chunkwise" and chunk_size is None:
-        chunk_size = owner.constants.cfg.chunk_size
-    call = SequenceCall(
-        powers=owner.constants.powers(owner.log_decays, x),
-        rotation=owner.constants.rotation(positions),
-        mode=mode,
-        chunk_size=chunk_size,
-        packing=packing,
-        backend=chosen,
-    )
-    return call, after
-
-
-def _pop(
-    owner: Owner, x: Tensor, state: RetNetState | None, spec: PopSpec, backend: str
-) -> tuple[PopCall, Tensor]:
-    batch, length = x.shape[:2]
-    _check_state(owner, x, state, batch)
-    start = None if state is None else state.position
-    size = spec.block_size
-    boundaries = boundary_positions(start, length // size, size, spec.reset, x.device)
-    num_predictions, pred_size = spec.predictions
-    main = boundaries[:, :-1, None] + torch.arange(size, device=x.device)
-    first = boundaries[:, spec.offset : spec.offset + num_predictions, None]
-    pred = first + torch.arange(pred_size, device=x.device)
-    positions = torch.cat((main.flatten(1), pred.flatten(1)), dim=1)
-    call = PopCall(
-        spec=spec, rotation=owner.constants.rotation(positions), backend=_choose(owner, x, backend)
-    )
-    return call, boundaries[:, -1].expand(batch).clone()
-
-
-def _choose(owner: Owner, x: Tensor, backend: str) -> Backend:
-    cfg = owner.constants.cfg
-    inputs = Inputs(x.device, dtype_after(x.device, x.dtype), cfg.head_key_dim, cfg.head_value_dim)
-    return choose_backend(owner.where, backend, inputs)[0]
-
-
-def _after(start: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
-    if start is None:
-        return torch.full((rows,), length, dtype=torch.int64, device=device)
-    return start + length
-
-
-def _check_left_out(where: str, when: str, **arguments: tuple[object, object]) -> None:
-    """Raise unless every argument, a value and a default, has its default."""
-    for name, (value, default) in arguments.items():
-        if isinstance(value, Tensor) or value != default:
-            given = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{where}: {name} is {given}; {when} it must be {default!r}.")
-
-
-def _check_tokens(owner: Owner, name: str, x: Tensor, layout: str) -> None:
-    where, embed_dim = owner.where, owner.constants.cfg.embed_dim
-    checks.check_layout(where, name, x, layout)
-    if x.shape[-1] != embed_dim:
-        raise ValueError(
-            f"{where}: {name} is {tuple(x.shape)}; its last dimension must be embed_dim {embed_dim}."
-        )
-    weight = _first_weight(owner.layers[0])
-    if isinstance(weight, Tensor) and (x.dtype, x.device) != (weight.dtype, weight.device):
-        _check_beside(owner, name, x, weight)
-
-
-def _first_weight(layer: nn.Module) -> object:
-    """The weight that meets a layer's tokens first; None where something else stands in its place."""
-    retention = getattr(layer, "retention", layer)
-    return getattr(getattr(retention, "qkvg_proj", None), "weight", None)
-
-
-def _check_beside(owner: Owner, name: str, x: Tensor, weight: Tensor) -> None:
-    """Raise for tokens of another kind than the first weight, where nothing casts or moves either."""
-    if not all(is_plain(part, type(part)) for part in owner.layers[0].modules()):
-        return
-    if x.device != weight.device:
-        raise ValueError(f"{owner.where}: {name} is on {x.device} but the module is on {weight.device}.")
-    # Autocast casts what linear layers are given, float64 excepted, and norms want what their weights are.
-    if autocast_is_on(x.device.type) and weight.dtype == torch.float32 and x.dtype != torch.float64:
-        return
-    raise TypeError(f"{owner.where}: {name} is {x.dtype} but the module's weights are {weight.dtype}.")
-
-
-def _check_state(owner: Owner, x: Tensor, state: RetNetState | None, rows: int) -> None:
-    if state is None:
-        return
-    where, cfg = owner.where, owner.constants.cfg
-    if not isinstance(state, RetNetState):
-        raise TypeError(f"{where}: state is {type(state).__name__}; it must be a retpop.RetNetState or None.")
-    check_tensor(where, "state.kv", state.kv)
-    check_tensor(where, "state.position", state.position)
-    wanted = (len(owner.layers), rows, cfg.num_heads, cfg.head_key_dim, cfg.head_value_dim)
-    if tuple(state.kv.shape) != wanted:
-        raise ValueError(
-            f"{where}: state.kv has shape {tuple(state.kv.shape)}; it must be {wanted}, "
-            "(layers, B or number of packed sequences, H, Dk, Dv)."
-        )
-    dtype = state_dtype(x.dtype)
-    if state.kv.dtype != dtype:
-        raise TypeError(f"{where}: state.kv is {state.kv.dtype}; with x in {x.dtype} it must be {dtype}.")
-    if state.position.dtype != torch.int64:
-        raise TypeError(f"{where}: state.position is {state.position.dtype}; it must be torch.int64.")
-    if state.position.shape != (rows,):
-        raise ValueError(
-            f"{where}: state.position has shape {tuple(state.position.shape)}; it must be ({rows},)."
-        )
-    for name, tensor in (("kv", state.kv), ("position", state.position)):
-        if tensor.device != x.device:
-            raise ValueError(f"{where}: state.{name} is on {tensor.device} but x is on {x.device}.")

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from retpop.arguments import check_tensor
 from retpop.config import RetNetConfig
-from retpop.layers.call import Call, Carry, Owner, prepare
-from retpop.layers.constants import Constants
+from retpop.layers.call import Call, Carry
 from retpop.layers.dropout import dropout
 from retpop.layers.feed_forward import FeedForward
 from retpop.layers.microbatch import run_in_parts, tokens_at_once
 from retpop.layers.norm import HeadNorm, residual_norm
 from retpop.layers.plain import is_plain
+from retpop.layers.prepare import Constants, Owner, prepare
 from retpop.layers.retention import MultiScaleRetention, check_construction, empty_state
 from retpop.state import RetNetState
 
@@ -55,7 +55,7 @@ class RetNetBlock(nn.Module):
         return x + self.feed_forward_norm(self._drop(self.feed_forward(x))), carry
 
     def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 PLAIN_PARTS = {

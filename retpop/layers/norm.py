@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from retpop.config import RetNetConfig
-from retpop.layers.plain import is_plain
-from retpop.ops.dispatch import Backend
-from retpop.ops.gated_norm import ACTIVATIONS, head_norm
+from retpop.ops.gated_norm import head_norm
 
 
 def residual_norm(
@@ -63,15 +61,3 @@ class HeadNorm(nn.Module):
     def extra_repr(self) -> str:
         """The kind and epsilon, for ``print(model)``."""
         return f"{self.kind}, eps={self.eps}, affine={self.weight is not None}"
-
-
-def gated(norm: nn.Module, x: Tensor, gate: Tensor, activation: str, backend: Backend) -> Tensor:
-    """``activation`` of the gate, times ``norm`` of x; both are (..., H, Dv), the result has gate's dtype.
-
-    A backend may do both in one pass, where ``norm`` is what it knows and nobody would see it run by itself.
-    """
-    if isinstance(norm, HeadNorm) and is_plain(norm, HeadNorm):
-        return backend.gated_norm(
-            x, gate, norm.weight, norm.bias, kind=norm.kind, eps=norm.eps, activation=activation
-        )
-    return (ACTIVATIONS[activation](gate) * norm(x)).to(gate.dtype)

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from retpop.arguments import as_int, check_tensor
 from retpop.config import RetNetConfig
 from retpop.decay import check_log_decays
-from retpop.layers.call import Call, Carry, Owner, prepare, with_log_decays
-from retpop.layers.constants import Constants
+from retpop.layers.call import Call, Carry
 from retpop.layers.dropout import dropout
-from retpop.layers.norm import HeadNorm, gated
+from retpop.layers.norm import HeadNorm
 from retpop.layers.plain import is_plain
+from retpop.layers.prepare import Constants, Owner, prepare, with_log_decays
 from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
+from retpop.ops.gated_norm import ACTIVATIONS
 from retpop.state import RetNetState
 
 
@@ -191,9 +192,9 @@ class MultiScaleRetention(nn.Module):
         q, k, v, gate = (y.unflatten(-1, (self.cfg.num_heads, -1)) for y in self._project(x, call))
         q, k = call.rotate(q, k, self.cfg.position)
         out, kv = call.retain(q, k, v, kv)
-        out = dropout(out, self.cfg.dropout, self.training)
-        out = gated(self.head_norm, out, gate, self.cfg.gate_activation, call.backend)
-        return self.out_proj(out.flatten(-2)), kv
+        if self.cfg.dropout:
+            out = dropout(out, self.cfg.dropout, self.training)
+        return self.out_proj(self._gated(out, gate, call).flatten(-2)), kv
 
     def _project(self, x: Tensor, call: Call) -> tuple[Tensor, ...]:
         """Queries and a gate of the tokens that read, keys and values of all."""
@@ -207,6 +208,15 @@ class MultiScaleRetention(nn.Module):
         biases = [None] * 4 if self.qkvg_proj.bias is None else self.qkvg_proj.bias.split(self.widths)
         tokens = (readers, x, x, readers)
         return tuple(F.linear(*part) for part in zip(tokens, weights, biases, strict=True))
+
+    def _gated(self, x: Tensor, gate: Tensor, call: Call) -> Tensor:
+        """The gate's activation times each head's output (..., H, Dv) normalised, in gate's dtype."""
+        norm, activation = self.head_norm, self.cfg.gate_activation
+        if not is_plain(norm, HeadNorm):
+            return (ACTIVATIONS[activation](gate) * norm(x)).to(gate.dtype)
+        return call.backend.gated_norm(
+            x, gate, norm.weight, norm.bias, kind=norm.kind, eps=norm.eps, activation=activation
+        )
 
     def init_state(
         self,
