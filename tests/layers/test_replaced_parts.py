@@ -1,4 +1,4 @@
-"""Every part of a decoder is called: what stands in its place, or looks on, acts as in any stack of modules."""
+"""Every part of a decoder is called: what stands in its place or looks on acts as in any stack of modules."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_a_decoder_without_layers_says_so() -> None:
 
 def test_a_wrong_dtype_is_named_where_the_weights_are_plain() -> None:
     decoder = make_decoder()
-    with pytest.raises(TypeError, match="x is torch.float32 but the module's weights are torch.float64"):
+    with pytest.raises(TypeError, match=r"x is torch\.float32 but the module's weights are torch\.float64"):
         decoder(X.float())
     decoder.layers[0] = Wrapped(decoder.layers[0])  # which may cast
     decoder.layers[0].register_forward_pre_hook(lambda module, inputs: (inputs[0].double(), *inputs[1:]))
