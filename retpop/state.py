@@ -120,17 +120,27 @@ class RetNetState:
         """The same state, cut off from the graph that computed it."""
         return RetNetState(self.kv.detach(), self.position)
 
-    def to(self, device: torch.device | str) -> RetNetState:
+    def to(self, device: torch.device | str | int, *, non_blocking: bool | None = None) -> RetNetState:
         """The same state on another device; its dtypes stay.
+
+        Args:
+            device: where to.
+            non_blocking: as in ``torch.Tensor.to``; with it named, a device of None is here, too, where it is
+                (accelerate's hooks say so).
 
         Raises:
             TypeError: device is not a device.
         """
-        if not isinstance(device, str | torch.device):
+        if device is None and non_blocking is not None:
+            return self
+        if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
             raise TypeError(
                 f"RetNetState.to(): device is {device!r}; it must be a device (a state keeps its dtypes)."
             )
-        return RetNetState(self.kv.to(device=device), self.position.to(device=device))
+        kv, position = (
+            x.to(device=device, non_blocking=bool(non_blocking)) for x in (self.kv, self.position)
+        )
+        return RetNetState(kv, position)
 
     @staticmethod
     def cat(states: Iterable[RetNetState]) -> RetNetState:
