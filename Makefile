@@ -7,10 +7,10 @@ INSTALLED := $(VENV)/.installed
 DEMO_RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench benchmarks clean
+.PHONY: help setup setup-interplay demo test test-all lint format bench benchmarks clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(INSTALLED)  ## make the virtual environment (.venv) with everything that the other targets need
 
@@ -19,6 +19,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[atari,minatar,scores,test,dev]'
 	@touch $@
+
+setup-interplay: $(INSTALLED)  ## add the packages of others that tests/interplay runs with (transformers, PEFT, ...)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[interplay]'
+	# Without what it asks for: versions of 2021 and 2022, which RetNet's forward pass does not need.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps torchscale==0.3.0
 
 demo: $(INSTALLED)  ## train a small REM agent on Atari Breakout and write its report (about 4 minutes)
 	$(BIN)/rem-atari train --preset tiny --env.game Breakout --seed 0 --run $(DEMO_RUN)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -14,13 +17,16 @@ def check_tensor(where: str, name: str, value: object) -> None:
 
 
 def values_are_free(x: Tensor) -> bool:
-    """Whether reading ``x``'s values costs nothing: eager, on the CPU, not inside a functorch transform.
+    """Whether reading ``x``'s values costs nothing: eager, on the CPU."""
+    return x.is_cpu and is_eager(x)
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether ``x`` is an ordinary tensor in an ordinary call: no compiler and no functorch transform.
 
     Inside one torch 2.9 does not read tensors that the transform leaves alone either.
     """
-    return x.is_cpu and not (
-        torch.compiler.is_compiling() or isinstance(x, FakeTensor) or transforms_are_active()
-    )
+    return not (torch.compiler.is_compiling() or isinstance(x, FakeTensor) or transforms_are_active())
 
 
 def free_values(x: Tensor) -> list[float] | None:
@@ -33,17 +39,28 @@ def transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def as_int(where: str, name: str, value: object) -> int:
+    """``value`` as an int, where it is one: NumPy's integers and traced sizes too, but no bool."""
+    if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt):
+        raise TypeError(f"{where}: {name} is {value!r} ({type(value).__name__}); it must be an int.")
+    return cast(int, value) if isinstance(value, torch.SymInt) else int(value)
+
+
+def as_float(where: str, name: str, value: object) -> float:
+    """``value`` as a float, where it is a real number: NumPy's scalars too, but no bool."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where}: {name} is {value!r}; it must be a number.")
+    return float(value)
+
+
 def check_num_heads(where: str, num_heads: int) -> None:
     """Raise unless ``num_heads`` is an int of at least 1; ``where`` begins the message."""
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"{where}: num_heads is {num_heads!r}; it must be an int.")
-    if num_heads < 1:
+    if as_int(where, "num_heads", num_heads) < 1:
         raise ValueError(f"{where}: num_heads is {num_heads}; it must be at least 1.")
 
 
 def check_chunk_size(where: str, chunk_size: object) -> None:
     """Raise unless ``chunk_size`` is a power of two of at least 16; ``where`` begins the message."""
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"{where}: chunk_size is {chunk_size!r}; it must be an int.")
-    if chunk_size < 16 or chunk_size & (chunk_size - 1):
+    size = as_int(where, "chunk_size", chunk_size)
+    if size < 16 or size & (size - 1):
         raise ValueError(f"{where}: chunk_size is {chunk_size}; it must be a power of two, at least 16.")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
-from retpop.arguments import check_chunk_size
-from retpop.decay import SCHEDULES
+import torch
+
+from retpop.arguments import as_float, as_int, check_chunk_size
+from retpop.decay import SCHEDULES, check_log_decays, log_spaced_decay, retnet_decay
 from retpop.position import KINDS
 
 _CHOICES = {
@@ -17,6 +20,9 @@ _CHOICES = {
     "ffn": ("mlp", "glu"),
     "activation": ("silu", "gelu", "relu"),
 }
+VERSION = 1
+"""Of what `RetNetConfig.to_dict` writes; a new one where a field changes its meaning."""
+
 _POSITIVE_INTS = ("embed_dim", "num_heads", "num_layers", "ffn_dim", "key_dim", "value_dim")
 _BOOLS = ("head_norm_affine", "bias", "norm_first", "final_norm")
 
@@ -29,11 +35,11 @@ class RetNetConfig:
         embed_dim: width E of the residual stream.
         num_heads: retention heads H.
         num_layers: layers of a decoder.
-        ffn_dim: hidden width of the feed-forward layers.
+        ffn_dim: hidden width of the feed-forward layers; None: 4 x embed_dim.
         key_dim: width of queries and keys over all heads; None: embed_dim. Divisible by num_heads.
         value_dim: width of values and gate over all heads; None: embed_dim. Divisible by num_heads.
-        decay: "retnet" (γ = 1 - 2^(-5-h)), "log_spaced" (time scales from 32 to 512 tokens), or num_heads
-            log-decays, each at most 0.
+        decay: "retnet" (γ = 1 - 2^(-5-h)), "log_spaced" (time scales from 32 to 512 tokens), num_heads
+            log-decays, each at most 0, or num_layers tuples of them, one for each layer.
         position: rotary positions, "retnet" or "rope" (see `retpop.position`), or None.
         scale: factor on the retention output; None: (key_dim / num_heads)^-0.5.
         head_norm: normalisation of each head's output: "groupnorm" (mean and variance) or "rmsnorm".
@@ -57,11 +63,11 @@ class RetNetConfig:
 
     embed_dim: int
     num_heads: int
-    num_layers: int
-    ffn_dim: int
+    num_layers: int = 1
+    ffn_dim: int = None  # type: ignore[assignment]  # an int once the object is made
     key_dim: int | None = None
     value_dim: int | None = None
-    decay: Literal["retnet", "log_spaced"] | tuple[float, ...] = "retnet"
+    decay: Literal["retnet", "log_spaced"] | tuple[float, ...] | tuple[tuple[float, ...], ...] = "retnet"
     position: Literal["retnet", "rope"] | None = "retnet"
     scale: float | None = None
     head_norm: Literal["groupnorm", "rmsnorm"] = "groupnorm"
@@ -79,9 +85,14 @@ class RetNetConfig:
     chunk_size: int = 64
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        for name in _POSITIVE_INTS:
+            self._take_positive_int(name)
+        for name in ("head_norm_eps", "norm_eps", "dropout", "scale"):
+            self._take_real(name)
+        self._check_ranges()
         self._check_choices()
-        self._check_decay()
+        if not isinstance(self.decay, str):
+            self._take_decay()
 
     @property
     def head_key_dim(self) -> int:
@@ -93,15 +104,53 @@ class RetNetConfig:
         """Dv: features of one head's values."""
         return (self.value_dim or self.embed_dim) // self.num_heads
 
-    def _check_numbers(self) -> None:
-        for name in _POSITIVE_INTS:
-            value = getattr(self, name)
-            if value is None and name in ("key_dim", "value_dim"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"RetNetConfig: {name} is {value!r}; it must be an int.")
-            if value < 1:
-                raise ValueError(f"RetNetConfig: {name} is {value}; it must be at least 1.")
+    def log_decays(self, layer: int = 0) -> tuple[float, ...]:
+        """ln γ of each head of a layer, as numbers of double precision."""
+        if self.decay == "retnet":
+            return tuple(retnet_decay(self.num_heads, dtype=torch.float64).tolist())
+        if self.decay == "log_spaced":
+            return tuple(log_spaced_decay(self.num_heads, dtype=torch.float64).tolist())
+        return self.decay[layer] if isinstance(self.decay[0], tuple) else self.decay
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and the version of their meaning: what `from_dict` takes, and JSON can hold."""
+        return {"version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> RetNetConfig:
+        """The config that `to_dict` made ``saved`` of, through JSON or not.
+
+        Raises:
+            TypeError, ValueError: another version wrote it, or a field is unknown or out of range.
+        """
+        values = dict(saved)
+        version = values.pop("version", VERSION)
+        if version != VERSION:
+            raise ValueError(f"RetNetConfig.from_dict(): version is {version!r}; it must be {VERSION}.")
+        return cls(**values)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # it is frozen for others
+
+    def _take_positive_int(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None and name == "ffn_dim":
+            value = 4 * self.embed_dim
+        if value is None and name in ("key_dim", "value_dim"):
+            return
+        self._set(name, as_int("RetNetConfig", name, value))
+        if getattr(self, name) < 1:
+            raise ValueError(f"RetNetConfig: {name} is {value}; it must be at least 1.")
+
+    def _take_real(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None and name == "scale":
+            return
+        self._set(name, as_float("RetNetConfig", name, value))
+        if not math.isfinite(value):
+            raise ValueError(f"RetNetConfig: {name} is {value}; it must be finite.")
+
+    def _check_ranges(self) -> None:
         for name in ("key_dim", "value_dim"):
             given = getattr(self, name)
             if (given or self.embed_dim) % self.num_heads:
@@ -113,24 +162,19 @@ class RetNetConfig:
                 "rotary positions need an even number, or position=None."
             )
         check_chunk_size("RetNetConfig", self.chunk_size)
-        for name in ("head_norm_eps", "norm_eps", "dropout"):
-            self._check_real(name)
-        if self.scale is not None:
-            self._check_real("scale")
+        self._set("chunk_size", int(self.chunk_size))
         for name in ("head_norm_eps", "norm_eps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"RetNetConfig: {name} is {getattr(self, name)}; it must be at least 0.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"RetNetConfig: dropout is {self.dropout}; it must be at least 0 and below 1.")
 
-    def _check_real(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"RetNetConfig: {name} is {value!r}; it must be a number.")
-        if not math.isfinite(value):
-            raise ValueError(f"RetNetConfig: {name} is {value}; it must be finite.")
-
     def _check_choices(self) -> None:
+        if isinstance(self.decay, str) and self.decay not in SCHEDULES:
+            raise ValueError(
+                f"RetNetConfig: decay is {self.decay!r}; it must be one of {SCHEDULES} "
+                "or num_heads log-decays."
+            )
         for name in _BOOLS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"RetNetConfig: {name} is {getattr(self, name)!r}; it must be True or False.")
@@ -140,28 +184,24 @@ class RetNetConfig:
                     f"RetNetConfig: {name} is {getattr(self, name)!r}; it must be one of {choices}."
                 )
 
-    def _check_decay(self) -> None:
-        if isinstance(self.decay, str):
-            if self.decay not in SCHEDULES:
-                raise ValueError(
-                    f"RetNetConfig: decay is {self.decay!r}; it must be one of {SCHEDULES} "
-                    "or a tuple of num_heads log-decays."
-                )
-            return
-        if not isinstance(self.decay, tuple) or not all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in self.decay
-        ):
+    def _take_decay(self) -> None:
+        """One set of log-decays or one a layer; lists, which JSON makes of tuples, become tuples again."""
+        given = self.decay
+        if not isinstance(given, list | tuple) or not given:
             raise TypeError(
-                f"RetNetConfig: decay is {self.decay!r}; it must be one of {SCHEDULES} "
-                "or a tuple of num_heads log-decays."
+                f"RetNetConfig: decay is {given!r}; it must be one of {SCHEDULES}, "
+                "num_heads log-decays, or num_layers tuples of them."
             )
-        if len(self.decay) != self.num_heads:
+        if not isinstance(given[0], list | tuple):
+            self._set("decay", check_log_decays("RetNetConfig", "decay", given, self.num_heads))
+            return
+        if len(given) != self.num_layers:
             raise ValueError(
-                f"RetNetConfig: decay has {len(self.decay)} log-decays but num_heads is {self.num_heads}."
+                f"RetNetConfig: decay has {len(given)} sets of log-decays but num_layers is "
+                f"{self.num_layers}."
             )
-        for value in self.decay:
-            if not value <= 0:  # also catches NaN
-                raise ValueError(f"RetNetConfig: decay holds {value}; a log-decay must be at most 0.")
+        sets = [check_log_decays("RetNetConfig", "decay", own, self.num_heads) for own in given]
+        self._set("decay", tuple(sets))
 
     def describe(self) -> str:
         """The fields that differ from their defaults, as ``name=value`` pairs."""
@@ -171,3 +211,6 @@ class RetNetConfig:
             if value != entry.default:
                 shown.append(f"{entry.name}={value!r}")
         return ", ".join(shown)
+
+
+torch.serialization.add_safe_globals([RetNetConfig])

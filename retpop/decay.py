@@ -7,12 +7,11 @@ in bfloat16, 1 - 1/512 is 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from retpop.arguments import check_num_heads
+from retpop.arguments import as_float, check_num_heads
 
 SCHEDULES = ("retnet", "log_spaced")
 
@@ -28,11 +27,13 @@ def retnet_decay(num_heads: int, *, dtype: torch.dtype = torch.float32) -> Tenso
         ln γ per head, (H,), on the CPU.
 
     Raises:
-        TypeError, ValueError: num_heads is not an int of at least 1.
+        TypeError, ValueError: num_heads is not an int of at least 1, or dtype is no floating-point dtype.
 
     Source: RetNet, arXiv 2307.08621, section 2.2 (multi-scale retention).
     """
-    check_num_heads("retnet_decay()", num_heads)
+    where = "retnet_decay()"
+    check_num_heads(where, num_heads)
+    _check_dtype(where, dtype)
     exponents = -5.0 - torch.arange(num_heads, dtype=torch.float64, device="cpu")
     return torch.log1p(-torch.exp2(exponents)).to(dtype)
 
@@ -58,29 +59,32 @@ def log_spaced_decay(
     """
     where = "log_spaced_decay()"
     check_num_heads(where, num_heads)
+    _check_dtype(where, dtype)
     for name, value in (("longest", longest), ("shortest", shortest)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{where}: {name} is {value!r}; it must be a number of tokens.")
-        if not (math.isfinite(value) and value >= 1):
+        if not 1 <= as_float(where, name, value) < math.inf:
             raise ValueError(f"{where}: {name} is {value}; it must be finite and at least 1 token.")
     slowest, fastest = -math.log(longest), -math.log(shortest)
     rates = torch.linspace(fastest, slowest, num_heads, dtype=torch.float64, device="cpu")
     return torch.log1p(-torch.exp(rates)).to(dtype)
 
 
-def resolve_decay(decay: str | Sequence[float], num_heads: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The log-decays that ``RetNetConfig.decay`` names: a schedule, or the values themselves.
+def check_log_decays(where: str, name: str, values: object, num_heads: int) -> tuple[float, ...]:
+    """``values`` as a tuple of ``num_heads`` log-decays; ``where`` begins an error's message.
 
-    Args:
-        decay: "retnet", "log_spaced" or ``num_heads`` log-decays, each at most 0.
-        num_heads: number of heads H.
-        dtype: of the result; the schedules are computed in float64.
-
-    Returns:
-        ln γ per head, (H,), on the CPU.
+    Raises:
+        TypeError, ValueError: they are no sequence of numbers, not one for each head, or above 0 or NaN.
     """
-    if decay == "retnet":
-        return retnet_decay(num_heads, dtype=dtype)
-    if decay == "log_spaced":
-        return log_spaced_decay(num_heads, dtype=dtype)
-    return torch.tensor(decay, dtype=torch.float64, device="cpu").to(dtype)
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{where}: {name} holds {values!r}; it must hold {num_heads} log-decays.")
+    numbers = tuple(as_float(where, name, value) for value in values)
+    if len(numbers) != num_heads:
+        raise ValueError(f"{where}: {name} has {len(numbers)} log-decays but num_heads is {num_heads}.")
+    for value in numbers:
+        if not value <= 0:  # also catches NaN
+            raise ValueError(f"{where}: {name} holds {value}; a log-decay must be at most 0.")
+    return numbers
+
+
+def _check_dtype(where: str, dtype: object) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{where}: dtype is {dtype!r}; it must be a floating-point torch.dtype.")

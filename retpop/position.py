@@ -7,6 +7,7 @@ scale too, since the decay already does that work.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,16 @@ def rotary_frequencies(kind: str, head_dim: int) -> Tensor:
     return BASE**-exponents
 
 
+def rotary_turns(kind: str, head_dim: int) -> tuple[int, ...]:
+    """`rotary_frequencies` in units of 2^-64 turns, as int64, for devices that have no float64.
+
+    A product with a position wraps around after whole turns, so it keeps the angle to 2^-32 turns at any
+    position below 2^32.
+    """
+    turns = (float(theta) / math.tau for theta in rotary_frequencies(kind, head_dim))
+    return tuple((round(turn * 2**64) + 2**63) % 2**64 - 2**63 for turn in turns)
+
+
 def rotation_at(positions: Tensor, frequencies: Tensor, kind: str) -> Rotation:
     """The rotation of tokens at given positions.
 
@@ -57,13 +68,17 @@ def rotation_at(positions: Tensor, frequencies: Tensor, kind: str) -> Rotation:
 
     Args:
         positions: int64, any shape, for example (B or 1, T).
-        frequencies: θ from `rotary_frequencies`, (Dk / 2,), float64.
+        frequencies: θ (Dk / 2,): `rotary_frequencies`, float64, or `rotary_turns`, int64.
         kind: "retnet" (neighbouring pairs) or "rope" (pairs half a head apart).
 
     Returns:
         cosine and signed sine, positions' shape + (1, Dk), float32; the 1 broadcasts over heads.
     """
-    angles = (positions.to(torch.float64).unsqueeze(-1) * frequencies).unsqueeze(-2)
+    if frequencies.dtype == torch.int64:
+        turns = positions.unsqueeze(-1) * frequencies  # whole turns overflow, as they may
+        angles = turns.unsqueeze(-2).float() * (math.tau * 2.0**-64)
+    else:
+        angles = (positions.to(torch.float64).unsqueeze(-1) * frequencies).unsqueeze(-2)
     cos, sin = angles.cos().float(), angles.sin().float()
     if kind == "retnet":
         return Rotation(cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2))

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from retpop.arguments import check_tensor, values_are_free
+
+
+class Uncast:
+    """Holds a state's kv where FSDP's mixed precision does not look.
+
+    FSDP casts the tensors that it finds in dataclasses, and waits in backward for the gradients of those that
+    it finds. So it has to find kv; and `before_cast` gives kv back.
+    """
+
+    __slots__ = ("kv",)
+
+    def __init__(self, kv: Tensor | None) -> None:
+        self.kv = kv
+
+    def before_cast(self, found: Tensor | None) -> Tensor | None:
+        """``found``, or the kv that was cast to it: no state has 16 bits."""
+        return self.kv if found is not None and found.dtype in (torch.float16, torch.bfloat16) else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +42,26 @@ class RetNetState:
     Nothing here changes a state in place: every method returns a new one. New and old may share memory, so do
     not write into one either. It is a registered pytree, so that ``torch.func``, ``torch.compile``,
     ``torch.export`` and ``torch.utils._pytree.tree_map`` see through it, and ``torch.load`` reads it safely.
+    FSDP's mixed precision leaves its precision alone.
+
+    Raises:
+        TypeError: kv or position is no tensor.
     """
 
     kv: Tensor
     position: Tensor
+    _uncast: Uncast | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_tensor("RetNetState", "kv", self.kv)
+        check_tensor("RetNetState", "position", self.position)
+        if not torch.compiler.is_compiling():
+            if self._uncast is not None:  # FSDP makes a state anew of its fields
+                object.__setattr__(self, "kv", self._uncast.before_cast(self.kv))
+            object.__setattr__(self, "_uncast", Uncast(self.kv))
+
+    def __reduce__(self) -> tuple[type[RetNetState], tuple[Tensor, Tensor]]:
+        return RetNetState, (self.kv, self.position)
 
     @property
     def batch_size(self) -> int:
@@ -86,17 +120,27 @@ class RetNetState:
         """The same state, cut off from the graph that computed it."""
         return RetNetState(self.kv.detach(), self.position)
 
-    def to(self, device: torch.device | str) -> RetNetState:
+    def to(self, device: torch.device | str | int, *, non_blocking: bool | None = None) -> RetNetState:
         """The same state on another device; its dtypes stay.
+
+        Args:
+            device: where to.
+            non_blocking: as in ``torch.Tensor.to``; with it named, a device of None is here, too, where it is
+                (accelerate's hooks say so).
 
         Raises:
             TypeError: device is not a device.
         """
-        if not isinstance(device, str | torch.device):
+        if device is None and non_blocking is not None:
+            return self
+        if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
             raise TypeError(
                 f"RetNetState.to(): device is {device!r}; it must be a device (a state keeps its dtypes)."
             )
-        return RetNetState(self.kv.to(device=device), self.position.to(device=device))
+        kv, position = (
+            x.to(device=device, non_blocking=bool(non_blocking)) for x in (self.kv, self.position)
+        )
+        return RetNetState(kv, position)
 
     @staticmethod
     def cat(states: Iterable[RetNetState]) -> RetNetState:
@@ -125,10 +169,18 @@ class RetNetState:
         return RetNetState(kv, torch.cat([state.position for state in states]))
 
 
+def _unflatten(leaves: Iterable[Any], _: None) -> RetNetState:
+    """A state of any two leaves: trees also hold shapes, dimensions or None in the tensors' places."""
+    state = object.__new__(RetNetState)
+    for name, leaf in zip(("kv", "position"), leaves, strict=True):
+        object.__setattr__(state, name, leaf)
+    return state
+
+
 pytree.register_pytree_node(
     RetNetState,
     lambda state: ([state.kv, state.position], None),
-    lambda leaves, _: RetNetState(*leaves),
+    _unflatten,
     serialized_type_name="retpop.RetNetState",
     to_dumpable_context=lambda context: context,
     from_dumpable_context=lambda context: context,

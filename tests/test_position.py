@@ -8,7 +8,7 @@ import pytest
 import torch
 from retention_cases import normal
 
-from retpop.position import KINDS, rotary_frequencies, rotate, rotation_at
+from retpop.position import KINDS, rotary_frequencies, rotary_turns, rotate, rotation_at
 
 FAR = [0, 1, 257, 2**20, 2**24 + 1, 2**31 + 3]
 
@@ -114,3 +114,15 @@ def test_odd_head_dims(head_dim: int) -> None:
 def test_default_device_does_not_matter() -> None:
     with torch.device("meta"):
         assert rotary_frequencies("retnet", 8).device.type == "cpu"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [0, 2**20, 2**24 + 1, 2**31])
+def test_angles_without_float64_are_as_good(kind: str, first: int) -> None:
+    """Turns as integers, for devices that have no float64."""
+    positions = torch.arange(first, first + 50)[None]
+    turns = torch.tensor(rotary_turns(kind, 16))
+    expected = rotation_at(positions, rotary_frequencies(kind, 16), kind)
+    for actual, exact in zip(rotation_at(positions, turns, kind), expected, strict=True):
+        assert actual.dtype is torch.float32
+        torch.testing.assert_close(actual, exact, rtol=0, atol=5e-7)

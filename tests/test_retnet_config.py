@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 import math
 import pickle
-from dataclasses import MISSING, FrozenInstanceError, fields, replace
+from dataclasses import MISSING, FrozenInstanceError, asdict, fields, replace
 
+import numpy
 import pytest
 import torch
 from retention_cases import normal
 
 from retpop import RetNetConfig, RetNetDecoder
 
-REQUIRED = {"embed_dim": 8, "num_heads": 2, "num_layers": 2, "ffn_dim": 12}
+REQUIRED = {"embed_dim": 8, "num_heads": 2}
+
+SMALL = {**REQUIRED, "num_layers": 2, "ffn_dim": 12}
 
 DEFAULTS = {
+    "num_layers": 1,
+    "ffn_dim": None,
     "key_dim": None,
     "value_dim": None,
     "decay": "retnet",
@@ -44,7 +51,7 @@ OTHER_VALUES = {
     "ffn_dim": [16],
     "key_dim": [16, 4],
     "value_dim": [16, 4],
-    "decay": ["log_spaced", (-0.5, -math.inf)],
+    "decay": ["log_spaced", (-0.5, -math.inf), ((-0.5, -0.1), (-0.5, -math.inf))],
     "position": ["rope", None],
     "scale": [1.0],
     "head_norm": ["rmsnorm"],
@@ -66,7 +73,7 @@ BAD_VALUES = {
     "embed_dim": [0, -8, 8.0, "8", None, True],
     "num_heads": [0, -2, 2.0, 3, None, False],
     "num_layers": [0, -1, 1.5, None, True],
-    "ffn_dim": [0, -1, 12.0, None],
+    "ffn_dim": [0, -1, 12.0, "12"],
     "key_dim": [0, -8, 7, 6, 8.0, True],
     "value_dim": [0, -8, 7, 8.0, "8"],
     "decay": [
@@ -74,8 +81,12 @@ BAD_VALUES = {
         "exponential",
         None,
         0.5,
-        [-0.1, -0.2],
+        (),
         (-0.1,),
+        ((-0.1, -0.2),),
+        ((-0.1, -0.2), (-0.1,)),
+        ((-0.1, -0.2), -0.1),
+        ((-0.1, -0.2), (-0.1, 0.2)),
         (0.1, -0.1),
         (math.nan, -0.1),
         ("a", "b"),
@@ -100,7 +111,7 @@ BAD_VALUES = {
 
 
 def make(**changes: object) -> RetNetConfig:
-    return RetNetConfig(**{**REQUIRED, **changes})
+    return RetNetConfig(**{**SMALL, **changes})
 
 
 def other_cases() -> list[tuple[str, object]]:
@@ -162,6 +173,40 @@ def test_dims_default_to_the_embedding() -> None:
     assert (make(key_dim=12).head_key_dim, make(value_dim=10).head_value_dim) == (6, 5)
 
 
+def test_two_fields_make_a_layer() -> None:
+    assert (RetNetConfig(**REQUIRED).num_layers, RetNetConfig(**REQUIRED).ffn_dim) == (1, 32)
+
+
+@pytest.mark.parametrize("decay", ["retnet", (-0.1, -math.inf), ((-0.1, -0.2), (-0.3, -math.inf))])
+def test_it_goes_through_json_and_torch_load(decay: object) -> None:
+    cfg = make(decay=decay, scale=0.5)
+    assert RetNetConfig(**json.loads(json.dumps(asdict(cfg)))) == cfg
+    assert RetNetConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    file = io.BytesIO()
+    torch.save({"cfg": cfg}, file)
+    file.seek(0)
+    assert torch.load(file)["cfg"] == cfg
+
+
+def test_a_dict_of_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"from_dict\(\): version is 2; it must be 1"):
+        RetNetConfig.from_dict({**make().to_dict(), "version": 2})
+    with pytest.raises(TypeError, match="embed_dims"):
+        RetNetConfig.from_dict({"embed_dims": 8})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    cfg = make(
+        embed_dim=numpy.int64(8),
+        dropout=numpy.float32(0.5),
+        chunk_size=numpy.int32(32),
+        decay=(numpy.float32(-0.5), numpy.int64(-1)),
+    )
+    assert cfg == make(embed_dim=8, dropout=0.5, chunk_size=32, decay=(-0.5, -1.0))
+    assert {type(cfg.embed_dim), type(cfg.chunk_size)} == {int}
+    assert json.loads(json.dumps(asdict(cfg)))["dropout"] == 0.5
+
+
 def test_it_is_frozen_and_keyword_only() -> None:
     with pytest.raises(FrozenInstanceError):
         make().embed_dim = 16
@@ -169,8 +214,8 @@ def test_it_is_frozen_and_keyword_only() -> None:
         RetNetConfig(8, 2, 2, 12)
     with pytest.raises(TypeError, match="embed_dims"):
         make(embed_dims=8)
-    with pytest.raises(TypeError, match="ffn_dim"):
-        RetNetConfig(embed_dim=8, num_heads=2, num_layers=2)
+    with pytest.raises(TypeError, match="num_heads"):
+        RetNetConfig(embed_dim=8)
 
 
 def test_it_is_a_value() -> None:

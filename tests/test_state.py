@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -246,3 +247,19 @@ def test_cat_refuses_what_is_no_state_and_states_of_other_dtypes() -> None:
         RetNetState.cat([state, 3])
     with pytest.raises(TypeError, match="states is NoneType"):
         RetNetState.cat(None)
+
+
+def test_to_as_accelerate_calls_it() -> None:
+    """Its hooks move whatever has a `to`, to None where it shall stay."""
+    state = make_state(2)
+    assert_equal(state.to("cpu", non_blocking=True), state)
+    assert_equal(state.to(None, non_blocking=False), state)
+
+
+def test_what_a_policy_casts_to_16_bits_comes_back() -> None:
+    """FSDP makes a dataclass anew of its fields, each tensor cast."""
+    kv = normal(2, 4, 3, 4, 5, seed=0).requires_grad_()
+    state = RetNetState(kv, torch.arange(4))
+    assert dataclasses.replace(state, kv=state.kv.bfloat16(), position=state.position).kv is kv
+    assert dataclasses.replace(state, kv=2 * kv).kv is not kv
+    assert dataclasses.replace(dataclasses.replace(state, kv=2 * kv), kv=kv.half()).kv.equal(2 * kv)

@@ -59,8 +59,6 @@ class Agent(nn.Module):
         self.tokenizer.encoder.compile()
         self.tokenizer.decoder.compile()
         self.world_model.decoder.compile()
-        # Not `forward`, so `compile()` above leaves it alone.
-        self.world_model.decoder.pop = torch.compile(self.world_model.decoder.pop)
         self.controller.cnn.compile()
 
     def show(self, tokens: Tensor) -> Tensor:

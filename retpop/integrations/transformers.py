@@ -175,8 +175,6 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Start a module's weights as ours start, unless a checkpoint held them all."""
-        if isinstance(module, MultiScaleRetention):
-            module._apply(lambda tensor: tensor)  # rebuilds decay and frequencies, which no checkpoint holds
         loaded = all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters())
         if isinstance(module, INITIALISED_BY_US) and not loaded:
             module.reset_parameters()

@@ -1,8 +1,7 @@
 """Modules: a retention layer, the feed-forward beside it, and the decoder that stacks them."""
 
-from retpop.layers.block import RetNetBlock
 from retpop.layers.decoder import RetNetDecoder
 from retpop.layers.feed_forward import FeedForward
 from retpop.layers.retention import MultiScaleRetention
 
-__all__ = ["FeedForward", "MultiScaleRetention", "RetNetBlock", "RetNetDecoder"]
+__all__ = ["FeedForward", "MultiScaleRetention", "RetNetDecoder"]

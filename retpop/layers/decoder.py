@@ -2,27 +2,73 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from retpop.arguments import check_tensor
 from retpop.config import RetNetConfig
-from retpop.layers.block import RetNetBlock
-from retpop.layers.calls import Call
-from retpop.layers.norm import residual_norm
-from retpop.layers.parts import run_in_parts, tokens_at_once
-from retpop.layers.prepare import Owner, check_construction, prepare_pop, prepare_sequence
-from retpop.layers.retention import empty_state
-from retpop.ops.rows import join_row, split_row
+from retpop.layers.call import Call, Carry
+from retpop.layers.dropout import dropout
+from retpop.layers.feed_forward import FeedForward
+from retpop.layers.microbatch import run_in_parts, tokens_at_once
+from retpop.layers.norm import HeadNorm, residual_norm
+from retpop.layers.plain import is_plain
+from retpop.layers.prepare import Constants, Owner, prepare
+from retpop.layers.retention import MultiScaleRetention, check_construction, empty_state
 from retpop.state import RetNetState
+
+
+class RetNetBlock(nn.Module):
+    """x + f(norm(x)) for retention, then for the feed-forward; x + norm(f(x)) with ``norm_first=False``.
+
+    Source: RetNet, arXiv 2307.08621, section 2.3; norm_first=False as in yet-another-retnet.
+    """
+
+    def __init__(
+        self,
+        cfg: RetNetConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        self.norm_first, self.dropout = cfg.norm_first, cfg.dropout
+        self.retention = MultiScaleRetention(cfg, device, dtype, layer=layer)
+        self.retention_norm = residual_norm(cfg, device, dtype)
+        self.feed_forward = FeedForward(cfg, device, dtype)
+        self.feed_forward_norm = residual_norm(cfg, device, dtype)
+
+    def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """Map (B, T, E) and the layer's state to the same two; what comes out is of the call's readers."""
+        readers = carry.call.readers
+        if self.norm_first:
+            mixed, carry = self.retention(self.retention_norm(x), carry)
+            x = readers(x) + self._drop(mixed)
+            return x + self._drop(self.feed_forward(self.feed_forward_norm(x))), carry
+        mixed, carry = self.retention(x, carry)
+        x = readers(x) + self.retention_norm(self._drop(mixed))
+        return x + self.feed_forward_norm(self._drop(self.feed_forward(x))), carry
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+PLAIN_PARTS = {
+    *(RetNetBlock, MultiScaleRetention, HeadNorm, FeedForward),
+    *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.ModuleList),
+}
 
 
 class RetNetDecoder(nn.Module):
     """``cfg.num_layers`` blocks over a residual stream of width E; embeddings and heads are the caller's.
 
-    Every layer draws its own initial weights (`MultiScaleRetention`, `FeedForward` say how).
+    Every layer draws its own initial weights (`MultiScaleRetention`, `FeedForward` say how). Layers may be
+    taken out later (``decoder.layers = decoder.layers[:2]``); states then have as many as are left.
 
     Args:
         cfg: the configuration.
@@ -32,7 +78,7 @@ class RetNetDecoder(nn.Module):
             be set later, too; the results are the same.
 
     Example:
-        >>> cfg = RetNetConfig(embed_dim=64, num_heads=4, num_layers=2, ffn_dim=256)
+        >>> cfg = RetNetConfig(embed_dim=64, num_heads=4, num_layers=2)
         >>> decoder = RetNetDecoder(cfg)
         >>> out, state = decoder(torch.randn(1, 100, 64))            # a prompt, in chunks
         >>> out, state = decoder(torch.randn(1, 1, 64), state)       # one token more
@@ -56,45 +102,61 @@ class RetNetDecoder(nn.Module):
             )
         self.cfg = cfg
         self.checkpoint_activations = checkpoint_activations
-        self.layers = nn.ModuleList(RetNetBlock(cfg, device, dtype) for _ in range(cfg.num_layers))
+        self.layers = nn.ModuleList(RetNetBlock(cfg, device, dtype, layer=n) for n in range(cfg.num_layers))
         self.final_norm = residual_norm(cfg, device, dtype) if cfg.final_norm else nn.Identity()
+        self._constants = Constants(cfg)
+        self._log_decays = cfg.log_decays()
 
     def forward(
         self,
         x: Tensor,
         state: RetNetState | None = None,
         *,
+        x_pred: Tensor | None = None,
+        block_size: int | None = None,
+        offset: int = 0,
+        reset: Tensor | None = None,
+        main_out: str = "all",
         mode: str = "chunkwise",
         chunk_size: int | None = None,
         cu_seqlens: Tensor | None = None,
         backend: str = "auto",
-    ) -> tuple[Tensor, RetNetState]:
-        """Run a sequence.
+    ) -> tuple[Any, ...]:
+        """Run a sequence, or with ``x_pred`` what `pop` runs.
 
         Args:
             x: (B, T, E); T may be 0.
             state: carried from what came before; None for the start of a sequence.
+            x_pred, block_size, offset, reset, main_out: see `pop`; a sequence alone takes none of them.
             mode, backend: as in `retpop.retention`.
             chunk_size: as there; None: ``cfg.chunk_size``.
             cu_seqlens: (S + 1,), boundaries of S packed sequences; B is then 1 and the state has S rows.
 
         Returns:
-            out (B, T, E) and the state after the last token.
+            out (B, T, E) and the state after the last token; with ``x_pred`` as `pop`.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `retpop.retention`.
         """
-        call, position = prepare_sequence(
-            self._owner("RetNetDecoder()"),
+        where = "RetNetDecoder()" if x_pred is None else "RetNetDecoder.pop()"
+        if not len(self.layers):
+            raise ValueError(f"{where}: layers is empty; a decoder needs at least one.")
+        tokens, call, position = prepare(
+            Owner(where, cast(Sequence[nn.Module], self.layers), self._log_decays, self._constants),
             x,
+            x_pred,
             state,
+            block_size=block_size,
+            offset=offset,
+            reset=reset,
+            main_out=main_out,
             mode=mode,
             chunk_size=chunk_size,
             cu_seqlens=cu_seqlens,
             backend=backend,
         )
-        out, kv = self._run(x, state, call)
-        return out, RetNetState(kv, position)
+        out, kv = self._run(tokens, None if state is None else state.kv, call)
+        return *call.outputs(out), RetNetState(kv, position)
 
     def pop(
         self,
@@ -129,19 +191,17 @@ class RetNetDecoder(nn.Module):
 
         Source: REM, arXiv 2402.05643, section 3.2.
         """
-        call, position = prepare_pop(
-            self._owner("RetNetDecoder.pop()"),
+        check_tensor("RetNetDecoder.pop()", "x_pred", x_pred)
+        return self(  # so that hooks, wrappers and compilers see it
             x,
-            x_pred,
             state,
+            x_pred=x_pred,
             block_size=block_size,
             offset=offset,
             reset=reset,
             main_out=main_out,
             backend=backend,
         )
-        row, kv = self._run(join_row(x, x_pred), state, call)
-        return *split_row(row, call.spec.predictions), RetNetState(kv, position)
 
     def init_state(
         self,
@@ -153,39 +213,41 @@ class RetNetDecoder(nn.Module):
 
         Args:
             batch_size: rows B; with packed sequences, their number S.
-            device: None: the decoder's.
-            dtype: float32 or float64; None: what the decoder takes, float64 in a float64 one, else float32.
+            device: None: that of the decoder's weights. Name it where weights are offloaded.
+            dtype: float64 in a float64 decoder, else float32; None: the one of them that it is.
 
         Raises:
-            TypeError, ValueError: batch_size is no count, or no state has that dtype.
+            TypeError, ValueError: batch_size is no count, or dtype is not that of the decoder's states.
         """
-        return empty_state(self._owner("RetNetDecoder.init_state()"), batch_size, device, dtype)
+        where = "RetNetDecoder.init_state()"
+        return empty_state(where, self.cfg, self, len(self.layers), batch_size, device, dtype)
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(model)``."""
         return self.cfg.describe()
 
-    def _run(self, x: Tensor, state: RetNetState | None, call: Call) -> tuple[Tensor, Tensor]:
-        kv = None if state is None else state.kv
-        most = tokens_at_once(self, self.cfg, x)
-        if most is None:
+    def _run(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        most = tokens_at_once(self.cfg, x)
+        if most is None or not self._parts_are_plain():
             return self._run_layers(x, kv, call)
         return run_in_parts(self._run_layers, x, kv, call, most)
 
+    def _parts_are_plain(self) -> bool:
+        """Whether no hook, dropout or stranger inside would notice that tokens come in several calls."""
+        inside = (part for child in self.children() for part in child.modules())
+        dropping = self.training and self.cfg.dropout
+        return not dropping and all(
+            type(part) in PLAIN_PARTS and is_plain(part, type(part)) for part in inside
+        )
+
     def _run_layers(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         states: list[Tensor] = []
-        calls = [*[call.for_inner_layers()] * (self.cfg.num_layers - 1), call]
+        calls = [*[call.for_inner_layers()] * (len(self.layers) - 1), call]
         for index, (layer, own_call) in enumerate(zip(self.layers, calls, strict=True)):
-            own_kv = None if kv is None else kv[index]
+            carry = Carry.of(own_call, None if kv is None else kv[index])
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, own_kv = checkpoint(layer, x, own_kv, own_call, use_reentrant=False)
+                x, carry = checkpoint(layer, x, carry, use_reentrant=False)
             else:
-                x, own_kv = layer(x, own_kv, own_call)
-            states.append(own_kv)
+                x, carry = layer(x, carry)
+            states.append(cast(Tensor, carry.kv))
         return self.final_norm(x), torch.stack(states)
-
-    def _owner(self, where: str) -> Owner:
-        first = cast(RetNetBlock, self.layers[0]).retention
-        return Owner(
-            where, self.cfg, self.cfg.num_layers, first.out_proj.weight, first.log_decay, first.frequencies
-        )

@@ -20,8 +20,10 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if not training or not 0 < p < 1 or not values_are_free(x):
         return F.dropout(x, p, training)
     with torch.no_grad():
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
-        factor = torch.ge(bits, round(p * 2**16) - 2**15, out=torch.empty(x.shape, dtype=x.dtype))
+        factor = torch.ge(
+            bits, round(p * 2**16) - 2**15, out=torch.empty_like(x, memory_format=torch.contiguous_format)
+        )
         factor.mul_(1 / (1 - p))
     return x * factor

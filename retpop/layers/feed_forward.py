@@ -47,7 +47,9 @@ class FeedForward(nn.Module):
             hidden = activation(gate) * hidden
         else:
             hidden = activation(hidden)
-        return self.out_proj(dropout(hidden, self.dropout, self.training))
+        if self.dropout:
+            hidden = dropout(hidden, self.dropout, self.training)
+        return self.out_proj(hidden)
 
     def extra_repr(self) -> str:
         """The kind and activation, for ``print(model)``."""

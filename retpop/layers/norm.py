@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from retpop.config import RetNetConfig
-from retpop.ops.dispatch import Backend
 from retpop.ops.gated_norm import head_norm
 
 
@@ -58,12 +57,6 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., H, Dv) over the last dimension."""
         return head_norm(x, self.weight, self.bias, kind=self.kind, eps=self.eps)
-
-    def gated(self, x: Tensor, gate: Tensor, activation: str, backend: Backend) -> Tensor:
-        """``activation`` of the gate, times x normalised; both are (..., H, Dv)."""
-        return backend.gated_norm(
-            x, gate, self.weight, self.bias, kind=self.kind, eps=self.eps, activation=activation
-        )
 
     def extra_repr(self) -> str:
         """The kind and epsilon, for ``print(model)``."""

@@ -1,30 +1,99 @@
-"""Checks and preparation that a retention layer and a decoder share: from a user's call to a `Call`."""
+"""From a user's call of a layer or a decoder to a `Call`: checks, and the numbers that its formulas need."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from retpop.arguments import check_tensor, free_values
+from retpop.arguments import is_eager
 from retpop.config import RetNetConfig
-from retpop.layers.calls import PopCall, SequenceCall
+from retpop.layers.call import Call, PopCall, SequenceCall
+from retpop.layers.plain import is_plain
 from retpop.ops import checks
 from retpop.ops.autocast import autocast_is_on, dtype_after
 from retpop.ops.decay_powers import DecayPowers, default_scale
 from retpop.ops.dispatch import Backend, choose_backend
-from retpop.ops.dtypes import INPUT_DTYPES, Inputs, state_dtype
+from retpop.ops.dtypes import Inputs, state_dtype
 from retpop.ops.packed import Packing
-from retpop.ops.rows import PopSpec
+from retpop.ops.rows import PopSpec, join_row
 from retpop.position import (
     Rotation,
     boundary_positions,
     packed_positions,
+    rotary_frequencies,
+    rotary_turns,
     rotation_at,
     sequence_positions,
 )
 from retpop.state import RetNetState
+
+Numbers = tuple[float, ...] | tuple[int, ...]
+
+
+class Constants:
+    """Decays and rotary frequencies: tensors made of plain numbers where a call needs them.
+
+    They are no buffers, so whatever empties, casts, moves or loads a module leaves them right. A tensor is
+    kept for the next call, because a copy from the host makes a GPU wait and cannot be captured in a graph.
+    A copy or a pickle of a module starts without any.
+    """
+
+    def __init__(self, cfg: RetNetConfig) -> None:
+        self.cfg = cfg
+        self.head_dims = cfg.head_key_dim, cfg.head_value_dim
+        self._scale = default_scale(cfg.scale, cfg.head_key_dim)
+        self._kept: dict[tuple[Numbers, torch.device, torch.dtype], Tensor] = {}
+        self._frequencies: tuple[float, ...] = ()
+        if cfg.position is not None:
+            self._frequencies = tuple(rotary_frequencies(cfg.position, cfg.head_key_dim).tolist())
+
+    def powers(self, log_decays: tuple[float, ...] | Tensor, x: Tensor) -> DecayPowers:
+        """The powers of γ for a call with tokens ``x``."""
+        dtype = state_dtype(x.dtype)
+        if isinstance(log_decays, Tensor):
+            return DecayPowers(log_decays.to(x.device), self._scale, dtype)
+        return DecayPowers(self._tensor(log_decays, x, dtype), self._scale, dtype, log_decays)
+
+    def rotation(self, positions: Tensor) -> Rotation | None:
+        """The rotation of tokens at ``positions`` (B or 1, T); None without rotary positions."""
+        cfg = self.cfg
+        if cfg.position is None:
+            return None
+        if positions.device.type == "mps":  # it has no float64
+            turns = rotary_turns(cfg.position, cfg.head_key_dim)
+            return rotation_at(positions, self._tensor(turns, positions, torch.int64), cfg.position)
+        frequencies = self._tensor(self._frequencies, positions, torch.float64)
+        return rotation_at(positions, frequencies, cfg.position)
+
+    def _tensor(self, numbers: Numbers, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """``numbers`` (N,) on the device of ``like``."""
+        if not is_eager(like):  # a compiler takes them as literals, and a transform's tensors end with it
+            return torch.tensor(numbers, dtype=dtype, device=like.device)
+        key = (numbers, like.device, dtype)
+        kept = self._kept.get(key)
+        if kept is None:
+            with torch.inference_mode(False):  # so that a later call may train
+                kept = self._kept[key] = torch.tensor(numbers, dtype=dtype, device=like.device)
+        return kept
+
+    def __reduce__(self) -> tuple[type[Constants], tuple[RetNetConfig]]:
+        return Constants, (self.cfg,)
+
+
+def with_log_decays(
+    call: Call, log_decays: tuple[float, ...] | Tensor, constants: Constants, x: Tensor
+) -> Call:
+    """The call of a layer with tokens ``x`` and these log-decays, which need not be the first layer's."""
+    if not isinstance(log_decays, Tensor) and log_decays == call.powers.values:
+        return call
+    powers = constants.powers(log_decays, x)
+    if isinstance(call, SequenceCall):
+        return replace(call, powers=powers)
+    return replace(call, spec=call.spec._replace(powers=powers))
 
 
 class Owner(NamedTuple):
@@ -32,41 +101,87 @@ class Owner(NamedTuple):
 
     Attributes:
         where: begins every message, for example ``RetNetDecoder()``.
-        cfg: its configuration.
-        num_layers: layers that its state must have.
-        weight: any of its weights: their dtype and device are what inputs must have.
-        log_decay: (H,).
-        frequencies: θ (Dk / 2,), or None without rotary positions.
+        layers: its layers, or the one that it is.
+        log_decays: what its config gives to the first of them.
+        constants: of its config.
     """
 
     where: str
-    cfg: RetNetConfig
-    num_layers: int
-    weight: Tensor
-    log_decay: Tensor
-    frequencies: Tensor | None
+    layers: Sequence[nn.Module]
+    log_decays: tuple[float, ...]
+    constants: Constants
 
 
-def prepare_sequence(
+def prepare(
+    owner: Owner,
+    x: Tensor,
+    x_pred: Tensor | None,
+    state: RetNetState | None,
+    *,
+    block_size: int | None,
+    offset: int,
+    reset: Tensor | None,
+    main_out: str,
+    mode: str,
+    chunk_size: int | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Call, Tensor]:
+    """The tokens that go through the layers, the call, and the positions (B,) after it.
+
+    The arguments are those of `RetNetDecoder.forward`; with ``x_pred`` it is a call of `RetNetDecoder.pop`.
+    """
+    _check_tokens(owner, "x", x, "BTE")
+    if x_pred is None:
+        _check_left_out(
+            owner.where,
+            "without x_pred",
+            block_size=(block_size, None),
+            offset=(offset, 0),
+            reset=(reset, None),
+            main_out=(main_out, "all"),
+        )
+        return x, *_sequence(owner, x, state, mode, chunk_size, cu_seqlens, backend)
+    _check_left_out(
+        owner.where,
+        "with x_pred",
+        mode=(mode, "chunkwise"),
+        chunk_size=(chunk_size, None),
+        cu_seqlens=(cu_seqlens, None),
+    )
+    _check_tokens(owner, "x_pred", x_pred, "BPME")
+    if x_pred.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{owner.where}: x_pred has B={x_pred.shape[0]} but x has B={x.shape[0]}; they must agree."
+        )
+    if block_size is None:
+        raise TypeError(f"{owner.where}: block_size is None; with x_pred it must be an int.")
+    checks.check_blocks(owner.where, x.shape[1], x_pred.shape[1], block_size, offset)
+    checks.check_reset(owner.where, reset, "x", x, block_size)
+    checks.check_main_out(owner.where, main_out)
+    powers = owner.constants.powers(owner.log_decays, x)
+    spec = PopSpec(powers, (x_pred.shape[1], x_pred.shape[2]), block_size, offset, reset, main_out)
+    return join_row(x, x_pred), *_pop(owner, x, state, spec, backend)
+
+
+def _sequence(
     owner: Owner,
     x: Tensor,
     state: RetNetState | None,
-    *,
     mode: str,
     chunk_size: int | None,
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[SequenceCall, Tensor]:
-    """The call that runs ``x`` (B, T, E) as a sequence, and the positions (B,) after it."""
-    _check_tokens(owner, "x", x, "BTE")
     checks.check_mode(owner.where, mode, chunk_size)
     chosen = _choose(owner, x, backend)
     packing = None
+    rows = x.shape[0]
     if cu_seqlens is not None:
         checks.check_cu_seqlens(owner.where, cu_seqlens, "x", x)
         packing = Packing(owner.where, cu_seqlens, x.shape[1])
-    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check_state(owner, state, rows)
+        rows = cu_seqlens.shape[0] - 1
+    _check_state(owner, x, state, rows)
     start = None if state is None else state.position
     if cu_seqlens is None:
         positions = sequence_positions(start, x.shape[1], x.device)
@@ -74,10 +189,10 @@ def prepare_sequence(
     else:
         positions, after = packed_positions(start, cu_seqlens, x.shape[1])
     if mode == "chunkwise" and chunk_size is None:
-        chunk_size = owner.cfg.chunk_size
+        chunk_size = owner.constants.cfg.chunk_size
     call = SequenceCall(
-        powers=_powers(owner),
-        rotation=_rotation(owner, positions),
+        powers=owner.constants.powers(owner.log_decays, x),
+        rotation=owner.constants.rotation(positions),
         mode=mode,
         chunk_size=chunk_size,
         packing=packing,
@@ -86,58 +201,28 @@ def prepare_sequence(
     return call, after
 
 
-def prepare_pop(
-    owner: Owner,
-    x: Tensor,
-    x_pred: Tensor,
-    state: RetNetState | None,
-    *,
-    block_size: int,
-    offset: int,
-    reset: Tensor | None,
-    main_out: str,
-    backend: str,
+def _pop(
+    owner: Owner, x: Tensor, state: RetNetState | None, spec: PopSpec, backend: str
 ) -> tuple[PopCall, Tensor]:
-    """The call that runs ``x`` (B, T, E) and ``x_pred`` (B, P, M, E) as POP, and the positions after it."""
-    _check_tokens(owner, "x", x, "BTE")
-    _check_tokens(owner, "x_pred", x_pred, "BPME")
-    (batch, length), (num_predictions, size) = x.shape[:2], x_pred.shape[1:3]
-    if x_pred.shape[0] != batch:
-        raise ValueError(
-            f"{owner.where}: x_pred has B={x_pred.shape[0]} but x has B={batch}; they must agree."
-        )
-    checks.check_blocks(owner.where, length, num_predictions, block_size, offset)
-    checks.check_reset(owner.where, reset, "x", x, block_size)
-    checks.check_main_out(owner.where, main_out)
-    _check_state(owner, state, batch)
+    batch, length = x.shape[:2]
+    _check_state(owner, x, state, batch)
     start = None if state is None else state.position
-    boundaries = boundary_positions(start, length // block_size, block_size, reset, x.device)
-    main = boundaries[:, :-1, None] + torch.arange(block_size, device=x.device)
-    pred = boundaries[:, offset : offset + num_predictions, None] + torch.arange(size, device=x.device)
+    size = spec.block_size
+    boundaries = boundary_positions(start, length // size, size, spec.reset, x.device)
+    num_predictions, pred_size = spec.predictions
+    main = boundaries[:, :-1, None] + torch.arange(size, device=x.device)
+    first = boundaries[:, spec.offset : spec.offset + num_predictions, None]
+    pred = first + torch.arange(pred_size, device=x.device)
+    positions = torch.cat((main.flatten(1), pred.flatten(1)), dim=1)
     call = PopCall(
-        rotation=_rotation(owner, torch.cat((main.flatten(1), pred.flatten(1)), dim=1)),
-        spec=PopSpec(_powers(owner), (num_predictions, size), block_size, offset, reset, main_out),
-        backend=_choose(owner, x, backend),
+        spec=spec, rotation=owner.constants.rotation(positions), backend=_choose(owner, x, backend)
     )
     return call, boundaries[:, -1].expand(batch).clone()
 
 
 def _choose(owner: Owner, x: Tensor, backend: str) -> Backend:
-    cfg = owner.cfg
-    inputs = Inputs(x.device, dtype_after(x.device, x.dtype), cfg.head_key_dim, cfg.head_value_dim)
+    inputs = Inputs(x.device, dtype_after(x.device, x.dtype), *owner.constants.head_dims)
     return choose_backend(owner.where, backend, inputs)[0]
-
-
-def _powers(owner: Owner) -> DecayPowers:
-    scale = default_scale(owner.cfg.scale, owner.cfg.head_key_dim)
-    dtype = state_dtype(owner.weight.dtype)
-    return DecayPowers(owner.log_decay, scale, dtype, free_values(owner.log_decay))
-
-
-def _rotation(owner: Owner, positions: Tensor) -> Rotation | None:
-    if owner.frequencies is None or owner.cfg.position is None:
-        return None
-    return rotation_at(positions, owner.frequencies, owner.cfg.position)
 
 
 def _after(start: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
@@ -146,41 +231,59 @@ def _after(start: Tensor | None, rows: int, length: int, device: torch.device) -
     return start + length
 
 
+def _check_left_out(where: str, when: str, **arguments: tuple[object, object]) -> None:
+    """Raise unless every argument, a value and a default, has its default."""
+    for name, (value, default) in arguments.items():
+        if isinstance(value, Tensor) or value != default:
+            given = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{where}: {name} is {given}; {when} it must be {default!r}.")
+
+
 def _check_tokens(owner: Owner, name: str, x: Tensor, layout: str) -> None:
-    where, weight = owner.where, owner.weight
+    where, embed_dim = owner.where, owner.constants.cfg.embed_dim
     checks.check_layout(where, name, x, layout)
-    if x.shape[-1] != owner.cfg.embed_dim:
+    if x.shape[-1] != embed_dim:
         raise ValueError(
-            f"{where}: {name} is {tuple(x.shape)}; its last dimension must be "
-            f"embed_dim {owner.cfg.embed_dim}."
+            f"{where}: {name} is {tuple(x.shape)}; its last dimension must be embed_dim {embed_dim}."
         )
+    weight = _first_weight(owner.layers[0])
+    if isinstance(weight, Tensor) and (x.dtype, x.device) != (weight.dtype, weight.device):
+        _check_beside(owner, name, x, weight)
+
+
+def _first_weight(layer: nn.Module) -> object:
+    """The weight that meets a layer's tokens first; None where something else stands in its place."""
+    retention = getattr(layer, "retention", layer)
+    return getattr(getattr(retention, "qkvg_proj", None), "weight", None)
+
+
+def _check_beside(owner: Owner, name: str, x: Tensor, weight: Tensor) -> None:
+    """Raise for tokens of another kind than the first weight, where nothing casts or moves either."""
+    if not all(is_plain(part, type(part)) for part in owner.layers[0].modules()):
+        return
     if x.device != weight.device:
-        raise ValueError(f"{where}: {name} is on {x.device} but the module is on {weight.device}.")
+        raise ValueError(f"{owner.where}: {name} is on {x.device} but the module is on {weight.device}.")
     # Autocast casts what linear layers are given, float64 excepted, and norms want what their weights are.
-    cast = autocast_is_on(x.device.type) and weight.dtype == torch.float32 and x.dtype != torch.float64
-    if x.dtype != weight.dtype and not cast:
-        raise TypeError(f"{where}: {name} is {x.dtype} but the module's weights are {weight.dtype}.")
+    if autocast_is_on(x.device.type) and weight.dtype == torch.float32 and x.dtype != torch.float64:
+        return
+    raise TypeError(f"{owner.where}: {name} is {x.dtype} but the module's weights are {weight.dtype}.")
 
 
-def _check_state(owner: Owner, state: RetNetState | None, rows: int) -> None:
+def _check_state(owner: Owner, x: Tensor, state: RetNetState | None, rows: int) -> None:
     if state is None:
         return
-    where, cfg = owner.where, owner.cfg
+    where = owner.where
     if not isinstance(state, RetNetState):
         raise TypeError(f"{where}: state is {type(state).__name__}; it must be a retpop.RetNetState or None.")
-    check_tensor(where, "state.kv", state.kv)
-    check_tensor(where, "state.position", state.position)
-    wanted = (owner.num_layers, rows, cfg.num_heads, cfg.head_key_dim, cfg.head_value_dim)
+    wanted = (len(owner.layers), rows, owner.constants.cfg.num_heads, *owner.constants.head_dims)
     if tuple(state.kv.shape) != wanted:
         raise ValueError(
             f"{where}: state.kv has shape {tuple(state.kv.shape)}; it must be {wanted}, "
             "(layers, B or number of packed sequences, H, Dk, Dv)."
         )
-    dtype = state_dtype(owner.weight.dtype)
+    dtype = state_dtype(x.dtype)
     if state.kv.dtype != dtype:
-        raise TypeError(
-            f"{where}: state.kv is {state.kv.dtype}; with weights in {owner.weight.dtype} it must be {dtype}."
-        )
+        raise TypeError(f"{where}: state.kv is {state.kv.dtype}; with x in {x.dtype} it must be {dtype}.")
     if state.position.dtype != torch.int64:
         raise TypeError(f"{where}: state.position is {state.position.dtype}; it must be torch.int64.")
     if state.position.shape != (rows,):
@@ -188,15 +291,5 @@ def _check_state(owner: Owner, state: RetNetState | None, rows: int) -> None:
             f"{where}: state.position has shape {tuple(state.position.shape)}; it must be ({rows},)."
         )
     for name, tensor in (("kv", state.kv), ("position", state.position)):
-        if tensor.device != owner.weight.device:
-            raise ValueError(
-                f"{where}: state.{name} is on {tensor.device} but the module is on {owner.weight.device}."
-            )
-
-
-def check_construction(where: str, cfg: RetNetConfig, dtype: torch.dtype | None) -> None:
-    """Check what a layer or a decoder is made from."""
-    if not isinstance(cfg, RetNetConfig):
-        raise TypeError(f"{where}: cfg is {type(cfg).__name__}; it must be a retpop.RetNetConfig.")
-    if dtype is not None and dtype not in INPUT_DTYPES:
-        raise TypeError(f"{where}: dtype is {dtype}; it must be float64, float32, float16 or bfloat16.")
+        if tensor.device != x.device:
+            raise ValueError(f"{where}: state.{name} is on {tensor.device} but x is on {x.device}.")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retpop.arguments import as_int, check_tensor
 from retpop.config import RetNetConfig
-from retpop.decay import resolve_decay
-from retpop.layers.calls import Call
+from retpop.decay import check_log_decays
+from retpop.layers.call import Call, Carry
 from retpop.layers.dropout import dropout
 from retpop.layers.norm import HeadNorm
-from retpop.layers.prepare import Owner, check_construction, prepare_pop, prepare_sequence
-from retpop.ops.dtypes import state_dtype
-from retpop.ops.rows import join_row, split_row
-from retpop.position import rotary_frequencies
+from retpop.layers.plain import is_plain
+from retpop.layers.prepare import Constants, Owner, prepare, with_log_decays
+from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
+from retpop.ops.gated_norm import ACTIVATIONS
 from retpop.state import RetNetState
 
 
@@ -31,20 +32,19 @@ class MultiScaleRetention(nn.Module):
     Args:
         cfg: the configuration; a layer reads all of it but ``num_layers`` and what shapes the feed-forward
             and the residual stream.
-        device, dtype: of the weights. The decay stays in float32 (float64 in a float64 model) whatever the
-            module is cast to.
+        device, dtype: of the weights. The decay has double precision whatever the module is cast to.
+        layer: the layer whose decay it takes, where ``cfg.decay`` has one for each.
 
     Source: RetNet, arXiv 2307.08621, section 2.2, equation 8.
     """
-
-    log_decay: Tensor
-    frequencies: Tensor | None
 
     def __init__(
         self,
         cfg: RetNetConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        layer: int = 0,
     ) -> None:
         super().__init__()
         check_construction("MultiScaleRetention", cfg, dtype)
@@ -54,9 +54,9 @@ class MultiScaleRetention(nn.Module):
         self.qkvg_proj = nn.Linear(cfg.embed_dim, sum(self.widths), bias=cfg.bias, device=device, dtype=dtype)
         self.head_norm = HeadNorm(cfg, device, dtype)
         self.out_proj = nn.Linear(value_dim, cfg.embed_dim, bias=cfg.bias, device=device, dtype=dtype)
-        self.register_buffer("log_decay", None, persistent=False)
-        self.register_buffer("frequencies", None, persistent=False)
-        self._set_constants()
+        self._constants = Constants(cfg)
+        self._log_decays = cfg.log_decays(layer)
+        self._shown: Tensor | None = None  # what `log_decay` has given out, into which its reader may write
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -69,42 +69,79 @@ class MultiScaleRetention(nn.Module):
                 nn.init.zeros_(linear.bias)
         self.head_norm.reset_parameters()
 
+    @property
+    def log_decay(self) -> Tensor:
+        """ln γ of each head, (H,), on the CPU; float64 in a float64 layer, else float32.
+
+        Assign a tensor to it, or write into it, for a decay of the layer's own: each at most 0, -inf allowed.
+        """
+        dtype = parameter_kind(self)[1]
+        if self._shown is None or self._shown.dtype != dtype:
+            self._shown = torch.tensor(self._current_log_decays(), dtype=dtype, device="cpu")
+        return self._shown
+
+    @log_decay.setter
+    def log_decay(self, value: Tensor) -> None:
+        check_tensor("MultiScaleRetention", "log_decay", value)
+        if value.requires_grad:
+            raise ValueError(
+                "MultiScaleRetention: log_decay requires a gradient; a layer's decay is constant."
+            )
+        self._log_decays = self._checked(value.tolist())
+        self._shown = None
+
     def forward(
         self,
         x: Tensor,
-        state: RetNetState | None = None,
+        state: RetNetState | Carry | None = None,
         *,
+        x_pred: Tensor | None = None,
+        block_size: int | None = None,
+        offset: int = 0,
+        reset: Tensor | None = None,
+        main_out: str = "all",
         mode: str = "chunkwise",
         chunk_size: int | None = None,
         cu_seqlens: Tensor | None = None,
         backend: str = "auto",
-    ) -> tuple[Tensor, RetNetState]:
-        """Run a sequence.
+    ) -> tuple[Any, ...]:
+        """Run a sequence, or with ``x_pred`` what `pop` runs.
 
         Args:
             x: (B, T, E); T may be 0.
-            state: carried from what came before, with layers = 1; None for the start of a sequence.
+            state: carried from what came before, with layers = 1; None for the start of a sequence. (Inside a
+                decoder: the layer's state and the call that the decoder has prepared, and so it comes out.)
+            x_pred, block_size, offset, reset, main_out: see `pop`; a sequence alone takes none of them.
             mode, backend: as in `retpop.retention`.
             chunk_size: as there; None: ``cfg.chunk_size``.
             cu_seqlens: (S + 1,), boundaries of S packed sequences; B is then 1 and the state has S rows.
 
         Returns:
-            out (B, T, E) and the state after the last token.
+            out (B, T, E) and the state after the last token; with ``x_pred`` as `pop`.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `retpop.retention`.
         """
-        call, position = prepare_sequence(
-            self._owner("MultiScaleRetention()"),
+        if isinstance(state, Carry):
+            out, kv = self._run(x, state.kv, state.call)
+            return out, Carry.of(state.call, kv)
+        where = "MultiScaleRetention()" if x_pred is None else "MultiScaleRetention.pop()"
+        tokens, call, position = prepare(
+            Owner(where, [self], self._log_decays, self._constants),
             x,
+            x_pred,
             state,
+            block_size=block_size,
+            offset=offset,
+            reset=reset,
+            main_out=main_out,
             mode=mode,
             chunk_size=chunk_size,
             cu_seqlens=cu_seqlens,
             backend=backend,
         )
-        out, kv = self.mix(x, None if state is None else state.kv[0], call)
-        return out, RetNetState(kv.unsqueeze(0), position)
+        out, kv = self._run(tokens, None if state is None else state.kv[0], call)
+        return *call.outputs(out), RetNetState(kv.unsqueeze(0), position)
 
     def pop(
         self,
@@ -137,40 +174,49 @@ class MultiScaleRetention(nn.Module):
 
         Source: REM, arXiv 2402.05643, section 3.2.
         """
-        call, position = prepare_pop(
-            self._owner("MultiScaleRetention.pop()"),
+        check_tensor("MultiScaleRetention.pop()", "x_pred", x_pred)
+        return self(  # so that hooks, wrappers and compilers see it
             x,
-            x_pred,
             state,
+            x_pred=x_pred,
             block_size=block_size,
             offset=offset,
             reset=reset,
             main_out=main_out,
             backend=backend,
         )
-        row, kv = self.mix(join_row(x, x_pred), None if state is None else state.kv[0], call)
-        return *split_row(row, call.spec.predictions), RetNetState(kv.unsqueeze(0), position)
 
-    def mix(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """The layer itself, of a call that has been prepared: (B, T, E) and a state to the same two.
-
-        What comes out is of the call's readers.
-        """
-        q, k, v, gate = (y.unflatten(-1, (self.cfg.num_heads, -1)) for y in self._project(x, call.readers(x)))
+    def _run(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+        """The layer itself: (B, T, E), of which the call's readers come out, and the state."""
+        call = with_log_decays(call, self._current_log_decays(), self._constants, x)
+        q, k, v, gate = (y.unflatten(-1, (self.cfg.num_heads, -1)) for y in self._project(x, call))
         q, k = call.rotate(q, k, self.cfg.position)
         out, kv = call.retain(q, k, v, kv)
-        out = dropout(out, self.cfg.dropout, self.training)
-        out = self.head_norm.gated(out, gate, self.cfg.gate_activation, call.backend)
-        return self.out_proj(out.flatten(-2)), kv
+        if self.cfg.dropout:
+            out = dropout(out, self.cfg.dropout, self.training)
+        return self.out_proj(self._gated(out, gate, call).flatten(-2)), kv
 
-    def _project(self, x: Tensor, readers: Tensor) -> tuple[Tensor, ...]:
-        """Queries of the tokens that read, keys and values of all, and a gate for those that read."""
+    def _project(self, x: Tensor, call: Call) -> tuple[Tensor, ...]:
+        """Queries and a gate of the tokens that read, keys and values of all."""
+        readers = call.readers(x)
         if readers is x:
             return self.qkvg_proj(x).split(self.widths, dim=-1)
+        if not is_plain(self.qkvg_proj, nn.Linear):
+            q, k, v, gate = self.qkvg_proj(x).split(self.widths, dim=-1)
+            return call.readers(q), k, v, call.readers(gate)
         weights = self.qkvg_proj.weight.split(self.widths)
         biases = [None] * 4 if self.qkvg_proj.bias is None else self.qkvg_proj.bias.split(self.widths)
         tokens = (readers, x, x, readers)
         return tuple(F.linear(*part) for part in zip(tokens, weights, biases, strict=True))
+
+    def _gated(self, x: Tensor, gate: Tensor, call: Call) -> Tensor:
+        """The gate's activation times each head's output (..., H, Dv) normalised, in gate's dtype."""
+        norm, activation = self.head_norm, self.cfg.gate_activation
+        if not is_plain(norm, HeadNorm):
+            return (ACTIVATIONS[activation](gate) * norm(x)).to(gate.dtype)
+        return call.backend.gated_norm(
+            x, gate, norm.weight, norm.bias, kind=norm.kind, eps=norm.eps, activation=activation
+        )
 
     def init_state(
         self,
@@ -179,44 +225,63 @@ class MultiScaleRetention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> RetNetState:
         """The state before any token, layers = 1; see `RetNetDecoder.init_state`."""
-        return empty_state(self._owner("MultiScaleRetention.init_state()"), batch_size, device, dtype)
+        return empty_state("MultiScaleRetention.init_state()", self.cfg, self, 1, batch_size, device, dtype)
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(model)``."""
         return self.cfg.describe()
 
-    def _owner(self, where: str) -> Owner:
-        return Owner(where, self.cfg, 1, self.out_proj.weight, self.log_decay, self.frequencies)
+    def _current_log_decays(self) -> tuple[float, ...] | Tensor:
+        """The layer's log-decays, with what was written into `log_decay`; compiled, that tensor itself."""
+        if self._shown is None:
+            return self._log_decays
+        if torch.compiler.is_compiling():
+            return self._shown
+        shown = self._shown.tolist()
+        if shown != torch.tensor(self._log_decays, dtype=self._shown.dtype, device="cpu").tolist():
+            self._log_decays = self._checked(shown)
+        return self._log_decays
 
-    def _set_constants(self) -> None:
-        weight, cfg = self.out_proj.weight, self.cfg
-        decay = resolve_decay(cfg.decay, cfg.num_heads, state_dtype(weight.dtype))
-        self.log_decay = decay.to(weight.device)
-        if cfg.position is not None:
-            self.frequencies = rotary_frequencies(cfg.position, cfg.head_key_dim).to(weight.device)
+    def _checked(self, log_decays: object) -> tuple[float, ...]:
+        return check_log_decays("MultiScaleRetention", "log_decay", log_decays, self.cfg.num_heads)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleRetention:
-        # Whatever casts or moves a module goes through here. Constants follow the device but not the dtype:
-        # in bfloat16 a decay of 1 - 1/512 would be 1, and positions above 256 would not exist.
-        super()._apply(fn, recurse)
-        self._set_constants()
-        return self
+
+def check_construction(where: str, cfg: RetNetConfig, dtype: torch.dtype | None) -> None:
+    """Check what a layer or a decoder is made from."""
+    if not isinstance(cfg, RetNetConfig):
+        raise TypeError(f"{where}: cfg is {type(cfg).__name__}; it must be a retpop.RetNetConfig.")
+    if dtype is not None and dtype not in INPUT_DTYPES:
+        raise TypeError(f"{where}: dtype is {dtype!r}; it must be float64, float32, float16 or bfloat16.")
+
+
+def parameter_kind(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device of a module's parameters, "meta" if all are there, and the dtype of its states."""
+    parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+    for parameter in sorted(parameters, key=lambda parameter: parameter.is_meta):
+        return parameter.device, state_dtype(parameter.dtype)
+    return torch.device("cpu"), torch.float32
 
 
 def empty_state(
-    owner: Owner, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None
+    where: str,
+    cfg: RetNetConfig,
+    module: nn.Module,
+    num_layers: int,
+    batch_size: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
 ) -> RetNetState:
-    """A state of zeros for ``owner``'s layers and heads."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"{owner.where}: batch_size is {type(batch_size).__name__}; it must be an int.")
-    if batch_size < 0:
-        raise ValueError(f"{owner.where}: batch_size is {batch_size}; it must be at least 0.")
-    if dtype not in (None, torch.float32, torch.float64):
+    """A state of zeros for a module's layers and heads."""
+    rows = as_int(where, "batch_size", batch_size)
+    if rows < 0:
+        raise ValueError(f"{where}: batch_size is {rows}; it must be at least 0.")
+    own_device, own_dtype = parameter_kind(module)
+    if dtype not in (None, own_dtype):
         raise TypeError(
-            f"{owner.where}: dtype is {dtype}; a state is float32, or float64 in a float64 model."
+            f"{where}: dtype is {dtype!r}; it must be {own_dtype} "
+            "(states are float64 where weights are, else float32)."
         )
-    cfg = owner.cfg
-    device = owner.weight.device if device is None else device
-    shape = (owner.num_layers, batch_size, cfg.num_heads, cfg.head_key_dim, cfg.head_value_dim)
-    kv = torch.zeros(shape, device=device, dtype=dtype or state_dtype(owner.weight.dtype))
-    return RetNetState(kv, torch.zeros(batch_size, dtype=torch.int64, device=device))
+    device = own_device if device is None else device
+    shape = (num_layers, rows, cfg.num_heads, cfg.head_key_dim, cfg.head_value_dim)
+    kv = torch.zeros(shape, device=device, dtype=own_dtype)
+    return RetNetState(kv, torch.zeros(rows, dtype=torch.int64, device=device))

@@ -74,6 +74,7 @@ class DecayPowers:
         log_decay = log_decay if log_decay.dtype == dtype else log_decay.to(dtype)
         self.log_decay = log_decay if self._keeps_half else log_decay.clamp(min=_LOG_ZERO)
         self.scale = scale
+        self.values = values
         # Pairs, not a dict: hashing a length would tie a compiled graph to that very length.
         self._blocks: list[tuple[int, BlockPowers]] = []
         self._token: list[Across] = []

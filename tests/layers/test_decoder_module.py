@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 import retpop
 from retpop import RetNetConfig, RetNetDecoder
-from retpop.layers import block, feed_forward, retention
+from retpop.layers import decoder as decoder_module
+from retpop.layers import feed_forward, retention
 
 DECODER = make_decoder()
 
@@ -34,7 +35,10 @@ def test_init_state(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert torch.equal(decoder(x, state)[0], decoder(x)[0])
     assert decoder.init_state(0).kv.shape == (2, 0, 2, 4, 10)
     assert decoder.init_state(2, device="meta").kv.device.type == "meta"
-    assert decoder.init_state(2, dtype=torch.float64).kv.dtype is torch.float64
+    assert decoder.init_state(2, dtype=expected).kv.dtype is expected
+    other = torch.float32 if expected is torch.float64 else torch.float64
+    with pytest.raises(TypeError, match=rf"init_state\(\): dtype is {other}; it must be {expected}"):
+        decoder.init_state(2, dtype=other)
     assert decoder.layers[0].retention.init_state(2).kv.shape == (1, 2, 2, 4, 10)
 
 
@@ -52,7 +56,7 @@ class DropoutRecorder:
 def test_dropout_is_at_four_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the retention output, after its projection, in the FFN's hidden layer, after the FFN."""
     recorder = DropoutRecorder()
-    for module in (block, feed_forward, retention):
+    for module in (decoder_module, feed_forward, retention):
         monkeypatch.setattr(module, "dropout", recorder)
     decoder = make_decoder(dropout=0.3, num_layers=1)
     for training in (True, False):

@@ -151,10 +151,6 @@ def test_the_given_position_is_the_first_token_s() -> None:
     assert not torch.allclose(outs[0][:, 0], outs[1][:, 0], rtol=1e-3)
 
 
-def decay_of(layer: MultiScaleRetention) -> torch.Tensor:
-    return dict(layer.named_buffers())["log_decay"]
-
-
 CASTS: list[tuple[Callable[[MultiScaleRetention], MultiScaleRetention], torch.dtype]] = [
     (lambda layer: layer.bfloat16(), torch.float32),
     (lambda layer: layer.half(), torch.float32),
@@ -173,10 +169,8 @@ def test_casting_a_module_keeps_its_decay(
     """In bfloat16 1 - 1/512 is 1: the decay is computed anew for the dtype, never cast down and back."""
     layer = cast(MultiScaleRetention(small_config(decay="log_spaced")))
     exact = torch.tensor([math.log1p(-1 / 32), math.log1p(-1 / 512)], dtype=torch.float64)
-    assert decay_of(layer).dtype is dtype
-    torch.testing.assert_close(decay_of(layer), exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
-    frequencies = dict(layer.named_buffers())["frequencies"]
-    assert frequencies.dtype is torch.float64
+    assert layer.log_decay.dtype is dtype
+    torch.testing.assert_close(layer.log_decay, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("decay", ["retnet", "log_spaced"])
@@ -255,9 +249,9 @@ def test_a_checkpoint_holds_weights_only() -> None:
     layer = make_layer()
     assert set(layer.state_dict()) == {name for name, _ in layer.named_parameters()}
     other = make_layer(decay="log_spaced")
-    decay = decay_of(other).clone()
+    decay = other.log_decay.clone()
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(decay_of(other), decay)
+    assert torch.equal(other.log_decay, decay)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
@@ -279,7 +273,7 @@ def test_made_on_the_meta_device_and_filled_later() -> None:
 def test_device_and_dtype_arguments() -> None:
     layer = MultiScaleRetention(small_config(), device="cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
-    assert decay_of(layer).dtype is torch.float32
+    assert layer.log_decay.dtype is torch.float32
     with torch.device("meta"):
         assert MultiScaleRetention(small_config()).out_proj.weight.device.type == "meta"
 

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor
 
 from retpop.arguments import values_are_free
 from retpop.config import RetNetConfig
-from retpop.layers.calls import Call
+from retpop.layers.call import Call
 
 ELEMENTS_AT_ONCE = 2**21
 """Elements that the widest tensor of a layer has in one part, for each thread."""
@@ -28,18 +27,17 @@ glibc keeps no memory, and a part has enough work beside its calls."""
 Layers = Callable[[Tensor, Tensor | None, Call], tuple[Tensor, Tensor]]
 
 
-def tokens_at_once(decoder: nn.Module, cfg: RetNetConfig, x: Tensor) -> int | None:
+def tokens_at_once(cfg: RetNetConfig, x: Tensor) -> int | None:
     """How many tokens of (B, T, E) a part has; None: all pass a layer before any passes the next.
 
-    So it is on a GPU, where parts would be seen (by a gradient, a compiler, a transform, a hook inside the
-    decoder), and where dropout draws: a checkpoint that draws again, with gradient, must find the same.
+    So it is on a GPU, and where parts would be seen by a gradient, a compiler or a transform.
     """
-    if torch.is_grad_enabled() or not values_are_free(x) or (decoder.training and cfg.dropout):
+    if torch.is_grad_enabled() or not values_are_free(x):
         return None
     hidden = cfg.ffn_dim * (2 if cfg.ffn == "glu" else 1)
     widest = max(hidden, 2 * cfg.num_heads * (cfg.head_key_dim + cfg.head_value_dim))
     most = max(1, ELEMENTS_AT_ONCE * min(torch.get_num_threads(), THREADS) // widest)
-    return None if x.shape[0] * x.shape[1] <= most or _is_watched(decoder) else most
+    return None if x.shape[0] * x.shape[1] <= most else most
 
 
 def run_in_parts(
@@ -77,9 +75,3 @@ def even_slices(total: int, most: int, unit: int = 1) -> list[slice]:
     parts = math.ceil(total / max(unit, most - most % unit))
     size = math.ceil(total / (parts * unit)) * unit
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees what goes through a part of ``module``."""
-    inside = (part for child in module.children() for part in child.modules())
-    return _has_any_global_hook() or any(part._forward_hooks or part._forward_pre_hooks for part in inside)

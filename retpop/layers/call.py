@@ -1,4 +1,4 @@
-"""What one call of a layer or a decoder fixes for all of its layers.
+"""What one call of a layer or a decoder fixes for all of its layers, and what it hands from layer to layer.
 
 A call is prepared once: arguments checked, backend chosen, powers of γ and rotation angles computed. Each
 layer then hands it queries, keys and values. `SequenceCall` runs them as a sequence; `PopCall` takes the
@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from retpop.ops.autocast import outside_autocast
 from retpop.ops.decay_powers import DecayPowers
 from retpop.ops.dispatch import Backend
 from retpop.ops.packed import Packing
-from retpop.ops.rows import PopSpec
+from retpop.ops.rows import PopSpec, split_row
 from retpop.position import Rotation
+from retpop.state import Uncast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +37,13 @@ class AnyCall:
     rotation: Rotation | None
     backend: Backend
 
-    def for_inner_layers(self) -> AnyCall:
+    def for_inner_layers(self) -> Self:
         """The call of a layer that another one follows, which wants all of its tokens."""
         return self
 
     @property
     def tokens_apart(self) -> int | None:
-        """Tokens after any multiple of which the call may be cut in two, state in between; None: nowhere."""
+        """After any multiple of so many tokens the call may be cut in two; None: nowhere."""
         return None
 
     def of_rows(self, rows: slice) -> Self:
@@ -86,6 +89,10 @@ class SequenceCall(AnyCall):
         """See `AnyCall.tokens_apart`; parallel mode is one product over all tokens."""
         return None if self.mode == "parallel" or self.packing is not None else self.chunk_size or 1
 
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the caller is given of the last layer's output."""
+        return (x,)
+
     def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retention of (B, T, H, D): outputs (B, T, H, Dv) and the state after them."""
         run = partial(
@@ -109,6 +116,11 @@ class PopCall(AnyCall):
 
     spec: PopSpec
 
+    @property
+    def powers(self) -> DecayPowers:
+        """The decays, and the powers of γ as they are needed."""
+        return self.spec.powers
+
     def for_inner_layers(self) -> PopCall:
         """The same call, with all tokens coming out."""
         return replace(self, spec=self.spec._replace(main_out="all"))
@@ -121,6 +133,11 @@ class PopCall(AnyCall):
     def readers(self, x: Tensor) -> Tensor:
         """The row (B, T + P·M, ...) itself, or its short row (`retpop.ops.rows`)."""
         return self.spec.readers(x)
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The sequence's outputs and the predictions; in training apart in memory, so each can be changed."""
+        main, pred = split_row(x, self.spec.predictions)
+        return (main.clone(), pred.clone()) if x.requires_grad else (main, pred)
 
     def rotate(self, q: Tensor, k: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
         """See `AnyCall.rotate`."""
@@ -139,3 +156,48 @@ class PopCall(AnyCall):
 
 
 Call = SequenceCall | PopCall
+
+
+class Hidden(Uncast):
+    """The call that was prepared, hidden like a layer's state from what casts (see `Uncast`)."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Call, kv: Tensor | None) -> None:
+        super().__init__(kv)
+        self.call = call
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What a decoder hands to a layer, and a layer gives back: its state, and the call that was prepared.
+
+    Attributes:
+        kv: the layer's state (B, H, Dk, Dv), or None for the start of a sequence.
+        hidden: the call, the same for all layers but the last, which may give out fewer tokens.
+    """
+
+    kv: Tensor | None
+    hidden: Hidden
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "kv", self.hidden.before_cast(self.kv))
+
+    @staticmethod
+    def of(call: Call, kv: Tensor | None) -> Carry:
+        """A state with the call that it belongs to."""
+        return Carry(kv, Hidden(call, kv))
+
+    @property
+    def call(self) -> Call:
+        """The call that was prepared."""
+        return self.hidden.call
+
+
+pytree.register_pytree_node(  # some versions of FSDP flatten what they look into
+    Carry,
+    lambda carry: ([carry.kv], carry.hidden),
+    lambda leaves, hidden: Carry(next(iter(leaves)), hidden),
+    serialized_type_name="retpop.layers.Carry",
+)
