@@ -90,14 +90,23 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The VQ-VAE that turns a frame into a square of tokens."""
+    """What turns a frame into a square of tokens."""
 
+    kind: Literal["vq", "patches", "fsq"] = "vq"
+    """vq (paper): a VQ-VAE. fsq: the same networks with finite scalar quantisation (arXiv 2309.15505) for the
+    codebook. patches: codes are patches of pixels, added as the game shows them and never changed (arXiv
+    2502.01591); nothing trains, and tokens are exact where the world is made of cells."""
     channels: tuple[int, ...] = (32, 64, 128, 256)
-    """Channels of the encoder: the first convolution's, then after each halving of the frame."""
+    """Channels of the encoder: the first convolution's, then after each halving of the frame. With `patches`
+    their number alone matters: it gives the side of a patch."""
     codebook_size: int = 512
-    """Number of codes."""
+    """Number of codes; of `patches` the most there can be. Not used by fsq."""
     code_dim: int = 256
-    """Dimension of a code."""
+    """Dimension of a code. Not used by fsq, whose codes have a number for each of `fsq_levels`."""
+    fsq_levels: tuple[int, ...] = (8, 8, 8)
+    """With `fsq`: levels of each number of a code, at least 3; their product is the number of codes."""
+    patch_threshold: float = 0.0
+    """With `patches`: mean squared error (frames in [-1, 1]) up to which a code stands for a patch."""
     groups: int = 8
     """Groups of every GroupNorm."""
     patchwise: bool = False
@@ -116,9 +125,9 @@ class TokenizerConfig:
     foreground_weight: float = 0.0
     """Extra weight in the pixel error of pixels that differ from the median frame. Off in the paper."""
     init_from_data: bool = False
-    """Start the codes from encoder outputs of the first batch. Off in the paper."""
+    """With `vq`: start the codes from encoder outputs of the first batch. Off in the paper."""
     restart_dead_codes: bool = False
-    """Move codes that no frame uses onto encoder outputs. Off in the paper."""
+    """With `vq`: move codes that no frame uses onto encoder outputs. Off in the paper."""
     freeze_epoch: int | None = None
     """From this epoch on the tokenizer rests, if its foreground error allows it. None (paper): never."""
     freeze_foreground_error: float = 0.02
@@ -266,11 +275,14 @@ class EvaluationConfig:
     """Steps of the last evaluation so far that are kept in heldout/, for the report; never trained on."""
 
 
-ADDED_FIELDS = {
+ADDED_FIELDS: dict[str, Any] = {
     "cuda_graphs": False,
     "env.kwargs": (),
     "env.wrapper": None,
     "env.render": False,
+    "tokenizer.kind": "vq",
+    "tokenizer.fsq_levels": (8, 8, 8),
+    "tokenizer.patch_threshold": 0.0,
     "tokenizer.patchwise": False,
     "world_model.freeze_at_init": False,
 }

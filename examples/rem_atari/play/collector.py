@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rem_atari.envs.vector import GameReturn, VectorEnv, VectorStep
+from rem_atari.models.base_tokenizer import BaseTokenizer
 from rem_atari.models.controller import Carry, Controller, entropy
-from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.play.rollout import TokenStep, rollout
 from rem_atari.replay.buffer import Replay
 
@@ -35,7 +35,7 @@ class RealEnv:
     def __init__(
         self,
         env: VectorEnv,
-        tokenizer: Tokenizer,
+        tokenizer: BaseTokenizer,
         replay: Replay | None,
         *,
         device: torch.device | str = "cpu",

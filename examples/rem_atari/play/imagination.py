@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.models.base_tokenizer import BaseTokenizer
 from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.play.rollout import TokenStep
 from retpop import RetNetState
@@ -37,7 +37,7 @@ class ImaginedEnv:
     def __init__(
         self,
         world_model: BaseWorldModel,
-        tokenizer: Tokenizer,
+        tokenizer: BaseTokenizer,
         generator: torch.Generator,
         show: Callable[[Tensor], Tensor] | None = None,
     ) -> None:

@@ -266,6 +266,11 @@ class Replay:
         """
         return torch.from_numpy(self._rows.frames[self._draw(n, min_real=1)])
 
+    def stored_frames(self, start: int) -> Tensor:
+        """All frames from row `start` on, but for lost ones, oldest first: (n, S, S, 3) uint8."""
+        rows = start + np.flatnonzero(self._place[start : self._size] != NONE)
+        return torch.from_numpy(self._rows.frames[rows])
+
     def sample_sequences(self, n: int, length: int, *, min_real: int) -> SequenceBatch:
         """n sequences of `length` steps, uniform over their first steps, padded on the right.
 

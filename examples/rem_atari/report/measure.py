@@ -15,8 +15,8 @@ from rem_atari.agent import Agent
 from rem_atari.config import Config
 from rem_atari.films.dreams import dream_along, make_scenes
 from rem_atari.films.pictures import Scene
+from rem_atari.models.base_tokenizer import foreground_of
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
-from rem_atari.models.tokenizer import foreground_of
 from rem_atari.models.world_model import REWARD_CLASSES, BaseWorldModel, reward_classes
 from rem_atari.replay.buffer import Replay, SequenceBatch
 from rem_atari.report.analysis import (
