@@ -204,6 +204,9 @@ class ControllerConfig:
     """Frames of a segment that warm up the cell, without gradient; the segment has one more."""
     min_real_frames: int = 3
     """A segment has at least this many real frames; the rest is padding on the left."""
+    context_frames: int = 1
+    """Frames before the one that imagination starts from which the world model reads, as far as they are
+    real; at most `burn_in`. More than one shows it what moves, and when (the paper: 1)."""
     burn_in_actions: bool = True
     """Feed the actions of the burn-in to the cell too. The published agent does not."""
     horizon: int = 9
@@ -285,6 +288,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "tokenizer.patch_threshold": 0.0,
     "tokenizer.patchwise": False,
     "world_model.freeze_at_init": False,
+    "controller.context_frames": 1,
 }
 """Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
 what those runs did."""

@@ -211,7 +211,13 @@ class BaseWorldModel(nn.Module, ABC):
         return loss, metrics
 
     def take_in(
-        self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: RetNetState | None = None
+        self,
+        tokens: Tensor,
+        actions: Tensor,
+        codebook: Tensor,
+        state: RetNetState | None = None,
+        *,
+        mask: Tensor | None = None,
     ) -> RetNetState:
         """The memory after reading blocks, without predicting anything.
 
@@ -220,9 +226,19 @@ class BaseWorldModel(nn.Module, ABC):
             actions: (B, N) int64.
             codebook: the tokenizer's codes, (V, E).
             state: the memory before them; None: empty.
+            mask: (B, N) bool, False where a block is padding, which comes before all real blocks and leaves
+                an empty memory; None: all are real.
         """
-        _, state = self.decoder(self._embed_blocks(tokens, actions, codebook), state)
-        return state
+        blocks = self._embed_blocks(tokens, actions, codebook)
+        if mask is None:
+            return self.decoder(blocks, state)[1]
+        # Memory starts anew at the first real block, and where there is none.
+        is_first = functional.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
+        no_predictions = blocks.new_empty(blocks.shape[0], 0, self.num_tokens, blocks.shape[-1])
+        _, _, state = self.decoder.pop(
+            blocks, no_predictions, state, block_size=self.block_size, reset=is_first, main_out="last"
+        )
+        return state.reset(~mask[:, -1])
 
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding | None:
         """Prediction tokens, where the model has any."""

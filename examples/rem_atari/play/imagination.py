@@ -76,7 +76,7 @@ class ImaginedEnv:
             tokens: the observations to begin with, (B, K) int64.
             context_tokens: the N real observations before them, (B, N, K) int64; None: no context.
             context_actions: the actions taken on those, (B, N) int64; given exactly if `context_tokens` is.
-            context_mask: (B,) bool, False where a row has no context (it is padding); None: all have.
+            context_mask: (B, N) bool, False where a context is padding, on the left; None: all are real.
 
         Returns:
             What the controller sees of `tokens`: their codes, (B, K, E), unless `show` says otherwise.
@@ -89,9 +89,9 @@ class ImaginedEnv:
         if context_tokens is None or context_actions is None:
             state = self._world_model.init_state(tokens.shape[0])
         else:
-            state = self._world_model.take_in(context_tokens, context_actions, self._tokenizer.codes)
-            if context_mask is not None:
-                state = state.reset(~context_mask)
+            state = self._world_model.take_in(
+                context_tokens, context_actions, self._tokenizer.codes, mask=context_mask
+            )
         self._state = self._world_model.begin(tokens, self._tokenizer.codes, state)
         self._tokens = tokens
         return self._show(tokens)

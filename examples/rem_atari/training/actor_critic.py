@@ -70,7 +70,7 @@ def imagine(
         lap: told as "burn-in" and "steps" end.
     """
     env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
-    before, observation = start_imagination(env, agent, segments)
+    before, observation = start_imagination(env, agent, segments, cfg.context_frames)
     lap("burn-in")
     trajectory, after, observation = rollout(
         env, agent.controller, before, observation, cfg.horizon - 1, generator=generator
@@ -97,25 +97,28 @@ def learn_from(
     return actor_critic_loss(replace(trajectory, logits=logits, values=values), imagination.bootstrap, cfg)
 
 
-def start_imagination(env: ImaginedEnv, agent: Agent, segments: SequenceTokens) -> tuple[Carry, Tensor]:
+def start_imagination(
+    env: ImaginedEnv, agent: Agent, segments: SequenceTokens, context: int
+) -> tuple[Carry, Tensor]:
     """Bring the controller and the world model to the segments' last frames, without gradient.
 
-    The controller's memory burns in on all frames but the last. The world model takes in the block of the one
-    before the last, where that is real; the published sizes make that and the imagined blocks a sequence as
-    long as in training.
+    The controller's memory burns in on all frames but the last. The world model takes in the blocks of the
+    `context` frames before the last, those of them that are real; at the published sizes its one block and
+    the imagined ones are a sequence as long as in training.
 
     Returns:
         The controller's carry, and what it sees of the last frames (`Agent.show`).
     """
     past = agent.show(segments.tokens[:, :-1])
     carry = agent.controller.burn_in(past, segments.actions[:, :-1], segments.mask[:, :-1])
-    if segments.tokens.shape[1] == 1:
+    if segments.tokens.shape[1] == 1 or context == 0:
         return carry, env.reset(segments.tokens[:, -1])
+    before = slice(-1 - context, -1)
     observation = env.reset(
         segments.tokens[:, -1],
-        context_tokens=segments.tokens[:, -2:-1],
-        context_actions=segments.actions[:, -2:-1],
-        context_mask=segments.mask[:, -2],
+        context_tokens=segments.tokens[:, before],
+        context_actions=segments.actions[:, before],
+        context_mask=segments.mask[:, before],
     )
     return carry, observation
 

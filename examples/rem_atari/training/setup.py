@@ -157,6 +157,11 @@ def check_config(config: Config) -> None:
             f"controller.min_real_frames is {config.controller.min_real_frames}, but a segment has only"
             f" controller.burn_in + 1 = {config.controller.burn_in + 1} frames"
         )
+    if config.controller.context_frames > max(config.controller.burn_in, 1):
+        raise UsageError(
+            f"controller.context_frames is {config.controller.context_frames}, wanted at most"
+            f" controller.burn_in, which is {config.controller.burn_in}"
+        )
     check_device(config.device)
     find_weights(config.tokenizer)
 

@@ -150,7 +150,7 @@ def test_a_padded_context_is_no_context():
     agent, segments = small_agent(), some_segments()
     mask = torch.tensor([True, False, True, False])
     states = []
-    for context in [(segments.tokens[:, :1], segments.actions[:, :1], mask), (None, None, None)]:
+    for context in [(segments.tokens[:, :1], segments.actions[:, :1], mask[:, None]), (None, None, None)]:
         env = env_of(agent)
         env.reset(segments.tokens[:, -1], *context)
         states.append(env._state)
@@ -173,7 +173,7 @@ def test_misuse_is_named():
 def test_segments_prepare_the_controller_and_the_world_model():
     agent, segments = small_agent(), some_segments()
     env = env_of(agent)
-    carry, observation = start_imagination(env, agent, segments)
+    carry, observation = start_imagination(env, agent, segments, 1)
     assert torch.equal(observation, agent.tokenizer.embed(segments.tokens[:, 3]))
     codes = agent.tokenizer.embed(segments.tokens[:, :3])
     wanted = agent.controller.burn_in(codes, segments.actions[:, :3], segments.mask[:, :3])
@@ -184,12 +184,36 @@ def test_segments_prepare_the_controller_and_the_world_model():
     torch.testing.assert_close(env._state.kv, state.kv)
 
 
+def test_the_world_model_reads_the_real_frames_of_the_context_and_no_padding():
+    agent, segments = small_agent(), some_segments()
+    mask = segments.mask.clone()
+    mask[1, :1], mask[2, :2], mask[3, :3] = False, False, False
+    env = env_of(agent)
+    start_imagination(env, agent, replace(segments, mask=mask), 3)
+    assert env._state.position.tolist() == [3 * (K + 1), 2 * (K + 1), K + 1, 0]
+    for row, real in enumerate((3, 2, 1)):
+        tokens, actions = (
+            segments.tokens[row : row + 1, 3 - real : 3],
+            segments.actions[row : row + 1, 3 - real : 3],
+        )
+        alone = agent.world_model.take_in(tokens, actions, agent.tokenizer.codes)
+        torch.testing.assert_close(env._state.kv[:, row : row + 1], alone.kv, atol=1e-6, rtol=1e-5)
+    assert (env._state.kv[:, 3] == 0).all()
+
+
+def test_without_context_the_memory_is_empty():
+    agent, segments = small_agent(), some_segments()
+    env = env_of(agent)
+    start_imagination(env, agent, segments, 0)
+    assert (env._state.kv == 0).all()
+
+
 def test_a_segment_of_one_real_frame_gives_the_world_model_no_context():
     agent, segments = small_agent(), some_segments()
     mask = segments.mask.clone()
     mask[1, :3] = False
     env = env_of(agent)
-    start_imagination(env, agent, replace(segments, mask=mask))
+    start_imagination(env, agent, replace(segments, mask=mask), 1)
     assert env._state.position.tolist() == [K + 1, 0, K + 1, K + 1]
 
 
@@ -255,7 +279,7 @@ def test_judging_all_steps_at_once_is_judging_them_in_the_rollout(options):
     )
     assert not any(tensor.requires_grad for tensor in (imagined.logits, imagined.values, bootstrap, *before))
     env = env_of(agent)
-    carry, observation = start_imagination(env, agent, segments)
+    carry, observation = start_imagination(env, agent, segments, 1)
     wanted, _, _ = rollout(env, controller, carry, observation, 4, generator=torch.Generator().manual_seed(0))
     found = controller.judge(wanted.seen, wanted.actions, carry)
     gradients = []
@@ -349,7 +373,7 @@ def test_the_controller_learns_which_action_pays():
     generator = torch.Generator().manual_seed(0)
     for _ in range(25):
         env = Paying(agent.world_model, agent.tokenizer, generator)
-        carry, observation = start_imagination(env, agent, segments)
+        carry, observation = start_imagination(env, agent, segments, 1)
         trajectory, carry, observation = rollout(
             env, agent.controller, carry, observation, 2, generator=generator
         )
