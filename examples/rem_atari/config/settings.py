@@ -168,6 +168,13 @@ class WorldModelConfig:
     """One prediction token for all places of an observation, not one each. An ablation of the paper."""
     position_in_block: bool = False
     """Add a learned embedding of a token's place in its block. Off in the paper."""
+    reward_weight: float = 1.0
+    """Weight of the rewards' part of the loss. More than 1 where rewards are rare (10: arXiv 2502.01591)."""
+    end_weight: float = 1.0
+    """Weight of the part of the loss that foretells ends."""
+    reward_bins: int = 0
+    """Learn the sizes of rewards, by classification over so many bins spaced evenly in symlog (an odd number;
+    255 in DreamerV3, arXiv 2301.04104), and imagine their mean. 0 (paper): learn their signs."""
     freeze_at_init: bool = False
     """Leave the world model as random as it was drawn: a control, which imagination can teach nothing.
     Its updates are made with a learning rate of 0, so that everything else of the run stays the same."""
@@ -218,6 +225,9 @@ class ControllerConfig:
     """λ of the λ-return."""
     entropy_weight: float = 0.001
     """Weight of the policy's entropy."""
+    value_bins: int = 0
+    """Learn values by classification over so many bins spaced evenly in symlog, as `reward_bins` of the world
+    model does rewards. 0 (paper): by their squared error."""
     mask_after_end: bool = True
     """Leave imagined steps after an imagined end out of the loss. The published agent keeps them."""
     epsilon: float = 0.01
@@ -287,8 +297,12 @@ ADDED_FIELDS: dict[str, Any] = {
     "tokenizer.fsq_levels": (8, 8, 8),
     "tokenizer.patch_threshold": 0.0,
     "tokenizer.patchwise": False,
+    "world_model.reward_weight": 1.0,
+    "world_model.end_weight": 1.0,
+    "world_model.reward_bins": 0,
     "world_model.freeze_at_init": False,
     "controller.context_frames": 1,
+    "controller.value_bins": 0,
 }
 """Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
 what those runs did."""

@@ -14,22 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.rewards import TINY, RewardCode, reward_classes
 from rem_atari.models.sampling import sample_categorical
 from rem_atari.models.sequence_tokens import SequenceTokens
 from retpop import RetNetConfig, RetNetDecoder, RetNetState
-
-REWARD_CLASSES = 3
-"""The world model learns the sign of a reward: class 0 is -1, class 1 is 0, class 2 is +1."""
-
-NO_LOSS = -100
-"""Target of what carries no loss."""
 
 
 class WorldModelStep(NamedTuple):
     """What the world model makes of an observation and an action.
 
     Attributes:
-        reward_logits: of the sign of the reward, (B, 3), for -1, 0, +1.
+        reward_logits: of the reward, (B, C), classes as in `RewardCode`.
         end_logits: of the episode going on (0) or ending (1), (B, 2).
         token_logits: of the next observation's tokens, each place for itself, (B, K, V).
         state: the memory after observation and action.
@@ -46,7 +41,7 @@ class SequenceLogits(NamedTuple):
 
     Attributes:
         tokens: of each block's own observation, from what came before the block, (B, N, K, V).
-        rewards: of each block's reward, from the block and what came before, (B, N, 3).
+        rewards: of each block's reward, from the block and what came before, (B, N, C).
         ends: of each block's end flag, likewise, (B, N, 2).
     """
 
@@ -59,7 +54,7 @@ class Imagined(NamedTuple):
     """What a world model dreams up after observations and actions.
 
     Attributes:
-        rewards: signs of the rewards, -1, 0 or 1, (B,) int64.
+        rewards: the rewards, or their signs, see `RewardCode.draw`; (B,) float32.
         ended: the episode ended, (B,) bool.
         tokens: the next observations, (B, K) int64.
         state: the memory to imagine on from.
@@ -101,6 +96,8 @@ class BaseWorldModel(nn.Module, ABC):
         super().__init__()
         _check_config(cfg, code_dim)
         width = cfg.embed_dim
+        self.cfg = cfg
+        self.reward_code = RewardCode(cfg.reward_bins)
         self.num_tokens = num_tokens
         self.block_size = num_tokens + 1
         self.context_blocks = cfg.context_blocks
@@ -120,8 +117,12 @@ class BaseWorldModel(nn.Module, ABC):
             )
         )
         self.token_head = _head(width, codebook_size)
-        self.reward_head = _head(width, REWARD_CLASSES)
+        self.reward_head = _head(width, self.reward_code.num_classes)
         self.end_head = _head(width, 2)
+        if cfg.reward_bins > 0:
+            # The mean of all bins: rewards start at 0, not at what random weights make of the largest bins.
+            nn.init.zeros_(self.reward_head[-1].weight)
+            nn.init.zeros_(self.reward_head[-1].bias)
 
     @abstractmethod
     def forward(
@@ -164,8 +165,10 @@ class BaseWorldModel(nn.Module, ABC):
         weight = self.action_embedding.weight
         return self.decoder.init_state(batch_size, device=weight.device, dtype=weight.dtype)
 
-    def loss(self, batch: SequenceTokens, codebook: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss: the sum of the cross-entropies of tokens, rewards and ends.
+    def loss(
+        self, batch: SequenceTokens, codebook: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss: the weighted sum of the cross-entropies of tokens, rewards and ends.
 
         The first `context_blocks` of a sequence and padding carry no loss, and a truncated step teaches no
         end: nobody knows whether the episode would have gone on. Padding must be on the right.
@@ -173,11 +176,12 @@ class BaseWorldModel(nn.Module, ABC):
         Args:
             batch: sequences of more than `context_blocks` steps.
             codebook: the tokenizer's codes, (V, E).
+            weights: how much each sequence counts in all means, (B,) float32; None: all the same.
 
         Returns:
             The loss, and the metrics as scalars without gradient: loss, tokens, reward, end (mean
-            cross-entropies in nats), reward_base (what the reward's would be knowing only how often each sign
-            occurs in the batch) and token_accuracy, reward_accuracy, end_accuracy (shares).
+            cross-entropies in nats), reward_base (what the reward's would be knowing only how often each
+            reward occurs in the batch) and token_accuracy, reward_accuracy (of signs), end_accuracy (shares).
 
         Raises:
             ValueError: the sequences are no longer than the context.
@@ -189,23 +193,24 @@ class BaseWorldModel(nn.Module, ABC):
                 f"world_model.context_blocks, which is {skipped}."
             )
         logits = self(batch.tokens, batch.actions, codebook, skip_blocks=skipped)
-        padding = ~batch.mask[:, skipped:]
-        end_unknown = padding | (batch.truncated & ~batch.ended)[:, skipped:]
-        token_targets = batch.tokens[:, skipped:].masked_fill(padding[..., None], NO_LOSS)
-        reward_targets = reward_classes(batch.rewards[:, skipped:]).masked_fill(padding, NO_LOSS)
-        end_targets = batch.ended[:, skipped:].long().masked_fill(end_unknown, NO_LOSS)
-        tokens, token_accuracy = _cross_entropy(logits.tokens, token_targets)
-        reward, reward_accuracy = _cross_entropy(logits.rewards, reward_targets)
-        end, end_accuracy = _cross_entropy(logits.ends, end_targets)
-        loss = tokens + reward + end
+        real = batch.mask[:, skipped:].float()
+        if weights is not None:
+            real = real * weights[:, None]
+        end_known = real * (~batch.truncated | batch.ended)[:, skipped:]
+        rewards, ends = batch.rewards[:, skipped:], batch.ended[:, skipped:].long()
+        tokens, token_accuracy = _cross_entropy(logits.tokens, batch.tokens[:, skipped:], real[..., None])
+        reward = _weighted_mean(self.reward_code.loss(logits.rewards, rewards), real)
+        signs = self.reward_code.sign_logits(logits.rewards.detach()).argmax(dim=-1)
+        end, end_accuracy = _cross_entropy(logits.ends, ends, end_known)
+        loss = tokens + self.cfg.reward_weight * reward + self.cfg.end_weight * end
         metrics = {
             "loss": loss.detach(),
             "tokens": tokens.detach(),
             "reward": reward.detach(),
-            "reward_base": _base_rate(reward_targets, REWARD_CLASSES),
+            "reward_base": self.reward_code.base_rate(rewards, real),
             "end": end.detach(),
             "token_accuracy": token_accuracy,
-            "reward_accuracy": reward_accuracy,
+            "reward_accuracy": _weighted_mean((signs == reward_classes(rewards)).float(), real),
             "end_accuracy": end_accuracy,
         }
         return loss, metrics
@@ -306,7 +311,7 @@ class WorldModel(BaseWorldModel):
         """Draw what follows observations and actions, in one pass; the tokens independently of each other."""
         step = self.step(tokens, actions, codebook, state)
         return Imagined(
-            rewards=sample_categorical(step.reward_logits, generator) - 1,
+            rewards=self.reward_code.draw(step.reward_logits, generator),
             ended=sample_categorical(step.end_logits, generator).bool(),
             tokens=sample_categorical(step.token_logits, generator),
             state=step.state,
@@ -346,28 +351,21 @@ class WorldModel(BaseWorldModel):
         return weight.expand(batch_size, blocks, self.num_tokens, weight.shape[-1])
 
 
-def reward_classes(rewards: Tensor) -> Tensor:
-    """The classes (int64) of raw rewards: their sign plus one."""
-    return rewards.sign().long() + 1
-
-
 def _head(width: int, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and accuracy over the targets (...) other than NO_LOSS; 0 if there are none."""
-    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
-    counted = (targets != NO_LOSS).sum().clamp(min=1)
-    total = functional.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="sum")
-    correct = (logits.detach().argmax(dim=-1) == targets).sum()
-    return total / counted, correct / counted
+def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean of cross-entropy and accuracy over the targets (...)."""
+    losses = functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none")
+    correct = (logits.detach().argmax(dim=-1) == targets).float()
+    return _weighted_mean(losses.view_as(targets), weights), _weighted_mean(correct, weights)
 
 
-def _base_rate(targets: Tensor, classes: int) -> Tensor:
-    """Entropy in nats of how often each class occurs among the targets; NO_LOSS is none of them."""
-    counts = torch.stack([(targets == each).sum() for each in range(classes)])
-    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of values (...) by weights that broadcast to them; 0 where all weights are 0."""
+    weights = weights.expand_as(values)
+    return (values * weights).sum() / weights.sum().clamp(min=TINY)
 
 
 def _check_config(cfg: WorldModelConfig, code_dim: int) -> None:

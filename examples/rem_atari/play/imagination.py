@@ -98,11 +98,11 @@ class ImaginedEnv:
 
     @torch.no_grad()
     def step(self, actions: Tensor) -> TokenStep:
-        """Imagine what follows the actions (B,) int64; rewards are -1, 0 or 1."""
+        """Imagine what follows the actions (B,) int64."""
         answer = self._world_model.imagine(
             self.tokens, actions, self._tokenizer.codes, self._state, self._generator
         )
         self._tokens, self._state = answer.tokens, answer.state
         never = torch.zeros_like(answer.ended)
         shown = self._show(answer.tokens)
-        return TokenStep(shown, answer.rewards.float(), answer.ended, truncated=never, restarted=never)
+        return TokenStep(shown, answer.rewards, answer.ended, truncated=never, restarted=never)

@@ -16,8 +16,9 @@ from rem_atari.config import Config
 from rem_atari.films.dreams import dream_along, make_scenes
 from rem_atari.films.pictures import Scene
 from rem_atari.models.base_tokenizer import foreground_of
+from rem_atari.models.rewards import REWARD_CLASSES, reward_classes
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
-from rem_atari.models.world_model import REWARD_CLASSES, BaseWorldModel, reward_classes
+from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.replay.buffer import Replay, SequenceBatch
 from rem_atari.report.analysis import (
     HorizonErrors,
@@ -214,7 +215,8 @@ def predict_sequences(
         target = part.tokens[:, first:][real]
         tokens.append(_evidence(logits.tokens[real], target, part.tokens[:, first - 1 : -1][real]))
         signs = reward_classes(part.rewards[:, first:][real])[:, None]
-        rewards.append(_evidence(logits.rewards[real][:, None], signs, torch.ones_like(signs)))
+        said = world_model.reward_code.sign_logits(logits.rewards[real])
+        rewards.append(_evidence(said[:, None], signs, torch.ones_like(signs)))
         known = real & ~(part.truncated & ~part.ended)[:, first:]
         ended = part.ended[:, first:][known].long()[:, None]
         ends.append(_evidence(logits.ends[known][:, None], ended, torch.zeros_like(ended)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -93,8 +95,9 @@ def learn_from(
     # Autocast keeps the weights that it has cast. torch 2.9 hands out those that imagining cast without
     # gradient, and the controller's layers learn nothing (2.13 does not).
     torch.clear_autocast_cache()
-    logits, values = controller.judge(trajectory.seen, trajectory.actions, imagination.before)
-    return actor_critic_loss(replace(trajectory, logits=logits, values=values), imagination.bootstrap, cfg)
+    logits, critic = controller.judge(trajectory.seen, trajectory.actions, imagination.before)
+    judged = replace(trajectory, logits=logits, values=controller.values(critic))
+    return actor_critic_loss(judged, imagination.bootstrap, cfg, partial(controller.value_loss, critic))
 
 
 def start_imagination(
@@ -124,9 +127,12 @@ def start_imagination(
 
 
 def actor_critic_loss(
-    trajectory: Trajectory, bootstrap: Tensor, cfg: ControllerConfig
+    trajectory: Trajectory,
+    bootstrap: Tensor,
+    cfg: ControllerConfig,
+    value_loss: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """REINFORCE with the critic as baseline, the critic's squared error, and a bonus for entropy.
+    """REINFORCE with the critic as baseline, the critic's error, and a bonus for entropy.
 
         -log π(a) (G - sg V)  +  (V - sg G)²  -  entropy_weight · H(π)
 
@@ -136,9 +142,10 @@ def actor_critic_loss(
         trajectory: T steps in B environments.
         bootstrap: the value after the last step, (B,), without gradient.
         cfg: discount, λ, entropy weight and mask.
+        value_loss: the critic's loss at each step, given the returns (B, T); None: the square above.
 
     Returns:
-        The loss, and the metrics as scalars without gradient: loss, policy, value (the first two terms),
+        The loss, and the metrics as scalars without gradient: loss, policy, value (its square),
         entropy in nats, imagined_return (mean over environments of the rewards' sum up to the end),
         imagined_reward (mean over the steps up to the end) and imagined_end (share of those steps that end).
     """
@@ -156,13 +163,14 @@ def actor_critic_loss(
     log_probabilities = functional.log_softmax(trajectory.logits, dim=-1)
     taken = log_probabilities.gather(-1, trajectory.actions[..., None]).squeeze(-1)
     policy = _weighted_mean(-taken * advantages, weights)
-    value = _weighted_mean((trajectory.values - returns).square(), weights)
+    squares = (trajectory.values - returns).square()
+    value = _weighted_mean(squares if value_loss is None else value_loss(returns), weights)
     mean_entropy = _weighted_mean(entropy(trajectory.logits), weights)
     loss = policy + value - cfg.entropy_weight * mean_entropy
     metrics = {
         "loss": loss,
         "policy": policy,
-        "value": value,
+        "value": _weighted_mean(squares, weights),
         "entropy": mean_entropy,
         "imagined_return": (trajectory.rewards * alive).sum(dim=1).mean(),
         "imagined_reward": _weighted_mean(trajectory.rewards, alive),

@@ -9,8 +9,9 @@ import torch
 
 from rem_atari.config import WorldModelConfig
 from rem_atari.models.parameter_groups import parameter_groups
+from rem_atari.models.rewards import reward_classes
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.models.world_model import WorldModel, reward_classes
+from rem_atari.models.world_model import WorldModel
 from retpop import RetNetConfig, RetNetState
 
 K, CODES, ACTIONS, WIDTH = 4, 7, 3, 16
@@ -329,3 +330,46 @@ def test_wrong_settings_are_named():
         small_world_model(context_blocks=5)
     with pytest.raises(ValueError, match="have 2 blocks"):
         small_world_model().loss(some_sequences(blocks=2), a_codebook())
+
+
+def test_the_weights_of_rewards_and_ends_weigh_their_losses():
+    batch, codebook = some_sequences(), a_codebook()
+    _, parts = small_world_model().loss(batch, codebook)
+    loss, _ = small_world_model(reward_weight=10.0, end_weight=3.0).loss(batch, codebook)
+    torch.testing.assert_close(loss, parts["tokens"] + 10 * parts["reward"] + 3 * parts["end"])
+
+
+@pytest.mark.parametrize("bins", [0, 41])
+def test_a_sequence_of_weight_2_is_two_sequences_and_one_of_weight_0_none(bins):
+    model, batch, codebook = small_world_model(reward_bins=bins), some_sequences(), a_codebook()
+    weighted, measured = model.loss(batch, codebook, torch.tensor([2.0, 1.0, 0.0]))
+    again = SequenceTokens(*(getattr(batch, name)[[0, 0, 1]] for name in vars(batch)))
+    repeated, wanted = model.loss(again, codebook)
+    torch.testing.assert_close(weighted, repeated)
+    for name in measured:
+        torch.testing.assert_close(measured[name], wanted[name], msg=name)
+
+
+def test_with_bins_the_model_learns_and_imagines_the_size_of_rewards():
+    """Two actions, two rewards of different size and sign; before anything is learned, all rewards are 0."""
+    model = small_world_model(reward_bins=41, context_blocks=0)
+    batch, codebook = some_sequences(batch=8), a_codebook()
+    rewards = torch.where(batch.actions == 0, 5.0, torch.where(batch.actions == 1, -0.25, 0.0))
+    batch = replace(batch, rewards=rewards)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    state, generator = model.init_state(8), torch.Generator().manual_seed(0)
+
+    def imagined() -> torch.Tensor:
+        with torch.no_grad():
+            model.eval()
+            answer = model.imagine(batch.tokens[:, 0], batch.actions[:, 0], codebook, state, generator)
+        model.train()
+        return answer.rewards
+
+    assert (imagined().abs() < 1e-3).all()
+    for _ in range(150):
+        loss, _ = model.loss(batch, codebook)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(imagined(), rewards[:, 0], atol=0.15, rtol=0.05)

@@ -281,7 +281,8 @@ def test_judging_all_steps_at_once_is_judging_them_in_the_rollout(options):
     env = env_of(agent)
     carry, observation = start_imagination(env, agent, segments, 1)
     wanted, _, _ = rollout(env, controller, carry, observation, 4, generator=torch.Generator().manual_seed(0))
-    found = controller.judge(wanted.seen, wanted.actions, carry)
+    logits, critic = controller.judge(wanted.seen, wanted.actions, carry)
+    found = logits, controller.values(critic)
     gradients = []
     for logits, values in ((wanted.logits, wanted.values), found):
         torch.testing.assert_close(logits, wanted.logits, atol=1e-6, rtol=1e-5)
