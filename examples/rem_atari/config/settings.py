@@ -168,6 +168,13 @@ class WorldModelConfig:
     """One prediction token for all places of an observation, not one each. An ablation of the paper."""
     position_in_block: bool = False
     """Add a learned embedding of a token's place in its block. Off in the paper."""
+    event_share: float = 0.0
+    """Share of a batch's sequences, below 1, that is drawn from those with a reward or an end. Weights make
+    the loss that of uniform draws on average, so that chances are learned as they are. 0 in the paper."""
+    draw: Literal["independent", "coupled"] = "independent"
+    """How imagination draws the tokens of a frame: each for itself (paper), or all by one random number, with
+    "as it was" first, so that things which move at the same times move in the same frames. Each token's
+    distribution is the same. With `pop` only."""
     reward_weight: float = 1.0
     """Weight of the rewards' part of the loss. More than 1 where rewards are rare (10: arXiv 2502.01591)."""
     end_weight: float = 1.0
@@ -297,6 +304,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "tokenizer.fsq_levels": (8, 8, 8),
     "tokenizer.patch_threshold": 0.0,
     "tokenizer.patchwise": False,
+    "world_model.event_share": 0.0,
+    "world_model.draw": "independent",
     "world_model.reward_weight": 1.0,
     "world_model.end_weight": 1.0,
     "world_model.reward_bins": 0,

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
 from rem_atari.models.rewards import TINY, RewardCode, reward_classes
-from rem_atari.models.sampling import sample_categorical
+from rem_atari.models.sampling import sample_categorical, sample_coupled
 from rem_atari.models.sequence_tokens import SequenceTokens
 from retpop import RetNetConfig, RetNetDecoder, RetNetState
 
@@ -308,12 +308,15 @@ class WorldModel(BaseWorldModel):
         state: RetNetState,
         generator: torch.Generator,
     ) -> Imagined:
-        """Draw what follows observations and actions, in one pass; the tokens independently of each other."""
+        """Draw what follows observations and actions, in one pass; the tokens as `world_model.draw` says."""
         step = self.step(tokens, actions, codebook, state)
+        coupled = self.cfg.draw == "coupled"
         return Imagined(
             rewards=self.reward_code.draw(step.reward_logits, generator),
             ended=sample_categorical(step.end_logits, generator).bool(),
-            tokens=sample_categorical(step.token_logits, generator),
+            tokens=sample_coupled(step.token_logits, tokens, generator)
+            if coupled
+            else sample_categorical(step.token_logits, generator),
             state=step.state,
         )
 

@@ -22,7 +22,8 @@ class ImaginedEnv:
     here has a gradient, and nothing waits for the device.
 
     With POP the tokens of an observation are drawn independently of each other (that is what makes it fast),
-    so where the world can go one way or another a drawn frame may show both or neither.
+    so where the world can go one way or another a drawn frame may show both or neither; `world_model.draw`
+    "coupled" makes that rarer.
 
     Args:
         world_model: in eval mode.

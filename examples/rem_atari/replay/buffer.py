@@ -282,7 +282,44 @@ class Replay:
         _check_lengths(length, min_real)
         # Steps with min_real - 1 others before them correspond one to one to the possible starts.
         starts = _walk(self._before, self._draw(n, min_real), min_real)[:, -1]
+        return self.sequences_at(starts, length)
+
+    def sequences_at(self, starts: np.ndarray, length: int) -> SequenceBatch:
+        """The sequences of `length` steps that begin at rows `starts` (n,), padded on the right."""
         return self._gather(_walk(self._after, starts, length))
+
+    def sequence_starts(self, min_real: int) -> np.ndarray:
+        """All rows with which at least `min_real` steps of their episode begin, ascending, (n,) int64."""
+        ends = np.flatnonzero(self._place[: self._size] >= min_real - 1)
+        return np.sort(_walk(self._before, ends, min_real)[:, -1])
+
+    def events_after(self, starts: np.ndarray, skip: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Whether a reward, and whether an end, lies in steps `skip` to `length - 1` from each row on.
+
+        Args:
+            starts: the rows, (n,).
+            skip, length: the steps looked at, within the row's episode.
+
+        Returns:
+            (n,) bool each.
+        """
+        # The last entries answer for NONE: nothing happens beyond an episode's edge.
+        pays, ends = np.append(self._rows.rewards != 0, False), np.append(self._rows.terminated, False)
+        rows = _walk(self._after, starts, length)[:, skip:]
+        return pays[rows].any(axis=1), ends[rows].any(axis=1)
+
+    def choose(self, rows: np.ndarray, n: int) -> np.ndarray:
+        """n of the rows, uniform, with replacement; n may be 0, and only then may there be no rows."""
+        return rows[self._generator.integers(max(len(rows), 1), size=n)]
+
+    def allot(self, n: int, chances: np.ndarray) -> np.ndarray:
+        """How many of n draws fall to each of some kinds with these `chances` (k,): (k,) int64.
+
+        On average n times the chance, and never off by 1 or more (systematic sampling).
+        """
+        ticks = (self._generator.random() + np.arange(n)) / n
+        kinds = np.searchsorted(np.cumsum(chances) / chances.sum(), ticks, side="right")
+        return np.bincount(kinds, minlength=len(chances))
 
     def sample_segments(self, n: int, length: int, *, min_real: int) -> SequenceBatch:
         """n segments of `length` steps, uniform over their last steps, padded on the left.
@@ -385,7 +422,7 @@ class Replay:
             raise ValueError(
                 f"Replay: nothing to sample; no episode of {self._num_episodes} has {min_real} steps."
             )
-        return candidates[self._generator.integers(len(candidates), size=n)]
+        return self.choose(candidates, n)
 
     def _gather(self, rows: np.ndarray) -> SequenceBatch:
         """The steps at `rows` (n, T), where NONE is padding."""

@@ -162,6 +162,8 @@ def check_config(config: Config) -> None:
             f"controller.context_frames is {config.controller.context_frames}, wanted at most"
             f" controller.burn_in, which is {config.controller.burn_in}"
         )
+    if config.world_model.event_share >= 1:
+        raise UsageError(f"world_model.event_share is {config.world_model.event_share}, wanted less than 1")
     check_device(config.device)
     find_weights(config.tokenizer)
 

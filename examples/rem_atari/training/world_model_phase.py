@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -10,13 +11,21 @@ from rem_atari.config import WorldModelConfig
 from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.models.world_model import WorldModel
 from rem_atari.replay.buffer import Replay
+from rem_atari.replay.sequence_sampler import SequenceSampler
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Metrics
 
 
-class WorldModelPhase(TrainingPhase[SequenceTokens]):
+class WeightedSequences(NamedTuple):
+    """Sequences, and how much each counts, (B,); None: all the same."""
+
+    sequences: SequenceTokens
+    weights: torch.Tensor | None
+
+
+class WorldModelPhase(TrainingPhase[WeightedSequences]):
     """Trains the world model on sequences drawn from the replay.
 
     Args:
@@ -24,7 +33,7 @@ class WorldModelPhase(TrainingPhase[SequenceTokens]):
         component: its optimiser.
         replay: where sequences come from.
         tokens: what makes tokens of their frames.
-        config: length of a sequence and of its context.
+        config: length of a sequence and of its context, and which are drawn.
         warn: told when there is nothing to train on yet.
     """
 
@@ -42,24 +51,31 @@ class WorldModelPhase(TrainingPhase[SequenceTokens]):
         self._replay = replay
         self._tokens = tokens
         self._config = config
-        # One block more than the context: a sequence without a loss teaches nothing.
-        self._min_real = config.context_blocks + 1
+        self._sampler = SequenceSampler(
+            replay, config.sequence_blocks, skip=config.context_blocks, event_share=config.event_share
+        )
 
     def prepare(self, epoch: int) -> bool:
         """Whether the replay holds an episode long enough."""
-        return self.has_episode(self._replay, self._min_real)
+        if not self.has_episode(self._replay, self._sampler.min_real):
+            return False
+        self.go_on()
+        return True
+
+    def go_on(self) -> None:
+        """Look for the events in what was collected."""
+        self._sampler.refresh()
 
     def changed_on_the_way(self) -> list[torch.Tensor]:
         """Which rows have tokens."""
         return [self._tokens.known]
 
-    def draw(self) -> SequenceTokens:
+    def draw(self) -> WeightedSequences:
         """Sequences as tokens."""
-        batch = self._replay.sample_sequences(
-            self._config.optim.batch_size, self._config.sequence_blocks, min_real=self._min_real
-        )
-        return self._tokens.tokenize(batch)
+        batch, weights = self._sampler.draw(self._config.optim.batch_size)
+        sequences = self._tokens.tokenize(batch)
+        return WeightedSequences(sequences, None if weights is None else weights.to(sequences.tokens.device))
 
-    def loss(self, batch: SequenceTokens) -> tuple[torch.Tensor, Metrics]:
+    def loss(self, batch: WeightedSequences) -> tuple[torch.Tensor, Metrics]:
         """See `BaseWorldModel.loss`."""
-        return self._world_model.loss(batch, self._tokens.tokenizer.codes)
+        return self._world_model.loss(batch.sequences, self._tokens.tokenizer.codes, batch.weights)

@@ -39,11 +39,17 @@ CONFIG = Config(
 )
 
 
-def small_agent(**controller) -> Agent:
+def small_agent(kind: str = "vq", world_model: dict | None = None, **controller) -> Agent:
     torch.manual_seed(0)
-    cfg = replace(CONFIG, controller=replace(CONFIG.controller, **controller))
+    cfg = replace(
+        CONFIG,
+        tokenizer=replace(CONFIG.tokenizer, kind=kind),
+        world_model=replace(CONFIG.world_model, **(world_model or {})),
+        controller=replace(CONFIG.controller, **controller),
+    )
     agent = Agent.from_config(cfg, ACTIONS)
-    torch.nn.init.normal_(agent.tokenizer.codebook.weight)
+    if kind == "vq":
+        torch.nn.init.normal_(agent.tokenizer.codebook.weight)
     return agent.eval()
 
 
@@ -417,11 +423,20 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"space": "pixels", "pixel_channels": (4,)}, {"burn_in_actions": False}]
+    "options",
+    [
+        {},
+        {"space": "pixels", "pixel_channels": (4,)},
+        {"burn_in_actions": False},
+        {"context_frames": 3, "value_bins": 5},
+        {"kind": "patches", "world_model": {"draw": "coupled", "reward_bins": 5}},
+        {"kind": "patches", "space": "pixels", "pixel_channels": (4,)},
+    ],
 )
 def test_imagination_can_be_captured(options):
     """The same operations on the same shapes whatever the segments hold, and none that waits for the host."""
     agent, segments = small_agent(**options), some_segments()
+    cfg = replace(CONFIG.controller, context_frames=options.get("context_frames", 1))
     other = replace(
         segments,
         tokens=(segments.tokens + 1) % CODES,
@@ -431,7 +446,7 @@ def test_imagination_can_be_captured(options):
     seen = []
     for batch in (segments, other):
         with Operations() as operations:
-            imagine(agent, batch, CONFIG.controller, torch.Generator().manual_seed(0))
+            imagine(agent, batch, cfg, torch.Generator().manual_seed(0))
         seen.append(operations.seen)
     assert seen[0] == seen[1]
     waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
