@@ -221,6 +221,11 @@ class ControllerConfig:
     context_frames: int = 1
     """Frames before the one that imagination starts from which the world model reads, as far as they are
     real; at most `burn_in`. More than one shows it what moves, and when (the paper: 1)."""
+    reward_start_share: float = 0.0
+    """Share of imagination's starts that lie shortly before a known reward; the others, and all in the paper
+    (0), lie anywhere."""
+    reward_start_steps: int = 10
+    """With `reward_start_share`: steps within which the reward comes."""
     burn_in_actions: bool = True
     """Feed the actions of the burn-in to the cell too. The published agent does not."""
     horizon: int = 9
@@ -232,13 +237,23 @@ class ControllerConfig:
     """λ of the λ-return."""
     entropy_weight: float = 0.001
     """Weight of the policy's entropy."""
+    uses: int = 1
+    """Updates on the same imagined steps; with more than one (the paper: 1) the policy's are clipped as those
+    of PPO (arXiv 1707.06347)."""
+    clip_ratio: float = 0.2
+    """With more than one of `uses`: how far the chance of an action may move, as a share of what it was."""
+    scale_advantages: bool = False
+    """Divide advantages by their standard deviation in the batch, so that small rewards teach as much as
+    large ones. Off in the paper."""
     value_bins: int = 0
     """Learn values by classification over so many bins spaced evenly in symlog, as `reward_bins` of the world
     model does rewards. 0 (paper): by their squared error."""
     mask_after_end: bool = True
     """Leave imagined steps after an imagined end out of the loss. The published agent keeps them."""
     epsilon: float = 0.01
-    """While collecting: chance that a random action is taken."""
+    """While collecting: chance that a random action is taken, or that a repeated one begins."""
+    random_repeat: int = 1
+    """A random action, of random play and of `epsilon`, is repeated for 1 to so many steps (paper: 1)."""
     temperature: float = 1.0
     """Temperature of the actions while collecting."""
     optim: OptimConfig = field(
@@ -312,6 +327,12 @@ ADDED_FIELDS: dict[str, Any] = {
     "world_model.freeze_at_init": False,
     "controller.context_frames": 1,
     "controller.value_bins": 0,
+    "controller.reward_start_share": 0.0,
+    "controller.reward_start_steps": 10,
+    "controller.uses": 1,
+    "controller.clip_ratio": 0.2,
+    "controller.scale_advantages": False,
+    "controller.random_repeat": 1,
 }
 """Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
 what those runs did."""

@@ -290,8 +290,7 @@ class Replay:
 
     def sequence_starts(self, min_real: int) -> np.ndarray:
         """All rows with which at least `min_real` steps of their episode begin, ascending, (n,) int64."""
-        ends = np.flatnonzero(self._place[: self._size] >= min_real - 1)
-        return np.sort(_walk(self._before, ends, min_real)[:, -1])
+        return np.sort(_walk(self._before, self.segment_ends(min_real), min_real)[:, -1])
 
     def events_after(self, starts: np.ndarray, skip: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Whether a reward, and whether an end, lies in steps `skip` to `length - 1` from each row on.
@@ -330,8 +329,15 @@ class Replay:
             ValueError: no episode has `min_real` steps, or 1 <= min_real <= length does not hold.
         """
         _check_lengths(length, min_real)
-        ends = self._draw(n, min_real)
+        return self.segments_at(self._draw(n, min_real), length)
+
+    def segments_at(self, ends: np.ndarray, length: int) -> SequenceBatch:
+        """The segments of `length` steps that end at rows `ends` (n,), padded on the left."""
         return self._gather(_walk(self._before, ends, length)[:, ::-1])
+
+    def segment_ends(self, min_real: int) -> np.ndarray:
+        """All rows that at least `min_real` steps of their episode end with, ascending, (n,) int64."""
+        return np.flatnonzero(self._place[: self._size] >= min_real - 1)
 
     def median_frame(self) -> Tensor:
         """Each pixel's median over a sample of the stored frames, evenly spaced in time: (S, S, 3) uint8.
@@ -417,7 +423,7 @@ class Replay:
 
     def _draw(self, n: int, min_real: int) -> np.ndarray:
         """n rows (n,), uniform over those that at least `min_real` steps of their episode end with."""
-        candidates = np.flatnonzero(self._place[: self._size] >= min_real - 1)
+        candidates = self.segment_ends(min_real)
         if len(candidates) == 0:
             raise ValueError(
                 f"Replay: nothing to sample; no episode of {self._num_episodes} has {min_real} steps."

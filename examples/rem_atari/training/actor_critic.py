@@ -20,6 +20,9 @@ from rem_atari.play.rollout import Trajectory, rollout
 from rem_atari.training.returns import lambda_return
 from rem_atari.training.updates import Lap, untimed
 
+LEAST_DEVIATION = 0.1
+"""Advantages are scaled up ten times at most: without rewards they are the critic's errors."""
+
 
 class Imagination(NamedTuple):
     """Imagined episodes, and what their loss needs besides.
@@ -97,7 +100,9 @@ def learn_from(
     torch.clear_autocast_cache()
     logits, critic = controller.judge(trajectory.seen, trajectory.actions, imagination.before)
     judged = replace(trajectory, logits=logits, values=controller.values(critic))
-    return actor_critic_loss(judged, imagination.bootstrap, cfg, partial(controller.value_loss, critic))
+    return actor_critic_loss(
+        judged, imagination.bootstrap, cfg, partial(controller.value_loss, critic), acted=trajectory.logits
+    )
 
 
 def start_imagination(
@@ -131,11 +136,14 @@ def actor_critic_loss(
     bootstrap: Tensor,
     cfg: ControllerConfig,
     value_loss: Callable[[Tensor], Tensor] | None = None,
+    acted: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """REINFORCE with the critic as baseline, the critic's error, and a bonus for entropy.
 
         -log π(a) (G - sg V)  +  (V - sg G)²  -  entropy_weight · H(π)
 
+    with the advantage G - sg V scaled where `scale_advantages` says so, and, where imagined steps are used
+    more than once, PPO's clipped ratio of chances (arXiv 1707.06347, equation 7) in place of the logarithm;
     averaged over the steps; with `mask_after_end`, over those that no end came before.
 
     Args:
@@ -143,6 +151,7 @@ def actor_critic_loss(
         bootstrap: the value after the last step, (B,), without gradient.
         cfg: discount, λ, entropy weight and mask.
         value_loss: the critic's loss at each step, given the returns (B, T); None: the square above.
+        acted: the logits by which the actions were drawn, (B, T, A); None: the trajectory's.
 
     Returns:
         The loss, and the metrics as scalars without gradient: loss, policy, value (its square),
@@ -160,9 +169,15 @@ def actor_critic_loss(
     alive = before_the_end(trajectory.ended).float()
     weights = alive if cfg.mask_after_end else torch.ones_like(alive)
     advantages = returns - trajectory.values.detach()
-    log_probabilities = functional.log_softmax(trajectory.logits, dim=-1)
-    taken = log_probabilities.gather(-1, trajectory.actions[..., None]).squeeze(-1)
-    policy = _weighted_mean(-taken * advantages, weights)
+    if cfg.scale_advantages:
+        advantages = advantages / _deviation(advantages, weights).clamp(min=LEAST_DEVIATION)
+    taken = _log_chances(trajectory.logits, trajectory.actions)
+    if cfg.uses == 1:
+        gain = taken * advantages
+    else:
+        before = _log_chances(trajectory.logits if acted is None else acted, trajectory.actions).detach()
+        gain = _clipped_gain((taken - before).exp(), advantages, cfg.clip_ratio)
+    policy = -_weighted_mean(gain, weights)
     squares = (trajectory.values - returns).square()
     value = _weighted_mean(squares if value_loss is None else value_loss(returns), weights)
     mean_entropy = _weighted_mean(entropy(trajectory.logits), weights)
@@ -183,6 +198,22 @@ def before_the_end(ended: Tensor) -> Tensor:
     """Steps that no end came before, (B, T) bool; the step that ends an episode is one of them."""
     ends = ended.long()
     return ends.cumsum(dim=1) - ends == 0
+
+
+def _log_chances(logits: Tensor, actions: Tensor) -> Tensor:
+    """Log-probabilities of actions (B, T) under logits (B, T, A): (B, T)."""
+    return functional.log_softmax(logits, dim=-1).gather(-1, actions[..., None]).squeeze(-1)
+
+
+def _clipped_gain(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """PPO's objective: what moves the chances further than `clip` off 1 gains nothing more."""
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def _deviation(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted standard deviation of all values, a scalar."""
+    mean = _weighted_mean(values, weights)
+    return _weighted_mean((values - mean).square(), weights).sqrt()
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

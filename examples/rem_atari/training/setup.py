@@ -42,6 +42,9 @@ AT_LEAST_ONE = (
     "controller.hidden_dim",
     "controller.lstm_dim",
     "controller.min_real_frames",
+    "controller.reward_start_steps",
+    "controller.uses",
+    "controller.random_repeat",
     "schedule.epochs",
     "schedule.collect_epochs",
     "schedule.steps_per_epoch",
@@ -70,6 +73,8 @@ AT_MOST_ONE = (
     "controller.gamma",
     "controller.td_lambda",
     "controller.epsilon",
+    "controller.reward_start_share",
+    "controller.clip_ratio",
     "env.minatar.sticky_actions",
 )
 

@@ -26,6 +26,8 @@ from rem_atari.training.actor_critic import (
     imagine,
     start_imagination,
 )
+from rem_atari.training.component import Component
+from rem_atari.training.controller_phase import ControllerPhase
 from rem_atari.training.returns import lambda_return
 
 ACTIONS, K, CODES = 3, 4, 7
@@ -494,3 +496,69 @@ def test_a_graph_gives_what_the_function_gives(monkeypatch):
         assert not any(tensor.requires_grad for tensor in found)
         assert torch.equal(*(generator.get_state() for generator in generators))
     assert graph._graph.registered == [generators[1]]
+
+
+def policy_gradient(cfg: ControllerConfig, moved: torch.Tensor) -> torch.Tensor:
+    """The gradient of the policy's loss with respect to its logits, after these have moved by so much."""
+    trajectory, bootstrap = a_trajectory()
+    logits = (trajectory.logits.detach() + moved).requires_grad_()
+    new = replace(trajectory, logits=logits, values=trajectory.values.detach())
+    loss, _ = actor_critic_loss(new, bootstrap, replace(cfg, entropy_weight=0.0), acted=trajectory.logits)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def test_the_first_of_several_uses_has_the_gradient_of_a_single_one():
+    once, twice = (policy_gradient(replace(CONFIG.controller, uses=uses), torch.zeros(())) for uses in (1, 2))
+    torch.testing.assert_close(twice, once)
+
+
+def test_chances_that_have_moved_far_enough_gain_nothing_more():
+    """Actions made likelier by more than the clip have a gradient only where they are unwelcome."""
+    cfg = replace(CONFIG.controller, uses=2, clip_ratio=0.1)
+    trajectory, bootstrap = a_trajectory()
+    moved = 3.0 * torch.nn.functional.one_hot(trajectory.actions, trajectory.logits.shape[-1])
+    gradient = policy_gradient(cfg, moved)
+    returns = lambda_return(
+        trajectory.rewards,
+        trajectory.ended,
+        trajectory.values.detach(),
+        bootstrap,
+        gamma=cfg.gamma,
+        lambda_=cfg.td_lambda,
+    )
+    welcome = returns > trajectory.values
+    alive = before_the_end(trajectory.ended)
+    assert (welcome & alive).any()
+    assert (gradient[welcome] == 0).all()
+    assert (gradient[~welcome & alive].abs().sum(dim=-1) > 0).all()
+
+
+def test_scaled_advantages_do_not_depend_on_the_size_of_rewards():
+    trajectory, bootstrap = a_trajectory()
+    cfg = replace(CONFIG.controller, scale_advantages=True)
+    policy = []
+    for factor in (1.0, 100.0):
+        scaled = replace(trajectory, rewards=factor * trajectory.rewards, values=factor * trajectory.values)
+        policy.append(actor_critic_loss(scaled, factor * bootstrap, cfg)[1]["policy"])
+    torch.testing.assert_close(policy[0], policy[1])
+
+
+def test_imagined_steps_are_used_as_often_as_asked_for():
+    """Each use is an update; imagination happens once."""
+    agent, segments = small_agent(uses=3), some_segments()
+    cfg = replace(CONFIG.controller, uses=3)
+    component = Component("controller", agent.controller, cfg.optim)
+    phase = ControllerPhase(
+        agent, component, MagicMock(), MagicMock(), cfg, torch.Generator().manual_seed(0), print
+    )
+    phase.draw = lambda: segments
+    imagined = []
+    imagine_once = phase.imagine
+    phase.imagine = lambda *arguments: imagined.append(1) or imagine_once(*arguments)
+    before = [parameter.clone() for parameter in agent.controller.parameters()]
+    phase.update()
+    assert len(imagined) == 1
+    assert component.updates == 3
+    assert any(
+        not torch.equal(old, new) for old, new in zip(before, agent.controller.parameters(), strict=True)
+    )
