@@ -113,8 +113,8 @@ def look_at_predictions(
         copy_weight=counted.copy_weight,
         rewards=rewards.score(rewards.predictions),
         base_rate=rewards.score(rates.predict_unigram(rewards.target)),
-        reward_events=score_events(rewards.predictions, rewards.target, NO_REWARD),
-        end_events=score_events(ends.predictions, ends.target, NO_END),
+        reward_events=score_events(rewards.predictions, rewards.target, NO_REWARD, rewards.previous_chance),
+        end_events=score_events(ends.predictions, ends.target, NO_END, ends.previous_chance),
     )
 
 
@@ -174,11 +174,13 @@ class Evidence:
         predictions: the world model's, (N, K).
         target: what came, (N, K).
         previous: what a token is compared with to tell whether it changed, (N, K).
+        previous_chance: the chance that the world model gives to that, (N, K).
     """
 
     predictions: TokenPredictions
     target: NDArray[np.int64]
     previous: NDArray[np.int64]
+    previous_chance: NDArray[np.float64]
 
     def score(self, predictions: TokenPredictions) -> TokenScores:
         """How well these predictions, the world model's or another's, meet what came."""
@@ -231,9 +233,10 @@ def _parts(batch: SequenceTokens) -> Iterator[SequenceTokens]:
 
 def _evidence(logits: Tensor, target: Tensor, previous: Tensor) -> Evidence:
     """Evidence from logits (N, K, V) and targets (N, K)."""
-    log_prob = functional.log_softmax(logits.double(), dim=-1).gather(-1, target[..., None])[..., 0]
+    chances = functional.log_softmax(logits.double(), dim=-1)
+    log_prob, stays = (chances.gather(-1, each[..., None])[..., 0] for each in (target, previous))
     predictions = TokenPredictions(log_prob.cpu().numpy(), logits.argmax(dim=-1).cpu().numpy())
-    return Evidence(predictions, target.cpu().numpy(), previous.cpu().numpy())
+    return Evidence(predictions, target.cpu().numpy(), previous.cpu().numpy(), stays.exp().cpu().numpy())
 
 
 def _join(parts: Sequence[Evidence]) -> Evidence:
@@ -244,6 +247,7 @@ def _join(parts: Sequence[Evidence]) -> Evidence:
         ),
         np.concatenate([part.target for part in parts]),
         np.concatenate([part.previous for part in parts]),
+        np.concatenate([part.previous_chance for part in parts]),
     )
 
 

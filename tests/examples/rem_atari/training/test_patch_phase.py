@@ -12,9 +12,8 @@ from short_runs import SHORT, Point, fingerprint, measured, newest, run_part
 from rem_atari.models.parameter_groups import parameter_groups
 from rem_atari.models.patches import PatchTokenizer
 from rem_atari.replay.buffer import Replay
+from rem_atari.report.contents import load_run, measure_quality
 from rem_atari.report.diagnosis import diagnose
-from rem_atari.report.load import load_run
-from rem_atari.report.write import measure_quality
 from rem_atari.training.component import Component
 from rem_atari.training.patch_phase import PatchPhase
 
