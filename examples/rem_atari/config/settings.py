@@ -171,6 +171,9 @@ class WorldModelConfig:
     event_share: float = 0.0
     """Share of a batch's sequences, below 1, that is drawn from those with a reward or an end. Weights make
     the loss that of uniform draws on average, so that chances are learned as they are. 0 in the paper."""
+    priority_share: float = 0.0
+    """Share of a batch's sequences that is drawn by the softmax of their last losses, new ones first, as in
+    Simulus (arXiv 2502.11537: 0.3). They count for more on purpose. 0 in the paper."""
     draw: Literal["independent", "coupled"] = "independent"
     """How imagination draws the tokens of a frame: each for itself (paper), or all by one random number, with
     "as it was" first, so that things which move at the same times move in the same frames. Each token's
@@ -320,6 +323,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "tokenizer.patch_threshold": 0.0,
     "tokenizer.patchwise": False,
     "world_model.event_share": 0.0,
+    "world_model.priority_share": 0.0,
     "world_model.draw": "independent",
     "world_model.reward_weight": 1.0,
     "world_model.end_weight": 1.0,

@@ -29,7 +29,7 @@ class PatchTokenizer(BaseTokenizer):
     Raises:
         ValueError: as `BaseTokenizer`.
 
-    Source: the nearest-neighbour tokenizer of arXiv 2502.01591, section 4.3.
+    Source: the nearest-neighbour tokenizer of arXiv 2502.01591.
     """
 
     patches: Tensor

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
-from rem_atari.models.rewards import TINY, RewardCode, reward_classes
+from rem_atari.models.rewards import RewardCode
 from rem_atari.models.sampling import sample_categorical, sample_coupled
+from rem_atari.models.sequence_loss import SequenceLogits, WorldModelLoss, sequence_loss
 from rem_atari.models.sequence_tokens import SequenceTokens
 from retpop import RetNetConfig, RetNetDecoder, RetNetState
 
@@ -34,20 +35,6 @@ class WorldModelStep(NamedTuple):
     end_logits: Tensor
     token_logits: Tensor
     state: RetNetState
-
-
-class SequenceLogits(NamedTuple):
-    """Predictions over a sequence of N blocks, those of a prefix left out where asked.
-
-    Attributes:
-        tokens: of each block's own observation, from what came before the block, (B, N, K, V).
-        rewards: of each block's reward, from the block and what came before, (B, N, C).
-        ends: of each block's end flag, likewise, (B, N, 2).
-    """
-
-    tokens: Tensor
-    rewards: Tensor
-    ends: Tensor
 
 
 class Imagined(NamedTuple):
@@ -165,9 +152,7 @@ class BaseWorldModel(nn.Module, ABC):
         weight = self.action_embedding.weight
         return self.decoder.init_state(batch_size, device=weight.device, dtype=weight.dtype)
 
-    def loss(
-        self, batch: SequenceTokens, codebook: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: SequenceTokens, codebook: Tensor, weights: Tensor | None = None) -> WorldModelLoss:
         """The training loss: the weighted sum of the cross-entropies of tokens, rewards and ends.
 
         The first `context_blocks` of a sequence and padding carry no loss, and a truncated step teaches no
@@ -177,11 +162,6 @@ class BaseWorldModel(nn.Module, ABC):
             batch: sequences of more than `context_blocks` steps.
             codebook: the tokenizer's codes, (V, E).
             weights: how much each sequence counts in all means, (B,) float32; None: all the same.
-
-        Returns:
-            The loss, and the metrics as scalars without gradient: loss, tokens, reward, end (mean
-            cross-entropies in nats), reward_base (what the reward's would be knowing only how often each
-            reward occurs in the batch) and token_accuracy, reward_accuracy (of signs), end_accuracy (shares).
 
         Raises:
             ValueError: the sequences are no longer than the context.
@@ -193,27 +173,7 @@ class BaseWorldModel(nn.Module, ABC):
                 f"world_model.context_blocks, which is {skipped}."
             )
         logits = self(batch.tokens, batch.actions, codebook, skip_blocks=skipped)
-        real = batch.mask[:, skipped:].float()
-        if weights is not None:
-            real = real * weights[:, None]
-        end_known = real * (~batch.truncated | batch.ended)[:, skipped:]
-        rewards, ends = batch.rewards[:, skipped:], batch.ended[:, skipped:].long()
-        tokens, token_accuracy = _cross_entropy(logits.tokens, batch.tokens[:, skipped:], real[..., None])
-        reward = _weighted_mean(self.reward_code.loss(logits.rewards, rewards), real)
-        signs = self.reward_code.sign_logits(logits.rewards.detach()).argmax(dim=-1)
-        end, end_accuracy = _cross_entropy(logits.ends, ends, end_known)
-        loss = tokens + self.cfg.reward_weight * reward + self.cfg.end_weight * end
-        metrics = {
-            "loss": loss.detach(),
-            "tokens": tokens.detach(),
-            "reward": reward.detach(),
-            "reward_base": self.reward_code.base_rate(rewards, real),
-            "end": end.detach(),
-            "token_accuracy": token_accuracy,
-            "reward_accuracy": _weighted_mean((signs == reward_classes(rewards)).float(), real),
-            "end_accuracy": end_accuracy,
-        }
-        return loss, metrics
+        return sequence_loss(logits, batch, self.reward_code, self.cfg, weights)
 
     def take_in(
         self,
@@ -356,19 +316,6 @@ class WorldModel(BaseWorldModel):
 
 def _head(width: int, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean of cross-entropy and accuracy over the targets (...)."""
-    losses = functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none")
-    correct = (logits.detach().argmax(dim=-1) == targets).float()
-    return _weighted_mean(losses.view_as(targets), weights), _weighted_mean(correct, weights)
-
-
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean of values (...) by weights that broadcast to them; 0 where all weights are 0."""
-    weights = weights.expand_as(values)
-    return (values * weights).sum() / weights.sum().clamp(min=TINY)
 
 
 def _check_config(cfg: WorldModelConfig, code_dim: int) -> None:

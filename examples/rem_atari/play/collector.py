@@ -252,8 +252,9 @@ class Collection:
     def from_state(cls, state: Mapping[str, Any], carry: Carry | None) -> Collection:
         """The collection of a `state`, with the controller's memory."""
         games = [GameReturn(**game) for game in state["games"]]
-        sizes = RewardSizes(**state.get("sizes", {}))  # not in checkpoints of earlier versions
-        exploration = Exploration.from_state(state["exploration"])
+        # Checkpoints of earlier versions know of neither.
+        sizes = RewardSizes(**state.get("sizes", {}))
+        exploration = Exploration.from_state(state.get("exploration", Exploration().state()))
         kept = {"games": games, "sizes": sizes, "exploration": exploration}
         return cls(carry=carry, **{**state, **kept})
 

@@ -307,16 +307,18 @@ class Replay:
         rows = _walk(self._after, starts, length)[:, skip:]
         return pays[rows].any(axis=1), ends[rows].any(axis=1)
 
-    def choose(self, rows: np.ndarray, n: int) -> np.ndarray:
-        """n of the rows, uniform, with replacement; n may be 0, and only then may there be no rows."""
-        return rows[self._generator.integers(max(len(rows), 1), size=n)]
+    def choose(self, rows: np.ndarray, n: int, chances: np.ndarray | None = None) -> np.ndarray:
+        """n of the rows (m,) with replacement, in proportion to `chances` (m,) or, without them, uniform."""
+        if chances is None:
+            return rows[self._generator.integers(len(rows), size=n)]
+        return self._generator.choice(rows, size=n, p=chances / chances.sum())
 
     def allot(self, n: int, chances: np.ndarray) -> np.ndarray:
         """How many of n draws fall to each of some kinds with these `chances` (k,): (k,) int64.
 
-        On average n times the chance, and never off by 1 or more (systematic sampling).
+        On average n times the chance, and never off by 1 or more (systematic sampling). n may be 0.
         """
-        ticks = (self._generator.random() + np.arange(n)) / n
+        ticks = (self._generator.random() + np.arange(n)) / max(n, 1)
         kinds = np.searchsorted(np.cumsum(chances) / chances.sum(), ticks, side="right")
         return np.bincount(kinds, minlength=len(chances))
 

@@ -75,6 +75,7 @@ AT_MOST_ONE = (
     "controller.epsilon",
     "controller.reward_start_share",
     "controller.clip_ratio",
+    "world_model.priority_share",
     "env.minatar.sticky_actions",
 )
 

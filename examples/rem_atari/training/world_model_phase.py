@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from rem_atari.config import WorldModelConfig
 from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.models.world_model import WorldModel
-from rem_atari.replay.buffer import Replay
+from rem_atari.replay.buffer import Replay, SequenceBatch
 from rem_atari.replay.sequence_sampler import SequenceSampler
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
@@ -19,9 +19,10 @@ from rem_atari.training.updates import Metrics
 
 
 class WeightedSequences(NamedTuple):
-    """Sequences, and how much each counts, (B,); None: all the same."""
+    """Sequences as tokens, where they come from, and how much each counts, (B,); None: all the same."""
 
     sequences: SequenceTokens
+    drawn: SequenceBatch
     weights: torch.Tensor | None
 
 
@@ -51,8 +52,13 @@ class WorldModelPhase(TrainingPhase[WeightedSequences]):
         self._replay = replay
         self._tokens = tokens
         self._config = config
+        self._to_note: tuple[SequenceBatch, torch.Tensor] | None = None
         self._sampler = SequenceSampler(
-            replay, config.sequence_blocks, skip=config.context_blocks, event_share=config.event_share
+            replay,
+            config.sequence_blocks,
+            skip=config.context_blocks,
+            event_share=config.event_share,
+            priority_share=config.priority_share,
         )
 
     def prepare(self, epoch: int) -> bool:
@@ -74,8 +80,24 @@ class WorldModelPhase(TrainingPhase[WeightedSequences]):
         """Sequences as tokens."""
         batch, weights = self._sampler.draw(self._config.optim.batch_size)
         sequences = self._tokens.tokenize(batch)
-        return WeightedSequences(sequences, None if weights is None else weights.to(sequences.tokens.device))
+        on_device = None if weights is None else weights.to(sequences.tokens.device)
+        return WeightedSequences(sequences, batch, on_device)
 
     def loss(self, batch: WeightedSequences) -> tuple[torch.Tensor, Metrics]:
         """See `BaseWorldModel.loss`."""
-        return self._world_model.loss(batch.sequences, self._tokens.tokenizer.codes, batch.weights)
+        found = self._world_model.loss(batch.sequences, self._tokens.tokenizer.codes, batch.weights)
+        self._to_note = batch.drawn, found.sequences
+        return found.total, found.metrics
+
+    def after_update(self, metrics: Metrics) -> None:
+        """Remember the losses of the sequences, by which some are drawn again."""
+        if self._to_note is not None:
+            self._sampler.note(*self._to_note)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The losses of the sequences."""
+        return self._sampler.tensors()
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from `tensors`."""
+        self._sampler.load_tensors(tensors)

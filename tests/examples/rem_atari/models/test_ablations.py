@@ -67,7 +67,7 @@ def test_every_ablation_learns_from_a_batch(name: str):
     """World model and controller get a finite loss, and every parameter of theirs a gradient."""
     agent = small_agent(**ABLATIONS[name])
     batch = some_sequences(agent)
-    world_model_loss, _ = agent.world_model.loss(batch, agent.tokenizer.codes)
+    world_model_loss, _, _ = agent.world_model.loss(batch, agent.tokenizer.codes)
     imagination_loss, _ = controller_loss(
         agent, batch.select(slice(0, 2)), CONFIG.controller, torch.Generator().manual_seed(0)
     )

@@ -44,7 +44,7 @@ def some_sequences(batch: int = 3, blocks: int = 5) -> SequenceTokens:
 
 
 def gradients(model: WorldModel, batch: SequenceTokens) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    loss, _ = model.loss(batch, a_codebook())
+    loss, _, _ = model.loss(batch, a_codebook())
     return loss, list(torch.autograd.grad(loss, list(model.parameters())))
 
 
@@ -185,7 +185,7 @@ def test_the_reward_and_end_know_the_action():
 def test_the_loss_is_the_sum_of_three_cross_entropies():
     model = small_world_model()
     batch, codebook = some_sequences(), a_codebook()
-    loss, metrics = model.loss(batch, codebook)
+    loss, metrics, _ = model.loss(batch, codebook)
     logits = model(batch.tokens, batch.actions, codebook)
     tokens, rewards, ends = (
         part[:, 2:].log_softmax(dim=-1).gather(-1, target[:, 2:, ..., None])
@@ -259,15 +259,15 @@ def test_truncation_does_not_teach_an_end():
     ended, truncated = torch.zeros_like(batch.ended), torch.zeros_like(batch.ended)
     truncated[:, -1] = True
     cut = replace(batch, ended=ended, truncated=truncated)
-    _, plain = model.loss(replace(batch, ended=ended), a_codebook())
-    _, metrics = model.loss(cut, a_codebook())
+    _, plain, _ = model.loss(replace(batch, ended=ended), a_codebook())
+    _, metrics, _ = model.loss(cut, a_codebook())
     with torch.no_grad():
         ends = model(batch.tokens, batch.actions, a_codebook()).ends.log_softmax(dim=-1)
     torch.testing.assert_close(metrics["end"], -ends[:, 2:-1, 0].mean())
     torch.testing.assert_close(metrics["tokens"], plain["tokens"])
     torch.testing.assert_close(metrics["reward"], plain["reward"])
     ended[:, -1] = True  # an end on the very step of a cut is an end
-    _, metrics = model.loss(replace(cut, ended=ended), a_codebook())
+    _, metrics, _ = model.loss(replace(cut, ended=ended), a_codebook())
     torch.testing.assert_close(metrics["end"], -torch.cat([ends[:, 2:-1, 0], ends[:, -1:, 1]], dim=1).mean())
 
 
@@ -300,7 +300,7 @@ def test_it_learns_a_rule():
         before = actions.roll(1, dims=1)
         tokens = torch.arange(K) + before[..., None]
         batch = SequenceTokens(tokens, actions, actions.float() - 1, flags, flags, ~flags)
-        loss, metrics = model.loss(batch, a_codebook())
+        loss, metrics, _ = model.loss(batch, a_codebook())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -334,17 +334,17 @@ def test_wrong_settings_are_named():
 
 def test_the_weights_of_rewards_and_ends_weigh_their_losses():
     batch, codebook = some_sequences(), a_codebook()
-    _, parts = small_world_model().loss(batch, codebook)
-    loss, _ = small_world_model(reward_weight=10.0, end_weight=3.0).loss(batch, codebook)
+    _, parts, _ = small_world_model().loss(batch, codebook)
+    loss, _, _ = small_world_model(reward_weight=10.0, end_weight=3.0).loss(batch, codebook)
     torch.testing.assert_close(loss, parts["tokens"] + 10 * parts["reward"] + 3 * parts["end"])
 
 
 @pytest.mark.parametrize("bins", [0, 41])
 def test_a_sequence_of_weight_2_is_two_sequences_and_one_of_weight_0_none(bins):
     model, batch, codebook = small_world_model(reward_bins=bins), some_sequences(), a_codebook()
-    weighted, measured = model.loss(batch, codebook, torch.tensor([2.0, 1.0, 0.0]))
+    weighted, measured, _ = model.loss(batch, codebook, torch.tensor([2.0, 1.0, 0.0]))
     again = SequenceTokens(*(getattr(batch, name)[[0, 0, 1]] for name in vars(batch)))
-    repeated, wanted = model.loss(again, codebook)
+    repeated, wanted, _ = model.loss(again, codebook)
     torch.testing.assert_close(weighted, repeated)
     for name in measured:
         torch.testing.assert_close(measured[name], wanted[name], msg=name)
@@ -368,8 +368,19 @@ def test_with_bins_the_model_learns_and_imagines_the_size_of_rewards():
 
     assert (imagined().abs() < 1e-3).all()
     for _ in range(150):
-        loss, _ = model.loss(batch, codebook)
+        loss, _, _ = model.loss(batch, codebook)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     torch.testing.assert_close(imagined(), rewards[:, 0], atol=0.15, rtol=0.05)
+
+
+def test_the_loss_of_a_sequence_by_itself_is_that_of_a_batch_of_it_alone():
+    """But for ends: a sequence's own counts over all its steps, not over those whose end is known."""
+    model, batch, codebook = small_world_model(reward_weight=3.0), some_sequences(), a_codebook()
+    mask = batch.mask.clone()
+    mask[1, 4:] = False
+    batch = replace(batch, mask=mask)
+    _, _, sequences = model.loss(batch, codebook, torch.tensor([0.5, 2.0, 1.0]))
+    alone = [model.loss(batch.select(slice(row, row + 1)), codebook).total.detach() for row in range(3)]
+    torch.testing.assert_close(sequences, torch.stack(alone))

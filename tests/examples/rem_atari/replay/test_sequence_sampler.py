@@ -140,3 +140,53 @@ def test_a_share_out_of_its_range_is_refused(share):
 def test_to_draw_before_looking_is_refused():
     with pytest.raises(ValueError, match=r"call refresh\(\) first"):
         SequenceSampler(chain(), LENGTH, skip=SKIP, event_share=0.5).draw(3)
+
+
+def by_losses(replay: Replay, share: float, event_share: float = 0.0) -> SequenceSampler:
+    sampler = SequenceSampler(replay, LENGTH, skip=SKIP, event_share=event_share, priority_share=share)
+    sampler.refresh()
+    return sampler
+
+
+def note(sampler: SequenceSampler, replay: Replay, starts: np.ndarray, losses: np.ndarray) -> None:
+    sampler.note(replay.sequences_at(starts, LENGTH), torch.from_numpy(losses.astype(np.float32)))
+
+
+def test_a_share_is_drawn_by_the_softmax_of_the_losses():
+    replay = chain(steps=60)
+    sampler, starts = by_losses(replay, 1.0), replay.sequence_starts(SKIP + 1)
+    losses = np.linspace(0, 3, len(starts))
+    note(sampler, replay, starts, losses)
+    batch, weights = sampler.draw(40_000)
+    counts = np.bincount(batch.rows[:, 0].numpy(), minlength=60)[starts]
+    wanted = np.exp(losses) / np.exp(losses).sum()
+    np.testing.assert_allclose(counts / 40_000, wanted, atol=0.005)
+    assert (weights == 1).all()
+
+
+def test_new_sequences_count_as_the_worst():
+    replay = chain(steps=60)
+    sampler, starts = by_losses(replay, 1.0), replay.sequence_starts(SKIP + 1)
+    note(sampler, replay, starts[2:], np.full(len(starts) - 2, -20.0))
+    note(sampler, replay, starts[2:3], np.array([5.0]))
+    batch, _ = sampler.draw(3000)
+    assert set(batch.rows[:, 0].tolist()) == set(starts[:3].tolist())
+
+
+def test_the_others_are_drawn_by_their_events():
+    replay = chain()
+    sampler = by_losses(replay, 0.25, event_share=0.5)
+    note(sampler, replay, replay.sequence_starts(SKIP + 1), np.zeros(len(replay.sequence_starts(SKIP + 1))))
+    _, weights = sampler.draw(16)
+    assert (weights[:4] == 1).all()
+    assert (weights[4:] < 1).sum() >= 6
+
+
+def test_losses_survive_a_checkpoint():
+    replay = chain(steps=60)
+    first, second = by_losses(replay, 0.5), by_losses(chain(steps=60), 0.5)
+    starts = replay.sequence_starts(SKIP + 1)[::3]
+    note(first, replay, starts, np.arange(len(starts)))
+    second.load_tensors(first.tensors())
+    rows = [sampler.draw(50)[0].rows for sampler in (first, second)]
+    assert torch.equal(*rows)

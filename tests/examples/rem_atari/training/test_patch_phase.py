@@ -21,7 +21,9 @@ from rem_atari.training.patch_phase import PatchPhase
 PATCHES = replace(
     SHORT,
     tokenizer=replace(SHORT.tokenizer, kind="patches", codebook_size=64),
-    world_model=replace(SHORT.world_model, event_share=0.5, draw="coupled", reward_bins=5),
+    world_model=replace(
+        SHORT.world_model, event_share=0.5, priority_share=0.5, draw="coupled", reward_bins=5
+    ),
     controller=replace(
         SHORT.controller,
         context_frames=3,
