@@ -106,7 +106,7 @@ def learn_from(
 
 
 def start_imagination(
-    env: ImaginedEnv, agent: Agent, segments: SequenceTokens, context: int
+    env: ImaginedEnv, agent: Agent, segments: SequenceTokens, context: int = 1
 ) -> tuple[Carry, Tensor]:
     """Bring the controller and the world model to the segments' last frames, without gradient.
 

@@ -89,7 +89,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
     def update(self, lap: Lap = untimed) -> Metrics:
         """See `TrainingPhase.update`; then learn from the same imagined steps again, `uses` times in all.
 
-        The metrics are those of the first use.
+        The metrics are those of the first use. A later one that is not applied leaves those before it.
         """
         metrics = super().update(lap)
         for _ in range(self._config.uses - 1):
