@@ -10,6 +10,7 @@ from rem_atari.models.base_tokenizer import BaseTokenizer
 from rem_atari.models.controller import Controller
 from rem_atari.models.fsq import FsqTokenizer
 from rem_atari.models.patches import PatchTokenizer
+from rem_atari.models.refining import RefiningWorldModel
 from rem_atari.models.token_by_token import TokenByTokenWorldModel
 from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.models.world_model import BaseWorldModel, WorldModel
@@ -42,7 +43,9 @@ class Agent(nn.Module):
             ValueError: sizes that do not fit each other.
         """
         tokenizer = TOKENIZERS[cfg.tokenizer.kind](cfg.tokenizer, cfg.env.frame_size)
-        kind = WorldModel if cfg.world_model.pop else TokenByTokenWorldModel
+        kind: type[BaseWorldModel] = TokenByTokenWorldModel
+        if cfg.world_model.pop:
+            kind = RefiningWorldModel if cfg.world_model.draw == "refine" else WorldModel
         world_model = kind(
             cfg.world_model,
             num_tokens=tokenizer.num_tokens,

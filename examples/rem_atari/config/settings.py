@@ -174,10 +174,13 @@ class WorldModelConfig:
     priority_share: float = 0.0
     """Share of a batch's sequences that is drawn by the softmax of their last losses, new ones first, as in
     Simulus (arXiv 2502.11537: 0.3). They count for more on purpose. 0 in the paper."""
-    draw: Literal["independent", "coupled"] = "independent"
-    """How imagination draws the tokens of a frame: each for itself (paper), or all by one random number, with
-    "as it was" first, so that things which move at the same times move in the same frames. Each token's
-    distribution is the same. With `pop` only."""
+    draw: Literal["independent", "coupled", "refine"] = "independent"
+    """How imagination draws the tokens of a frame, with `pop`. independent (paper): each for itself. coupled:
+    all by one random number, with "as it was" first, so that things which move at the same times move in the
+    same frames. refine: in `refine_passes`, each of which reads the tokens that those before it were surest
+    of; the prediction stream is then twice as long."""
+    refine_passes: int = 3
+    """With `refine`: passes for a frame, at least 2."""
     reward_weight: float = 1.0
     """Weight of the rewards' part of the loss. More than 1 where rewards are rare (10: arXiv 2502.01591)."""
     end_weight: float = 1.0
@@ -325,6 +328,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "world_model.event_share": 0.0,
     "world_model.priority_share": 0.0,
     "world_model.draw": "independent",
+    "world_model.refine_passes": 3,
     "world_model.reward_weight": 1.0,
     "world_model.end_weight": 1.0,
     "world_model.reward_bins": 0,

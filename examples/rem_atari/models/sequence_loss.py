@@ -20,11 +20,13 @@ class SequenceLogits(NamedTuple):
         tokens: of each block's own observation, from what came before the block, (B, N, K, V).
         rewards: of each block's reward, from the block and what came before, (B, N, C).
         ends: of each block's end flag, likewise, (B, N, 2).
+        unknown: the tokens that were to be predicted, (B, N, K) bool; the others were given. None: all.
     """
 
     tokens: Tensor
     rewards: Tensor
     ends: Tensor
+    unknown: Tensor | None = None
 
 
 class WorldModelLoss(NamedTuple):
@@ -66,6 +68,7 @@ def sequence_loss(
         column[:, skipped:] for column in (batch.tokens, batch.rewards, batch.ended.long())
     )
     of_tokens = _cross_entropies(logits.tokens, tokens)
+    unknown = torch.ones_like(of_tokens) if logits.unknown is None else logits.unknown.float()
     of_rewards = reward_code.loss(logits.rewards, rewards)
     of_ends = _cross_entropies(logits.ends, ends)
 
@@ -73,11 +76,12 @@ def sequence_loss(
         return token + cfg.reward_weight * reward + cfg.end_weight * end
 
     with torch.no_grad():
-        steps = add(of_tokens.mean(dim=-1), of_rewards, of_ends * end_known)
+        steps = add(_weighted_mean(of_tokens, unknown, dim=-1), of_rewards, of_ends * end_known)
         sequences = _weighted_mean(steps, real, dim=1)
     if weights is not None:
         real, end_known = real * weights[:, None], end_known * weights[:, None]
-    token = _weighted_mean(of_tokens, real[..., None])
+    counted = unknown * real[..., None]
+    token = _weighted_mean(of_tokens, counted)
     reward, end = _weighted_mean(of_rewards, real), _weighted_mean(of_ends, end_known)
     total = add(token, reward, end)
     signs = reward_code.sign_logits(logits.rewards.detach())
@@ -87,7 +91,7 @@ def sequence_loss(
         "reward": reward.detach(),
         "reward_base": reward_code.base_rate(rewards, real),
         "end": end.detach(),
-        "token_accuracy": _accuracy(logits.tokens, tokens, real[..., None]),
+        "token_accuracy": _accuracy(logits.tokens, tokens, counted),
         "reward_accuracy": _accuracy(signs, reward_classes(rewards), real),
         "end_accuracy": _accuracy(logits.ends, ends, end_known),
     }

@@ -243,6 +243,12 @@ class WorldModel(BaseWorldModel):
     ) -> SequenceLogits:
         """See `BaseWorldModel.forward`."""
         predicting = self._prediction_tokens(tokens.shape[0], tokens.shape[1])
+        return self._predict_blocks(tokens, actions, codebook, predicting, skip_blocks)
+
+    def _predict_blocks(
+        self, tokens: Tensor, actions: Tensor, codebook: Tensor, predicting: Tensor, skip_blocks: int
+    ) -> SequenceLogits:
+        """`forward`, given the prediction stream's input, (B, N, M, width)."""
         at_action, predicted, _ = self.decoder.pop(
             self._embed_blocks(tokens, actions, codebook),
             predicting,
@@ -251,7 +257,7 @@ class WorldModel(BaseWorldModel):
         )
         at_action = at_action[:, skip_blocks:]
         return SequenceLogits(
-            tokens=self.token_head(predicted[:, skip_blocks:]),
+            tokens=self._token_logits(predicted[:, skip_blocks:]),
             rewards=self.reward_head(at_action),
             ends=self.end_head(at_action),
         )
@@ -268,15 +274,12 @@ class WorldModel(BaseWorldModel):
         state: RetNetState,
         generator: torch.Generator,
     ) -> Imagined:
-        """Draw what follows observations and actions, in one pass; the tokens as `world_model.draw` says."""
+        """Draw what follows observations and actions; the tokens as `world_model.draw` says."""
         step = self.step(tokens, actions, codebook, state)
-        coupled = self.cfg.draw == "coupled"
         return Imagined(
             rewards=self.reward_code.draw(step.reward_logits, generator),
             ended=sample_categorical(step.end_logits, generator).bool(),
-            tokens=sample_coupled(step.token_logits, tokens, generator)
-            if coupled
-            else sample_categorical(step.token_logits, generator),
+            tokens=self._draw_tokens(step, tokens, codebook, generator),
             state=step.state,
         )
 
@@ -301,15 +304,27 @@ class WorldModel(BaseWorldModel):
         return WorldModelStep(
             reward_logits=self.reward_head(at_action),
             end_logits=self.end_head(at_action),
-            token_logits=self.token_head(predicted[:, 0]),
+            token_logits=self._token_logits(predicted[:, 0]),
             state=state,
         )
+
+    def _draw_tokens(
+        self, step: WorldModelStep, before: Tensor, codebook: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The tokens of the observations after those `before`, (B, K) int64 both."""
+        if self.cfg.draw == "coupled":
+            return sample_coupled(step.token_logits, before, generator)
+        return sample_categorical(step.token_logits, generator)
+
+    def _token_logits(self, predicted: Tensor) -> Tensor:
+        """What the prediction stream (..., M, width) says of the tokens, (..., K, V)."""
+        return self.token_head(predicted)
 
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding:
         return nn.Embedding(1 if cfg.shared_prediction_token else self.num_tokens, cfg.embed_dim)
 
     def _prediction_tokens(self, batch_size: int, blocks: int) -> Tensor:
-        """The prediction stream's input, the same for every block: (B, blocks, K, width)."""
+        """The prediction stream's input, the same for every block: (B, blocks, M, width), M being K."""
         weight = self.prediction_embedding.weight
         return weight.expand(batch_size, blocks, self.num_tokens, weight.shape[-1])
 

@@ -61,7 +61,11 @@ AT_LEAST_ONE = (
     ),
 )
 
-SMALLEST = dict.fromkeys(AT_LEAST_ONE, 1) | {"controller.horizon": 2, "tokenizer.fsq_levels": 3}
+SMALLEST = dict.fromkeys(AT_LEAST_ONE, 1) | {
+    "controller.horizon": 2,
+    "tokenizer.fsq_levels": 3,
+    "world_model.refine_passes": 2,
+}
 """Smallest values allowed, by the field's dotted path; of a number that is not listed it is 0."""
 
 ABOVE_ZERO = ("controller.temperature", "env.timeout_seconds")

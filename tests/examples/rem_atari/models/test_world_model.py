@@ -166,7 +166,7 @@ def test_what_comes_later_changes_nothing_before():
     torch.testing.assert_close(before.tokens[:, :4], after.tokens[:, :4])
     torch.testing.assert_close(before.rewards[:, :3], after.rewards[:, :3])
     torch.testing.assert_close(before.ends[:, :3], after.ends[:, :3])
-    for one, other in zip(before, after, strict=True):
+    for one, other in zip(before[:3], after[:3], strict=True):
         assert not torch.allclose(one[:, 4], other[:, 4], atol=1e-4)
     assert not torch.allclose(before.rewards[:, 3], after.rewards[:, 3], atol=1e-4)
 
@@ -190,7 +190,7 @@ def test_the_loss_is_the_sum_of_three_cross_entropies():
     tokens, rewards, ends = (
         part[:, 2:].log_softmax(dim=-1).gather(-1, target[:, 2:, ..., None])
         for part, target in zip(
-            logits, (batch.tokens, reward_classes(batch.rewards), batch.ended.long()), strict=True
+            logits[:3], (batch.tokens, reward_classes(batch.rewards), batch.ended.long()), strict=True
         )
     )
     torch.testing.assert_close(metrics["tokens"], -tokens.mean().detach())

@@ -433,6 +433,7 @@ class Operations(TorchDispatchMode):
         {"context_frames": 3, "value_bins": 5},
         {"kind": "patches", "world_model": {"draw": "coupled", "reward_bins": 5}},
         {"kind": "patches", "space": "pixels", "pixel_channels": (4,)},
+        {"world_model": {"draw": "refine"}},
     ],
 )
 def test_imagination_can_be_captured(options):
