@@ -72,7 +72,7 @@ def train(model: BaseWorldModel, steps: int) -> None:
 
 def test_frames_that_must_agree_do_and_come_as_often_as_they_should():
     model = make(RefiningWorldModel)
-    train(model, steps=500)
+    train(model, steps=350)
     tokens = imagined(model)
     agrees = (tokens == tokens[:, :1]).all(dim=1)
     assert agrees.float().mean() > 0.97
