@@ -61,6 +61,8 @@ class SequenceSampler:
 
     def refresh(self) -> None:
         """Look at what has been collected; to be called before the first `draw` after each collection."""
+        if self._event_share == self._priority_share == 0:
+            return
         starts = self._replay.sequence_starts(self.min_real)
         pays, ends = self._replay.events_after(starts, self._skip, self._length)
         self._strata = [starts[pays], starts[ends & ~pays], starts[~ends & ~pays]]

@@ -99,5 +99,6 @@ class WorldModelPhase(TrainingPhase[WeightedSequences]):
         return self._sampler.tensors()
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from `tensors`."""
-        self._sampler.load_tensors(tensors)
+        """Go on from `tensors`; checkpoints of earlier versions have none."""
+        if tensors:
+            self._sampler.load_tensors(tensors)
