@@ -251,7 +251,7 @@ def _events(report: Report) -> str:
     if predictions is None:
         return ""
     steps = predictions.reward_events.steps
-    numeric = ("Happened", "Foretold", "Recall", "Precision", "Mean chance given")
+    numeric = ("Happened", "Foretold", "Recall", "Precision", "Mean chance given", "Calibration")
     rows = "".join(
         _event_row(name, scores)
         for name, scores in (
@@ -263,7 +263,9 @@ def _events(report: Report) -> str:
         f"<p>What matters most happens least. Of {count(steps, 'step')}: how often it happened, and how often"
         " the most likely guess was that it would. Recall is the share of what happened that was foretold,"
         " precision the share of what was foretold that happened. Imagination draws, and"
-        " does not take the most likely guess: the chance given is how often it would have shown what came."
+        " does not take the most likely guess: the chance given is how often it would have shown what came,"
+        " and calibration how many events it would have shown, wherever, for each that came: 1 is right, and"
+        " with 2 imagination pays twice what the game does."
         "</p>"
     )
     return lead + table(("Event", *numeric), rows, numeric=numeric)
@@ -274,7 +276,13 @@ def _event_row(name: str, scores: EventScores) -> str:
         "–" if share is None else percent(share) for share in (scores.recall, scores.precision, scores.chance)
     )
     cells = "".join(
-        f'<td class="number">{cell}</td>' for cell in (f"{scores.events:,}", f"{scores.predicted:,}", *shares)
+        f'<td class="number">{cell}</td>'
+        for cell in (
+            f"{scores.events:,}",
+            f"{scores.predicted:,}",
+            *shares,
+            "–" if scores.calibration is None else number(scores.calibration),
+        )
     )
     return f"<tr><td>{escape(name)}</td>{cells}</tr>"
 
