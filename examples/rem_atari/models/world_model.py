@@ -197,12 +197,15 @@ class BaseWorldModel(nn.Module, ABC):
         blocks = self._embed_blocks(tokens, actions, codebook)
         if mask is None:
             return self.decoder(blocks, state)[1]
-        # Memory starts anew at the first real block, and where there is none.
-        is_first = functional.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
-        no_predictions = blocks.new_empty(blocks.shape[0], 0, self.num_tokens, blocks.shape[-1])
-        _, _, state = self.decoder.pop(
-            blocks, no_predictions, state, block_size=self.block_size, reset=is_first, main_out="last"
-        )
+        if mask.shape[1] == 1:
+            _, state = self.decoder(blocks, state)
+        else:
+            # Memory starts anew at the first real block.
+            is_first = functional.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
+            no_predictions = blocks.new_empty(blocks.shape[0], 0, self.num_tokens, blocks.shape[-1])
+            _, _, state = self.decoder.pop(
+                blocks, no_predictions, state, block_size=self.block_size, reset=is_first, main_out="last"
+            )
         return state.reset(~mask[:, -1])
 
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding | None:

@@ -40,8 +40,8 @@ def test_the_networks_are_compiled_and_nothing_else_is_another_run(
     assert calls == []
     monkeypatch.setattr(torch, "compile", compile_nothing)
     run_part(tmp_path / "compiled", COMPILED)
-    # The tokenizer's encoder and decoder, the world model's decoder and its `pop`, the controller's CNN.
-    assert len(calls) == 5
+    # The tokenizer's encoder and decoder, the world model's decoder, the controller's CNN.
+    assert len(calls) == 4
     assert all(calls), calls
     assert fingerprint(tmp_path / "compiled") == fingerprint(tmp_path / "plain")
 
