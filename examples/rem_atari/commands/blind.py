@@ -64,7 +64,7 @@ def blind(arguments: BlindArguments) -> None:
 
 def _choose(arguments: BlindArguments) -> tuple[Config, int, Path | None]:
     """The game and its conditions, the steps of a search, and the file to write."""
-    for name, least in (("games", 2), ("steps", 1), ("seed", 0)):
+    for name, least in (("games", 2), ("steps", 2), ("seed", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UsageError(f"--{name} is {value}, wanted at least {least}")

@@ -54,7 +54,7 @@ def test_a_game_needs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_wrong_use_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
     assert "--games is 1, wanted at least 2" in fails(capsys, "--games", "1")
-    assert "--steps is 0, wanted at least 1" in fails(capsys, "--steps", "0")
+    assert "--steps is 1, wanted at least 2" in fails(capsys, "--steps", "1")
     assert "--seed is -1" in fails(capsys, "--seed", "-1")
     assert "is not a run folder" in fails(capsys, str(tmp_path / "none"))
     assert "has its own game" in fails(capsys, str(run.path), "--preset", "catch")
