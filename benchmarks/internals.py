@@ -26,7 +26,7 @@ def pop_rows(
     ``predictions`` is (P, M). Returns a row of outputs and the final state.
     """
     from retpop.ops import triton_backend
-    from retpop.ops.decay_powers import DecayPowers
+    from retpop.ops.powers import DecayPowers
     from retpop.ops.rows import PopSpec
 
     powers = DecayPowers(log_decay, row[0].shape[-1] ** -0.5, torch.float32)

@@ -10,7 +10,7 @@ product, and they are not stored. Row offsets are int64. With S the state before
 `pass_tile` does both with a tile in memory, and `pull_tile` the same backwards.
 
 Powers of γ come from exponents that are masked first, never as a quotient; the formulas are those of
-`retpop.ops.decay_powers`, in float32.
+`retpop.ops.powers`, in float32.
 
 PRECISION is `tl.dot`'s input_precision, "ieee" or "tf32"; it counts for float32 tiles only.
 """

@@ -1,19 +1,69 @@
-"""Checks of arguments that every part of the package needs; each raises, and names what it checked."""
+"""What every part of the package asks of its arguments.
+
+The checks raise, and name what they checked. The other functions say who looks on: a transform, a compiler.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from retpop._torch import FakeTensor, forward_ad_level, is_batched, transforms_are_active
 
 
 def check_tensor(where: str, name: str, value: object) -> None:
     """Raise unless ``value`` is a tensor; ``where`` begins the message."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} is {type(value).__name__}; it must be a torch.Tensor.")
+
+
+def as_int(where: str, name: str, value: object) -> int:
+    """``value`` as an int, where it is one: NumPy's integers and traced sizes too, but no bool."""
+    if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt):
+        raise TypeError(f"{where}: {name} is {value!r} ({type(value).__name__}); it must be an int.")
+    return cast(int, value) if isinstance(value, torch.SymInt) else int(value)
+
+
+def as_float(where: str, name: str, value: object) -> float:
+    """``value`` as a float, where it is a real number: NumPy's scalars too, but no bool."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where}: {name} is {value!r}; it must be a number.")
+    return float(value)
+
+
+def check_num_heads(where: str, num_heads: object) -> int:
+    """``num_heads`` as an int, at least 1; ``where`` begins the message."""
+    heads = as_int(where, "num_heads", num_heads)
+    if heads < 1:
+        raise ValueError(f"{where}: num_heads is {heads}; it must be at least 1.")
+    return heads
+
+
+def check_chunk_size(where: str, chunk_size: object) -> int:
+    """``chunk_size`` as an int, a power of two of at least 16; ``where`` begins the message."""
+    size = as_int(where, "chunk_size", chunk_size)
+    if size < 16 or size & (size - 1):
+        raise ValueError(f"{where}: chunk_size is {size}; it must be a power of two, at least 16.")
+    return size
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode AD, is at work: nothing is written over then."""
+    return transforms_are_active() or forward_ad_level() >= 0
+
+
+def are_batched(grads: Iterable[Tensor | None]) -> bool:
+    """Whether gradients stand for a batch each; a compiler knows no such tensors, nor the question."""
+    return not torch.compiler.is_compiling() and any(is_batched(x) for x in grads if x is not None)
+
+
+def is_exporting_length(length: int) -> bool:
+    """Whether `torch.export` (not strict) traces this length for all others that it is allowed to have."""
+    return isinstance(length, torch.SymInt) and torch.compiler.is_exporting()
 
 
 def values_are_free(x: Tensor) -> bool:
@@ -32,35 +82,3 @@ def is_eager(x: Tensor) -> bool:
 def free_values(x: Tensor) -> list[float] | None:
     """The values of ``x`` (N,), where reading them costs nothing."""
     return x.tolist() if values_are_free(x) else None
-
-
-def transforms_are_active() -> bool:
-    """Whether a transform of `torch.func` is at work on anything."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def as_int(where: str, name: str, value: object) -> int:
-    """``value`` as an int, where it is one: NumPy's integers and traced sizes too, but no bool."""
-    if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt):
-        raise TypeError(f"{where}: {name} is {value!r} ({type(value).__name__}); it must be an int.")
-    return cast(int, value) if isinstance(value, torch.SymInt) else int(value)
-
-
-def as_float(where: str, name: str, value: object) -> float:
-    """``value`` as a float, where it is a real number: NumPy's scalars too, but no bool."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{where}: {name} is {value!r}; it must be a number.")
-    return float(value)
-
-
-def check_num_heads(where: str, num_heads: int) -> None:
-    """Raise unless ``num_heads`` is an int of at least 1; ``where`` begins the message."""
-    if as_int(where, "num_heads", num_heads) < 1:
-        raise ValueError(f"{where}: num_heads is {num_heads}; it must be at least 1.")
-
-
-def check_chunk_size(where: str, chunk_size: object) -> None:
-    """Raise unless ``chunk_size`` is a power of two of at least 16; ``where`` begins the message."""
-    size = as_int(where, "chunk_size", chunk_size)
-    if size < 16 or size & (size - 1):
-        raise ValueError(f"{where}: chunk_size is {chunk_size}; it must be a power of two, at least 16.")

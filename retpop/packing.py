@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
+from retpop._torch import pytree
 from retpop.arguments import check_tensor, values_are_free
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from retpop._torch import pytree
 from retpop.arguments import check_tensor, values_are_free
 
 

@@ -143,6 +143,35 @@ def test_backends_are_told_apart_in_one_place(module: str) -> None:
         assert module == "retpop.ops.dispatch" or not words & {"torch", "triton", "reference"}
 
 
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if inside(m, "retpop")))
+def test_private_names_of_torch_stand_in_one_module(module: str) -> None:
+    """Imported, reached through a module of torch, or read from its objects (a module's hooks, say)."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    found = [n for n in imports_of(module, MODULES[module]) if n.startswith("torch.")]
+    found = [name for name in found if any(map(is_private, name.split(".")))]
+    of_torch = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] == "torch"
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if (isinstance(root, ast.Name) and root.id in of_torch) or node.attr.endswith(
+                ("_hooks", "_parameters")
+            ):
+                found.append(ast.unparse(node))
+    assert module == "retpop._torch" or not found
+
+
 def test_public_names() -> None:
     assert set(retpop.__all__) >= PUBLIC
     for name in retpop.__all__:

@@ -6,10 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from rem_atari.config import Config
+from rem_atari.models.base_tokenizer import BaseTokenizer
 from rem_atari.models.controller import Controller
+from rem_atari.models.fsq import FsqTokenizer
+from rem_atari.models.patches import PatchTokenizer
+from rem_atari.models.refining import RefiningWorldModel
 from rem_atari.models.token_by_token import TokenByTokenWorldModel
 from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.models.world_model import BaseWorldModel, WorldModel
+
+TOKENIZERS = {"vq": Tokenizer, "fsq": FsqTokenizer, "patches": PatchTokenizer}
+"""The tokenizers by `tokenizer.kind`."""
 
 
 class Agent(nn.Module):
@@ -18,7 +25,7 @@ class Agent(nn.Module):
     They are trained one by one, each with its own loss, and called by name; the agent itself has no forward.
     """
 
-    def __init__(self, tokenizer: Tokenizer, world_model: BaseWorldModel, controller: Controller) -> None:
+    def __init__(self, tokenizer: BaseTokenizer, world_model: BaseWorldModel, controller: Controller) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.world_model = world_model
@@ -35,8 +42,10 @@ class Agent(nn.Module):
         Raises:
             ValueError: sizes that do not fit each other.
         """
-        tokenizer = Tokenizer(cfg.tokenizer, cfg.env.frame_size)
-        kind = WorldModel if cfg.world_model.pop else TokenByTokenWorldModel
+        tokenizer = TOKENIZERS[cfg.tokenizer.kind](cfg.tokenizer, cfg.env.frame_size)
+        kind: type[BaseWorldModel] = TokenByTokenWorldModel
+        if cfg.world_model.pop:
+            kind = RefiningWorldModel if cfg.world_model.draw == "refine" else WorldModel
         world_model = kind(
             cfg.world_model,
             num_tokens=tokenizer.num_tokens,
@@ -56,8 +65,7 @@ class Agent(nn.Module):
 
     def compile_networks(self) -> None:
         """Let torch.compile optimise what computes most; each shape is compiled when it first comes."""
-        self.tokenizer.encoder.compile()
-        self.tokenizer.decoder.compile()
+        self.tokenizer.compile_networks()
         self.world_model.decoder.compile()
         self.controller.cnn.compile()
 

@@ -14,13 +14,13 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from retpop.ops.autocast import outside_autocast
-from retpop.ops.decay_powers import DecayPowers
+from retpop._torch import pytree
 from retpop.ops.dispatch import Backend
-from retpop.ops.packed import Packing
+from retpop.ops.dtypes import dtype_after, norm_dtype, outside_autocast
+from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec, split_row
+from retpop.ops.torch_backend.packed import Packing
 from retpop.position import Rotation
 from retpop.state import Uncast
 
@@ -102,6 +102,7 @@ class SequenceCall(AnyCall):
             state=state,
             chunk_size=self.chunk_size,
             packing=self.packing,
+            out_dtype=_out_dtype(v),
         )
         return outside_autocast(run, q, k, v)
 
@@ -149,10 +150,15 @@ class PopCall(AnyCall):
         """POP of rows (B, T + P·M, H, D): the readers' outputs and the state after the sequence."""
 
         def run(*rows: Tensor) -> tuple[Tensor, ...]:
-            return self.backend.pop(rows, state, self.spec)
+            return self.backend.pop(rows, state, self.spec._replace(out_dtype=_out_dtype(v)))
 
         out, state = outside_autocast(run, q, k, v)
         return out, state
+
+
+def _out_dtype(v: Tensor) -> torch.dtype:
+    """In which retention's output goes to the head's norm, after what autocast makes of ``v``."""
+    return norm_dtype(dtype_after(v.device, v.dtype))
 
 
 Call = SequenceCall | PopCall

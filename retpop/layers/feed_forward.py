@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from retpop.config import RetNetConfig
 from retpop.layers.dropout import dropout
-from retpop.ops.gated_norm import ACTIVATIONS
+from retpop.ops.torch_backend import ACTIVATIONS
 
 
 class FeedForward(nn.Module):

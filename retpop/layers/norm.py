@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from retpop.config import RetNetConfig
-from retpop.ops.gated_norm import head_norm
+from retpop.ops.torch_backend import head_norm
 
 
 def residual_norm(

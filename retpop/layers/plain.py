@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from retpop._torch import has_global_hook, own_hooks, own_parameters
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -15,13 +16,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     return (
         type(module) is kind
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and not module._backward_pre_hooks
-        and not module._backward_hooks
+        and not any(own_hooks(module))
         and "forward" not in module.__dict__
         and all(
-            weight is None or type(weight) in (nn.Parameter, Tensor) for weight in module._parameters.values()
+            weight is None or type(weight) in (nn.Parameter, Tensor)
+            for weight in own_parameters(module).values()
         )
-        and not _has_any_global_hook()
+        and not has_global_hook()
     )

@@ -14,12 +14,11 @@ from retpop.config import RetNetConfig
 from retpop.layers.call import Call, PopCall, SequenceCall
 from retpop.layers.plain import is_plain
 from retpop.ops import checks
-from retpop.ops.autocast import autocast_is_on, dtype_after
-from retpop.ops.decay_powers import DecayPowers, default_scale
 from retpop.ops.dispatch import Backend, choose_backend
-from retpop.ops.dtypes import Inputs, state_dtype
-from retpop.ops.packed import Packing
+from retpop.ops.dtypes import Inputs, autocast_is_on, dtype_after, state_dtype
+from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.rows import PopSpec, join_row
+from retpop.ops.torch_backend.packed import Packing
 from retpop.position import (
     Rotation,
     boundary_positions,
@@ -156,7 +155,7 @@ def prepare(
         )
     if block_size is None:
         raise TypeError(f"{owner.where}: block_size is None; with x_pred it must be an int.")
-    checks.check_blocks(owner.where, x.shape[1], x_pred.shape[1], block_size, offset)
+    block_size, offset = checks.check_blocks(owner.where, x.shape[1], x_pred.shape[1], block_size, offset)
     checks.check_reset(owner.where, reset, "x", x, block_size)
     checks.check_main_out(owner.where, main_out)
     powers = owner.constants.powers(owner.log_decays, x)
@@ -173,7 +172,7 @@ def _sequence(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[SequenceCall, Tensor]:
-    checks.check_mode(owner.where, mode, chunk_size)
+    chunk_size = checks.check_mode(owner.where, mode, chunk_size)
     chosen = _choose(owner, x, backend)
     packing = None
     rows = x.shape[0]

@@ -17,7 +17,7 @@ from retpop.layers.norm import HeadNorm
 from retpop.layers.plain import is_plain
 from retpop.layers.prepare import Constants, Owner, prepare, with_log_decays
 from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
-from retpop.ops.gated_norm import ACTIVATIONS
+from retpop.ops.torch_backend import ACTIVATIONS
 from retpop.state import RetNetState
 
 

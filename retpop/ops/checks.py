@@ -7,12 +7,14 @@ nothing: eagerly and on CPU tensors, so that no GPU is synchronised and no trace
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from retpop.arguments import check_chunk_size, check_tensor, free_values
+from retpop.arguments import as_int, check_chunk_size, check_tensor, free_values
 from retpop.ops.dtypes import DECAY_DTYPES, INPUT_DTYPES, state_dtype
 
 MODES = ("parallel", "chunkwise", "recurrent")
@@ -69,8 +71,8 @@ def check_pop(
     state: Tensor | None,
     scale: float | None,
     reset: Tensor | None,
-) -> None:
-    """Check the arguments of `pop_retention`."""
+) -> tuple[int, int]:
+    """Check the arguments of `pop_retention`; returns block_size and offset as ints."""
     where = "pop_retention()"
     check_inputs(where, Named("q", q), Named("k", k), Named("v", v), "BTHD")
     check_inputs(where, Named("q_pred", q_pred), Named("k_pred", k_pred), Named("v_pred", v_pred), "BPMHD")
@@ -89,9 +91,10 @@ def check_pop(
     check_log_decay(where, log_decay, q)
     check_decay_values(where, log_decay)
     check_scale(where, scale)
-    check_blocks(where, q.shape[1], q_pred.shape[1], block_size, offset)
+    block_size, offset = check_blocks(where, q.shape[1], q_pred.shape[1], block_size, offset)
     check_reset(where, reset, "q", q, block_size)
     check_state(where, state, q, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
+    return block_size, offset
 
 
 def check_layout(where: str, name: str, value: Tensor, layout: str) -> None:
@@ -120,7 +123,7 @@ def check_inputs(where: str, q: Named, k: Named, v: Named, layout: str) -> None:
         for axis, dim in enumerate(dims):
             if other.value.shape[axis] != q.value.shape[axis]:
                 rule = "q and k must have the same shape" if other is k else f"must share {_listed(shared)}"
-                names = "" if other is k else f"{q.name}, {k.name} and {v.name} "
+                names = "" if other is k else f"{_listed([q.name, k.name, v.name])} "
                 raise ValueError(
                     f"{where}: {other.name} has {dim}={other.value.shape[axis]} but {q.name} has "
                     f"{dim}={q.value.shape[axis]} ({q.name} {_shape(q.value)}, "
@@ -159,27 +162,27 @@ def check_decay_values(where: str, log_decay: Tensor) -> list[float] | None:
     return values
 
 
-def check_scale(where: str, scale: float | None) -> None:
-    """Check the output scale: None or a finite number."""
+def check_scale(where: str, scale: object) -> None:
+    """Check the output scale: None or a finite number, NumPy's among them."""
     if scale is None or isinstance(scale, torch.SymFloat):
         return
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
+    if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"{where}: scale is {type(scale).__name__}; it must be a number or None.")
     if not math.isfinite(scale):
         raise ValueError(f"{where}: scale is {scale}; it must be finite.")
 
 
-def check_mode(where: str, mode: str, chunk_size: int | None) -> None:
-    """Check the mode, and that a chunk size comes only with the chunkwise one."""
+def check_mode(where: str, mode: str, chunk_size: object) -> int | None:
+    """Check the mode, and that a chunk size comes only with the chunkwise one; returns that as an int."""
     if mode not in MODES:
         raise ValueError(f"{where}: mode is {mode!r}; it must be one of {MODES}.")
     if chunk_size is None:
-        return
+        return None
     if mode != "chunkwise":
         raise ValueError(
             f"{where}: chunk_size is {chunk_size} but mode is {mode!r}; only chunkwise has chunks."
         )
-    check_chunk_size(where, chunk_size)
+    return check_chunk_size(where, chunk_size)
 
 
 def check_cu_seqlens(where: str, cu_seqlens: Tensor, name: str, x: Tensor) -> None:
@@ -228,25 +231,29 @@ def check_state(where: str, state: Tensor | None, q: Tensor, shape: tuple[int, .
         raise ValueError(f"{where}: state is on {state.device} but the inputs are on {q.device}.")
 
 
-def check_blocks(where: str, length: int, num_predictions: int, block_size: int, offset: int) -> None:
-    """Check that T is N whole blocks and that the P predictions start at boundaries that exist."""
-    for name, value in (("block_size", block_size), ("offset", offset)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{where}: {name} is {type(value).__name__}; it must be an int.")
-    if block_size < 1:
-        raise ValueError(f"{where}: block_size is {block_size}; it must be at least 1.")
-    if length % block_size:
-        raise ValueError(f"{where}: T={length} is not a whole number of blocks of block_size {block_size}.")
-    num_blocks = length // block_size
-    if not 0 <= offset <= num_blocks:
+def check_blocks(
+    where: str, length: int, num_predictions: int, block_size: object, offset: object
+) -> tuple[int, int]:
+    """Check that T is N whole blocks and that the P predictions start at boundaries that exist.
+
+    Returns block_size and offset as ints.
+    """
+    size, first = as_int(where, "block_size", block_size), as_int(where, "offset", offset)
+    if size < 1:
+        raise ValueError(f"{where}: block_size is {size}; it must be at least 1.")
+    if length % size:
+        raise ValueError(f"{where}: T={length} is not a whole number of blocks of block_size {size}.")
+    num_blocks = length // size
+    if not 0 <= first <= num_blocks:
         raise ValueError(
-            f"{where}: offset is {offset}; with N={num_blocks} blocks it must be 0 to {num_blocks}."
+            f"{where}: offset is {first}; with N={num_blocks} blocks it must be 0 to {num_blocks}."
         )
-    if num_predictions > num_blocks + 1 - offset:
+    if num_predictions > num_blocks + 1 - first:
         raise ValueError(
-            f"{where}: P={num_predictions} predictions from offset {offset} need as many boundaries, but "
-            f"N={num_blocks} blocks leave N + 1 - offset = {num_blocks + 1 - offset}."
+            f"{where}: P={num_predictions} predictions from offset {first} need as many boundaries, but "
+            f"N={num_blocks} blocks leave N + 1 - offset = {num_blocks + 1 - first}."
         )
+    return size, first
 
 
 def check_main_out(where: str, main_out: str) -> None:
@@ -318,8 +325,9 @@ def _shape(x: Tensor) -> str:
     return str(tuple(x.shape))
 
 
-def _listed(dims: str) -> str:
-    return ", ".join(dims[:-1]) + " and " + dims[-1]
+def _listed(names: Iterable[str]) -> str:
+    *rest, last = dict.fromkeys(names)
+    return ", ".join(rest) + " and " + last
 
 
 def _abridged(values: list[int]) -> str:

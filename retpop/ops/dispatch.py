@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from retpop._torch import constant_in_graphs
 from retpop.ops import reference_backend, torch_backend, triton_backend
-from retpop.ops.autocast import dtype_after
-from retpop.ops.checks import MODES, check_blocks, check_layout
-from retpop.ops.decay_powers import DecayPowers
-from retpop.ops.dtypes import Inputs
-from retpop.ops.packed import Packing
+from retpop.ops.checks import MODES, Named, check_blocks, check_inputs
+from retpop.ops.dtypes import Inputs, dtype_after
+from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec
+from retpop.ops.torch_backend.packed import Packing
+from retpop.ops.triton_backend.custom import interpreting, kernels, why_transformed
 from retpop.position import Rotation
+
+LARGEST_HEAD_DIM = 256
+
+AMD_ARCHITECTURES = ("gfx942",)
+"""AMD's GPUs with the matrix cores and the shared memory that the kernels are laid out for."""
 
 
 class Backend(Protocol):
@@ -34,8 +42,12 @@ class Backend(Protocol):
         state: Tensor | None,
         chunk_size: int | None,
         packing: Packing | None,
+        out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Retention of (B, T, H, D); with ``packing`` of (1, T, H, D), and states (S, H, Dk, Dv)."""
+        """Retention of (B, T, H, D); with ``packing`` of (1, T, H, D), and states (S, H, Dk, Dv).
+
+        The outputs are in ``out_dtype``; None: the values'.
+        """
 
     def pop(self, tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
         """POP of three rows, or of the sequence's three tensors and the predictions' three.
@@ -64,7 +76,7 @@ class Backend(Protocol):
         eps: float,
         activation: str,
     ) -> Tensor:
-        """`retpop.ops.gated_norm.gated_norm`."""
+        """`retpop.ops.torch_backend.gated_norm`."""
 
     def describe(self, inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
         """What would run (B, T, H) tokens, and how it would go about it; for people."""
@@ -93,15 +105,50 @@ def choose_backend(where: str, backend: str, inputs: Inputs) -> tuple[Backend, s
         raise ValueError(f"{where}: backend is {backend!r}; it must be one of {NAMES}.")
     if backend == "auto" and inputs.device.type != "cuda":
         return torch_backend, f'"auto" takes it on {inputs.device.type}'
-    reason = triton_backend.why_unavailable(*inputs)
+    reason = why_unavailable(*inputs)
     if backend == "triton":
         if reason is not None:
             raise RuntimeError(f'{where}: backend="triton" cannot run: {reason}; "torch" or "auto" can.')
         return triton_backend, "it was asked for by name"
-    reason = reason or triton_backend.why_transformed()
+    reason = reason or why_transformed()
     if reason is not None:
         return torch_backend, f'"auto" takes it because {reason}'
     return triton_backend, '"auto" takes it on such a GPU'
+
+
+@constant_in_graphs
+def why_unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Half a sentence that says why the Triton backend cannot run such inputs, or None where it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu" and not interpreting():
+        return "the inputs are on a CPU, where kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
+    if device.type not in ("cpu", "cuda", "meta"):
+        return f"the inputs are on {device.type}, for which there are no kernels"
+    if device.type == "cuda":
+        reason = _why_not_on_gpu(device)
+        if reason is not None:
+            return reason
+    if dtype == torch.float64:
+        return "the inputs are torch.float64, and the kernels compute in float32"
+    if max(key_dim, value_dim) > LARGEST_HEAD_DIM:
+        return f"a head has {max(key_dim, value_dim)} features, and the kernels hold up to {LARGEST_HEAD_DIM}"
+    return None
+
+
+def _why_not_on_gpu(device: torch.device) -> str | None:
+    gpus = kernels("gpus")
+    architecture = gpus.architecture_of(device)
+    if torch.version.hip is not None:
+        if architecture not in AMD_ARCHITECTURES:
+            return f"the GPU is {architecture}; of AMD's, kernels are for {' and '.join(AMD_ARCHITECTURES)}"
+    else:
+        properties = torch.cuda.get_device_properties(device)
+        if properties.major < 8:
+            capability = f"{properties.major}.{properties.minor}"
+            return f"the GPU has compute capability {capability}, and the kernels need 8.0"
+    reason: str | None = gpus.why_wrong(architecture)
+    return reason
 
 
 def explain_backend(
@@ -128,8 +175,8 @@ def explain_backend(
         TypeError, ValueError, RuntimeError: as the op itself would.
     """
     where = "explain_backend()"
-    for tensor_name, tensor in (("q", q), ("v", q if v is None else v)):
-        check_layout(where, tensor_name, tensor, "BTHD")
+    v = q if v is None else v
+    check_inputs(where, Named("q", q), Named("q", q), Named("v", v), "BTHD")
     if mode not in (*MODES, "pop"):
         raise ValueError(f"{where}: mode is {mode!r}; it must be one of {(*MODES, 'pop')}.")
     if block_size is not None:
@@ -138,8 +185,7 @@ def explain_backend(
                 f"{where}: block_size is {block_size} but mode is {mode!r}; only pop has blocks."
             )
         check_blocks(where, q.shape[1], 0, block_size, 0)
-    value_dim = q.shape[-1] if v is None else v.shape[-1]
-    inputs = Inputs(q.device, dtype_after(q.device, q.dtype), q.shape[-1], value_dim)
+    inputs = Inputs(q.device, dtype_after(q.device, q.dtype), q.shape[-1], v.shape[-1])
     chosen, reason = choose_backend(where, backend, inputs)
     form = chosen.describe(inputs, q.shape[:3], mode, block_size)
     dtype = str(inputs.dtype).removeprefix("torch.")

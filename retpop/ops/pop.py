@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from retpop.ops.autocast import cast_inputs, without_autocast
 from retpop.ops.checks import check_pop
-from retpop.ops.decay_powers import DecayPowers, default_scale
 from retpop.ops.dispatch import choose_backend
-from retpop.ops.dtypes import Inputs, state_dtype
+from retpop.ops.dtypes import Inputs, cast_inputs, state_dtype, without_autocast
+from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.rows import PopSpec
 
 
@@ -65,7 +64,7 @@ def pop_retention(
     Source: REM, arXiv 2402.05643, section 3.2.
     """
     q, k, v, q_pred, k_pred, v_pred = cast_inputs(q, k, v, q_pred, k_pred, v_pred)
-    check_pop(
+    block_size, offset = check_pop(
         q,
         k,
         v,

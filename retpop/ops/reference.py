@@ -93,5 +93,5 @@ def _one_sequence(
 
 def _initial_state(q: Tensor, v: Tensor, state: Tensor | None, rows: int) -> Tensor:
     if state is not None:
-        return state
+        return state.clone()  # what comes out is never what went in, not even after no tokens
     return q.new_zeros(rows, *q.shape[2:], v.shape[-1], dtype=state_dtype(q.dtype))

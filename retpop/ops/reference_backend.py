@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from retpop.ops import reference
-from retpop.ops.decay_powers import DecayPowers
 from retpop.ops.dtypes import Inputs
-from retpop.ops.gated_norm import gated_norm as gated_norm
-from retpop.ops.packed import Packing
+from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec, join_row, split_row
+from retpop.ops.torch_backend import gated_norm as gated_norm
 from retpop.ops.torch_backend import rotate as rotate
+from retpop.ops.torch_backend.packed import Packing
 
 NAME = "reference"
 
@@ -27,9 +28,11 @@ def retention(
     state: Tensor | None,
     chunk_size: int | None,
     packing: Packing | None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Retention token by token; the mode and its chunks change nothing."""
     bounds = None if packing is None else packing.bounds
+    q, k, v = (x.to(out_dtype or x.dtype) for x in (q, k, v))  # it computes in float32 anyway
     return reference.retention(q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds)
 
 
@@ -42,7 +45,7 @@ def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[
         )
         out, pred, final = pop((q, k, v, q_pred, k_pred, v_pred), state, spec)
         return spec.readers(join_row(out, pred)), final
-    q, k, v, q_pred, k_pred, v_pred = tokens
+    q, k, v, q_pred, k_pred, v_pred = (x.to(spec.out_dtype or x.dtype) for x in tokens)
     return reference.pop_retention(
         q,
         k,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from retpop.ops.autocast import cast_inputs, without_autocast
 from retpop.ops.checks import check_retention
-from retpop.ops.decay_powers import DecayPowers, default_scale
 from retpop.ops.dispatch import choose_backend
-from retpop.ops.dtypes import Inputs, state_dtype
-from retpop.ops.packed import Packing
+from retpop.ops.dtypes import Inputs, cast_inputs, state_dtype, without_autocast
+from retpop.ops.powers import DecayPowers, default_scale
+from retpop.ops.torch_backend.packed import Packing
 
 
 def retention(
@@ -77,6 +76,6 @@ def retention(
             DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype), decays),
             mode=mode,
             state=state,
-            chunk_size=chunk_size,
+            chunk_size=None if chunk_size is None else int(chunk_size),
             packing=None if cu_seqlens is None else Packing("retention()", cu_seqlens, q.shape[1]),
         )

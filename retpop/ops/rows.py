@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.powers import DecayPowers
 
 
 def join_row(main: Tensor, pred: Tensor) -> Tensor:
@@ -38,14 +38,16 @@ class PopSpec(NamedTuple):
         block_size, offset, reset: as in `retpop.pop_retention`.
         main_out: "all"; or "last": queries and outputs of the sequence are those of each block's last
             token: short rows.
+        out_dtype: of the outputs; None: the values'.
     """
 
     powers: DecayPowers
-    predictions: tuple[int, int]
+    predictions: Sequence[int]
     block_size: int
     offset: int
     reset: Tensor | None
     main_out: str = "all"
+    out_dtype: torch.dtype | None = None
 
     def readers(self, row: Tensor) -> Tensor:
         """The tokens of a row whose outputs are wanted: the row itself, or a short one."""

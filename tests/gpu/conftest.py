@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu_cases import REHEARSAL
 
-from retpop.ops.custom import interpreting
+from retpop.ops.triton_backend.custom import interpreting
 
 
 @pytest.fixture(scope="session")

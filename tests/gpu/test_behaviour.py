@@ -217,10 +217,10 @@ def test_the_last_row_of_a_batch_beyond_32_bits(device: torch.device) -> None:
     q, k, v = (torch.randn(rows, tokens, H, D, device=device, dtype=dtype) for _ in range(3))
     log_decay = retpop.log_spaced_decay(H).to(device)
     ops = torch.ops.retpop
-    pop = (log_decay, None, None, [N, M], L, 0, 0.5)
+    pop = (log_decay, None, None, [N, M], L, 0, 0.5, None)
     turn = torch.randn(1, tokens, 1, D, device=device)
     for run in (
-        lambda q, k, v: ops.pop_rows_fwd(q, k, v, *pop),
+        lambda q, k, v: ops.pop_fwd([q, k, v], *pop),
         lambda q, k, v: ops.rotary_fwd(q, k, turn, turn, "retnet", False),
         lambda q, k, v: (ops.norm_gate_fwd(q, k, None, None, "groupnorm", 1e-6),),
     ):

@@ -120,7 +120,7 @@ def test_pop_rows(shape: str, dtype: torch.dtype, device: torch.device, record_p
     reset = (torch.arange(B * N).view(B, N) % 3 == 1).to(device)
     leaves = [x.detach().clone().requires_grad_() for x in (projected, state)]
     row = leaves[0].split(H, dim=2)
-    results = torch.ops.retpop.pop_rows_fwd(*row, log_decay, leaves[1], reset, [P, M], L, offset, 0.5)
+    results = torch.ops.retpop.pop_fwd(list(row), log_decay, leaves[1], reset, [P, M], L, offset, 0.5, None)
     doubles = [x.detach().double().requires_grad_() for x in (projected, state)]
     parts = [split_row(x, (P, M)) for x in doubles[0].split(H, dim=2)]
     out, pred, final = reference.pop_retention(

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from retpop import RetNetDecoder, RetNetState
-from retpop.ops import custom
+from retpop.ops.triton_backend import custom
 
 float32 = partial(make_decoder, torch.float32, num_layers=1)
 
@@ -141,7 +141,7 @@ def test_an_exported_step(interpreter: bool, monkeypatch: pytest.MonkeyPatch) ->
     x, x_pred, state = tokens(2, 3), tokens(2, 1, 2, seed=1), random_state(decoder, 2)
     program = torch.export.export(Step(decoder), (x, x_pred, state))
     ops = {str(node.target) for node in program.graph.nodes if "retpop" in str(node.target)}
-    assert ops == {f"retpop.{name}.default" for name in ("pop_rows_fwd", "rotary_fwd", "norm_gate_fwd")}
+    assert ops == {f"retpop.{name}.default" for name in ("pop_fwd", "rotary_fwd", "norm_gate_fwd")}
     if not interpreter:
         monkeypatch.setattr(custom, "interpreting", lambda: False)
     other = random_state(decoder, 2, seed=5)

@@ -11,7 +11,7 @@ from retention_cases import assert_same_gradients, gradients, normal
 from torch import Tensor, nn
 
 from retpop import MultiScaleRetention, RetNetState
-from retpop.ops import row_ops, triton_backend
+from retpop.ops.triton_backend import layer, pop, retention
 
 float32 = partial(make_decoder, torch.float32, num_layers=1)
 
@@ -163,7 +163,7 @@ class Recorder:
         return self.op(*arguments)
 
 
-OPS = ("retention_fwd", "retention_step", "pop_fwd", "pop_rows_fwd", "norm_gate_fwd", "rotary_fwd")
+OPS = {"retention_fwd": retention, "pop_fwd": pop, "norm_gate_fwd": layer, "rotary_fwd": layer}
 
 
 @pytest.mark.parametrize(
@@ -180,17 +180,14 @@ def test_the_ops_that_run(
     changes: dict[str, object], expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One each for retention, rotary positions, and norm with gate, in every layer; with "torch" none."""
-    recorders = {name: Recorder(getattr(triton_backend, name)) for name in OPS}
+    recorders = {name: Recorder(getattr(module, name)) for name, module in OPS.items()}
     for name, recorder in recorders.items():
-        monkeypatch.setattr(triton_backend, name, recorder)
+        monkeypatch.setattr(OPS[name], name, recorder)
     decoder = float32(**changes)
     layers = len(decoder.layers)
     calls = {
         "retention_fwd": lambda backend: decoder(tokens(2, 4), backend=backend),
-        "retention_step": lambda backend: decoder(tokens(2, 1), backend=backend),
-        "pop_rows_fwd": lambda backend: decoder.pop(
-            tokens(2, 2), tokens(2, 1, 2), block_size=2, backend=backend
-        ),
+        "pop_fwd": lambda backend: decoder.pop(tokens(2, 2), tokens(2, 1, 2), block_size=2, backend=backend),
     }
     for name, call in calls.items():
         call("torch")
@@ -220,18 +217,3 @@ def test_autocast() -> None:
     for a, e in zip((out, pred, after.kv), (*expected[:2], expected[2].kv), strict=True):
         assert a.dtype == e.dtype
         assert ((a - e).float().square().mean() / e.float().square().mean()).sqrt() < 3e-3
-
-
-@pytest.mark.parametrize("kind", ["groupnorm", "rmsnorm"])
-@pytest.mark.parametrize("affine", [False, True])
-def test_the_gradients_of_norm_and_gate_are_right(kind: str, affine: bool) -> None:
-    """Of the op's own formulas, in float64, where finite differences can tell."""
-    inputs = [normal(2, 3, 2, 5, seed=0), normal(2, 3, 2, 5, seed=1)]
-    inputs += [normal(2, 5, seed=2), normal(2, 5, seed=3)] if affine else [None, None]
-    needs = [x is not None for x in inputs]
-    leaves = [x.requires_grad_() for x in inputs if x is not None]
-    y = row_ops._compute_norm_gate(*inputs, kind, 1e-3)
-    grad = normal(*y.shape, seed=4)
-    with torch.no_grad():
-        actual = row_ops._compute_norm_gate_gradients(*inputs, grad, kind, 1e-3, needs)
-    assert_same_gradients(actual, list(torch.autograd.grad(y, leaves, grad)), 1e-12)

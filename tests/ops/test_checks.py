@@ -314,3 +314,28 @@ def test_minus_infinity_and_zero_are_legal_log_decays(backend: str) -> None:
     log_decay = torch.tensor([-torch.inf, 0.0, -0.5])
     for result in replace(case, log_decay=log_decay).run(backend=backend):
         assert torch.isfinite(result).all()
+
+
+def test_numbers_of_numpy_are_taken_as_torch_takes_them() -> None:
+    numpy = pytest.importorskip("numpy")
+    case = RetentionCase.make(1, 20, 2, 4, 4, dtype=torch.float32)
+    actual = case.run(scale=numpy.float32(0.5), chunk_size=numpy.int64(16))
+    for a, e in zip(actual, case.run(scale=0.5, chunk_size=16), strict=True):
+        assert torch.equal(a, e)
+    pop = PopCase.make(1, 2, 3, 1, 2, 2, 3, 4, offset=1)
+    other = replace(pop, block_size=numpy.int32(3), offset=numpy.uint8(1))
+    for a, e in zip(other.run(), pop.run(), strict=True):
+        assert torch.equal(a, e)
+    with pytest.raises(TypeError, match="scale is bool"):
+        case.run(scale=numpy.bool_(True))
+
+
+def test_under_another_default_device() -> None:
+    """No tensor is made where a user's other tensors are made by default."""
+    case = RetentionCase.make(1, 40, 2, 4, 4)
+    expected = case.run()
+    pop = PopCase.make(1, 2, 3, 1, 2, 2, 3, 4, with_reset=True)
+    with torch.device("meta"):
+        for a, e in zip((*case.run(), *pop.run()), (*expected, *pop.run()), strict=True):
+            assert (a.device.type, e.device.type) == ("cpu", "cpu")
+        case.run(cu_seqlens=torch.tensor([0, 40], device="cpu"))

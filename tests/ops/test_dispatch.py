@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 import retpop
 from retpop.kernels import gpus
-from retpop.ops import triton_backend
+from retpop.ops import dispatch
 from retpop.ops.dispatch import choose_backend
 from retpop.ops.dtypes import Inputs
 
@@ -115,7 +115,7 @@ def test_which_gpus(
 
 @pytest.mark.usefixtures("hopper")
 def test_auto_takes_torch_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     assert "not installed" in chosen()[1]
     with pytest.raises(RuntimeError, match=r"Triton is not installed"):
         choose_backend("here", "triton", inputs())
@@ -193,6 +193,12 @@ def test_explain_backend_of_other_value_dims() -> None:
     retpop.explain_backend(q, backend="triton")
     with pytest.raises(RuntimeError, match="300"):
         retpop.explain_backend(q, v, backend="triton")
+
+
+@pytest.mark.parametrize("v", [torch.zeros(1, 3, 2, 4), torch.zeros(1, 4, 2, 4).double()], ids=["T", "dtype"])
+def test_explain_backend_refuses_values_that_the_op_would_refuse(v: torch.Tensor) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^explain_backend\(\): v (has T=3|is torch.float64)"):
+        retpop.explain_backend(torch.zeros(1, 4, 2, 4), v)
 
 
 WITHOUT_THE_INTERPRETER = """

@@ -19,7 +19,7 @@ from retention_cases import (
 )
 
 import retpop
-from retpop.ops import packed
+from retpop.ops.torch_backend import packed
 
 BACKENDS_AND_MODES = [("reference", "chunkwise"), *(("torch", mode) for mode in MODES)]
 

@@ -21,7 +21,7 @@ from retention_cases import (
 from torch import Tensor
 
 import retpop
-from retpop.ops.decay_powers import DecayPowers
+from retpop.ops.powers import DecayPowers
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 

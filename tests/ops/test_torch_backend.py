@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from retention_cases import (
     CHUNK,
+    MODES,
     PopCase,
     RetentionCase,
     assert_same_gradients,
@@ -22,7 +24,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import retpop
 from retpop import RetNetConfig, RetNetDecoder
-from retpop.ops import blocks
+from retpop.ops import reference_backend, torch_backend, triton_backend
+from retpop.ops.powers import DecayPowers
+from retpop.ops.rows import PopSpec
+from retpop.ops.torch_backend import eager
+from retpop.ops.torch_backend.packed import Packing
 
 VALUES = [1, 200, 400, 800]
 """A block of 16 tokens has 2 x 3 x 16 = 96 values a row: one row at once; two; one block of all rows; two."""
@@ -30,7 +36,7 @@ VALUES = [1, 200, 400, 800]
 
 @pytest.fixture(params=VALUES)
 def values_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(blocks, "VALUES_A_THREAD", request.param)
+    monkeypatch.setattr(eager, "VALUES_A_THREAD", request.param)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return int(request.param)
 
@@ -66,12 +72,12 @@ def test_stretches_of_any_size(name: str) -> None:
 
 def test_short_blocks_of_many_rows_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stretch counts its own tokens: short rows, and what is left over, are not cut finer."""
-    monkeypatch.setattr(blocks, "VALUES_A_THREAD", 8 * 64)
+    monkeypatch.setattr(eager, "VALUES_A_THREAD", 8 * 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     few, many = (torch.empty(16, length, 2, 4) for length in (4, 68))
-    assert [part.rows for part in blocks.stretches(few, 64)] == [slice(0, 16)]
-    assert [part.num_blocks for part in blocks.stretches(many, 64)] == [1] * 16 + [1]
-    assert list(blocks.stretches(many, 64))[-1] == blocks.Stretch(slice(0, 16), slice(1, 2), slice(64, 68), 4)
+    assert [part.rows for part in eager.stretches(few, 64)] == [slice(0, 16)]
+    assert [part.num_blocks for part in eager.stretches(many, 64)] == [1] * 16 + [1]
+    assert list(eager.stretches(many, 64))[-1] == eager.Stretch(slice(0, 16), slice(1, 2), slice(64, 68), 4)
 
 
 @pytest.mark.usefixtures("values_at_once")
@@ -225,8 +231,13 @@ def test_backward_under_autocast_keeps_its_precision() -> None:
         assert torch.equal(x, y)
 
 
-def test_what_training_keeps_is_its_inputs_and_the_states() -> None:
-    case = RetentionCase.make(2, 20 * CHUNK, 2, 16, 16, dtype=torch.float32).for_gradients()
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_training_keeps_is_its_inputs_and_the_states(packed: bool) -> None:
+    """No scores, of packed sequences neither: 8 chunks of the first, 13 of the second, each with a state."""
+    case = RetentionCase.make(
+        1, 20 * CHUNK, 2, 16, 16, dtype=torch.float32, sequences=2 if packed else None
+    ).for_gradients()
+    options = {"cu_seqlens": torch.tensor([0, 8 * CHUNK - 3, 20 * CHUNK])} if packed else {}
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -234,8 +245,8 @@ def test_what_training_keeps_is_its_inputs_and_the_states() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        run(case, "torch")
-    states = 21 * case.state.nbytes
+        case.run(chunk_size=CHUNK, **options)
+    states = 21 * case.state[0].nbytes
     assert sum(kept.values()) == states + sum(x.nbytes for x in case.leaves())
 
 
@@ -252,3 +263,32 @@ def test_a_traced_program_sees_plain_operations() -> None:
     assert "PythonOp" not in str(traced.graph)
     others = normal(*case.q.shape, seed=8), case.k, case.v
     assert largest_error(traced(*others), function(*others)) < 1e-7  # a trace has the scale in float32
+
+
+@pytest.mark.parametrize("mode", ["parallel", "chunkwise", "recurrent"])
+@pytest.mark.parametrize("bounds", [None, torch.tensor([0, 0, 0])], ids=["one", "packed"])
+def test_without_tokens_the_state_comes_back_as_a_copy(mode: str, bounds: Tensor | None) -> None:
+    case = RetentionCase.make(2 if bounds is None else 1, 0, 2, 3, 4, sequences=2)
+    for backend in ("torch", "reference"):
+        _, state = case.run(mode=mode, cu_seqlens=bounds, backend=backend)
+        assert torch.equal(state, case.state)
+        assert state.data_ptr() != case.state.data_ptr()
+    _, _, state = PopCase.make(2, 0, 3, 1, 2, 2, 3, 4).run()
+    assert state.is_contiguous()
+
+
+def test_outputs_of_float16_tokens_can_be_had_in_float32() -> None:
+    """Of packed sequences, rows of POP and in every mode: a sum that float16 cannot hold."""
+    q = torch.full((1, 8, 1, 4), 100.0, dtype=torch.float16)
+    powers = DecayPowers(torch.zeros(1), 1.0, torch.float32)
+    options = {"state": None, "chunk_size": None, "out_dtype": torch.float32}
+    exact = retpop.retention(*[q.double()] * 3, torch.zeros(1).double(), scale=1.0)[0]
+    backends = torch_backend, triton_backend, reference_backend
+    for backend, mode in itertools.product(backends, MODES):
+        for packing in (None, Packing("here", torch.tensor([0, 8]), 8)):
+            out, _ = backend.retention(q, q, q, powers, mode=mode, packing=packing, **options)
+            assert out.dtype is torch.float32
+            torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=0)
+        spec = PopSpec(powers, (1, 2), 3, 1, None, out_dtype=torch.float32)
+        row, _ = backend.pop((q, q, q), None, spec)
+        torch.testing.assert_close(row[:, :6].double(), exact[:, :6], rtol=1e-5, atol=0)

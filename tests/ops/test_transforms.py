@@ -18,6 +18,7 @@ from retention_cases import (
     normal,
 )
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import retpop
@@ -178,3 +179,54 @@ def test_shapes_on_the_meta_device(mode: str) -> None:
     out, state = meta.run(mode=mode)
     assert (out.shape, out.dtype, out.device.type) == ((2, 18, 2, 4), torch.bfloat16, "meta")
     assert (state.shape, state.dtype, state.device.type) == ((2, 2, 3, 4), torch.float32, "meta")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_linearized(mode: str) -> None:
+    """A linear function of tangents, computed without the operation itself; constants in it are shared."""
+    case = RetentionCase.make(2, 18, 2, 3, 4)
+    leaf = case.k.requires_grad_()  # what the linear function holds as a constant may want a gradient
+
+    def run(q: Tensor) -> Tensor:
+        return replace(case, q=q, k=leaf).run(**mode_options(mode))[0]
+
+    _, linear = torch.func.linearize(run, case.q)
+    tangent = normal(*case.q.shape, seed=3)
+    expected = torch.func.jvp(run, (case.q,), (tangent,))[1]
+    for _ in range(2):
+        assert_same_gradients([linear(tangent)], [expected], 1e-12)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["retention", "packed", "POP"])
+def test_a_backward_that_is_compiled_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled autograd, over a forward that ran eagerly; the compiler does not know our poisoned memory."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.__base__.new_empty)
+    if name == "POP":
+        case, options = PopCase.make(2, 3, 2, 2, 3, 2, 3, 4, with_reset=True).for_gradients(), {}
+    else:
+        case = RetentionCase.make(1, 40, 2, 3, 4, sequences=2 if name == "packed" else None).for_gradients()
+        options = {"cu_seqlens": torch.tensor([0, 17, 40])} if name == "packed" else {}
+    expected = gradients(case.run(**options), case.leaves())
+    loss = sum((normal(*r.shape, seed=7 + i) * r).sum() for i, r in enumerate(case.run(**options)))
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    assert_same_gradients([leaf.grad for leaf in case.leaves()], expected, 1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exported_for_any_length(mode: str) -> None:
+    """Not unrolled: chunkwise mode is one operation of such a program, and parallel mode one product."""
+    case = RetentionCase.make(2, 130, 2, 3, 4, dtype=torch.float32)
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return retpop.retention(q, k, v, case.log_decay, mode=mode, state=case.state)
+
+    length = torch.export.Dim("T", min=2, max=4096)
+    dims = {name: {1: length} for name in "qkv"}
+    program = torch.export.export(Module(), (case.q, case.k, case.v), dynamic_shapes=dims).module()
+    for T in (2, 64, 201):
+        other = replace(RetentionCase.make(2, T, 2, 3, 4, seed=6, dtype=torch.float32), state=case.state)
+        expected = other.run(mode=mode)
+        assert_same_results(program(other.q, other.k, other.v), expected, 1e-6)

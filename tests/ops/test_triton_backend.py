@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import retpop
-from retpop.ops import custom
+from retpop.ops.triton_backend import custom
 
 FLOAT32 = 5e-6
 GRADIENTS = 2e-5
@@ -192,8 +192,10 @@ def test_dual_tensors_are_refused_and_others_pass() -> None:
     with forward_ad.dual_level():
         case.run(backend="triton")
         dual = replace(case, v=forward_ad.make_dual(case.v, case.v))
-        with pytest.raises(RuntimeError, match=r'forward-mode AD.*backend="torch"'):
-            dual.run(backend="triton")
+        decay = replace(case, log_decay=forward_ad.make_dual(case.log_decay, torch.ones(3)))
+        for wrong in (dual, decay):
+            with pytest.raises(RuntimeError, match=r'forward-mode AD.*backend="torch"'):
+                wrong.run(backend="triton")
 
 
 def test_a_compiled_transform_is_refused_too() -> None:
@@ -264,3 +266,11 @@ def test_gradients_have_the_inputs_dtype() -> None:
     out, state = case.run(backend="triton")
     (out.float().sum() + state.sum()).backward()
     assert [leaf.grad.dtype for leaf in leaves] == [torch.float16] * 3
+
+
+@pytest.mark.parametrize("name", ["retention", "pop"])
+def test_batches_of_gradients_are_refused(name: str) -> None:
+    case, leaves = only(retention_case(5), ("q",)) if name == "retention" else only(pop_case(), ("q",))
+    out = case.run(backend="triton")[0]
+    with pytest.raises(RuntimeError, match=r'batches of gradients; backend="torch"'):
+        torch.autograd.grad(out, leaves, out.detach().expand(3, *out.shape), is_grads_batched=True)

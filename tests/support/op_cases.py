@@ -44,16 +44,17 @@ def retention_fwd(kind: str) -> Arguments:
     make = Maker(kind)
     if kind == "packed or odd":
         bounds = torch.tensor([0, 5, 5, 23], dtype=torch.int32)
-        return *tokens(make, 1, 23), LOG_DECAY, make.state(3, 4, 6), bounds, 0.7
+        return *tokens(make, 1, 23), LOG_DECAY, make.state(3, 4, 6), bounds, 0.7, None
     length = 0 if kind == "empty" else 18
-    return *tokens(make, 2, length), LOG_DECAY, make.state(2, 4, 6), None, 0.5
+    return *tokens(make, 2, length), LOG_DECAY, make.state(2, 4, 6), None, 0.5, None
 
 
-def retention_step(kind: str) -> Arguments:
+def token(kind: str) -> Arguments:
+    """Of `retention_fwd`: a kernel of its own."""
     make = Maker(kind)
     rows = 0 if kind == "empty" else 2
     Dk, Dv = (5, 1) if kind == "packed or odd" else (4, 6)
-    return *tokens(make, rows, Dk=Dk, Dv=Dv), LOG_DECAY, make.state(rows, Dk, Dv), 0.5
+    return *tokens(make, rows, 1, Dk=Dk, Dv=Dv), LOG_DECAY, make.state(rows, Dk, Dv), None, 0.5, None
 
 
 def _pop_sizes(kind: str) -> tuple[int, int, int, int, int]:
@@ -61,20 +62,17 @@ def _pop_sizes(kind: str) -> tuple[int, int, int, int, int]:
     return {"empty": (0, 3, 0, 2, 0), "packed or odd": (2, 1, 3, 5, 0)}.get(kind, (3, 3, 2, 2, 1))
 
 
-def pop_fwd(kind: str) -> Arguments:
+def pop_fwd(kind: str, *, of_rows: bool = False) -> Arguments:
     make = Maker(kind)
     N, L, P, M, offset = _pop_sizes(kind)
     reset = None if kind == "without a state" else torch.arange(2 * N).view(2, N) % 3 == 1
-    main, pred = tokens(make, 2, N * L), tokens(make, 2, P, M)
-    return *main, *pred, LOG_DECAY, make.state(2, 4, 6), reset, L, offset, 0.5
+    shapes = [(2, N * L + P * M)] if of_rows else [(2, N * L), (2, P, M)]
+    given = [x for shape in shapes for x in tokens(make, *shape)]
+    return given, LOG_DECAY, make.state(2, 4, 6), reset, [P, M], L, offset, 0.5, None
 
 
-def pop_rows_fwd(kind: str) -> Arguments:
-    make = Maker(kind)
-    N, L, P, M, offset = _pop_sizes(kind)
-    reset = None if kind == "without a state" else torch.arange(2 * N).view(2, N) % 3 == 1
-    row = tokens(make, 2, N * L + P * M)
-    return *row, LOG_DECAY, make.state(2, 4, 6), reset, [P, M], L, offset, 0.5
+def pop_rows(kind: str) -> Arguments:
+    return pop_fwd(kind, of_rows=True)
 
 
 def norm_gate_fwd(kind: str) -> Arguments:
@@ -96,52 +94,51 @@ def rotary_fwd(kind: str) -> Arguments:
     return make(2, length, 3, dim), make(2, length, 3, dim), *turn, pairs, kind == "packed or odd"
 
 
-FORWARD: dict[str, Callable[[str], Arguments]] = {
-    make.__name__: make
-    for make in (retention_fwd, retention_step, pop_fwd, pop_rows_fwd, norm_gate_fwd, rotary_fwd)
+Case = tuple[str, Callable[[str], Arguments]]
+"""An op's name, and what makes its arguments of a kind."""
+
+FORWARD: dict[str, Case] = {
+    "retention": ("retention_fwd", retention_fwd),
+    "token": ("retention_fwd", token),
+    "pop": ("pop_fwd", pop_fwd),
+    "pop of rows": ("pop_fwd", pop_rows),
+    "norm and gate": ("norm_gate_fwd", norm_gate_fwd),
+    "rotary": ("rotary_fwd", rotary_fwd),
 }
 
 
-def _gradients_of(name: str, kind: str) -> tuple[Tensor, ...]:
-    """Random gradients of an op's results, whose shapes the fake gives."""
-    results = getattr(torch.ops.retpop, name)(
-        *(x.detach().to("meta") if isinstance(x, Tensor) else x for x in FORWARD[name](kind))
-    )
-    results = results if isinstance(results, tuple) else (results,)
-    return tuple(normal(*x.shape, seed=50 + i, dtype=x.dtype) for i, x in enumerate(results))
+def flat(arguments: Arguments) -> list[object]:
+    """Arguments with their lists taken apart."""
+    return [x for one in arguments for x in (one if isinstance(one, list | tuple) else [one])]
 
 
-def retention_bwd(kind: str) -> Arguments:
-    *tensors, scale = retention_fwd(kind)
-    grads = _gradients_of("retention_fwd", kind)
-    needs = [True, kind != "plain", True, tensors[4] is not None]
-    return *tensors, *grads, scale, needs
+def run(name: str, arguments: Arguments) -> list[Tensor]:
+    """The results of an op."""
+    return flat((getattr(torch.ops.retpop, name)(*arguments),))
 
 
-def pop_bwd(kind: str) -> Arguments:
-    *tensors, block_size, offset, scale = pop_fwd(kind)
-    grads = _gradients_of("pop_fwd", kind)
-    if kind == "packed or odd":
-        grads = (grads[0], None, None)
-    needs = [True] * 5 + [kind != "plain", tensors[7] is not None]
-    return *tensors, *grads, block_size, offset, scale, needs
+def backward_of(case: str, num_tensors: int) -> Callable[[str], Arguments]:
+    """Arguments of the gradient op of a case: random gradients of its results, and which are wanted."""
+    name, make = FORWARD[case]
+
+    def arguments(kind: str) -> Arguments:
+        given = make(kind)
+        results = [x.detach() for x in run(name, given)]
+        grads = [normal(*x.shape, seed=50 + i, dtype=x.dtype) for i, x in enumerate(results)]
+        if kind == "packed or odd" and len(grads) > 1:
+            grads[-1] = None
+        inputs = flat(given[:num_tensors])
+        needs = [isinstance(x, Tensor) and x.is_floating_point() and x is not LOG_DECAY for x in inputs]
+        needs[1] = needs[1] and kind != "plain"
+        return *given[:num_tensors], grads, *given[num_tensors:], needs
+
+    return arguments
 
 
-def pop_rows_bwd(kind: str) -> Arguments:
-    *tensors, predictions, block_size, offset, scale = pop_rows_fwd(kind)
-    grads = _gradients_of("pop_rows_fwd", kind)
-    if kind == "packed or odd":
-        grads = (None, grads[1])
-    needs = [True, True, kind != "plain", tensors[4] is not None]
-    return *tensors, *grads, predictions, block_size, offset, scale, needs
-
-
-def norm_gate_bwd(kind: str) -> Arguments:
-    *tensors, norm, eps = norm_gate_fwd(kind)
-    needs = [kind != "plain", True, tensors[2] is not None, tensors[3] is not None]
-    return *tensors, *_gradients_of("norm_gate_fwd", kind), norm, eps, needs
-
-
-BACKWARD: dict[str, Callable[[str], Arguments]] = {
-    make.__name__: make for make in (retention_bwd, pop_bwd, pop_rows_bwd, norm_gate_bwd)
+BACKWARD: dict[str, Case] = {
+    "retention, backward": ("retention_bwd", backward_of("retention", 6)),
+    "token, backward": ("retention_bwd", backward_of("token", 6)),
+    "pop, backward": ("pop_bwd", backward_of("pop", 4)),
+    "pop of rows, backward": ("pop_bwd", backward_of("pop of rows", 4)),
+    "norm and gate, backward": ("norm_gate_bwd", backward_of("norm and gate", 4)),
 }

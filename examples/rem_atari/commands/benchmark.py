@@ -20,7 +20,7 @@ from rem_atari.errors import UsageError
 from rem_atari.report.text import duration, size
 from rem_atari.runs.durable import replace_file
 from rem_atari.timing.benchmark import MATRIX, NUM_PARTS, measure
-from rem_atari.timing.projection import COMPONENTS, Benchmark, Timing
+from rem_atari.timing.projection import Benchmark, Timing
 from rem_atari.training.schedule import evaluation_episodes
 
 TITLES = {
@@ -106,13 +106,17 @@ def describe_device(device: str) -> str:
     return f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
 
 
+def _ordered(result: Benchmark) -> list[tuple[str, Timing]]:
+    """The timings in the order of `TITLES`."""
+    return [(name, result.timings[name]) for name in TITLES if name in result.timings]
+
+
 def _timings_table(result: Benchmark) -> str:
     rows = []
-    for name, title in TITLES.items():
-        timing = result.timings[name]
+    for name, timing in _ordered(result):
         rows.append(
             [
-                title,
+                TITLES[name],
                 f"{timing.batch:,} {timing.of if timing.batch > 1 else timing.of.removesuffix('s')}",
                 str(len(timing.seconds)),
                 *(_seconds(each) for each in (timing.median, min(timing.seconds), max(timing.seconds))),
@@ -126,11 +130,10 @@ def _timings_table(result: Benchmark) -> str:
 def _parts_table(result: Benchmark) -> str:
     """What each part of the work consists of; on a CPU beside the rate of a matrix product."""
     rows = []
-    for name, title in TITLES.items():
-        timing = result.timings[name]
+    for name, timing in _ordered(result):
         for part, seconds in timing.parts.items() if len(timing.parts) > 1 else ():
             efficiency = result.efficiency(name, part)
-            row = [f"{title}: {part}", _seconds(seconds), f"{timing.share(part):.1%}"]
+            row = [f"{TITLES[name]}: {part}", _seconds(seconds), f"{timing.share(part):.1%}"]
             rows.append([*row, "" if efficiency is None else f"{efficiency:.0%}"])
     rate = "" if result.matrix_rate is None else f"of {result.matrix_rate / 1e9:,.0f} GFLOP/s"
     return format_table(["where the time goes", "median", "share", rate], rows)
@@ -168,7 +171,7 @@ def _notes(result: Benchmark) -> list[str]:
             " last column above is the share of it at which a part's matrix products and convolutions were"
             " computed, all its other work included."
         )
-    shortest = min(len(result.timings[name].seconds) for name in ("tokenizer", "world_model", "controller"))
+    shortest = min(len(result.timings[name].seconds) for name in result.trained)
     if shortest < 3:
         lines.append(
             f"A part was timed {shortest}x only: --max-seconds allows more, --batch-scale makes it cheaper."
@@ -179,7 +182,7 @@ def _notes(result: Benchmark) -> list[str]:
 def _whole_batches(result: Benchmark) -> str:
     """By what each component's time is multiplied."""
     factors = []
-    for name in COMPONENTS:
+    for name in result.trained:
         timing, wanted = result.timings[name], getattr(result.config, name).optim.batch_size
         factors.append(f"{name.replace('_', ' ')} {timing.batch} {timing.of} x {wanted / timing.batch:g}")
     return ", ".join(factors)
@@ -209,7 +212,7 @@ def to_json(result: Benchmark) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "matrix_flops_per_second": result.matrix_rate,
-        "parts": [_part(result.timings[name]) | {"parts": _parts(result, name)} for name in TITLES],
+        "parts": [_part(timing) | {"parts": _parts(result, name)} for name, timing in _ordered(result)],
         "imagined_frames_per_second": {
             "steps_alone": result.imagined_alone,
             "whole_call": result.timings["imagine"].rate,
@@ -253,8 +256,8 @@ def _parts(result: Benchmark, name: str) -> list[dict[str, Any]]:
 def to_csv(result: Benchmark) -> str:
     """A line for each part of a run; after it one for each of its own parts, which `part` names."""
     rows: list[dict[str, Any]] = []
-    for name in TITLES:
-        whole = _part(result.timings[name])
+    for name, timing in _ordered(result):
+        whole = _part(timing)
         rows.append(whole | {"part": ""})
         for part in _parts(result, name):
             rows.append(

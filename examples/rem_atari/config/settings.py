@@ -90,14 +90,23 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """The VQ-VAE that turns a frame into a square of tokens."""
+    """What turns a frame into a square of tokens."""
 
+    kind: Literal["vq", "patches", "fsq"] = "vq"
+    """vq (paper): a VQ-VAE. fsq: the same networks with finite scalar quantisation (arXiv 2309.15505) for the
+    codebook. patches: codes are patches of pixels, added as the game shows them and never changed (arXiv
+    2502.01591); nothing trains, and tokens are exact where the world is made of cells."""
     channels: tuple[int, ...] = (32, 64, 128, 256)
-    """Channels of the encoder: the first convolution's, then after each halving of the frame."""
+    """Channels of the encoder: the first convolution's, then after each halving of the frame. With `patches`
+    their number alone matters: it gives the side of a patch."""
     codebook_size: int = 512
-    """Number of codes."""
+    """Number of codes; of `patches` the most there can be. Not used by fsq."""
     code_dim: int = 256
-    """Dimension of a code."""
+    """Dimension of a code. Not used by fsq, whose codes have a number for each of `fsq_levels`."""
+    fsq_levels: tuple[int, ...] = (8, 8, 8)
+    """With `fsq`: levels of each number of a code, at least 3; their product is the number of codes."""
+    patch_threshold: float = 0.0
+    """With `patches`: mean squared error (frames in [-1, 1]) up to which a code stands for a patch."""
     groups: int = 8
     """Groups of every GroupNorm."""
     patchwise: bool = False
@@ -116,9 +125,9 @@ class TokenizerConfig:
     foreground_weight: float = 0.0
     """Extra weight in the pixel error of pixels that differ from the median frame. Off in the paper."""
     init_from_data: bool = False
-    """Start the codes from encoder outputs of the first batch. Off in the paper."""
+    """With `vq`: start the codes from encoder outputs of the first batch. Off in the paper."""
     restart_dead_codes: bool = False
-    """Move codes that no frame uses onto encoder outputs. Off in the paper."""
+    """With `vq`: move codes that no frame uses onto encoder outputs. Off in the paper."""
     freeze_epoch: int | None = None
     """From this epoch on the tokenizer rests, if its foreground error allows it. None (paper): never."""
     freeze_foreground_error: float = 0.02
@@ -159,6 +168,26 @@ class WorldModelConfig:
     """One prediction token for all places of an observation, not one each. An ablation of the paper."""
     position_in_block: bool = False
     """Add a learned embedding of a token's place in its block. Off in the paper."""
+    event_share: float = 0.0
+    """Share of a batch's sequences, below 1, that is drawn from those with a reward or an end. Weights make
+    the loss that of uniform draws on average, so that chances are learned as they are. 0 in the paper."""
+    priority_share: float = 0.0
+    """Share of a batch's sequences that is drawn by the softmax of their last losses, new ones first, as in
+    Simulus (arXiv 2502.11537: 0.3). They count for more on purpose. 0 in the paper."""
+    draw: Literal["independent", "coupled", "refine"] = "independent"
+    """How imagination draws the tokens of a frame, with `pop`. independent (paper): each for itself. coupled:
+    all by one random number, with "as it was" first, so that things which move at the same times move in the
+    same frames. refine: in `refine_passes`, each of which reads the tokens that those before it were surest
+    of; the prediction stream is then twice as long."""
+    refine_passes: int = 3
+    """With `refine`: passes for a frame, at least 2."""
+    reward_weight: float = 1.0
+    """Weight of the rewards' part of the loss. More than 1 where rewards are rare (10: arXiv 2502.01591)."""
+    end_weight: float = 1.0
+    """Weight of the part of the loss that foretells ends."""
+    reward_bins: int = 0
+    """Learn the sizes of rewards, by classification over so many bins spaced evenly in symlog (an odd number;
+    255 in DreamerV3, arXiv 2301.04104), and imagine their mean. 0 (paper): learn their signs."""
     freeze_at_init: bool = False
     """Leave the world model as random as it was drawn: a control, which imagination can teach nothing.
     Its updates are made with a learning rate of 0, so that everything else of the run stays the same."""
@@ -195,6 +224,14 @@ class ControllerConfig:
     """Frames of a segment that warm up the cell, without gradient; the segment has one more."""
     min_real_frames: int = 3
     """A segment has at least this many real frames; the rest is padding on the left."""
+    context_frames: int = 1
+    """Frames before the one that imagination starts from which the world model reads, as far as they are
+    real; at most `burn_in`. More than one shows it what moves, and when (the paper: 1)."""
+    reward_start_share: float = 0.0
+    """Share of imagination's starts that lie shortly before a known reward; the others, and all in the paper
+    (0), lie anywhere."""
+    reward_start_steps: int = 10
+    """With `reward_start_share`: steps within which the reward comes."""
     burn_in_actions: bool = True
     """Feed the actions of the burn-in to the cell too. The published agent does not."""
     horizon: int = 9
@@ -206,10 +243,23 @@ class ControllerConfig:
     """λ of the λ-return."""
     entropy_weight: float = 0.001
     """Weight of the policy's entropy."""
+    uses: int = 1
+    """Updates on the same imagined steps; with more than one (the paper: 1) the policy's are clipped as those
+    of PPO (arXiv 1707.06347)."""
+    clip_ratio: float = 0.2
+    """With more than one of `uses`: how far the chance of an action may move, as a share of what it was."""
+    scale_advantages: bool = False
+    """Divide advantages by their standard deviation in the batch, so that small rewards teach as much as
+    large ones. Off in the paper."""
+    value_bins: int = 0
+    """Learn values by classification over so many bins spaced evenly in symlog, as `reward_bins` of the world
+    model does rewards. 0 (paper): by their squared error."""
     mask_after_end: bool = True
     """Leave imagined steps after an imagined end out of the loss. The published agent keeps them."""
     epsilon: float = 0.01
-    """While collecting: chance that a random action is taken."""
+    """While collecting: chance that a random action is taken, or that a repeated one begins."""
+    random_repeat: int = 1
+    """A random action, of random play and of `epsilon`, is repeated for 1 to so many steps (paper: 1)."""
     temperature: float = 1.0
     """Temperature of the actions while collecting."""
     optim: OptimConfig = field(
@@ -266,13 +316,31 @@ class EvaluationConfig:
     """Steps of the last evaluation so far that are kept in heldout/, for the report; never trained on."""
 
 
-ADDED_FIELDS = {
+ADDED_FIELDS: dict[str, Any] = {
     "cuda_graphs": False,
     "env.kwargs": (),
     "env.wrapper": None,
     "env.render": False,
+    "tokenizer.kind": "vq",
+    "tokenizer.fsq_levels": (8, 8, 8),
+    "tokenizer.patch_threshold": 0.0,
     "tokenizer.patchwise": False,
+    "world_model.event_share": 0.0,
+    "world_model.priority_share": 0.0,
+    "world_model.draw": "independent",
+    "world_model.refine_passes": 3,
+    "world_model.reward_weight": 1.0,
+    "world_model.end_weight": 1.0,
+    "world_model.reward_bins": 0,
     "world_model.freeze_at_init": False,
+    "controller.context_frames": 1,
+    "controller.value_bins": 0,
+    "controller.reward_start_share": 0.0,
+    "controller.reward_start_steps": 10,
+    "controller.uses": 1,
+    "controller.clip_ratio": 0.2,
+    "controller.scale_advantages": False,
+    "controller.random_repeat": 1,
 }
 """Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
 what those runs did."""

@@ -131,7 +131,7 @@ def _imagined_films(
     tokens = torch.cat([batch.tokens[:, :context], dream.tokens[:, :-1]], dim=1)
     actions = torch.cat([batch.actions[:, :context], dream.actions], dim=1)
     logits = agent.world_model(tokens, actions, agent.tokenizer.codes, skip_blocks=context)
-    reward_chances = logits.rewards.softmax(dim=-1).tolist()
+    reward_chances = agent.world_model.reward_code.sign_logits(logits.rewards).exp().tolist()
     end_chances = logits.ends.softmax(dim=-1)[..., 1].tolist()
     frames = agent.tokenizer.decode(dream.tokens).cpu().numpy()
     films = []
@@ -140,7 +140,7 @@ def _imagined_films(
         for step, action in enumerate(dream.actions[row].tolist()):
             imagined = FilmStep(
                 action=names[action],
-                reward=int(dream.rewards[row, step]),
+                reward=int(dream.rewards[row, step].sign()),
                 ended=bool(dream.ended[row, step]),
                 reward_chances=tuple(reward_chances[row][step]),
                 end_chance=end_chances[row][step],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import ControllerConfig
+from rem_atari.models.two_hot import TwoHot
 
 Carry = tuple[Tensor, ...]
 """All that the controller remembers, (B, lstm_dim) each: an LSTM's hidden and cell state, a GRU's hidden."""
@@ -79,7 +80,13 @@ class Controller(nn.Module):
         self.action_embedding = nn.Embedding(num_actions, width) if cfg.action_input else None
         self.lstm = CELLS[cfg.cell](width, cfg.lstm_dim)
         self.actor = nn.Linear(cfg.lstm_dim, num_actions)
-        self.critic = nn.Linear(cfg.lstm_dim, 1)
+        self.critic = nn.Linear(cfg.lstm_dim, max(cfg.value_bins, 1))
+        self.value_code = None
+        if cfg.value_bins > 0:
+            self.value_code = TwoHot.symlog(cfg.value_bins, "controller.value_bins")
+            # The mean of all bins: values start at 0.
+            nn.init.zeros_(self.critic.weight)
+            nn.init.zeros_(self.critic.bias)
 
     def initial_carry(self, batch_size: int) -> Carry:
         """The memory at the start of `batch_size` episodes: zeros."""
@@ -107,11 +114,21 @@ class Controller(nn.Module):
         """Take in an observation's `features` (B, hidden_dim) and judge the situation."""
         carry = self._remember(features, carry)
         # float32 also under autocast: losses and returns are computed from these.
-        return Decision(self.actor(carry[0]).float(), self.critic(carry[0]).squeeze(-1).float(), carry)
+        return Decision(self.actor(carry[0]).float(), self.values(self.critic(carry[0])), carry)
 
     def forward(self, seen: Tensor, carry: Carry) -> Decision:
         """Take in an observation, as `features` sees it with one leading dimension, and judge it."""
         return self.decide(self.features(seen), carry)
+
+    def values(self, critic: Tensor) -> Tensor:
+        """Values of the critic's outputs, (..., C) to (...), float32."""
+        return critic.squeeze(-1).float() if self.value_code is None else self.value_code.mean(critic)
+
+    def value_loss(self, critic: Tensor, returns: Tensor) -> Tensor:
+        """How far the critic's outputs (..., C) are off returns (...): the squared error, or that of bins."""
+        if self.value_code is None:
+            return (self.values(critic) - returns).square()
+        return self.value_code.divergence(critic, returns)
 
     def judge(self, seen: Tensor, actions: Tensor, carry: Carry) -> tuple[Tensor, Tensor]:
         """What `forward` and `observe_action` in turn make of T steps that were taken, all at once.
@@ -125,14 +142,14 @@ class Controller(nn.Module):
             carry: the memory before them.
 
         Returns:
-            The policy's logits (B, T, A) and the critic's values (B, T), float32.
+            The policy's logits (B, T, A), float32, and the critic's outputs (B, T, C), see `values`.
         """
         told = self.features(seen)
         if self.action_embedding is not None:
             # What the cell is told, in order: an observation, the action taken on it, the next observation.
             told = torch.stack((told, self.action_embedding(actions).to(told.dtype)), dim=2).flatten(1, 2)
         remembered = self._remember_all(told, carry)[:, :: told.shape[1] // seen.shape[1]]
-        return self.actor(remembered).float(), self.critic(remembered).squeeze(-1).float()
+        return self.actor(remembered).float(), self.critic(remembered)
 
     def observe_action(self, actions: Tensor, carry: Carry) -> Carry:
         """Take in the actions (B,) that were taken, if the memory is fed actions at all."""

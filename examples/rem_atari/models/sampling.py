@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6
+"""More than what sums of probabilities are off by in float32."""
+
 
 def sample_categorical(logits: Tensor, generator: torch.Generator, *, temperature: float = 1.0) -> Tensor:
     """One draw from every row of `logits` (..., classes), as int64 indices (...).
@@ -28,3 +31,29 @@ def sample_categorical(logits: Tensor, generator: torch.Generator, *, temperatur
     drawn = torch.rand(shape, generator=generator, device=logits.device) * cumulated[..., -1:]
     # NaN would be found nowhere: whoever checks the loss is to meet it, not whoever looks an index up.
     return torch.searchsorted(cumulated, drawn, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def sample_coupled(logits: Tensor, before: Tensor, generator: torch.Generator) -> Tensor:
+    """One draw from each of K distributions in every row, all K by one uniform number.
+
+    Each inverts its cumulated probabilities with the class `before` ordered first, so the draws of a row keep
+    their classes together and leave them together. Each draw for itself has the distribution of its logits.
+    No gradient flows, and the host never waits for the result.
+
+    Args:
+        logits: unnormalised log-probabilities, (B, K, classes), any floating dtype.
+        before: the class that comes first in each distribution, (B, K) int64.
+        generator: source of the numbers, on the device of `logits`.
+
+    Returns:
+        (B, K) int64.
+    """
+    chances = logits.detach().float().softmax(dim=-1)
+    first = before[..., None]
+    stays = chances.gather(-1, first)
+    cumulated = chances.scatter(-1, first, 0.0).cumsum(dim=-1)
+    uniform = torch.rand((logits.shape[0], 1, 1), generator=generator, device=logits.device)
+    # Below the last sum, whatever the rounding, so that no class without a chance is found.
+    beyond = torch.minimum((uniform - stays).clamp(min=0), cumulated[..., -1:] * (1 - ROUNDING))
+    others = torch.searchsorted(cumulated, beyond, right=True).clamp(max=logits.shape[-1] - 1)
+    return torch.where(uniform < stays, first, others).squeeze(-1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.models.base_tokenizer import BaseTokenizer
 
 if TYPE_CHECKING:
     from rem_atari.replay.buffer import SequenceBatch
@@ -51,6 +51,6 @@ class SequenceTokens:
         return SequenceTokens(*(getattr(self, column.name)[sequences] for column in fields(self)))
 
 
-def tokenize(batch: SequenceBatch, tokenizer: Tokenizer) -> SequenceTokens:
+def tokenize(batch: SequenceBatch, tokenizer: BaseTokenizer) -> SequenceTokens:
     """A batch from the replay on the tokenizer's device, its frames tokenised."""
     return SequenceTokens.from_batch(batch, tokenizer.encode(batch.frames.to(tokenizer.codes.device)))

@@ -86,7 +86,7 @@ class TokenByTokenWorldModel(BaseWorldModel):
         action = self.action_embedding(actions)[:, None]
         out, state = self.decoder(self._place(torch.cat((last, action), dim=1), self.num_tokens - 1), state)
         at_action = out[:, -1]
-        rewards = sample_categorical(self.reward_head(at_action), generator) - 1
+        rewards = self.reward_code.draw(self.reward_head(at_action), generator)
         ended = sample_categorical(self.end_head(at_action), generator).bool()
         drawn = [sample_categorical(self.token_head(at_action), generator)]
         for place in range(self.num_tokens - 1):

@@ -14,22 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
-from rem_atari.models.sampling import sample_categorical
+from rem_atari.models.rewards import RewardCode
+from rem_atari.models.sampling import sample_categorical, sample_coupled
+from rem_atari.models.sequence_loss import SequenceLogits, WorldModelLoss, sequence_loss
 from rem_atari.models.sequence_tokens import SequenceTokens
 from retpop import RetNetConfig, RetNetDecoder, RetNetState
-
-REWARD_CLASSES = 3
-"""The world model learns the sign of a reward: class 0 is -1, class 1 is 0, class 2 is +1."""
-
-NO_LOSS = -100
-"""Target of what carries no loss."""
 
 
 class WorldModelStep(NamedTuple):
     """What the world model makes of an observation and an action.
 
     Attributes:
-        reward_logits: of the sign of the reward, (B, 3), for -1, 0, +1.
+        reward_logits: of the reward, (B, C), classes as in `RewardCode`.
         end_logits: of the episode going on (0) or ending (1), (B, 2).
         token_logits: of the next observation's tokens, each place for itself, (B, K, V).
         state: the memory after observation and action.
@@ -41,25 +37,11 @@ class WorldModelStep(NamedTuple):
     state: RetNetState
 
 
-class SequenceLogits(NamedTuple):
-    """Predictions over a sequence of N blocks, those of a prefix left out where asked.
-
-    Attributes:
-        tokens: of each block's own observation, from what came before the block, (B, N, K, V).
-        rewards: of each block's reward, from the block and what came before, (B, N, 3).
-        ends: of each block's end flag, likewise, (B, N, 2).
-    """
-
-    tokens: Tensor
-    rewards: Tensor
-    ends: Tensor
-
-
 class Imagined(NamedTuple):
     """What a world model dreams up after observations and actions.
 
     Attributes:
-        rewards: signs of the rewards, -1, 0 or 1, (B,) int64.
+        rewards: the rewards, or their signs, see `RewardCode.draw`; (B,) float32.
         ended: the episode ended, (B,) bool.
         tokens: the next observations, (B, K) int64.
         state: the memory to imagine on from.
@@ -101,6 +83,8 @@ class BaseWorldModel(nn.Module, ABC):
         super().__init__()
         _check_config(cfg, code_dim)
         width = cfg.embed_dim
+        self.cfg = cfg
+        self.reward_code = RewardCode(cfg.reward_bins)
         self.num_tokens = num_tokens
         self.block_size = num_tokens + 1
         self.context_blocks = cfg.context_blocks
@@ -120,8 +104,12 @@ class BaseWorldModel(nn.Module, ABC):
             )
         )
         self.token_head = _head(width, codebook_size)
-        self.reward_head = _head(width, REWARD_CLASSES)
+        self.reward_head = _head(width, self.reward_code.num_classes)
         self.end_head = _head(width, 2)
+        if cfg.reward_bins > 0:
+            # The mean of all bins: rewards start at 0, not at what random weights make of the largest bins.
+            nn.init.zeros_(self.reward_head[-1].weight)
+            nn.init.zeros_(self.reward_head[-1].bias)
 
     @abstractmethod
     def forward(
@@ -164,8 +152,8 @@ class BaseWorldModel(nn.Module, ABC):
         weight = self.action_embedding.weight
         return self.decoder.init_state(batch_size, device=weight.device, dtype=weight.dtype)
 
-    def loss(self, batch: SequenceTokens, codebook: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss: the sum of the cross-entropies of tokens, rewards and ends.
+    def loss(self, batch: SequenceTokens, codebook: Tensor, weights: Tensor | None = None) -> WorldModelLoss:
+        """The training loss: the weighted sum of the cross-entropies of tokens, rewards and ends.
 
         The first `context_blocks` of a sequence and padding carry no loss, and a truncated step teaches no
         end: nobody knows whether the episode would have gone on. Padding must be on the right.
@@ -173,11 +161,7 @@ class BaseWorldModel(nn.Module, ABC):
         Args:
             batch: sequences of more than `context_blocks` steps.
             codebook: the tokenizer's codes, (V, E).
-
-        Returns:
-            The loss, and the metrics as scalars without gradient: loss, tokens, reward, end (mean
-            cross-entropies in nats), reward_base (what the reward's would be knowing only how often each sign
-            occurs in the batch) and token_accuracy, reward_accuracy, end_accuracy (shares).
+            weights: how much each sequence counts in all means, (B,) float32; None: all the same.
 
         Raises:
             ValueError: the sequences are no longer than the context.
@@ -189,29 +173,16 @@ class BaseWorldModel(nn.Module, ABC):
                 f"world_model.context_blocks, which is {skipped}."
             )
         logits = self(batch.tokens, batch.actions, codebook, skip_blocks=skipped)
-        padding = ~batch.mask[:, skipped:]
-        end_unknown = padding | (batch.truncated & ~batch.ended)[:, skipped:]
-        token_targets = batch.tokens[:, skipped:].masked_fill(padding[..., None], NO_LOSS)
-        reward_targets = reward_classes(batch.rewards[:, skipped:]).masked_fill(padding, NO_LOSS)
-        end_targets = batch.ended[:, skipped:].long().masked_fill(end_unknown, NO_LOSS)
-        tokens, token_accuracy = _cross_entropy(logits.tokens, token_targets)
-        reward, reward_accuracy = _cross_entropy(logits.rewards, reward_targets)
-        end, end_accuracy = _cross_entropy(logits.ends, end_targets)
-        loss = tokens + reward + end
-        metrics = {
-            "loss": loss.detach(),
-            "tokens": tokens.detach(),
-            "reward": reward.detach(),
-            "reward_base": _base_rate(reward_targets, REWARD_CLASSES),
-            "end": end.detach(),
-            "token_accuracy": token_accuracy,
-            "reward_accuracy": reward_accuracy,
-            "end_accuracy": end_accuracy,
-        }
-        return loss, metrics
+        return sequence_loss(logits, batch, self.reward_code, self.cfg, weights)
 
     def take_in(
-        self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: RetNetState | None = None
+        self,
+        tokens: Tensor,
+        actions: Tensor,
+        codebook: Tensor,
+        state: RetNetState | None = None,
+        *,
+        mask: Tensor | None = None,
     ) -> RetNetState:
         """The memory after reading blocks, without predicting anything.
 
@@ -220,9 +191,19 @@ class BaseWorldModel(nn.Module, ABC):
             actions: (B, N) int64.
             codebook: the tokenizer's codes, (V, E).
             state: the memory before them; None: empty.
+            mask: (B, N) bool, False where a block is padding, which comes before all real blocks and leaves
+                an empty memory; None: all are real.
         """
-        _, state = self.decoder(self._embed_blocks(tokens, actions, codebook), state)
-        return state
+        blocks = self._embed_blocks(tokens, actions, codebook)
+        if mask is None:
+            return self.decoder(blocks, state)[1]
+        # Memory starts anew at the first real block, and where there is none.
+        is_first = functional.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
+        no_predictions = blocks.new_empty(blocks.shape[0], 0, self.num_tokens, blocks.shape[-1])
+        _, _, state = self.decoder.pop(
+            blocks, no_predictions, state, block_size=self.block_size, reset=is_first, main_out="last"
+        )
+        return state.reset(~mask[:, -1])
 
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding | None:
         """Prediction tokens, where the model has any."""
@@ -262,6 +243,12 @@ class WorldModel(BaseWorldModel):
     ) -> SequenceLogits:
         """See `BaseWorldModel.forward`."""
         predicting = self._prediction_tokens(tokens.shape[0], tokens.shape[1])
+        return self._predict_blocks(tokens, actions, codebook, predicting, skip_blocks)
+
+    def _predict_blocks(
+        self, tokens: Tensor, actions: Tensor, codebook: Tensor, predicting: Tensor, skip_blocks: int
+    ) -> SequenceLogits:
+        """`forward`, given the prediction stream's input, (B, N, M, width)."""
         at_action, predicted, _ = self.decoder.pop(
             self._embed_blocks(tokens, actions, codebook),
             predicting,
@@ -270,7 +257,7 @@ class WorldModel(BaseWorldModel):
         )
         at_action = at_action[:, skip_blocks:]
         return SequenceLogits(
-            tokens=self.token_head(predicted[:, skip_blocks:]),
+            tokens=self._token_logits(predicted[:, skip_blocks:]),
             rewards=self.reward_head(at_action),
             ends=self.end_head(at_action),
         )
@@ -287,12 +274,12 @@ class WorldModel(BaseWorldModel):
         state: RetNetState,
         generator: torch.Generator,
     ) -> Imagined:
-        """Draw what follows observations and actions, in one pass; the tokens independently of each other."""
+        """Draw what follows observations and actions; the tokens as `world_model.draw` says."""
         step = self.step(tokens, actions, codebook, state)
         return Imagined(
-            rewards=sample_categorical(step.reward_logits, generator) - 1,
+            rewards=self.reward_code.draw(step.reward_logits, generator),
             ended=sample_categorical(step.end_logits, generator).bool(),
-            tokens=sample_categorical(step.token_logits, generator),
+            tokens=self._draw_tokens(step, tokens, codebook, generator),
             state=step.state,
         )
 
@@ -317,41 +304,33 @@ class WorldModel(BaseWorldModel):
         return WorldModelStep(
             reward_logits=self.reward_head(at_action),
             end_logits=self.end_head(at_action),
-            token_logits=self.token_head(predicted[:, 0]),
+            token_logits=self._token_logits(predicted[:, 0]),
             state=state,
         )
+
+    def _draw_tokens(
+        self, step: WorldModelStep, before: Tensor, codebook: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The tokens of the observations after those `before`, (B, K) int64 both."""
+        if self.cfg.draw == "coupled":
+            return sample_coupled(step.token_logits, before, generator)
+        return sample_categorical(step.token_logits, generator)
+
+    def _token_logits(self, predicted: Tensor) -> Tensor:
+        """What the prediction stream (..., M, width) says of the tokens, (..., K, V)."""
+        return self.token_head(predicted)
 
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding:
         return nn.Embedding(1 if cfg.shared_prediction_token else self.num_tokens, cfg.embed_dim)
 
     def _prediction_tokens(self, batch_size: int, blocks: int) -> Tensor:
-        """The prediction stream's input, the same for every block: (B, blocks, K, width)."""
+        """The prediction stream's input, the same for every block: (B, blocks, M, width), M being K."""
         weight = self.prediction_embedding.weight
         return weight.expand(batch_size, blocks, self.num_tokens, weight.shape[-1])
 
 
-def reward_classes(rewards: Tensor) -> Tensor:
-    """The classes (int64) of raw rewards: their sign plus one."""
-    return rewards.sign().long() + 1
-
-
 def _head(width: int, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and accuracy over the targets (...) other than NO_LOSS; 0 if there are none."""
-    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
-    counted = (targets != NO_LOSS).sum().clamp(min=1)
-    total = functional.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="sum")
-    correct = (logits.detach().argmax(dim=-1) == targets).sum()
-    return total / counted, correct / counted
-
-
-def _base_rate(targets: Tensor, classes: int) -> Tensor:
-    """Entropy in nats of how often each class occurs among the targets; NO_LOSS is none of them."""
-    counts = torch.stack([(targets == each).sum() for each in range(classes)])
-    return torch.special.entr(counts / counts.sum().clamp(min=1)).sum()
 
 
 def _check_config(cfg: WorldModelConfig, code_dim: int) -> None:

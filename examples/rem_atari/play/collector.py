@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rem_atari.envs.vector import GameReturn, VectorEnv, VectorStep
+from rem_atari.models.base_tokenizer import BaseTokenizer
 from rem_atari.models.controller import Carry, Controller, entropy
-from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.play.exploration import Exploration
 from rem_atari.play.rollout import TokenStep, rollout
 from rem_atari.replay.buffer import Replay
 
@@ -35,7 +36,7 @@ class RealEnv:
     def __init__(
         self,
         env: VectorEnv,
-        tokenizer: Tokenizer,
+        tokenizer: BaseTokenizer,
         replay: Replay | None,
         *,
         device: torch.device | str = "cpu",
@@ -206,6 +207,7 @@ class Collection:
         total_entropy: sum over the steps of the policy's entropy in nats.
         seconds: wall time.
         sizes: how large its rewards were.
+        exploration: the random actions under way.
     """
 
     carry: Carry | None = None
@@ -215,6 +217,7 @@ class Collection:
     total_entropy: float = 0.0
     seconds: float = 0.0
     sizes: RewardSizes = field(default_factory=RewardSizes)
+    exploration: Exploration = field(default_factory=Exploration)
 
     def metrics(self) -> dict[str, float]:
         """The collection's line of metrics; no mean_game_return where no game ended, no sizes of
@@ -242,14 +245,18 @@ class Collection:
             "total_entropy": self.total_entropy,
             "seconds": self.seconds,
             "sizes": asdict(self.sizes),
+            "exploration": self.exploration.state(),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], carry: Carry | None) -> Collection:
         """The collection of a `state`, with the controller's memory."""
         games = [GameReturn(**game) for game in state["games"]]
-        sizes = RewardSizes(**state.get("sizes", {}))  # not in checkpoints of earlier versions
-        return cls(carry=carry, **{**state, "games": games, "sizes": sizes})
+        # Checkpoints of earlier versions know of neither.
+        sizes = RewardSizes(**state.get("sizes", {}))
+        exploration = Exploration.from_state(state.get("exploration", Exploration().state()))
+        kept = {"games": games, "sizes": sizes, "exploration": exploration}
+        return cls(carry=carry, **{**state, **kept})
 
 
 def collect(
@@ -260,6 +267,7 @@ def collect(
     steps: int,
     temperature: float,
     epsilon: float,
+    repeat: int = 1,
     generator: torch.Generator,
     after_step: Callable[[int], None],
     max_seconds: float | None = None,
@@ -273,7 +281,8 @@ def collect(
         steps: environment steps, all environments together, those of an interrupted part included; rounded up
             to whole steps of all of them.
         temperature: temperature of the actions.
-        epsilon: chance of a random action, drawn for each environment.
+        epsilon: chance that a random action begins, drawn for each environment.
+        repeat: steps that a random action lasts at most, see `Exploration`.
         generator: source of the actions' randomness, on the controller's device.
         after_step: called after each step of all environments with their number; may raise to stop, and the
             collection holds all that was done.
@@ -283,6 +292,9 @@ def collect(
         collection.carry = controller.initial_carry(env.num_envs)
     # The tokenizer may have learned since the last collection: its codes of the frames are new.
     observation = env.observe()
+
+    def explore(actions: Tensor) -> Tensor:
+        return collection.exploration(actions, env.num_actions, generator, epsilon=epsilon, repeat=repeat)
 
     @torch.no_grad()
     def step() -> tuple[int, np.ndarray]:
@@ -294,7 +306,7 @@ def collect(
             observation,
             1,
             temperature=temperature,
-            epsilon=epsilon,
+            explore=explore if epsilon > 0 else None,
             generator=generator,
         )
         collection.total_entropy += float(entropy(trajectory.logits).sum())
@@ -309,6 +321,7 @@ def collect_random(
     collection: Collection,
     *,
     steps: int,
+    repeat: int = 1,
     generator: torch.Generator,
     after_step: Callable[[int], None],
     max_seconds: float | None = None,
@@ -318,14 +331,15 @@ def collect_random(
     Args:
         env: the environment, reset before.
         collection: as for `collect`; the controller's memory stays as it is.
-        steps: as for `collect`.
+        steps, repeat: as for `collect`.
         generator: source of the actions, on the CPU.
         after_step: as for `collect`.
         max_seconds: no further step begins after so long; None: no bound.
     """
 
     def step() -> tuple[int, np.ndarray]:
-        actions = torch.randint(env.num_actions, (env.num_envs,), generator=generator)
+        nothing = torch.zeros(env.num_envs, dtype=torch.int64)
+        actions = collection.exploration(nothing, env.num_actions, generator, epsilon=1.0, repeat=repeat)
         answer = env.play(actions.numpy())
         collection.total_entropy += env.num_envs * math.log(env.num_actions)
         return int((answer.terminated | answer.truncated).sum()), answer.rewards

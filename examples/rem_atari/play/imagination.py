@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rem_atari.models.tokenizer import Tokenizer
+from rem_atari.models.base_tokenizer import BaseTokenizer
 from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.play.rollout import TokenStep
 from retpop import RetNetState
@@ -22,7 +22,8 @@ class ImaginedEnv:
     here has a gradient, and nothing waits for the device.
 
     With POP the tokens of an observation are drawn independently of each other (that is what makes it fast),
-    so where the world can go one way or another a drawn frame may show both or neither.
+    so where the world can go one way or another a drawn frame may show both or neither; `world_model.draw`
+    "coupled" makes that rarer.
 
     Args:
         world_model: in eval mode.
@@ -37,7 +38,7 @@ class ImaginedEnv:
     def __init__(
         self,
         world_model: BaseWorldModel,
-        tokenizer: Tokenizer,
+        tokenizer: BaseTokenizer,
         generator: torch.Generator,
         show: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -76,7 +77,7 @@ class ImaginedEnv:
             tokens: the observations to begin with, (B, K) int64.
             context_tokens: the N real observations before them, (B, N, K) int64; None: no context.
             context_actions: the actions taken on those, (B, N) int64; given exactly if `context_tokens` is.
-            context_mask: (B,) bool, False where a row has no context (it is padding); None: all have.
+            context_mask: (B, N) bool, False where a context is padding, on the left; None: all are real.
 
         Returns:
             What the controller sees of `tokens`: their codes, (B, K, E), unless `show` says otherwise.
@@ -89,20 +90,20 @@ class ImaginedEnv:
         if context_tokens is None or context_actions is None:
             state = self._world_model.init_state(tokens.shape[0])
         else:
-            state = self._world_model.take_in(context_tokens, context_actions, self._tokenizer.codes)
-            if context_mask is not None:
-                state = state.reset(~context_mask)
+            state = self._world_model.take_in(
+                context_tokens, context_actions, self._tokenizer.codes, mask=context_mask
+            )
         self._state = self._world_model.begin(tokens, self._tokenizer.codes, state)
         self._tokens = tokens
         return self._show(tokens)
 
     @torch.no_grad()
     def step(self, actions: Tensor) -> TokenStep:
-        """Imagine what follows the actions (B,) int64; rewards are -1, 0 or 1."""
+        """Imagine what follows the actions (B,) int64."""
         answer = self._world_model.imagine(
             self.tokens, actions, self._tokenizer.codes, self._state, self._generator
         )
         self._tokens, self._state = answer.tokens, answer.state
         never = torch.zeros_like(answer.ended)
         shown = self._show(answer.tokens)
-        return TokenStep(shown, answer.rewards.float(), answer.ended, truncated=never, restarted=never)
+        return TokenStep(shown, answer.rewards, answer.ended, truncated=never, restarted=never)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,26 +70,11 @@ class Trajectory:
     truncated: Tensor
 
 
-def choose_actions(
-    logits: Tensor, generator: torch.Generator, *, temperature: float = 1.0, epsilon: float = 0.0
-) -> Tensor:
-    """Sample from each row of `logits` (B, A), or, with chance `epsilon`, a uniform action; (B,) int64.
-
-    At temperature 0 the most likely action is taken.
-
-    Every row draws for itself whether it explores. The draws are made on the device of `logits`, without
-    waiting for it.
-    """
+def choose_actions(logits: Tensor, generator: torch.Generator, *, temperature: float = 1.0) -> Tensor:
+    """Sample from each row of `logits` (B, A); at temperature 0 take the most likely action; (B,) int64."""
     if temperature == 0:
-        actions = logits.argmax(dim=-1)
-    else:
-        actions = sample_categorical(logits, generator, temperature=temperature)
-    if epsilon == 0:
-        return actions
-    rows, num_actions = logits.shape
-    explores = torch.rand(rows, generator=generator, device=logits.device) < epsilon
-    uniform = torch.randint(num_actions, (rows,), generator=generator, device=logits.device)
-    return torch.where(explores, uniform, actions)
+        return logits.argmax(dim=-1)
+    return sample_categorical(logits, generator, temperature=temperature)
 
 
 def rollout(
@@ -99,7 +85,7 @@ def rollout(
     steps: int,
     *,
     temperature: float = 1.0,
-    epsilon: float = 0.0,
+    explore: Callable[[Tensor], Tensor] | None = None,
     generator: torch.Generator,
 ) -> tuple[Trajectory, Carry, Tensor]:
     """Let the controller act for `steps` steps in B environments.
@@ -118,7 +104,7 @@ def rollout(
         observation: what to act on first, as `TokenStep.seen`.
         steps: steps to take, at least 1.
         temperature: temperature of the actions.
-        epsilon: chance of a uniformly random action, drawn for each environment.
+        explore: turns the actions drawn, (B,) int64, into those that are taken; None: they are taken.
         generator: source of the actions' randomness, on the controller's device.
 
     Returns:
@@ -132,7 +118,9 @@ def rollout(
     seen, logits, values, taken, answers = [], [], [], [], []
     for _ in range(steps):
         decision = controller(observation, carry)
-        actions = choose_actions(decision.logits, generator, temperature=temperature, epsilon=epsilon)
+        actions = choose_actions(decision.logits, generator, temperature=temperature)
+        if explore is not None:
+            actions = explore(actions)
         carry = controller.observe_action(actions, decision.carry)
         answer = env.step(actions)
         carry = reset_carry(carry, answer.restarted)

@@ -266,6 +266,11 @@ class Replay:
         """
         return torch.from_numpy(self._rows.frames[self._draw(n, min_real=1)])
 
+    def stored_frames(self, start: int) -> Tensor:
+        """All frames from row `start` on, but for lost ones, oldest first: (n, S, S, 3) uint8."""
+        rows = start + np.flatnonzero(self._place[start : self._size] != NONE)
+        return torch.from_numpy(self._rows.frames[rows])
+
     def sample_sequences(self, n: int, length: int, *, min_real: int) -> SequenceBatch:
         """n sequences of `length` steps, uniform over their first steps, padded on the right.
 
@@ -277,7 +282,45 @@ class Replay:
         _check_lengths(length, min_real)
         # Steps with min_real - 1 others before them correspond one to one to the possible starts.
         starts = _walk(self._before, self._draw(n, min_real), min_real)[:, -1]
+        return self.sequences_at(starts, length)
+
+    def sequences_at(self, starts: np.ndarray, length: int) -> SequenceBatch:
+        """The sequences of `length` steps that begin at rows `starts` (n,), padded on the right."""
         return self._gather(_walk(self._after, starts, length))
+
+    def sequence_starts(self, min_real: int) -> np.ndarray:
+        """All rows with which at least `min_real` steps of their episode begin, ascending, (n,) int64."""
+        return np.sort(_walk(self._before, self.segment_ends(min_real), min_real)[:, -1])
+
+    def events_after(self, starts: np.ndarray, skip: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Whether a reward, and whether an end, lies in steps `skip` to `length - 1` from each row on.
+
+        Args:
+            starts: the rows, (n,).
+            skip, length: the steps looked at, within the row's episode.
+
+        Returns:
+            (n,) bool each.
+        """
+        # The last entries answer for NONE: nothing happens beyond an episode's edge.
+        pays, ends = np.append(self._rows.rewards != 0, False), np.append(self._rows.terminated, False)
+        rows = _walk(self._after, starts, length)[:, skip:]
+        return pays[rows].any(axis=1), ends[rows].any(axis=1)
+
+    def choose(self, rows: np.ndarray, n: int, chances: np.ndarray | None = None) -> np.ndarray:
+        """n of the rows (m,) with replacement, in proportion to `chances` (m,) or, without them, uniform."""
+        if chances is None:
+            return rows[self._generator.integers(len(rows), size=n)]
+        return self._generator.choice(rows, size=n, p=chances / chances.sum())
+
+    def allot(self, n: int, chances: np.ndarray) -> np.ndarray:
+        """How many of n draws fall to each of some kinds with these `chances` (k,): (k,) int64.
+
+        On average n times the chance, and never off by 1 or more (systematic sampling). n may be 0.
+        """
+        ticks = (self._generator.random() + np.arange(n)) / max(n, 1)
+        kinds = np.searchsorted(np.cumsum(chances) / chances.sum(), ticks, side="right")
+        return np.bincount(kinds, minlength=len(chances))
 
     def sample_segments(self, n: int, length: int, *, min_real: int) -> SequenceBatch:
         """n segments of `length` steps, uniform over their last steps, padded on the left.
@@ -288,8 +331,15 @@ class Replay:
             ValueError: no episode has `min_real` steps, or 1 <= min_real <= length does not hold.
         """
         _check_lengths(length, min_real)
-        ends = self._draw(n, min_real)
+        return self.segments_at(self._draw(n, min_real), length)
+
+    def segments_at(self, ends: np.ndarray, length: int) -> SequenceBatch:
+        """The segments of `length` steps that end at rows `ends` (n,), padded on the left."""
         return self._gather(_walk(self._before, ends, length)[:, ::-1])
+
+    def segment_ends(self, min_real: int) -> np.ndarray:
+        """All rows that at least `min_real` steps of their episode end with, ascending, (n,) int64."""
+        return np.flatnonzero(self._place[: self._size] >= min_real - 1)
 
     def median_frame(self) -> Tensor:
         """Each pixel's median over a sample of the stored frames, evenly spaced in time: (S, S, 3) uint8.
@@ -375,12 +425,12 @@ class Replay:
 
     def _draw(self, n: int, min_real: int) -> np.ndarray:
         """n rows (n,), uniform over those that at least `min_real` steps of their episode end with."""
-        candidates = np.flatnonzero(self._place[: self._size] >= min_real - 1)
+        candidates = self.segment_ends(min_real)
         if len(candidates) == 0:
             raise ValueError(
                 f"Replay: nothing to sample; no episode of {self._num_episodes} has {min_real} steps."
             )
-        return candidates[self._generator.integers(len(candidates), size=n)]
+        return self.choose(candidates, n)
 
     def _gather(self, rows: np.ndarray) -> SequenceBatch:
         """The steps at `rows` (n, T), where NONE is padding."""

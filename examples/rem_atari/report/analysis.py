@@ -81,6 +81,8 @@ class EventScores:
         precision: share of its guesses of an event that are right; None if it makes none.
         chance: mean chance given to the events that came, which is how often imagination, which draws, would
             have shown them; None without an event.
+        calibration: the sum of all chances given to events, over the number that came: at 1 imagination shows
+            as many as the game, at 2 twice as many; None without an event.
     """
 
     steps: int
@@ -89,6 +91,7 @@ class EventScores:
     recall: float | None
     precision: float | None
     chance: float | None
+    calibration: float | None
 
     @property
     def base_rate(self) -> float | None:
@@ -249,8 +252,20 @@ def score_tokens(
     )
 
 
-def score_events(predictions: TokenPredictions, target: NDArray[np.int64], usual: int) -> EventScores:
-    """Score predictions of classes `target` (N, 1), of which every one but `usual` is an event."""
+def score_events(
+    predictions: TokenPredictions,
+    target: NDArray[np.int64],
+    usual: int,
+    usual_chance: NDArray[np.float64],
+) -> EventScores:
+    """Score predictions of classes.
+
+    Args:
+        predictions: they, (N, 1).
+        target: the classes that came, (N, 1).
+        usual: the one class that is no event.
+        usual_chance: the chance that it was given, (N, 1).
+    """
     happened, said = target != usual, predictions.choice != usual
     hit = happened & (predictions.choice == target)
     return EventScores(
@@ -260,6 +275,7 @@ def score_events(predictions: TokenPredictions, target: NDArray[np.int64], usual
         recall=float(hit.sum() / happened.sum()) if happened.any() else None,
         precision=float(hit.sum() / said.sum()) if said.any() else None,
         chance=float(np.exp(predictions.log_prob[happened]).mean()) if happened.any() else None,
+        calibration=float((1 - usual_chance).sum() / happened.sum()) if happened.any() else None,
     )
 
 

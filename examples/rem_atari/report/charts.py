@@ -88,6 +88,7 @@ LOSS_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (("reconstruction", "all pixels"), ("foreground_error", "foreground")),
     ),
     ("tokenizer", "Tokenizer: codes used in a batch", (("codes_used", "codes"),)),
+    ("tokenizer", "Tokenizer: patches that have a code", (("codes", "codes"),)),
     (
         "world_model",
         "World model: cross-entropy, nats",

@@ -36,6 +36,9 @@ LEAST_RISE = 0.1
 USED_SHARE = 0.1
 """The codebook counts as collapsed when a batch uses a smaller share of its codes."""
 
+LEAST_COVERED = 0.98
+"""A codebook of patches counts as too small where a smaller share of new patches has a code."""
+
 CLIPPED_FACTOR = 2.0
 """The value's scale counts as too large with gradients of so many times the norm they are clipped to."""
 
@@ -85,6 +88,8 @@ def first_sign(findings: Sequence[Finding]) -> Finding | None:
 def check_moving_pixels(lines: Sequence[MetricLine], config: Config) -> Finding:
     """Whether the tokenizer sees what moves: its error on pixels that differ from the median frame."""
     found = _finding("moving_pixels", "Error on moving pixels")
+    if config.tokenizer.kind == "patches":
+        return _check_patches(found, lines, config)
     errors = values_of(lines, "tokenizer", "foreground_error")
     limit = config.tokenizer.freeze_foreground_error
     if len(errors.y) < 2:
@@ -107,6 +112,25 @@ def check_moving_pixels(lines: Sequence[MetricLine], config: Config) -> Finding:
         " (env.frame_size, tokenizer.channels); look at the reconstructions in the report."
     )
     return found(error > bound and not frozen, says, advice, figures)
+
+
+def _check_patches(found: Callable[..., Finding], lines: Sequence[MetricLine], config: Config) -> Finding:
+    """Whether a codebook that only grows still has codes for what comes."""
+    covered, codes = values_of(lines, "tokenizer", "covered"), values_of(lines, "tokenizer", "codes")
+    if not covered.y:
+        return found(None, "The tokenizer has left no figures so far.")
+    share, size = statistics.fmean(covered.y[-WINDOW:]), codes.y[-1]
+    bound = config.tokenizer.codebook_size
+    says = (
+        f"Of the patches of new frames {share:.1%} had a code (mean of up to {WINDOW} epochs);"
+        f" {size:.0f} of {bound} codes are taken."
+    )
+    advice = (
+        "The codebook is full, and patches that have no code are drawn as others. Raise"
+        " tokenizer.codebook_size or tokenizer.patch_threshold, or make patches smaller (tokenizer.channels)."
+    )
+    figures = {"covered": share, "codes": size, "size": float(bound)}
+    return found(share < LEAST_COVERED, says, advice, figures)
 
 
 def check_reward_loss(lines: Sequence[MetricLine], config: Config) -> Finding:
@@ -204,6 +228,8 @@ def check_codebook(lines: Sequence[MetricLine], config: Config) -> Finding:
     """Whether few codes carry all frames."""
     found = _finding("codebook", "Codebook use")
     used = values_of(lines, "tokenizer", "codes_used")
+    if config.tokenizer.kind == "patches":
+        return found(False, "The codes are patches of pixels: those that differ have codes of their own.")
     if not used.y:
         return found(None, "The tokenizer has left no figures so far.")
     size = config.tokenizer.codebook_size

@@ -15,9 +15,10 @@ from rem_atari.agent import Agent
 from rem_atari.config import Config
 from rem_atari.films.dreams import dream_along, make_scenes
 from rem_atari.films.pictures import Scene
+from rem_atari.models.base_tokenizer import foreground_of
+from rem_atari.models.rewards import REWARD_CLASSES, reward_classes
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
-from rem_atari.models.tokenizer import foreground_of
-from rem_atari.models.world_model import REWARD_CLASSES, BaseWorldModel, reward_classes
+from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.replay.buffer import Replay, SequenceBatch
 from rem_atari.report.analysis import (
     HorizonErrors,
@@ -116,8 +117,8 @@ def look_at_predictions(
         copy_weight=counted.copy_weight,
         rewards=rewards.score(rewards.predictions),
         base_rate=rewards.score(rates.predict_unigram(rewards.target)),
-        reward_events=score_events(rewards.predictions, rewards.target, NO_REWARD),
-        end_events=score_events(ends.predictions, ends.target, NO_END),
+        reward_events=score_events(rewards.predictions, rewards.target, NO_REWARD, rewards.previous_chance),
+        end_events=score_events(ends.predictions, ends.target, NO_END, ends.previous_chance),
     )
 
 
@@ -177,11 +178,13 @@ class Evidence:
         predictions: the world model's, (N, K).
         target: what came, (N, K).
         previous: what a token is compared with to tell whether it changed, (N, K).
+        previous_chance: the chance that the world model gives to that, (N, K).
     """
 
     predictions: TokenPredictions
     target: NDArray[np.int64]
     previous: NDArray[np.int64]
+    previous_chance: NDArray[np.float64]
 
     def score(self, predictions: TokenPredictions) -> TokenScores:
         """How well these predictions, the world model's or another's, meet what came."""
@@ -218,7 +221,8 @@ def predict_sequences(
         target = part.tokens[:, first:][real]
         tokens.append(_evidence(logits.tokens[real], target, part.tokens[:, first - 1 : -1][real]))
         signs = reward_classes(part.rewards[:, first:][real])[:, None]
-        rewards.append(_evidence(logits.rewards[real][:, None], signs, torch.ones_like(signs)))
+        said = world_model.reward_code.sign_logits(logits.rewards[real])
+        rewards.append(_evidence(said[:, None], signs, torch.ones_like(signs)))
         known = real & ~(part.truncated & ~part.ended)[:, first:]
         ended = part.ended[:, first:][known].long()[:, None]
         ends.append(_evidence(logits.ends[known][:, None], ended, torch.zeros_like(ended)))
@@ -233,9 +237,10 @@ def _parts(batch: SequenceTokens) -> Iterator[SequenceTokens]:
 
 def _evidence(logits: Tensor, target: Tensor, previous: Tensor) -> Evidence:
     """Evidence from logits (N, K, V) and targets (N, K)."""
-    log_prob = functional.log_softmax(logits.double(), dim=-1).gather(-1, target[..., None])[..., 0]
+    chances = functional.log_softmax(logits.double(), dim=-1)
+    log_prob, stays = (chances.gather(-1, each[..., None])[..., 0] for each in (target, previous))
     predictions = TokenPredictions(log_prob.cpu().numpy(), logits.argmax(dim=-1).cpu().numpy())
-    return Evidence(predictions, target.cpu().numpy(), previous.cpu().numpy())
+    return Evidence(predictions, target.cpu().numpy(), previous.cpu().numpy(), stays.exp().cpu().numpy())
 
 
 def _join(parts: Sequence[Evidence]) -> Evidence:
@@ -246,6 +251,7 @@ def _join(parts: Sequence[Evidence]) -> Evidence:
         ),
         np.concatenate([part.target for part in parts]),
         np.concatenate([part.previous for part in parts]),
+        np.concatenate([part.previous_chance for part in parts]),
     )
 
 

@@ -277,7 +277,7 @@ def _events(report: Report) -> str:
     if predictions is None:
         return ""
     steps = predictions.reward_events.steps
-    numeric = ("Happened", "Foretold", "Recall", "Precision", "Base rate", "Mean chance given")
+    numeric = ("Happened", "Foretold", "Recall", "Precision", "Base rate", "Mean chance given", "Calibration")
     rows = "".join(
         _event_row(name, scores)
         for name, scores in (
@@ -290,7 +290,9 @@ def _events(report: Report) -> str:
         " the most likely guess was that it would. Recall is the share of what happened that was foretold,"
         " precision the share of what was foretold that happened; who foretells it at every step is right as"
         " often as the base rate says. Imagination draws, and"
-        " does not take the most likely guess: the chance given is how often it would have shown what came."
+        " does not take the most likely guess: the chance given is how often it would have shown what came,"
+        " and calibration how many events it would have shown, wherever, for each that came: 1 is right, and"
+        " with 2 imagination pays twice what the game does."
         "</p>"
     )
     note = (
@@ -306,7 +308,13 @@ def _event_row(name: str, scores: EventScores) -> str:
         for share in (scores.recall, scores.precision, scores.base_rate, scores.chance)
     )
     cells = "".join(
-        f'<td class="number">{cell}</td>' for cell in (f"{scores.events:,}", f"{scores.predicted:,}", *shares)
+        f'<td class="number">{cell}</td>'
+        for cell in (
+            f"{scores.events:,}",
+            f"{scores.predicted:,}",
+            *shares,
+            "–" if scores.calibration is None else number(scores.calibration),
+        )
     )
     return f"<tr><td>{escape(name)}</td>{cells}</tr>"
 

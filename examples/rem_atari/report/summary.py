@@ -119,7 +119,8 @@ def warnings_of(report: Report) -> list[str]:
         wanted = count(report.config.schedule.epochs, "epoch")
         found.append(f"This run did not finish: it began {epochs_begun(report)} of {wanted}.")
     for phase in TRAINED_PHASES:
-        if not was_trained(report.lines, phase):
+        never_trains = phase == "tokenizer" and report.config.tokenizer.kind == "patches"
+        if not never_trains and not was_trained(report.lines, phase):
             name = PHASE_NAMES[phase].removeprefix("train ")
             found.append(f"The {name} never trained: what it does below, it does untrained.")
     if _freeze_was_due(report):

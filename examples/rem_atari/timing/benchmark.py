@@ -141,7 +141,10 @@ def _time_parts(config: Config, state: RunState, repeat: _Repeat) -> Iterator[Ti
     yield _time_random_play(config, state)
     yield _time_collection(config, state)
     tokenizer = state.phases["tokenizer"]
-    yield _time_phase(tokenizer, config, repeat)
+    if tokenizer.is_over:
+        tokenizer.prepare(0)
+    else:
+        yield _time_phase(tokenizer, config, repeat)
     frames = state.replay.sample_frames(ENCODED).to(config.device)
 
     def encode(lap: Lap) -> None:

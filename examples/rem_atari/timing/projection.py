@@ -71,6 +71,11 @@ class Benchmark:
     matrix_rate: float | None = None
 
     @property
+    def trained(self) -> list[str]:
+        """The components that make updates: a tokenizer of patches makes none."""
+        return [name for name in COMPONENTS if name in self.timings]
+
+    @property
     def imagined_alone(self) -> float:
         """Imagined frames a second of the world model's and the controller's steps alone."""
         timing = self.timings["imagine"]
@@ -99,11 +104,11 @@ class Benchmark:
             "collect_random": 1 / self.timings["play at random"].rate,
             "collect": 1 / self.timings["collect"].rate,
         }
-        for name in COMPONENTS:
+        for name in self.trained:
             wanted = optims_of(self.config)[name].batch_size
             unit[name] = self.timings[name].median * wanted / self.timings[name].batch
         seconds = {"collect": 0.0, "encode": expected_encodings(self.config) / self.timings["encode"].rate}
-        seconds |= dict.fromkeys(COMPONENTS, 0.0)
+        seconds |= dict.fromkeys(self.trained, 0.0)
         for work in plan_run(self.config):
             if work.phase not in unit or _is_resting(self.config, work.phase, work.epoch):
                 continue
@@ -143,9 +148,10 @@ def _updates(config: Config, name: str, epoch: int) -> int:
 
 
 def _is_resting(config: Config, name: str, epoch: int) -> bool:
-    """Whether it is the tokenizer, frozen when its freeze is due, as it is hoped to be."""
+    """Whether it is the tokenizer, frozen when its freeze is due, as it is hoped to be, or never training."""
     freeze = config.tokenizer.freeze_epoch
-    return name == "tokenizer" and freeze is not None and epoch >= freeze
+    frozen = freeze is not None and epoch >= freeze
+    return name == "tokenizer" and (frozen or config.tokenizer.kind == "patches")
 
 
 def optims_of(config: Config) -> dict[str, OptimConfig]:

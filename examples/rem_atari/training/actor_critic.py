@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,9 @@ from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import Trajectory, rollout
 from rem_atari.training.returns import lambda_return
 from rem_atari.training.updates import Lap, untimed
+
+LEAST_DEVIATION = 0.1
+"""Advantages are scaled up ten times at most: without rewards they are the critic's errors."""
 
 
 class Imagination(NamedTuple):
@@ -70,7 +75,7 @@ def imagine(
         lap: told as "burn-in" and "steps" end.
     """
     env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
-    before, observation = start_imagination(env, agent, segments)
+    before, observation = start_imagination(env, agent, segments, cfg.context_frames)
     lap("burn-in")
     trajectory, after, observation = rollout(
         env, agent.controller, before, observation, cfg.horizon - 1, generator=generator
@@ -93,49 +98,63 @@ def learn_from(
     # Autocast keeps the weights that it has cast. torch 2.9 hands out those that imagining cast without
     # gradient, and the controller's layers learn nothing (2.13 does not).
     torch.clear_autocast_cache()
-    logits, values = controller.judge(trajectory.seen, trajectory.actions, imagination.before)
-    return actor_critic_loss(replace(trajectory, logits=logits, values=values), imagination.bootstrap, cfg)
+    logits, critic = controller.judge(trajectory.seen, trajectory.actions, imagination.before)
+    judged = replace(trajectory, logits=logits, values=controller.values(critic))
+    return actor_critic_loss(
+        judged, imagination.bootstrap, cfg, partial(controller.value_loss, critic), acted=trajectory.logits
+    )
 
 
-def start_imagination(env: ImaginedEnv, agent: Agent, segments: SequenceTokens) -> tuple[Carry, Tensor]:
+def start_imagination(
+    env: ImaginedEnv, agent: Agent, segments: SequenceTokens, context: int = 1
+) -> tuple[Carry, Tensor]:
     """Bring the controller and the world model to the segments' last frames, without gradient.
 
-    The controller's memory burns in on all frames but the last. The world model takes in the block of the one
-    before the last, where that is real; the published sizes make that and the imagined blocks a sequence as
-    long as in training.
+    The controller's memory burns in on all frames but the last. The world model takes in the blocks of the
+    `context` frames before the last, those of them that are real; at the published sizes its one block and
+    the imagined ones are a sequence as long as in training.
 
     Returns:
         The controller's carry, and what it sees of the last frames (`Agent.show`).
     """
     past = agent.show(segments.tokens[:, :-1])
     carry = agent.controller.burn_in(past, segments.actions[:, :-1], segments.mask[:, :-1])
-    if segments.tokens.shape[1] == 1:
+    if segments.tokens.shape[1] == 1 or context == 0:
         return carry, env.reset(segments.tokens[:, -1])
+    before = slice(-1 - context, -1)
     observation = env.reset(
         segments.tokens[:, -1],
-        context_tokens=segments.tokens[:, -2:-1],
-        context_actions=segments.actions[:, -2:-1],
-        context_mask=segments.mask[:, -2],
+        context_tokens=segments.tokens[:, before],
+        context_actions=segments.actions[:, before],
+        context_mask=segments.mask[:, before],
     )
     return carry, observation
 
 
 def actor_critic_loss(
-    trajectory: Trajectory, bootstrap: Tensor, cfg: ControllerConfig
+    trajectory: Trajectory,
+    bootstrap: Tensor,
+    cfg: ControllerConfig,
+    value_loss: Callable[[Tensor], Tensor] | None = None,
+    acted: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """REINFORCE with the critic as baseline, the critic's squared error, and a bonus for entropy.
+    """REINFORCE with the critic as baseline, the critic's error, and a bonus for entropy.
 
         -log π(a) (G - sg V)  +  (V - sg G)²  -  entropy_weight · H(π)
 
+    with the advantage G - sg V scaled where `scale_advantages` says so, and, where imagined steps are used
+    more than once, PPO's clipped ratio of chances (arXiv 1707.06347, equation 7) in place of the logarithm;
     averaged over the steps; with `mask_after_end`, over those that no end came before.
 
     Args:
         trajectory: T steps in B environments.
         bootstrap: the value after the last step, (B,), without gradient.
         cfg: discount, λ, entropy weight and mask.
+        value_loss: the critic's loss at each step, given the returns (B, T); None: the square above.
+        acted: the logits by which the actions were drawn, (B, T, A); None: the trajectory's.
 
     Returns:
-        The loss, and the metrics as scalars without gradient: loss, policy, value (the first two terms),
+        The loss, and the metrics as scalars without gradient: loss, policy, value (its square),
         entropy in nats, imagined_return (mean over environments of the rewards' sum up to the end),
         imagined_reward (mean over the steps up to the end) and imagined_end (share of those steps that end).
     """
@@ -150,16 +169,23 @@ def actor_critic_loss(
     alive = before_the_end(trajectory.ended).float()
     weights = alive if cfg.mask_after_end else torch.ones_like(alive)
     advantages = returns - trajectory.values.detach()
-    log_probabilities = functional.log_softmax(trajectory.logits, dim=-1)
-    taken = log_probabilities.gather(-1, trajectory.actions[..., None]).squeeze(-1)
-    policy = _weighted_mean(-taken * advantages, weights)
-    value = _weighted_mean((trajectory.values - returns).square(), weights)
+    if cfg.scale_advantages:
+        advantages = advantages / _deviation(advantages, weights).clamp(min=LEAST_DEVIATION)
+    taken = _log_chances(trajectory.logits, trajectory.actions)
+    if cfg.uses == 1:
+        gain = taken * advantages
+    else:
+        before = _log_chances(trajectory.logits if acted is None else acted, trajectory.actions).detach()
+        gain = _clipped_gain((taken - before).exp(), advantages, cfg.clip_ratio)
+    policy = -_weighted_mean(gain, weights)
+    squares = (trajectory.values - returns).square()
+    value = _weighted_mean(squares if value_loss is None else value_loss(returns), weights)
     mean_entropy = _weighted_mean(entropy(trajectory.logits), weights)
     loss = policy + value - cfg.entropy_weight * mean_entropy
     metrics = {
         "loss": loss,
         "policy": policy,
-        "value": value,
+        "value": _weighted_mean(squares, weights),
         "entropy": mean_entropy,
         "imagined_return": (trajectory.rewards * alive).sum(dim=1).mean(),
         "imagined_reward": _weighted_mean(trajectory.rewards, alive),
@@ -172,6 +198,22 @@ def before_the_end(ended: Tensor) -> Tensor:
     """Steps that no end came before, (B, T) bool; the step that ends an episode is one of them."""
     ends = ended.long()
     return ends.cumsum(dim=1) - ends == 0
+
+
+def _log_chances(logits: Tensor, actions: Tensor) -> Tensor:
+    """Log-probabilities of actions (B, T) under logits (B, T, A): (B, T)."""
+    return functional.log_softmax(logits, dim=-1).gather(-1, actions[..., None]).squeeze(-1)
+
+
+def _clipped_gain(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """PPO's objective: what moves the chances further than `clip` off 1 gains nothing more."""
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def _deviation(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted standard deviation of all values, a scalar."""
+    mean = _weighted_mean(values, weights)
+    return _weighted_mean((values - mean).square(), weights).sqrt()
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

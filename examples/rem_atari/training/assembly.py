@@ -8,11 +8,14 @@ from dataclasses import replace
 import torch
 
 from rem_atari.config import Config
+from rem_atari.models.conv_tokenizer import ConvTokenizer
 from rem_atari.models.parameter_groups import parameter_groups
+from rem_atari.models.patches import PatchTokenizer
 from rem_atari.play.collector import RealEnv
 from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.controller_phase import ControllerPhase
+from rem_atari.training.patch_phase import PatchPhase
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.run_state import RunState
 from rem_atari.training.seeding import RandomSources, derive_seed
@@ -55,21 +58,39 @@ def _make_phases(
     # AdamW without a learning rate leaves every bit as it is, its weight decay too.
     optim = config.world_model.optim
     optim = replace(optim, lr=0.0) if config.world_model.freeze_at_init else optim
-    tokenizer = Component("tokenizer", agent.tokenizer, config.tokenizer.optim, precision=precision)
     world_model = Component("world_model", agent.world_model, optim, groups, precision)
     controller = Component("controller", agent.controller, config.controller.optim, precision=precision)
-    codes, imagination = generators["codes"], generators["imagination"]
+    imagination = generators["imagination"]
     cuda_graph = config.cuda_graphs and torch.device(config.device).type == "cuda"
     phases = (
-        TokenizerPhase(
-            agent.tokenizer, tokenizer, replay, tokens, config.tokenizer, codes, warn, parts.perceptual
-        ),
+        _make_tokenizer_phase(config, parts, replay, tokens, generators["codes"], warn),
         WorldModelPhase(agent.world_model, world_model, replay, tokens, config.world_model, warn),
         ControllerPhase(
             agent, controller, replay, tokens, config.controller, imagination, warn, cuda_graph=cuda_graph
         ),
     )
     return {phase.component.name: phase for phase in phases}
+
+
+def _make_tokenizer_phase(
+    config: Config,
+    parts: TrainingParts,
+    replay: Replay,
+    tokens: TokenCache,
+    generator: torch.Generator,
+    warn: Callable[[str], None],
+) -> TrainingPhase:
+    """The tokenizer's turn: it trains, or takes in patches in every epoch."""
+    tokenizer, optim = parts.agent.tokenizer, config.tokenizer.optim
+    if isinstance(tokenizer, PatchTokenizer):
+        every = replace(optim, start_epoch=0, first_updates=None, updates_per_epoch=1)
+        component = Component("tokenizer", tokenizer, every, parameter_groups(tokenizer, 0.0))
+        return PatchPhase(tokenizer, component, replay, warn)
+    assert isinstance(tokenizer, ConvTokenizer)
+    component = Component("tokenizer", tokenizer, optim, precision=config.precision)
+    return TokenizerPhase(
+        tokenizer, component, replay, tokens, config.tokenizer, generator, warn, parts.perceptual
+    )
 
 
 def _generator(config: Config, purpose: str) -> torch.Generator:

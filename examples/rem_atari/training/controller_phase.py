@@ -12,6 +12,7 @@ from rem_atari.config import ControllerConfig
 from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.play.cuda_graph import CudaGraph
 from rem_atari.replay.buffer import Replay
+from rem_atari.replay.segment_sampler import SegmentSampler
 from rem_atari.training.actor_critic import Imagination, imagine, learn_from
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
@@ -50,12 +51,27 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         self._replay = replay
         self._tokens = tokens
         self._config = config
+        self._sampler = SegmentSampler(
+            replay,
+            config.burn_in + 1,
+            min_real=config.min_real_frames,
+            reward_share=config.reward_start_share,
+            reward_steps=config.reward_start_steps,
+        )
+        self._latest: Imagination | None = None
         self._imagine = partial(imagine, agent, cfg=config, generator=generator)
         self._graph = CudaGraph(self._imagine, generator) if cuda_graph else None
 
     def prepare(self, epoch: int) -> bool:
         """Whether the replay holds an episode long enough."""
-        return self.has_episode(self._replay, self._config.min_real_frames)
+        if not self.has_episode(self._replay, self._config.min_real_frames):
+            return False
+        self.go_on()
+        return True
+
+    def go_on(self) -> None:
+        """Look for the rewards in what was collected."""
+        self._sampler.refresh()
 
     def changed_on_the_way(self) -> list[torch.Tensor]:
         """Which rows have tokens."""
@@ -63,14 +79,25 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
 
     def draw(self) -> SequenceTokens:
         """Segments as tokens."""
-        batch = self._replay.sample_segments(
-            self._config.optim.batch_size, self._config.burn_in + 1, min_real=self._config.min_real_frames
-        )
-        return self._tokens.tokenize(batch)
+        return self._tokens.tokenize(self._sampler.draw(self._config.optim.batch_size))
 
     def loss(self, batch: SequenceTokens) -> tuple[torch.Tensor, Metrics]:
         """What `controller_loss` says."""
-        return learn_from(self.imagine(batch), self._agent.controller, self._config)
+        self._latest = self.imagine(batch)
+        return learn_from(self._latest, self._agent.controller, self._config)
+
+    def update(self, lap: Lap = untimed) -> Metrics:
+        """See `TrainingPhase.update`; then learn from the same imagined steps again, `uses` times in all.
+
+        The metrics are those of the first use. A later one that is not applied leaves those before it.
+        """
+        metrics = super().update(lap)
+        for _ in range(self._config.uses - 1):
+            assert self._latest is not None
+            with self.component.autocast():
+                loss, measured = learn_from(self._latest, self._agent.controller, self._config)
+            self.component.apply(loss, measured)
+        return metrics
 
     def imagine(self, segments: SequenceTokens, lap: Lap = untimed) -> Imagination:
         """Imagine from the segments' last frames, see `actor_critic.imagine`.

@@ -86,6 +86,14 @@ class TrainingPhase(ABC, Generic[Batch]):
         """Go on from a `state`."""
         return
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What the phase remembers as tensors; none unless a phase does."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `tensors`."""
+        return
+
     def changed_on_the_way(self) -> list[Tensor]:
         """What `update` may change of the agent before its step is applied, so that it can be undone."""
         return []

@@ -112,6 +112,8 @@ class RunState:
             **_named("evaluation", self.evaluation.tensors()),
             "frames": torch.from_numpy(self.env.frames),
         }
+        for name, phase in self.phases.items():
+            training |= _named(name, phase.tensors())
         state = {
             "epoch": self.epoch,
             "phase": self.phase,
@@ -159,6 +161,7 @@ class RunState:
             if phase.component.updates > 0 and not phase.component.optimizer_tensors():
                 raise ValueError(f"the optimiser of the {name} is missing")
             phase.load_state(state["phases"][name])
+            phase.load_tensors(_of(name, training))
         self.tokens.load_tensors(_of("tokens", training))
         self.epoch, self.phase = int(state["epoch"]), state["phase"]
         self.resumed = self.phase is not None

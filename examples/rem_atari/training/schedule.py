@@ -77,6 +77,8 @@ def plan_run(config: Config) -> list[Work]:
         "world_model": config.world_model.optim,
         "controller": config.controller.optim,
     }
+    if config.tokenizer.kind == "patches":
+        del components["tokenizer"]  # which never trains
     for epoch in range(schedule.epochs):
         work.append(Work(epoch, "collect", steps_in_epoch(config, epoch), schedule.collect_max_seconds))
         for phase, optim in components.items():

@@ -42,6 +42,9 @@ AT_LEAST_ONE = (
     "controller.hidden_dim",
     "controller.lstm_dim",
     "controller.min_real_frames",
+    "controller.reward_start_steps",
+    "controller.uses",
+    "controller.random_repeat",
     "schedule.epochs",
     "schedule.collect_epochs",
     "schedule.steps_per_epoch",
@@ -58,7 +61,11 @@ AT_LEAST_ONE = (
     ),
 )
 
-SMALLEST = dict.fromkeys(AT_LEAST_ONE, 1) | {"controller.horizon": 2}
+SMALLEST = dict.fromkeys(AT_LEAST_ONE, 1) | {
+    "controller.horizon": 2,
+    "tokenizer.fsq_levels": 3,
+    "world_model.refine_passes": 2,
+}
 """Smallest values allowed, by the field's dotted path; of a number that is not listed it is 0."""
 
 ABOVE_ZERO = ("controller.temperature", "env.timeout_seconds")
@@ -70,6 +77,9 @@ AT_MOST_ONE = (
     "controller.gamma",
     "controller.td_lambda",
     "controller.epsilon",
+    "controller.reward_start_share",
+    "controller.clip_ratio",
+    "world_model.priority_share",
     "env.minatar.sticky_actions",
 )
 
@@ -157,6 +167,13 @@ def check_config(config: Config) -> None:
             f"controller.min_real_frames is {config.controller.min_real_frames}, but a segment has only"
             f" controller.burn_in + 1 = {config.controller.burn_in + 1} frames"
         )
+    if config.controller.context_frames > max(config.controller.burn_in, 1):
+        raise UsageError(
+            f"controller.context_frames is {config.controller.context_frames}, wanted at most"
+            f" controller.burn_in, which is {config.controller.burn_in}"
+        )
+    if config.world_model.event_share >= 1:
+        raise UsageError(f"world_model.event_share is {config.world_model.event_share}, wanted less than 1")
     check_device(config.device)
     find_weights(config.tokenizer)
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from rem_atari.models.base_tokenizer import BaseTokenizer
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.replay.buffer import Replay, SequenceBatch
 
 
@@ -18,10 +18,10 @@ class TokenCache:
 
     Args:
         replay: whose rows are tokenised.
-        tokenizer: in eval mode; whoever trains it calls `clear`.
+        tokenizer: in eval mode; whoever changes its tokens calls `clear`.
     """
 
-    def __init__(self, replay: Replay, tokenizer: Tokenizer) -> None:
+    def __init__(self, replay: Replay, tokenizer: BaseTokenizer) -> None:
         self.tokenizer = tokenizer
         shape = (replay.capacity, tokenizer.num_tokens)
         self._tokens = torch.zeros(shape, dtype=torch.int32, device=tokenizer.codes.device)

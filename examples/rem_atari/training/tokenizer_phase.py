@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rem_atari.config import TokenizerConfig
+from rem_atari.models.conv_tokenizer import ConvTokenizer
 from rem_atari.models.lpips import Lpips
 from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.replay.buffer import Replay
@@ -44,7 +45,7 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: ConvTokenizer,
         component: Component,
         replay: Replay,
         tokens: TokenCache,
@@ -59,6 +60,8 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         """Running mean of the foreground error; None before an update that saw foreground."""
         self._has_warned = False
         self._tokenizer = tokenizer
+        # The only kind whose codes learn, and want care.
+        self._learned_codes = tokenizer if isinstance(tokenizer, Tokenizer) else None
         self._replay = replay
         self._tokens = tokens
         self._config = config
@@ -89,15 +92,12 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         """Frames (B, S, S, 3), from which the codebook starts, or starts anew, if it is time to."""
         batch_size = self._config.optim.batch_size
         frames = self._replay.sample_frames(batch_size).to(self._tokenizer.codes.device)
-        updates = self.component.updates
-        if updates == 0 and self._config.init_from_data:
-            self._tokenizer.initialize_codebook(frames, self._generator)
-        elif updates > 0 and updates % RESTART_EVERY == 0 and self._config.restart_dead_codes:
-            self._tokenizer.restart_dead_codes(frames, self._generator)
+        if self._learned_codes is not None:
+            self._care_for_codes(self._learned_codes, frames)
         return frames
 
     def loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-        """See `Tokenizer.loss`."""
+        """See `ConvTokenizer.loss`."""
         return self._tokenizer.loss(batch, background=self._background, perceptual=self._perceptual)
 
     def after_update(self, metrics: Metrics) -> None:
@@ -127,7 +127,16 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
 
     def changed_on_the_way(self) -> list[torch.Tensor]:
         """The codebook and the counts of its codes: new and restarted codes are set before the step."""
-        return [self._tokenizer.codebook.weight, self._tokenizer.uses]
+        codes = self._learned_codes
+        return [] if codes is None else [codes.codebook.weight, codes.uses]
+
+    def _care_for_codes(self, tokenizer: Tokenizer, frames: torch.Tensor) -> None:
+        """Start the codes from frames at the first update, and dead ones anew at every so many."""
+        updates = self.component.updates
+        if updates == 0 and self._config.init_from_data:
+            tokenizer.initialize_codebook(frames, self._generator)
+        elif updates > 0 and updates % RESTART_EVERY == 0 and self._config.restart_dead_codes:
+            tokenizer.restart_dead_codes(frames, self._generator)
 
     def _freeze_if_it_may(self) -> None:
         """Freeze if the foreground error is known to be low enough, else warn."""

@@ -197,6 +197,7 @@ class Trainer:
                 steps=state.units,
                 after_step=self._after_collected,
                 max_seconds=self._config.schedule.collect_max_seconds,
+                repeat=self._config.controller.random_repeat,
             )
         state.replay.flush()
         self._write(state.collection.metrics())

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 from rem_atari.config import WorldModelConfig
 from rem_atari.models.sequence_tokens import SequenceTokens
 from rem_atari.models.world_model import WorldModel
-from rem_atari.replay.buffer import Replay
+from rem_atari.replay.buffer import Replay, SequenceBatch
+from rem_atari.replay.sequence_sampler import SequenceSampler
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Metrics
 
 
-class WorldModelPhase(TrainingPhase[SequenceTokens]):
+class WeightedSequences(NamedTuple):
+    """Sequences as tokens, where they come from, and how much each counts, (B,); None: all the same."""
+
+    sequences: SequenceTokens
+    drawn: SequenceBatch
+    weights: torch.Tensor | None
+
+
+class WorldModelPhase(TrainingPhase[WeightedSequences]):
     """Trains the world model on sequences drawn from the replay.
 
     Args:
@@ -24,7 +34,7 @@ class WorldModelPhase(TrainingPhase[SequenceTokens]):
         component: its optimiser.
         replay: where sequences come from.
         tokens: what makes tokens of their frames.
-        config: length of a sequence and of its context.
+        config: length of a sequence and of its context, and which are drawn.
         warn: told when there is nothing to train on yet.
     """
 
@@ -42,24 +52,53 @@ class WorldModelPhase(TrainingPhase[SequenceTokens]):
         self._replay = replay
         self._tokens = tokens
         self._config = config
-        # One block more than the context: a sequence without a loss teaches nothing.
-        self._min_real = config.context_blocks + 1
+        self._to_note: tuple[SequenceBatch, torch.Tensor] | None = None
+        self._sampler = SequenceSampler(
+            replay,
+            config.sequence_blocks,
+            skip=config.context_blocks,
+            event_share=config.event_share,
+            priority_share=config.priority_share,
+        )
 
     def prepare(self, epoch: int) -> bool:
         """Whether the replay holds an episode long enough."""
-        return self.has_episode(self._replay, self._min_real)
+        if not self.has_episode(self._replay, self._sampler.min_real):
+            return False
+        self.go_on()
+        return True
+
+    def go_on(self) -> None:
+        """Look for the events in what was collected."""
+        self._sampler.refresh()
 
     def changed_on_the_way(self) -> list[torch.Tensor]:
         """Which rows have tokens."""
         return [self._tokens.known]
 
-    def draw(self) -> SequenceTokens:
+    def draw(self) -> WeightedSequences:
         """Sequences as tokens."""
-        batch = self._replay.sample_sequences(
-            self._config.optim.batch_size, self._config.sequence_blocks, min_real=self._min_real
-        )
-        return self._tokens.tokenize(batch)
+        batch, weights = self._sampler.draw(self._config.optim.batch_size)
+        sequences = self._tokens.tokenize(batch)
+        on_device = None if weights is None else weights.to(sequences.tokens.device)
+        return WeightedSequences(sequences, batch, on_device)
 
-    def loss(self, batch: SequenceTokens) -> tuple[torch.Tensor, Metrics]:
+    def loss(self, batch: WeightedSequences) -> tuple[torch.Tensor, Metrics]:
         """See `BaseWorldModel.loss`."""
-        return self._world_model.loss(batch, self._tokens.tokenizer.codes)
+        found = self._world_model.loss(batch.sequences, self._tokens.tokenizer.codes, batch.weights)
+        self._to_note = batch.drawn, found.sequences
+        return found.total, found.metrics
+
+    def after_update(self, metrics: Metrics) -> None:
+        """Remember the losses of the sequences, by which some are drawn again."""
+        if self._to_note is not None:
+            self._sampler.note(*self._to_note)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The losses of the sequences."""
+        return self._sampler.tensors()
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from `tensors`; checkpoints of earlier versions have none."""
+        if tensors:
+            self._sampler.load_tensors(tensors)

@@ -63,7 +63,7 @@ def find_weights(config: TokenizerConfig) -> Path | None:
     Raises:
         UsageError: there is no such file; the message says how to come by one.
     """
-    if config.perceptual_weight == 0:
+    if config.perceptual_weight == 0 or config.kind == "patches":
         return None
     if config.lpips_weights is None:
         path = cached_weights()

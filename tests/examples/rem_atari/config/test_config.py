@@ -198,3 +198,9 @@ def test_defaults_are_as_published_but_for_two_fields() -> None:
     better = replace(published.controller, burn_in_actions=True, mask_after_end=True)
     assert published != default
     assert replace(published, controller=better) == default
+
+
+def test_a_context_longer_than_the_burn_in_is_refused() -> None:
+    longer = change("controller.context_frames", PRESETS["debug"].controller.burn_in + 1)
+    with pytest.raises(UsageError, match=r"controller\.context_frames is 4, wanted at most .* is 3"):
+        check_config(longer)

@@ -67,7 +67,7 @@ def test_every_ablation_learns_from_a_batch(name: str):
     """World model and controller get a finite loss, and every parameter of theirs a gradient."""
     agent = small_agent(**ABLATIONS[name])
     batch = some_sequences(agent)
-    world_model_loss, _ = agent.world_model.loss(batch, agent.tokenizer.codes)
+    world_model_loss, _, _ = agent.world_model.loss(batch, agent.tokenizer.codes)
     imagination_loss, _ = controller_loss(
         agent, batch.select(slice(0, 2)), CONFIG.controller, torch.Generator().manual_seed(0)
     )
@@ -128,7 +128,7 @@ def test_writing_token_by_token_takes_a_pass_a_token(monkeypatch):
     """One for the last token and the action, and one for every token but the last."""
     agent = small_agent(world_model={"pop": False})
     env = ImaginedEnv(agent.world_model, agent.tokenizer, torch.Generator().manual_seed(0))
-    start_imagination(env, agent, some_sequences(agent))
+    start_imagination(env, agent, some_sequences(agent), 1)
     passes = []
     forward = agent.world_model.decoder.forward
     monkeypatch.setattr(
@@ -185,7 +185,7 @@ def test_in_pixel_space_the_controller_sees_what_the_tokenizer_decodes():
     as_bytes = ((images + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1)
     assert torch.equal(as_bytes, agent.tokenizer.decode(tokens))
     env = ImaginedEnv(agent.world_model, agent.tokenizer, torch.Generator().manual_seed(0), agent.show)
-    _, shown = start_imagination(env, agent, some_sequences(agent))
+    _, shown = start_imagination(env, agent, some_sequences(agent), 1)
     assert torch.equal(shown, images[:, -1])
     assert torch.equal(env.step(torch.zeros(3, dtype=torch.int64)).seen, agent.tokenizer.images(env.tokens))
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rem_atari.config import TokenizerConfig
-from rem_atari.models import tokenizer as tokenizer_module
+from rem_atari.models import base_tokenizer
 from rem_atari.models.parameter_groups import parameter_groups
 from rem_atari.models.tokenizer import Tokenizer
 
@@ -46,9 +46,9 @@ def test_the_frame_is_halved_and_doubled_as_published():
 
 def test_bytes_become_numbers_between_minus_one_and_one_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
-    scaled = tokenizer_module._to_floats(levels)
+    scaled = base_tokenizer.to_floats(levels)
     assert (scaled[0], scaled[-1]) == (-1.0, 1.0)
-    assert torch.equal(tokenizer_module._to_bytes(scaled), levels)
+    assert torch.equal(base_tokenizer.to_bytes(scaled), levels)
 
 
 @pytest.mark.parametrize(("frame_size", "grid"), [(64, 8), (24, 3)])
@@ -107,8 +107,8 @@ def test_foreground_is_what_differs_from_the_background():
     frames[0, 0, 0, 2] = 11  # one channel is enough, and 10 levels are not
     frames[0, 1, 1] = 10
     background = torch.zeros(2, 2, 3, dtype=torch.uint8)
-    assert tokenizer_module.foreground_of(frames, background)[0].tolist() == [[True, False], [False, False]]
-    assert tokenizer_module.foreground_of(background, frames[0])[0, 0]  # darker counts as much as brighter
+    assert base_tokenizer.foreground_of(frames, background)[0].tolist() == [[True, False], [False, False]]
+    assert base_tokenizer.foreground_of(background, frames[0])[0, 0]  # darker counts as much as brighter
 
 
 def test_a_token_is_the_nearest_code():
@@ -145,7 +145,7 @@ def test_frames_beyond_one_part_are_encoded_and_decoded_alike(monkeypatch):
     tokenizer = small_tokenizer()
     frames = some_frames(5)
     tokens, decoded = tokenizer.encode(frames), tokenizer.decode(tokenizer.encode(frames))
-    monkeypatch.setattr(tokenizer_module, "FRAMES_AT_ONCE", 2)
+    monkeypatch.setattr(base_tokenizer, "FRAMES_AT_ONCE", 2)
     assert torch.equal(tokenizer.encode(frames), tokens)
     assert torch.equal(tokenizer.decode(tokens), decoded)
 
@@ -173,7 +173,7 @@ def test_the_gradient_passes_straight_through_the_quantiser():
     loss.backward()
     handle.remove()
     codes = tokenizer.embed(tokenizer.encode(frames)).requires_grad_()
-    pixels = tokenizer_module._to_floats(frames)
+    pixels = base_tokenizer.to_floats(frames)
     (tokenizer._reconstruct(codes) - pixels).square().mean().backward()
     passed = captured["output"].grad.flatten(2).transpose(1, 2)
     torch.testing.assert_close(passed, codes.grad, rtol=1e-4, atol=1e-8)
@@ -199,9 +199,9 @@ def test_the_foreground_counts_more():
     plain, weighted = small_tokenizer(), small_tokenizer(foreground_weight=3.0)
     with torch.no_grad():
         errors = (
-            plain._reconstruct(plain.embed(plain.encode(frames))) - tokenizer_module._to_floats(frames)
+            plain._reconstruct(plain.embed(plain.encode(frames))) - base_tokenizer.to_floats(frames)
         ).square()
-    differs = (frames.int() - background.int()).abs().amax(dim=-1) > tokenizer_module.FOREGROUND_THRESHOLD
+    differs = (frames.int() - background.int()).abs().amax(dim=-1) > base_tokenizer.FOREGROUND_THRESHOLD
     weights = 1 + 3.0 * differs[..., None]
     loss, metrics = plain.loss(frames, background=background)
     weighted_loss, weighted_metrics = weighted.loss(frames, background=background)
@@ -225,7 +225,7 @@ def test_the_perceptual_loss_compares_reconstructions_with_frames():
     without, with_it = small_tokenizer(), small_tokenizer(perceptual_weight=3.0)
     with torch.no_grad():
         decoded = without._reconstruct(without.embed(without.encode(frames)))
-    distance = (decoded - tokenizer_module._to_floats(frames)).abs().mean()
+    distance = (decoded - base_tokenizer.to_floats(frames)).abs().mean()
     loss, metrics = without.loss(frames, background=None)
     perceptual_loss, perceptual_metrics = with_it.loss(frames, background=None, perceptual=StandIn())
     torch.testing.assert_close(perceptual_metrics["perceptual"], distance)

@@ -26,6 +26,8 @@ from rem_atari.training.actor_critic import (
     imagine,
     start_imagination,
 )
+from rem_atari.training.component import Component
+from rem_atari.training.controller_phase import ControllerPhase
 from rem_atari.training.returns import lambda_return
 
 ACTIONS, K, CODES = 3, 4, 7
@@ -39,11 +41,17 @@ CONFIG = Config(
 )
 
 
-def small_agent(**controller) -> Agent:
+def small_agent(kind: str = "vq", world_model: dict | None = None, **controller) -> Agent:
     torch.manual_seed(0)
-    cfg = replace(CONFIG, controller=replace(CONFIG.controller, **controller))
+    cfg = replace(
+        CONFIG,
+        tokenizer=replace(CONFIG.tokenizer, kind=kind),
+        world_model=replace(CONFIG.world_model, **(world_model or {})),
+        controller=replace(CONFIG.controller, **controller),
+    )
     agent = Agent.from_config(cfg, ACTIONS)
-    torch.nn.init.normal_(agent.tokenizer.codebook.weight)
+    if kind == "vq":
+        torch.nn.init.normal_(agent.tokenizer.codebook.weight)
     return agent.eval()
 
 
@@ -150,7 +158,7 @@ def test_a_padded_context_is_no_context():
     agent, segments = small_agent(), some_segments()
     mask = torch.tensor([True, False, True, False])
     states = []
-    for context in [(segments.tokens[:, :1], segments.actions[:, :1], mask), (None, None, None)]:
+    for context in [(segments.tokens[:, :1], segments.actions[:, :1], mask[:, None]), (None, None, None)]:
         env = env_of(agent)
         env.reset(segments.tokens[:, -1], *context)
         states.append(env._state)
@@ -173,7 +181,7 @@ def test_misuse_is_named():
 def test_segments_prepare_the_controller_and_the_world_model():
     agent, segments = small_agent(), some_segments()
     env = env_of(agent)
-    carry, observation = start_imagination(env, agent, segments)
+    carry, observation = start_imagination(env, agent, segments, 1)
     assert torch.equal(observation, agent.tokenizer.embed(segments.tokens[:, 3]))
     codes = agent.tokenizer.embed(segments.tokens[:, :3])
     wanted = agent.controller.burn_in(codes, segments.actions[:, :3], segments.mask[:, :3])
@@ -184,12 +192,36 @@ def test_segments_prepare_the_controller_and_the_world_model():
     torch.testing.assert_close(env._state.kv, state.kv)
 
 
+def test_the_world_model_reads_the_real_frames_of_the_context_and_no_padding():
+    agent, segments = small_agent(), some_segments()
+    mask = segments.mask.clone()
+    mask[1, :1], mask[2, :2], mask[3, :3] = False, False, False
+    env = env_of(agent)
+    start_imagination(env, agent, replace(segments, mask=mask), 3)
+    assert env._state.position.tolist() == [3 * (K + 1), 2 * (K + 1), K + 1, 0]
+    for row, real in enumerate((3, 2, 1)):
+        tokens, actions = (
+            segments.tokens[row : row + 1, 3 - real : 3],
+            segments.actions[row : row + 1, 3 - real : 3],
+        )
+        alone = agent.world_model.take_in(tokens, actions, agent.tokenizer.codes)
+        torch.testing.assert_close(env._state.kv[:, row : row + 1], alone.kv, atol=1e-6, rtol=1e-5)
+    assert (env._state.kv[:, 3] == 0).all()
+
+
+def test_without_context_the_memory_is_empty():
+    agent, segments = small_agent(), some_segments()
+    env = env_of(agent)
+    start_imagination(env, agent, segments, 0)
+    assert (env._state.kv == 0).all()
+
+
 def test_a_segment_of_one_real_frame_gives_the_world_model_no_context():
     agent, segments = small_agent(), some_segments()
     mask = segments.mask.clone()
     mask[1, :3] = False
     env = env_of(agent)
-    start_imagination(env, agent, replace(segments, mask=mask))
+    start_imagination(env, agent, replace(segments, mask=mask), 1)
     assert env._state.position.tolist() == [K + 1, 0, K + 1, K + 1]
 
 
@@ -255,9 +287,10 @@ def test_judging_all_steps_at_once_is_judging_them_in_the_rollout(options):
     )
     assert not any(tensor.requires_grad for tensor in (imagined.logits, imagined.values, bootstrap, *before))
     env = env_of(agent)
-    carry, observation = start_imagination(env, agent, segments)
+    carry, observation = start_imagination(env, agent, segments, 1)
     wanted, _, _ = rollout(env, controller, carry, observation, 4, generator=torch.Generator().manual_seed(0))
-    found = controller.judge(wanted.seen, wanted.actions, carry)
+    logits, critic = controller.judge(wanted.seen, wanted.actions, carry)
+    found = logits, controller.values(critic)
     gradients = []
     for logits, values in ((wanted.logits, wanted.values), found):
         torch.testing.assert_close(logits, wanted.logits, atol=1e-6, rtol=1e-5)
@@ -349,7 +382,7 @@ def test_the_controller_learns_which_action_pays():
     generator = torch.Generator().manual_seed(0)
     for _ in range(25):
         env = Paying(agent.world_model, agent.tokenizer, generator)
-        carry, observation = start_imagination(env, agent, segments)
+        carry, observation = start_imagination(env, agent, segments, 1)
         trajectory, carry, observation = rollout(
             env, agent.controller, carry, observation, 2, generator=generator
         )
@@ -392,11 +425,21 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"space": "pixels", "pixel_channels": (4,)}, {"burn_in_actions": False}]
+    "options",
+    [
+        {},
+        {"space": "pixels", "pixel_channels": (4,)},
+        {"burn_in_actions": False},
+        {"context_frames": 3, "value_bins": 5},
+        {"kind": "patches", "world_model": {"draw": "coupled", "reward_bins": 5}},
+        {"kind": "patches", "space": "pixels", "pixel_channels": (4,)},
+        {"world_model": {"draw": "refine"}},
+    ],
 )
 def test_imagination_can_be_captured(options):
     """The same operations on the same shapes whatever the segments hold, and none that waits for the host."""
     agent, segments = small_agent(**options), some_segments()
+    cfg = replace(CONFIG.controller, context_frames=options.get("context_frames", 1))
     other = replace(
         segments,
         tokens=(segments.tokens + 1) % CODES,
@@ -406,7 +449,7 @@ def test_imagination_can_be_captured(options):
     seen = []
     for batch in (segments, other):
         with Operations() as operations:
-            imagine(agent, batch, CONFIG.controller, torch.Generator().manual_seed(0))
+            imagine(agent, batch, cfg, torch.Generator().manual_seed(0))
         seen.append(operations.seen)
     assert seen[0] == seen[1]
     waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount")
@@ -454,3 +497,69 @@ def test_a_graph_gives_what_the_function_gives(monkeypatch):
         assert not any(tensor.requires_grad for tensor in found)
         assert torch.equal(*(generator.get_state() for generator in generators))
     assert graph._graph.registered == [generators[1]]
+
+
+def policy_gradient(cfg: ControllerConfig, moved: torch.Tensor) -> torch.Tensor:
+    """The gradient of the policy's loss with respect to its logits, after these have moved by so much."""
+    trajectory, bootstrap = a_trajectory()
+    logits = (trajectory.logits.detach() + moved).requires_grad_()
+    new = replace(trajectory, logits=logits, values=trajectory.values.detach())
+    loss, _ = actor_critic_loss(new, bootstrap, replace(cfg, entropy_weight=0.0), acted=trajectory.logits)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def test_the_first_of_several_uses_has_the_gradient_of_a_single_one():
+    once, twice = (policy_gradient(replace(CONFIG.controller, uses=uses), torch.zeros(())) for uses in (1, 2))
+    torch.testing.assert_close(twice, once)
+
+
+def test_chances_that_have_moved_far_enough_gain_nothing_more():
+    """Actions made likelier by more than the clip have a gradient only where they are unwelcome."""
+    cfg = replace(CONFIG.controller, uses=2, clip_ratio=0.1)
+    trajectory, bootstrap = a_trajectory()
+    moved = 3.0 * torch.nn.functional.one_hot(trajectory.actions, trajectory.logits.shape[-1])
+    gradient = policy_gradient(cfg, moved)
+    returns = lambda_return(
+        trajectory.rewards,
+        trajectory.ended,
+        trajectory.values.detach(),
+        bootstrap,
+        gamma=cfg.gamma,
+        lambda_=cfg.td_lambda,
+    )
+    welcome = returns > trajectory.values
+    alive = before_the_end(trajectory.ended)
+    assert (welcome & alive).any()
+    assert (gradient[welcome] == 0).all()
+    assert (gradient[~welcome & alive].abs().sum(dim=-1) > 0).all()
+
+
+def test_scaled_advantages_do_not_depend_on_the_size_of_rewards():
+    trajectory, bootstrap = a_trajectory()
+    cfg = replace(CONFIG.controller, scale_advantages=True)
+    policy = []
+    for factor in (1.0, 100.0):
+        scaled = replace(trajectory, rewards=factor * trajectory.rewards, values=factor * trajectory.values)
+        policy.append(actor_critic_loss(scaled, factor * bootstrap, cfg)[1]["policy"])
+    torch.testing.assert_close(policy[0], policy[1])
+
+
+def test_imagined_steps_are_used_as_often_as_asked_for():
+    """Each use is an update; imagination happens once."""
+    agent, segments = small_agent(uses=3), some_segments()
+    cfg = replace(CONFIG.controller, uses=3)
+    component = Component("controller", agent.controller, cfg.optim)
+    phase = ControllerPhase(
+        agent, component, MagicMock(), MagicMock(), cfg, torch.Generator().manual_seed(0), print
+    )
+    phase.draw = lambda: segments
+    imagined = []
+    imagine_once = phase.imagine
+    phase.imagine = lambda *arguments: imagined.append(1) or imagine_once(*arguments)
+    before = [parameter.clone() for parameter in agent.controller.parameters()]
+    phase.update()
+    assert len(imagined) == 1
+    assert component.updates == 3
+    assert any(
+        not torch.equal(old, new) for old, new in zip(before, agent.controller.parameters(), strict=True)
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,8 @@ from torch import Tensor
 from rem_atari.config import ControllerConfig
 from rem_atari.models.controller import Controller
 from rem_atari.models.sampling import sample_categorical
-from rem_atari.play.rollout import TokenStep, choose_actions, rollout
+from rem_atari.play.exploration import Exploration
+from rem_atari.play.rollout import TokenStep, rollout
 
 ROWS, ACTIONS = 3, 4
 
@@ -74,7 +77,12 @@ def play(steps: int, seed: int = 0, **options):
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
 def test_the_controller_is_told_the_action_taken(epsilon):
-    env, controller, (trajectory, _, _) = play(6, epsilon=epsilon)
+    generator, exploration = torch.Generator().manual_seed(1), Exploration()
+
+    def explore(actions: Tensor) -> Tensor:
+        return exploration(actions, ACTIONS, generator, epsilon=epsilon, repeat=2)
+
+    env, controller, (trajectory, _, _) = play(6, explore=explore)
     assert torch.equal(torch.stack(controller.told), torch.stack(env.taken))
     assert torch.equal(trajectory.actions, torch.stack(env.taken, dim=1))
     if epsilon == 1.0:  # the policy alone would have acted otherwise
@@ -134,10 +142,36 @@ def test_the_temperature_reaches_the_actions():
 
 def test_exploration_is_drawn_for_each_row():
     """With a policy that always takes action 0, a share ε of the rows acts uniformly, each on its own."""
-    logits = torch.tensor([1e6, 0.0, 0.0, 0.0]).expand(4000, -1)
-    actions = choose_actions(logits, torch.Generator().manual_seed(0), epsilon=0.2)
+    chosen = torch.zeros(4000, dtype=torch.int64)
+    actions = Exploration()(chosen, 4, torch.Generator().manual_seed(0), epsilon=0.2, repeat=1)
     shares = torch.bincount(actions, minlength=4) / len(actions)
     torch.testing.assert_close(shares, torch.tensor([0.85, 0.05, 0.05, 0.05]), atol=0.02, rtol=0)
+
+
+def test_random_actions_last_as_long_as_drawn():
+    """With a policy that always takes action 9, which is not random: 1 to 5 steps, each length as often."""
+    exploration, generator = Exploration(), torch.Generator().manual_seed(0)
+    chosen = torch.full((500,), 9)
+    steps = [exploration(chosen, 9, generator, epsilon=0.02, repeat=5) for _ in range(60)]
+    lengths = []
+    for row in torch.stack(steps, dim=1).tolist():
+        runs = [(action, len(list(run))) for action, run in itertools.groupby(row)]
+        lengths += [length for action, length in runs[1:-1] if action != 9]
+    counts = torch.bincount(torch.tensor(lengths))
+    # Two that follow one another with the same action look like a longer one; they are few.
+    assert counts[6:].sum() < 0.01 * counts.sum()
+    torch.testing.assert_close(counts[1:6] / counts.sum(), torch.full((5,), 0.2), atol=0.06, rtol=0)
+
+
+def test_exploration_goes_on_from_its_state():
+    chosen = torch.full((4,), 9)
+    whole, generator = Exploration(), torch.Generator().manual_seed(0)
+    wanted = [whole(chosen, 9, generator, epsilon=0.5, repeat=6).tolist() for _ in range(12)]
+    part, generator = Exploration(), torch.Generator().manual_seed(0)
+    found = [part(chosen, 9, generator, epsilon=0.5, repeat=6).tolist() for _ in range(5)]
+    part = Exploration.from_state(part.state())
+    found += [part(chosen, 9, generator, epsilon=0.5, repeat=6).tolist() for _ in range(7)]
+    assert found == wanted
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

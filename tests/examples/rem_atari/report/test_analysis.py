@@ -146,12 +146,14 @@ def test_events_by_hand() -> None:
     target = np.array([[1], [1], [1], [2], [2], [0]])
     choice = np.array([[1], [1], [2], [2], [0], [1]])
     chances = np.array([[0.9], [0.9], [0.3], [0.8], [0.1], [0.3]])
-    scores = score_events(TokenPredictions(np.log(chances), choice), target, usual=1)
+    usual = np.array([[0.9], [0.9], [0.3], [0.1], [0.6], [0.7]])
+    scores = score_events(TokenPredictions(np.log(chances), choice), target, 1, usual)
     assert (scores.steps, scores.events, scores.predicted) == (6, 3, 3)
     assert scores.recall == pytest.approx(1 / 3)
     assert scores.base_rate == 0.5
     assert scores.precision == pytest.approx(1 / 3)
     assert scores.chance == pytest.approx((0.8 + 0.1 + 0.3) / 3)
+    assert scores.calibration == pytest.approx((0.1 + 0.1 + 0.7 + 0.9 + 0.4 + 0.3) / 3)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +177,9 @@ def test_rewards_that_tell_no_more_than_ends_have_one_outcome(
 @pytest.mark.parametrize("steps", [0, 4])
 def test_what_never_happened_has_no_recall(steps: int) -> None:
     usual = np.ones((steps, 1), dtype=np.int64)
-    scores = score_events(TokenPredictions(np.zeros((steps, 1)), usual), usual, usual=1)
+    scores = score_events(TokenPredictions(np.zeros((steps, 1)), usual), usual, 1, np.ones((steps, 1)))
     assert (scores.steps, scores.events, scores.predicted) == (steps, 0, 0)
-    assert (scores.recall, scores.precision, scores.chance) == (None, None, None)
+    assert (scores.recall, scores.precision, scores.chance, scores.calibration) == (None,) * 4
     assert scores.base_rate == (0.0 if steps else None)
 
 

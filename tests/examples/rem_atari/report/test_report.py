@@ -30,8 +30,8 @@ from rem_atari.films.pictures import (
     filmstrip,
     save_imagination,
 )
+from rem_atari.models.base_tokenizer import FOREGROUND_THRESHOLD
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
-from rem_atari.models.tokenizer import FOREGROUND_THRESHOLD
 from rem_atari.replay.buffer import Replay
 from rem_atari.report import write_report
 from rem_atari.report.analysis import codebook_use, frame_errors

@@ -66,6 +66,13 @@ def scheduled() -> Config:
     )
 
 
+def test_a_tokenizer_of_patches_has_no_update_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "--preset", "debug", "--tokenizer.kind", "patches", *QUICK]) == 0
+    shown = capsys.readouterr().out
+    assert TITLES["encode"] in shown
+    assert TITLES["tokenizer"] not in shown
+
+
 def test_the_command_measures_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, data = tmp_path / "speed.csv", tmp_path / "speed.json"
     words = ["benchmark", "--preset", "debug", *QUICK, "--csv", str(table), "--json", str(data)]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from retpop.arguments import transforms_are_active
+from retpop.arguments import is_transformed
 
 # γ = 0 is a log-decay of -inf, and 0 * -inf is NaN. exp(-1e5) is 0 in every dtype and 0 * -1e5 is 0.
 _LOG_ZERO = -1e5
@@ -23,7 +24,9 @@ _LOG_HALF = math.log(0.5)
 
 def default_scale(scale: float | None, head_key_dim: int) -> float:
     """The scale c that was given, or Dk^-0.5."""
-    return head_key_dim**-0.5 if scale is None else scale
+    if scale is None:
+        return head_key_dim**-0.5
+    return float(scale) if isinstance(scale, Real) else scale  # NumPy's would make arrays of tensors
 
 
 class Across(NamedTuple):
@@ -111,7 +114,7 @@ class DecayPowers:
             within=windows.flip(1),
             from_start=self.scale * self.gamma_to(steps + 1).unsqueeze(-1),
             to_end=falling.unsqueeze(-1),
-            across=self.across(steps.new_tensor([[length]])),
+            across=self.across(torch.full((1, 1), length, device=steps.device)),
         )
 
     def gamma_to(self, exponents: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ def advance(state: Tensor, across: Across, added: Tensor) -> Tensor:
 
 def advance_in_place(state: Tensor, across: Across, added: Tensor) -> Tensor:
     """`advance`, written over ``added``, which nobody else holds; fresh memory costs more than the sums."""
-    if transforms_are_active():  # they write over nothing, or slowly
+    if is_transformed():
         return advance(state, across, added)
     change = added.addcmul_(state, across.rest)
     return change.add_(state) if across.whole is None else change.addcmul_(state, across.whole)

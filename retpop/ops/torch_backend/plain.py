@@ -17,13 +17,15 @@ bfloat16 as well, and two or three such roundings on the way double the error of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from retpop.arguments import transforms_are_active
-from retpop.ops.decay_powers import BlockPowers, DecayPowers, advance, advance_in_place
-from retpop.ops.dtypes import state_dtype
-from retpop.ops.rows import PopSpec
+from retpop.arguments import is_transformed
+from retpop.ops.dtypes import state_dtype, zero_state
+from retpop.ops.powers import BlockPowers, DecayPowers, advance, advance_in_place
+from retpop.ops.rows import PopSpec, join_row, split_row
 
 DEFAULT_CHUNK_SIZE = 64
 
@@ -40,45 +42,45 @@ def retention(
     mode: str,
     state: Tensor | None,
     chunk_size: int,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Retention of inputs (B, T, H, D) in one of the three modes; returns outputs and final state."""
     length = q.shape[1]
     if length == 1:
-        return _token(q, k, v, powers, state)
-    if mode == "parallel" and length:
-        return _parallel(q, k, v, powers, state)
-    if state is None:
-        state = zero_state(q, v, q.shape[0])
-    if length == 0:
-        return v.clone(), state  # empty, and part of the graph
-    if mode == "recurrent":
-        return _recurrent(q, k, v, powers, state)
-    return _chunkwise(q, k, v, powers, state, chunk_size)
+        out, state = _token(q, k, v, powers, state)
+    elif mode == "parallel" and length:
+        out, state = _parallel(q, k, v, powers, state)
+    else:
+        state = zero_state(q, v, q.shape[0]) if state is None else state
+        if length == 0:
+            out, state = v.clone(), state.clone()  # empty, and part of the graph
+        elif mode == "recurrent":
+            out, state = _recurrent(q, k, v, powers, state)
+        else:
+            out, state = _chunkwise(q, k, v, powers, state, chunk_size)
+    return (out if out.dtype == out_dtype else out.to(out_dtype)), state
 
 
-def pop_retention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_pred: Tensor,
-    k_pred: Tensor,
-    v_pred: Tensor,
-    state: Tensor,
-    spec: PopSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """POP of tokens (B, N·L, H, D) and predictions (B, P, M, H, D); outputs, predictions, final state."""
+def pop(tokens: Sequence[Tensor], state: Tensor, spec: PopSpec) -> tuple[Tensor, ...]:
+    """POP of three rows, or of the sequence's three tensors and the predictions'; outputs, final state."""
+    if len(tokens) == 3:
+        (q, q_pred), (k, k_pred), (v, v_pred) = (split_row(x, spec.predictions) for x in tokens)
+        out, pred, final = pop((q, k, v, q_pred, k_pred, v_pred), state, spec)
+        return join_row(out, pred), final
+    q, k, v, q_pred, k_pred, v_pred = tokens
+    out_dtype = spec.out_dtype or v.dtype
     if k.shape[1]:
         out, states = _pop_blocks(q, k, v, spec, state)
     else:  # predictions alone, which need no powers for a block
-        out, states = v.clone(), [state]
+        out, states = v.clone(), [state.clone()]
     if q_pred.shape[1] and q_pred.shape[2]:
         starts = torch.stack(states[spec.offset : spec.offset + q_pred.shape[1]], dim=1)
-        dtype, tables = v_pred.dtype, spec.powers.block(q_pred.shape[2])
+        tables = spec.powers.block(q_pred.shape[2])
         q_pred, k_pred, v_pred = (by_head(x, state.dtype) for x in (q_pred, k_pred, v_pred))
-        pred = by_token(attend(q_pred, k_pred, v_pred, starts, tables)).to(dtype)
+        pred = by_token(attend(q_pred, k_pred, v_pred, starts, tables))
     else:
         pred = v_pred.clone()
-    return out, pred, states[-1]
+    return out.to(out_dtype), pred.to(out_dtype), states[-1]
 
 
 def block_states(
@@ -121,14 +123,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers)
         (B, N, H, L, Dv).
     """
     out = weighted(q @ k.transpose(-1, -2), tables.within) @ v
-    if transforms_are_active():
+    if is_transformed():
         return torch.addcmul(out, q @ states, tables.from_start)
     return out.addcmul_(q @ states, tables.from_start)
 
 
 def weighted(scores: Tensor, within: Tensor) -> Tensor:
     """Scores times powers of γ, written over the scores, which nobody else holds."""
-    return scores * within if transforms_are_active() else scores.mul_(within)
+    return scores * within if is_transformed() else scores.mul_(within)
 
 
 def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,11 +143,6 @@ def by_token(x: Tensor) -> Tensor:
     return x.transpose(2, 3)
 
 
-def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
-    """The state before any token, (rows, H, Dk, Dv)."""
-    return q.new_zeros(rows, *q.shape[2:], v.shape[-1], dtype=state_dtype(q.dtype))
-
-
 def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs in the dtype of their states."""
     dtype = state_dtype(v.dtype)
@@ -154,7 +151,6 @@ def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _pop_blocks(q: Tensor, k: Tensor, v: Tensor, spec: PopSpec, state: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Outputs of the main sequence, and the states B_0 .. B_N at its boundaries."""
-    dtype = v.dtype
     k, v = _blocks(k, spec.block_size, state.dtype), _blocks(v, spec.block_size, state.dtype)
     tables = spec.powers.block(spec.block_size)
     before, after = block_states(k, v, state, tables, spec.reset)
@@ -163,7 +159,7 @@ def _pop_blocks(q: Tensor, k: Tensor, v: Tensor, spec: PopSpec, state: Tensor) -
     else:
         out = attend(_blocks(q, spec.block_size, state.dtype), k, v, torch.stack(before, dim=1), tables)
         out = by_token(out).flatten(1, 2)
-    return out.to(dtype), [*before, after[-1]]
+    return out, [*before, after[-1]]
 
 
 def _blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -173,20 +169,19 @@ def _blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 def _blockwise(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    dtype = v.dtype
     q, k, v = (_blocks(x, size, state.dtype) for x in (q, k, v))
     tables = powers.block(size)
     before, after = block_states(k, v, state, tables)
     out = attend(q, k, v, torch.stack(before, dim=1), tables)
-    return by_token(out).flatten(1, 2).to(dtype), after[-1]
+    return by_token(out).flatten(1, 2), after[-1]
 
 
 def _parallel(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One block of T tokens, its scores some rows at a time and without the half that is zero."""
-    length, dtype = q.shape[1], v.dtype
-    q, k, v = (_blocks(x, length, state_dtype(dtype)) for x in (q, k, v))
+    length, dtype = q.shape[1], state_dtype(v.dtype)
+    q, k, v = (_blocks(x, length, dtype) for x in (q, k, v))
     tables = powers.block(length)
     outs = []
     starts = [0] if torch.compiler.is_compiling() else range(0, length, ROWS_AT_ONCE)
@@ -198,7 +193,7 @@ def _parallel(
     if state is not None:
         out = torch.addcmul(out, q @ state.unsqueeze(1), tables.from_start)
         after = advance(state, tables.across, after)
-    return by_token(out).flatten(1, 2).to(dtype), after
+    return by_token(out).flatten(1, 2), after
 
 
 def _chunkwise(
@@ -220,24 +215,21 @@ def _token(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One token, (B, 1, H, D): what decoding repeats, so that every operation on the way counts."""
-    dtype = v.dtype
     q, k, v = widen(q, k, v)
     after = k.squeeze(1).unsqueeze(-1) * v.transpose(1, 2)  # kᵀ v, (B, H, Dk, Dv)
     if state is not None:
         after = advance_in_place(state, powers.across_token(), after)
-    out = read(q, after, powers.scale)
-    return (out if out.dtype == dtype else out.to(dtype)), after
+    return read(q, after, powers.scale), after
 
 
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor) -> tuple[Tensor, Tensor]:
     across = powers.across_token()
-    dtype = v.dtype
     q, k, v = widen(q, k, v)
     outs = []
     for q_t, k_t, v_t in zip(q.unbind(1), k.unsqueeze(-1).unbind(1), v.unsqueeze(-2).unbind(1), strict=True):
         state = advance_in_place(state, across, k_t * v_t)
         outs.append(read(q_t, state, powers.scale))
-    return torch.stack(outs, dim=1).to(dtype), state
+    return torch.stack(outs, dim=1), state
 
 
 def read(q: Tensor, state: Tensor, scale: float) -> Tensor:

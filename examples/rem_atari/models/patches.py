@@ -1,0 +1,118 @@
+"""Tokens that are patches of pixels: a codebook that only grows, and nothing that trains."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from rem_atari.config import TokenizerConfig
+from rem_atari.models.base_tokenizer import BaseTokenizer, to_floats
+
+
+class PatchTokenizer(BaseTokenizer):
+    """Each code is a patch of pixels that the game has shown; a code, once there, never changes.
+
+    A token is the first code whose patch lies within `patch_threshold`, or, where none does, the nearest.
+    Codes are only added behind the others, so the token of a patch that was taken in never changes. Where
+    the world is made of cells that keep to the grid, a threshold of 0 makes tokens exact: one for each kind
+    of patch, from the first frame on.
+
+    Controller and world model see a code as its pixels in [0, 1] under a fixed random projection, so a new
+    code looks like the codes that it resembles.
+
+    Args:
+        cfg: `channels` give the size of a patch, `codebook_size` bounds the number of codes,
+            `patch_threshold` is the error that a code is good for, `code_dim` the size of what is seen of it.
+        frame_size: S, the side of a frame in pixels.
+
+    Raises:
+        ValueError: as `BaseTokenizer`.
+
+    Source: the nearest-neighbour tokenizer of arXiv 2502.01591.
+    """
+
+    patches: Tensor
+    """Pixels of the codes, (V, 3 P²) uint8 for patches of P x P pixels; 0 for codes still to come."""
+    num_codes: Tensor
+    """How many codes there are, () int64."""
+
+    def __init__(self, cfg: TokenizerConfig, frame_size: int) -> None:
+        super().__init__(cfg, frame_size, code_dim=cfg.code_dim, codebook_size=cfg.codebook_size)
+        size = 3 * (frame_size // self.grid) ** 2
+        projection = nn.init.orthogonal_(torch.empty(size, cfg.code_dim))
+        self.register_buffer("patches", torch.zeros(cfg.codebook_size, size, dtype=torch.uint8))
+        self.register_buffer("num_codes", torch.zeros((), dtype=torch.int64))
+        # A patch of one colour then has codes of about the size of its pixels.
+        self.register_buffer("projection", projection * (size / cfg.code_dim) ** 0.5)
+        self.register_buffer("code_table", torch.zeros(cfg.codebook_size, cfg.code_dim))
+
+    @property
+    def codes(self) -> Tensor:
+        """What is seen of the codes, (V, E); 0 for those still to come."""
+        return self.code_table
+
+    @torch.no_grad()
+    def grow(self, frames: Tensor) -> int:
+        """Make codes of the patches that no code is good for, as far as there is room.
+
+        Common patches come first, so that a codebook that becomes full has those.
+
+        Args:
+            frames: uint8 (B, S, S, 3).
+
+        Returns:
+            How many codes were added.
+        """
+        self._check_frames("grow", frames, leading="B")
+        patches, counts = self._split(frames).flatten(0, 1).unique(dim=0, return_counts=True)
+        left = patches[counts.argsort(descending=True, stable=True)]
+        before = size = int(self.num_codes)
+        left = left[~self._is_covered(left, self.patches[:size])]
+        while len(left) > 0 and size < self.codebook_size:
+            self.patches[size] = left[0]
+            left = left[~self._is_covered(left, self.patches[size : size + 1])]
+            size += 1
+        self.num_codes.fill_(size)
+        self.code_table[before:size] = (self.patches[before:size].float() / 255) @ self.projection
+        return size - before
+
+    @torch.no_grad()
+    def coverage(self, frames: Tensor) -> float:
+        """Share of the patches of frames, uint8 (B, S, S, 3), that some code is good for."""
+        patches = self._split(frames).flatten(0, 1)
+        return float(self._is_covered(patches, self.patches[: int(self.num_codes)]).float().mean())
+
+    def _tokenize(self, frames: Tensor) -> Tensor:
+        errors = self._errors(self._split(frames).flatten(0, 1), self.patches)
+        to_come = torch.arange(self.codebook_size, device=errors.device) >= self.num_codes
+        errors.masked_fill_(to_come, torch.inf)
+        good = errors <= self.cfg.patch_threshold
+        # `max` gives the first of equals.
+        found, first = good.max(dim=-1)
+        return torch.where(found, first, errors.argmin(dim=-1)).unflatten(0, (len(frames), self.num_tokens))
+
+    def _draw(self, tokens: Tensor) -> Tensor:
+        side = self.frame_size // self.grid
+        return rearrange(
+            to_floats(self.patches[tokens]),
+            "b (h w) (p q c) -> b (h p) (w q) c",
+            h=self.grid,
+            p=side,
+            q=side,
+        )
+
+    def _split(self, frames: Tensor) -> Tensor:
+        """The patches of frames: uint8 (B, S, S, 3) to (B, K, 3 P²)."""
+        return rearrange(frames, "b (h p) (w q) c -> b (h w) (p q c)", h=self.grid, w=self.grid)
+
+    def _is_covered(self, patches: Tensor, codes: Tensor) -> Tensor:
+        """Patches (n, 3 P²) that one of the codes (m, 3 P²) is good for, (n,) bool."""
+        return (self._errors(patches, codes) <= self.cfg.patch_threshold).any(dim=-1)
+
+    def _errors(self, patches: Tensor, codes: Tensor) -> Tensor:
+        """Mean squared error, pixels in [-1, 1], of each patch (n, 3 P²) as each code (m, 3 P²): (n, m)."""
+        # Sums of whole numbers, which float64 holds exactly: equal patches have an error of exactly 0.
+        patches, codes = patches.double(), codes.double()
+        squares = patches.square().sum(dim=-1, keepdim=True) + codes.square().sum(dim=-1)
+        return torch.addmm(squares, patches, codes.T, alpha=-2) / (127.5**2 * patches.shape[-1])

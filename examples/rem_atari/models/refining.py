@@ -1,0 +1,98 @@
+"""The world model that draws an observation in a few passes, each of which reads what was drawn before."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from rem_atari.models.controller import entropy
+from rem_atari.models.sampling import sample_categorical
+from rem_atari.models.sequence_loss import SequenceLogits
+from rem_atari.models.world_model import WorldModel, WorldModelStep
+
+
+class RefiningWorldModel(WorldModel):
+    """Predicts all unknown tokens of an observation in one pass, given those that are known.
+
+    Before the K prediction tokens of a block stand K hints: the prediction embedding of each place, plus the
+    embedding of its token where that is known. In training a random share of each observation is known, none
+    of it in half of the blocks; only unknown tokens carry a loss. Imagination draws in passes: the first
+    knows nothing and keeps the tokens it is surest of, the next reads these and keeps more, and the last
+    draws the few that are left. So tokens that depend on each other agree, at the price of the passes. The
+    parameters are those of `WorldModel`.
+
+    Which tokens are kept depends on the entropy of their distributions and not on what was drawn, so draws
+    follow the model's distribution of one token given others. (To keep what was drawn with a high chance, as
+    MaskGIT does, would draw likely tokens too often.)
+
+    Args:
+        cfg, num_tokens, code_dim, codebook_size, num_actions: as `WorldModel`.
+
+    Source: MaskGIT, arXiv 2202.04200, with the entropy for its confidence.
+    """
+
+    def forward(
+        self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
+    ) -> SequenceLogits:
+        """See `BaseWorldModel.forward`; in eval mode no token is known."""
+        if not self.training:
+            return super().forward(tokens, actions, codebook, skip_blocks=skip_blocks)
+        known = _some(tokens)
+        predicting = self._with_hints(tokens, known, codebook)
+        logits = self._predict_blocks(tokens, actions, codebook, predicting, skip_blocks)
+        return logits._replace(unknown=~known[:, skip_blocks:])
+
+    def _draw_tokens(
+        self, step: WorldModelStep, before: Tensor, codebook: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        logits, tokens = step.token_logits, torch.zeros_like(before)
+        known = torch.zeros_like(before, dtype=torch.bool)
+        left = _schedule(self.num_tokens, self.cfg.refine_passes)
+        for now, later in pairwise(left):
+            tokens = torch.where(known, tokens, sample_categorical(logits, generator))
+            if later == 0:
+                break
+            doubt = entropy(logits.float()).masked_fill(known, torch.inf)
+            kept = doubt.topk(now - later, dim=-1, largest=False).indices
+            known = known.scatter(-1, kept, True)
+            logits = self._predict_unknown(tokens, known, codebook, step)
+        return tokens
+
+    def _predict_unknown(
+        self, tokens: Tensor, known: Tensor, codebook: Tensor, step: WorldModelStep
+    ) -> Tensor:
+        """Logits (B, K, V) of the observation after `step`, given its known tokens (B, K)."""
+        predicting = self._with_hints(tokens[:, None], known[:, None], codebook)
+        nothing = predicting.new_empty(predicting.shape[0], 0, predicting.shape[-1])
+        _, predicted, _ = self.decoder.pop(nothing, predicting, step.state, block_size=self.block_size)
+        return self._token_logits(predicted[:, 0])
+
+    def _with_hints(self, tokens: Tensor, known: Tensor, codebook: Tensor) -> Tensor:
+        """The prediction stream's input, given some of the tokens (B, N, K): (B, N, 2 K, width)."""
+        plain = super()._prediction_tokens(*tokens.shape[:2])
+        hints = plain + self._embed_tokens(tokens, codebook) * known[..., None]
+        return torch.cat((hints, plain), dim=2)
+
+    def _prediction_tokens(self, batch_size: int, blocks: int) -> Tensor:
+        plain = super()._prediction_tokens(batch_size, blocks)
+        return torch.cat((plain, plain), dim=2)
+
+    def _token_logits(self, predicted: Tensor) -> Tensor:
+        return super()._token_logits(predicted[..., self.num_tokens :, :])
+
+
+def _some(tokens: Tensor) -> Tensor:
+    """A random choice of the tokens (B, N, K) of each block, none in half of the blocks, bool."""
+    share = torch.rand(*tokens.shape[:2], 1, device=tokens.device) * 2 - 1
+    return torch.rand(tokens.shape, device=tokens.device) < share
+
+
+def _schedule(num_tokens: int, passes: int) -> list[int]:
+    """Unknown tokens before each pass, and 0 at last: fewer by the same factor from pass to pass.
+
+    A pass draws its tokens independently of each other; the last ones, the least certain, are few.
+    """
+    left = [round(num_tokens ** (1 - each / passes)) for each in range(passes)]
+    return list(dict.fromkeys([*left, 0]))

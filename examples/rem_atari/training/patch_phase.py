@@ -1,0 +1,94 @@
+"""The turn of a tokenizer of patches: take in what the game has shown since the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from rem_atari.models.patches import PatchTokenizer
+from rem_atari.replay.buffer import Replay
+from rem_atari.training.component import Component
+from rem_atari.training.phase import TrainingPhase
+from rem_atari.training.updates import Metrics
+
+FRAMES_AT_ONCE = 256
+"""Frames taken in together; bounds the memory."""
+
+
+class PatchPhase(TrainingPhase[torch.Tensor]):
+    """Gives the patches of new frames codes. Nothing trains, so there are no updates, in any epoch.
+
+    Tokens that were cached stay as they are: frames come here before anything encodes them, and the token of
+    a patch that was taken in never changes.
+
+    Args:
+        tokenizer: the tokenizer that grows.
+        component: an optimiser of nothing.
+        replay: where frames come from.
+        warn: told once that the codebook is full.
+    """
+
+    def __init__(
+        self, tokenizer: PatchTokenizer, component: Component, replay: Replay, warn: Callable[[str], None]
+    ) -> None:
+        super().__init__(component, warn)
+        self._tokenizer = tokenizer
+        self._replay = replay
+        self._taken_in = 0
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """True: it will never make an update."""
+        return True
+
+    def prepare(self, epoch: int) -> bool:
+        """Take in the frames that came since the last turn; False: there is nothing to train."""
+        new = self._replay.stored_frames(self._taken_in)
+        self._taken_in = self._replay.num_steps
+        self._metrics = {"codes_added": 0.0}
+        if len(new) > 0:
+            self._metrics = self._take_in(new)
+        self._metrics["codes"] = float(self._tokenizer.num_codes)
+        return False
+
+    def _take_in(self, new: torch.Tensor) -> dict[str, float]:
+        """Take in frames; what there is to say of them."""
+        was_full = self._is_full()
+        added, covered = 0, 0.0
+        for frames in new.split(FRAMES_AT_ONCE):
+            frames = frames.to(self._tokenizer.codes.device)
+            added += self._tokenizer.grow(frames)
+            covered += self._tokenizer.coverage(frames) * len(frames) / len(new)
+        if self._is_full() and not was_full:
+            self.warn(
+                f"warning: all {self._tokenizer.codebook_size} codes of tokenizer.codebook_size are taken;"
+                " new patches get the codes that are nearest"
+            )
+        return {"codes_added": float(added), "covered": covered}
+
+    def draw(self) -> NoReturn:
+        """Never called."""
+        raise NotImplementedError("a tokenizer of patches makes no updates")
+
+    def loss(self, batch: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """Never called."""
+        raise NotImplementedError("a tokenizer of patches makes no updates")
+
+    def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """frozen (1: nothing trains), codes (in all), codes_added, and covered: the share of the new patches
+        that some code is good for; without it where there were none."""
+        return {"frozen": 1.0, **self._metrics}
+
+    def state(self) -> dict[str, Any]:
+        """How many frames were taken in."""
+        return {"taken_in": self._taken_in}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        self._taken_in = int(state["taken_in"])
+
+    def _is_full(self) -> bool:
+        return int(self._tokenizer.num_codes) == self._tokenizer.codebook_size

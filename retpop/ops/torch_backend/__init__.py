@@ -1,0 +1,212 @@
+"""The PyTorch backend: which of its ways a call takes, and the gradients of the faster one.
+
+In eager PyTorch chunkwise mode, packed sequences and POP are computed with gradients by explicit formulas
+(`eager`, `packed`). Where somebody else wants to see every operation - a compiler, a transform of
+`torch.func`, forward-mode AD, a derivative of a derivative - `plain` forms run, as the other modes always do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retpop import position
+from retpop.arguments import are_batched, is_exporting_length, is_transformed
+from retpop.ops.dtypes import Inputs, without_autocast, zero_state
+from retpop.ops.powers import DecayPowers
+from retpop.ops.rows import PopSpec
+from retpop.ops.torch_backend import eager, packed, plain
+from retpop.ops.torch_backend.exported import chunkwise
+from retpop.ops.torch_backend.plain import DEFAULT_CHUNK_SIZE
+from retpop.position import Rotation
+
+NAME = "torch"
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+class Form(Protocol):
+    """An operation of tokens and a state: in plain operations, and by formulas that hide their steps."""
+
+    @property
+    def reset(self) -> Tensor | None:
+        """What the formulas read beside their inputs, if there is something."""
+
+    def plain(self, tokens: Sequence[Tensor], state: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, one for every three tensors of tokens, and the final state."""
+
+    def forward(
+        self, tokens: Sequence[Tensor], state: Tensor, keep: bool
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The outputs, the final state, and, with ``keep``, the states that `gradients` needs."""
+
+    def gradients(
+        self, tokens: Sequence[Tensor], grads: Sequence[Tensor], states: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Those of tokens and state that are needed, from those of the results of `plain`."""
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    powers: DecayPowers,
+    *,
+    mode: str,
+    state: Tensor | None,
+    chunk_size: int | None,
+    packing: packed.Packing | None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Retention of inputs (B, T, H, D) in one of the three modes; returns outputs and final state."""
+    out_dtype = out_dtype or v.dtype
+    chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
+    form: Form
+    if packing is not None:
+        state = zero_state(q, v, packing.num_sequences) if state is None else state
+        if mode != "chunkwise" or packing.longest < 2:
+            return packed.retention(
+                q, k, v, powers, mode=mode, state=state, packing=packing, out_dtype=out_dtype
+            )
+        form = packed.Chunks(powers, packing.plan(chunk_size), out_dtype)
+    elif mode != "parallel" and is_exporting_length(q.shape[1]):
+        state = zero_state(q, v, q.shape[0]) if state is None else state
+        return chunkwise(q, k, v, powers.log_decay, state, powers.scale, chunk_size, out_dtype)
+    elif mode != "chunkwise" or q.shape[1] < 2:
+        return plain.retention(
+            q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, out_dtype=out_dtype
+        )
+    else:
+        state = zero_state(q, v, q.shape[0]) if state is None else state
+        form = eager.Chunks(powers, chunk_size, out_dtype)
+    out, final = _run(form, (q, k, v), state)
+    return out, final
+
+
+def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
+    """POP of three rows, or of the sequence's three tensors and the predictions'; outputs, final state."""
+    state = zero_state(tokens[0], tokens[2], tokens[0].shape[0]) if state is None else state
+    return _run(eager.Pop(spec), tokens, state)
+
+
+def gradients(
+    form: Form,
+    tokens: Sequence[Tensor],
+    state: Tensor,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Those of a form's tokens and state that are needed, from those of its results; None for zeros."""
+    outs, final, states = form.forward(tokens, state, keep=True)
+    above = [torch.zeros_like(x) if g is None else g for x, g in zip((*outs, final), grads, strict=True)]
+    return form.gradients(tokens, above, states, needs)
+
+
+def rotate(
+    q: Tensor, k: Tensor, rotation: Rotation, kind: str, spec: PopSpec | None = None
+) -> tuple[Tensor, Tensor]:
+    """`retpop.position.rotate` of both; with ``spec`` of rows, q perhaps a short one."""
+    own = rotation if spec is None else Rotation(*(spec.readers(x) for x in rotation))
+    return position.rotate(q, own, kind), position.rotate(k, rotation, kind)
+
+
+def head_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, kind: str, eps: float) -> Tensor:
+    """Each head of (..., H, Dv) normalised over its features; statistics in float32 or wider.
+
+    Args:
+        x: the heads' outputs.
+        weight, bias: (H, Dv), or None.
+        kind: "groupnorm" (mean and variance) or "rmsnorm" (root mean square).
+        eps: added to the variance or to the mean square.
+
+    Source: RetNet, arXiv 2307.08621, equation 8 (GroupNorm, one group a head).
+    """
+    normalize = F.layer_norm if kind == "groupnorm" else F.rms_norm
+    x = normalize(x, x.shape[-1:], eps=eps)
+    if weight is not None:
+        x = x * weight
+    return x if bias is None else x + bias
+
+
+def gated_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    kind: str,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """``activation`` of the gate, times `head_norm` of x: all (..., H, Dv); the result in gate's dtype."""
+    y = ACTIVATIONS[activation](gate) * head_norm(x, weight, bias, kind=kind, eps=eps)
+    return y if y.dtype == gate.dtype else y.to(gate.dtype)
+
+
+def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
+    """The form that runs, for people."""
+    return f"{mode} form"
+
+
+def _run(form: Form, tokens: Sequence[Tensor], state: Tensor) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling() or _is_watched():
+        return form.plain(tokens, state)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, state)):
+        results: tuple[Tensor, ...] = _ByFormula.apply(form, *tokens, state)
+        return results
+    outs, final, _ = form.forward(tokens, state, keep=False)
+    return *outs, final
+
+
+def _is_watched() -> bool:
+    """Whether somebody wants to see plain operations: a transform, forward-mode AD, a trace."""
+    return is_transformed() or torch.jit.is_tracing()
+
+
+class _ByFormula(torch.autograd.Function):
+    """A form with its gradients; what it keeps are its inputs and the states between."""
+
+    @staticmethod
+    def forward(ctx: Any, form: Form, *inputs: Tensor) -> tuple[Tensor, ...]:
+        *tokens, state = inputs
+        outs, final, states = form.forward(tokens, state, keep=True)
+        ctx.form = form
+        ctx.save_for_backward(*inputs, states, form.reset)  # so that it is noticed if they are written over
+        needs = ctx.needs_input_grad[1:]
+        carried = needs[1] or needs[2] or needs[-1]  # keys, values and state
+        own = [any(needs[3 * i : 3 * i + 3]) for i in range(len(outs))]
+        results = zip((*outs, final), (*own, False), strict=True)
+        ctx.mark_non_differentiable(*(x for x, needed in results if not (needed or carried)))
+        return *outs, final
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, states, _ = ctx.saved_tensors
+        with without_autocast(states.device):
+            # Gradients are to have gradients, or come in a batch: then by autograd through the plain form.
+            if torch.is_grad_enabled() or _is_watched() or are_batched(grads):
+                found = _plain_gradients(ctx.form, inputs, grads)
+            else:
+                found = ctx.form.gradients(inputs[:-1], grads, states, ctx.needs_input_grad[1:])
+        return None, *found
+
+
+def _plain_gradients(
+    form: Form, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    with torch.enable_grad():
+        *tokens, state = inputs = [x.view_as(x) for x in inputs]  # one each, where the same came twice
+        results = form.plain(tokens, state)
+        pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]
+    if not pairs:  # of no tokens, say
+        return [None] * len(inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    results, grads = zip(*pairs, strict=True)
+    found = iter(
+        torch.autograd.grad(results, wanted, grads, create_graph=torch.is_grad_enabled(), allow_unused=True)
+    )
+    return [next(found) if x.requires_grad else None for x in inputs]

@@ -1,0 +1,381 @@
+"""Chunkwise retention and POP in eager PyTorch, some blocks at a time; each formula beside its gradient.
+
+A block is L tokens of one row and one head; products take many at once, as (N·B·H, L, D) in memory. Numbers
+of blocks come first, so that the states at N + 1 boundaries, (N + 1, B, H, Dk, Dv), are before the blocks
+without the last, and after them without the first. Results are written into place, in the states' dtype.
+
+The formulas are those of `plain`. With G the gradient of the state after a block, S the state before it, and
+g_i the gradient of output o_i, the gradients are
+
+    dq_i = Σ_{j<=i} c γ^(i-j) (g_i · v_j) k_j  +  c γ^(i+1) S g_i
+    dk_j = Σ_{i>=j} c γ^(i-j) (g_i · v_j) q_i  +  γ^(L-1-j) G v_j
+    dv_j = Σ_{i>=j} c γ^(i-j) (q_i · k_j) g_i  +  γ^(L-1-j) Gᵀ k_j
+    dS   = γ^L G + Σ_i c γ^(i+1) q_i g_iᵀ
+
+The last line runs backwards over the blocks, as the states run forwards; the others take blocks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retpop.ops.powers import Across, BlockPowers, DecayPowers, advance_in_place
+from retpop.ops.rows import PopSpec
+from retpop.ops.torch_backend import plain
+
+VALUES_A_THREAD = 2**17
+"""How many numbers of a tensor each thread of a CPU takes at once: those of a stretch then stay in its core's
+cache, and their memory is used again, where fresh memory would cost as much as the arithmetic."""
+
+Tokens = Sequence[Tensor]
+"""Tensors of tokens: queries, keys and values, (B, T, H, D), outputs, or gradients of them."""
+
+Kept = tuple[list[Tensor], Tensor, Tensor]
+"""The outputs, the final state, and the states that the gradients need."""
+
+
+class Stretch(NamedTuple):
+    """Blocks that are taken at once: all of some rows of a batch, or one block of each.
+
+    Attributes:
+        rows: of the batch.
+        blocks: their numbers in the row.
+        tokens: the tokens that are in them.
+        size: tokens in a block.
+    """
+
+    rows: slice
+    blocks: slice
+    tokens: slice
+    size: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of each row."""
+        return int(self.blocks.stop - self.blocks.start)
+
+    def ends(self) -> Stretch:
+        """The same blocks of a sequence that holds nothing but the last token of each."""
+        return Stretch(self.rows, self.blocks, self.blocks, 1)
+
+    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Blocks of (B, T, H, D) by head, cast: (N·B·H, L, D). Perhaps ``x`` itself: not to be written to."""
+        x = _by_head(x[self.rows, self.tokens], self.size)
+        return x.to(dtype, memory_format=torch.contiguous_format).contiguous().flatten(0, 2)
+
+    def put(self, into: Tensor, blocks: Tensor) -> None:
+        """Write blocks by head to their place in (B, T, H, D); the other way round."""
+        place = _by_head(into[self.rows, self.tokens], self.size)
+        place.copy_(blocks.view(place.shape))
+
+
+def _by_head(x: Tensor, size: int) -> Tensor:
+    return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)  # (B, N·L, H, D) as (N, B, H, L, D)
+
+
+def stretches(x: Tensor, size: int) -> Iterator[Stretch]:
+    """Cut (B, T, H, D) into blocks of ``size`` tokens, the last perhaps shorter, and those into stretches.
+
+    Those of a row come in its order, and all rows' full blocks before what is left over.
+    """
+    full, left = divmod(x.shape[1], size)
+    yield from _cut(x, size, 0, full)
+    if left:
+        for part in _cut(x, left, full, 1):
+            yield part._replace(tokens=slice(full * size, full * size + left))
+
+
+def _cut(x: Tensor, size: int, first: int, count: int) -> Iterator[Stretch]:
+    """Stretches of ``count`` blocks of equal size, from number ``first`` on."""
+    batch = x.shape[0]
+    cached = x.is_cpu and not torch.compiler.is_compiling()  # whose backward pass may be compiled alone
+    at_once = VALUES_A_THREAD * torch.get_num_threads() if cached else x.numel()
+    limit = at_once // (size * x.shape[2] * x.shape[3])  # blocks
+    rows, blocks = max(1, min(batch, limit)), max(1, limit // max(1, batch))
+    for start in range(first, first + count, blocks):
+        end = min(start + blocks, first + count)
+        for row in range(0, batch, rows):
+            yield Stretch(slice(row, row + rows), slice(start, end), slice(start * size, end * size), size)
+
+
+class Blocks(NamedTuple):
+    """Blocks of tokens by head: each (N·B·H, L, D).
+
+    Where only the last token's output is wanted, ``q`` holds one token a block, and the powers that come with
+    the blocks are for it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def outputs(self, starts: Tensor, powers: BlockPowers) -> Tensor:
+        """The outputs, (N·B·H, L, Dv), from the states before the blocks, (N, B, H, Dk, Dv)."""
+        scores = _scale(torch.bmm(self.q, self.k.mT), powers.within)
+        out = _scale(torch.bmm(self.q, _flat(starts)), powers.from_start)
+        return out.baddbmm_(scores, self.v)
+
+    def gradients(
+        self,
+        grad: Tensor,
+        read: Tensor,
+        starts: Tensor,
+        ends: Tensor | None,
+        powers: BlockPowers,
+        needs: Sequence[bool] = (True, True, True),
+    ) -> list[Tensor | None]:
+        """dq, dk and dv, laid out as the blocks; None where they are not needed.
+
+        Args:
+            grad: of the outputs.
+            read: ``grad`` times ``powers.from_start``.
+            starts: the states before the blocks, (N, B, H, Dk, Dv).
+            ends: the gradients of the states after them, likewise; None where nothing comes after.
+            powers: of γ for L tokens.
+            needs: which of the three are wanted.
+        """
+        dq = dk = dv = None
+        if needs[0] or needs[1]:
+            pairs = _scale(torch.bmm(grad, self.v.mT), powers.within)
+        if needs[0]:
+            dq = torch.bmm(pairs, self.k).baddbmm_(read, _flat(starts).mT)
+        if needs[1]:
+            dk = torch.bmm(pairs.mT, self.q)
+            if ends is not None:
+                dk.baddbmm_(scaled(self.v, powers.to_end), _flat(ends).mT)
+        if needs[2]:
+            scores = _scale(torch.bmm(self.q, self.k.mT), powers.within)
+            dv = torch.bmm(scores.mT, grad)
+            if ends is not None:
+                dv.baddbmm_(scaled(self.k, powers.to_end), _flat(ends))
+        return [dq, dk, dv]
+
+    def additions(self, powers: BlockPowers, into: Tensor) -> None:
+        """What each block adds to the state after it, (N, B, H, Dk, Dv)."""
+        _flat(into).baddbmm_(scaled(self.k, powers.to_end).mT, self.v, beta=0)
+
+
+def carry(states: Tensor, across: Across, resets: Tensor | None = None) -> None:
+    """Add to each state (N + 1, B, H, Dk, Dv) what is left of the one before it; the first is finished."""
+    for n in range(1, states.shape[0]):
+        advance_in_place(states[n - 1], across, states[n])
+        if resets is not None:  # not a product: 0 * NaN would carry a NaN over into the next episode
+            states[n].masked_fill_(resets[n], 0)
+
+
+def carry_back(grads: Tensor, across: Across, resets: Tensor | None = None) -> None:
+    """Add to the gradients of states (N + 1, B, H, Dk, Dv) what comes from the states after them.
+
+    The last of them is finished. The others hold what comes from outputs.
+    """
+    for n in range(grads.shape[0] - 2, -1, -1):
+        advance_in_place(grads[n + 1], across, grads[n])
+        if resets is not None:  # what came before has no influence; 0 * NaN would carry a NaN back
+            grads[n].masked_fill_(resets[n], 0)
+
+
+class Chunks(NamedTuple):
+    """Chunkwise retention.
+
+    Attributes:
+        powers: the decays, with the scale c.
+        chunk_size: tokens in a chunk.
+        out_dtype: of the outputs.
+    """
+
+    powers: DecayPowers
+    chunk_size: int
+    out_dtype: torch.dtype
+    reset: None = None
+
+    def plain(self, tokens: Tokens, state: Tensor) -> tuple[Tensor, ...]:
+        """The same in plain operations: outputs and final state."""
+        q, k, v = tokens
+        return plain.retention(
+            q,
+            k,
+            v,
+            self.powers,
+            mode="chunkwise",
+            state=state,
+            chunk_size=self.chunk_size,
+            out_dtype=self.out_dtype,
+        )
+
+    def forward(self, tokens: Tokens, state: Tensor, keep: bool) -> Kept:
+        """Outputs, final state, and, with ``keep``, the states at the N + 1 boundaries of chunks."""
+        k, v = tokens[1:]
+        out = v.new_empty(v.shape, dtype=self.out_dtype)
+        cuts = list(stretches(k, self.chunk_size))
+        held = 0 if not cuts else cuts[-1].blocks.stop if keep else cuts[0].num_blocks
+        states = state.new_empty(held + 1, *state.shape)
+        states[0] = state
+        for part in cuts:
+            first = part.blocks.start if keep else 0
+            window = states[first : first + part.num_blocks + 1, part.rows]
+            powers = self.powers.block(part.size)
+            blocks = Blocks(*(part.take(x, state.dtype) for x in tokens))
+            blocks.additions(powers, window[1:])
+            carry(window, powers.across)
+            part.put(out, blocks.outputs(window[:-1], powers))
+            if not keep:
+                states[0, part.rows] = window[-1]
+        return [out], states[-1 if keep else 0].clone(), states
+
+    def gradients(
+        self, tokens: Tokens, grads: Tokens, states: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """dq, dk, dv and that of the first state, from those of the outputs and of the final state."""
+        grad, grad_state = grads
+        found = [x.new_empty(x.shape) for x in tokens]
+        cuts = list(stretches(tokens[1], self.chunk_size))
+        sums = states.new_empty(1 + (cuts[0].num_blocks if cuts else 0), *grad_state.shape)
+        sums[0] = grad_state
+        for part in reversed(cuts):  # the first place holds the gradient of the state after this stretch
+            window = sums[: part.num_blocks + 1, part.rows]
+            window[-1] = sums[0, part.rows]
+            powers = self.powers.block(part.size)
+            *own, g = (part.take(x, states.dtype) for x in (*tokens, grad))
+            blocks, read = Blocks(*own), scaled(g, powers.from_start)
+            if any(needs[1:]):  # all but the queries' gradient come from later blocks as well
+                _flat(window[:-1]).baddbmm_(blocks.q.mT, read, beta=0)
+                carry_back(window, powers.across)
+            starts = states[part.blocks, part.rows]
+            _put((part,) * 3, found, blocks.gradients(g, read, starts, window[1:], powers, needs))
+        return [x if need else None for x, need in zip((*found, sums[0].clone()), needs, strict=True)]
+
+
+class Pop(NamedTuple):
+    """POP of rows, or of a sequence and of predictions."""
+
+    spec: PopSpec
+
+    @property
+    def reset(self) -> Tensor | None:
+        """The blocks that start a new episode."""
+        return self.spec.reset
+
+    def plain(self, tokens: Tokens, state: Tensor) -> tuple[Tensor, ...]:
+        """The same in plain operations: outputs and final state."""
+        return plain.pop(tokens, state, self.spec)
+
+    def forward(self, tokens: Tokens, state: Tensor, keep: bool) -> Kept:
+        """Outputs, final state, and the states B_0 ... B_N as blocks and predictions read them."""
+        spec = self.spec
+        outs = [
+            v.new_empty(*q.shape[:-1], v.shape[-1], dtype=spec.out_dtype or v.dtype)
+            for q, v in zip(tokens[::3], tokens[2::3], strict=True)
+        ]
+        (q, k, v), pred = _parts(tokens, spec)
+        (out,), (out_pred,) = _parts(outs, spec)
+        resets = _at_boundaries(spec.reset)
+        states = state.new_empty(1 + k.shape[1] // spec.block_size, *state.shape)
+        states[0] = state if resets is None else state.masked_fill(resets[0], 0)
+        for part in stretches(k, spec.block_size):
+            boundaries = slice(part.blocks.start, part.blocks.stop + 1), part.rows
+            window = states[boundaries]
+            readers, powers = _readers_of(part, spec)
+            blocks = Blocks(readers.take(q, state.dtype), *(part.take(x, state.dtype) for x in (k, v)))
+            blocks.additions(powers, window[1:])
+            carry(window, powers.across, None if resets is None else resets[boundaries])
+            readers.put(out, blocks.outputs(window[:-1], powers))
+        for part in _prediction_stretches(pred, spec):
+            starts = states[spec.offset :][part.blocks, part.rows]
+            blocks = Blocks(*(part.take(x, state.dtype) for x in pred))
+            part.put(out_pred, blocks.outputs(starts, spec.powers.block(part.size)))
+        return outs, states[-1].clone(), states
+
+    def gradients(
+        self, tokens: Tokens, grads: Tokens, states: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Those of ``tokens`` and of the first state, from those of the outputs and of the final state."""
+        spec = self.spec
+        found = [x.new_empty(x.shape) for x in tokens]
+        (main, pred), ((grad,), (grad_pred,)), (into, into_pred) = (
+            _parts(x, spec) for x in (tokens, grads[:-1], found)
+        )
+        carried = needs[1] or needs[2] or needs[-1]  # keys, values and state: not the queries
+        sums = torch.zeros_like(states)
+        sums[-1] = grads[-1]
+        for part in _prediction_stretches(pred, spec):
+            powers = spec.powers.block(part.size)
+            *own, g = (part.take(x, states.dtype) for x in (*pred, grad_pred))
+            blocks, read = Blocks(*own), scaled(g, powers.from_start)
+            starts, grad_starts = (x[spec.offset :][part.blocks, part.rows] for x in (states, sums))
+            if carried:
+                _flat(grad_starts).baddbmm_(blocks.q.mT, read)
+            _put((part,) * 3, into_pred, blocks.gradients(g, read, starts, None, powers, needs[-4:-1]))
+        resets = _at_boundaries(spec.reset)
+        for part in reversed(list(stretches(main[1], spec.block_size))):
+            at = slice(part.blocks.start, part.blocks.stop + 1), part.rows
+            window, starts = sums[at], states[part.blocks, part.rows]
+            readers, powers = _readers_of(part, spec)
+            places = readers, part, part, readers
+            pairs = zip(places, (*main, grad), strict=True)
+            *own, g = (place.take(x, states.dtype) for place, x in pairs)
+            blocks, read = Blocks(*own), scaled(g, powers.from_start)
+            if carried:
+                _flat(window[:-1]).baddbmm_(blocks.q.mT, read)
+                carry_back(window, powers.across, None if resets is None else resets[at])
+            _put(places[:3], into, blocks.gradients(g, read, starts, window[1:], powers, needs[:3]))
+        return [x if need else None for x, need in zip((*found, sums[0].clone()), needs, strict=True)]
+
+
+def _parts(tensors: Tokens, spec: PopSpec) -> tuple[Tokens, Tokens]:
+    """Sequence and predictions as views (B, ·, H, D): of rows, or of the one's tensors and the other's."""
+    if tensors[-1].dim() == 5:
+        half = len(tensors) // 2
+        return tensors[:half], [x.flatten(1, 2) for x in tensors[half:]]
+    behind = prod(spec.predictions)
+    main, pred = zip(*(x.split((x.shape[1] - behind, behind), dim=1) for x in tensors), strict=True)
+    return main, pred
+
+
+def _prediction_stretches(pred: Tokens, spec: PopSpec) -> Iterable[Stretch]:
+    """The stretches of predictions (B, P·M, H, D), one block each; none where M is 0."""
+    return stretches(pred[1], spec.predictions[1]) if spec.predictions[1] else ()
+
+
+def _at_boundaries(reset: Tensor | None) -> Tensor | None:
+    """Where the state at a boundary is dropped, (N + 1, B, 1, 1, 1); never at the last one."""
+    if reset is None:
+        return None
+    never = reset.new_zeros(1, reset.shape[0])
+    return torch.cat((reset.T, never))[:, :, None, None, None]
+
+
+def _readers_of(part: Stretch, spec: PopSpec) -> tuple[Stretch, BlockPowers]:
+    """Where the queries and outputs of a stretch of the sequence are, and the powers for them."""
+    powers = spec.powers.block(part.size)
+    return (part.ends(), powers.of_last_token()) if spec.main_out == "last" else (part, powers)
+
+
+def _put(places: Sequence[Stretch], into: Tokens, found: Sequence[Tensor | None]) -> None:
+    for place, x, gradient in zip(places, into, found, strict=True):
+        if gradient is not None:
+            place.put(x, gradient)
+
+
+def _flat(states: Tensor) -> Tensor:
+    """A stretch's states (N, B, H, Dk, Dv) as a view (N·B·H, Dk, Dv)."""
+    return states.view(-1, *states.shape[-2:])
+
+
+def scaled(x: Tensor, by: Tensor) -> Tensor:
+    """Blocks (N·B·H, L, D) times powers of γ, (H, L, D) or (N, H, L, D) or of width 1."""
+    return (_in_rows(x, by) * by).view(x.shape)
+
+
+def _scale(x: Tensor, by: Tensor) -> Tensor:
+    """`scaled`, written over ``x``."""
+    _in_rows(x, by).mul_(by)
+    return x
+
+
+def _in_rows(x: Tensor, by: Tensor) -> Tensor:
+    return x.view(-1, *by.shape[:-2], *x.shape[1:])

@@ -1,0 +1,186 @@
+"""How the Triton backend's operations are made: each a `torch.library` op that a graph can hold.
+
+On a GPU an op launches kernels. On a CPU it launches them in Triton's interpreter where TRITON_INTERPRET is
+on, and otherwise computes the same in plain PyTorch, so that a program that was exported or compiled with
+such ops runs on a CPU too. A call with `backend="triton"` on a CPU without the interpreter never comes here.
+
+An op takes tensors (or lists of them) first, then numbers. Its gradient is an op of its own, of the same
+tensors, the results' gradients, the same numbers, and a flag for each tensor whether its gradient is wanted.
+Transforms that would go wrong here raise, and name the backend that has them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import CustomOpDef
+
+from retpop._torch import check, forward_ad_level, transforms_are_active
+from retpop.arguments import are_batched
+from retpop.ops.dtypes import state_dtype, without_autocast
+
+_Run = Callable[..., Any]
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on, by the words that Triton itself takes for it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def kernels(module: str) -> Any:
+    """A module of `retpop.kernels`, imported when it is first needed, since it needs Triton."""
+    return import_module(f"retpop.kernels.{module}")
+
+
+def why_transformed() -> str | None:
+    """Half a sentence that names a transform of torch.func, or forward-mode AD, at work; else None.
+
+    The kernels' operations have a gradient and nothing else; forward-mode AD would find a zero tangent there.
+    """
+    if transforms_are_active():
+        return "a transform of torch.func (grad, jvp, vmap, ...) is at work"
+    return "forward-mode AD is at work" if forward_ad_level() >= 0 else None
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise where a transform, or a tangent of one of ``tensors``, would go wrong: ops see neither."""
+    reason = why_transformed()
+    if reason is None:
+        return
+    given = (x for x in tensors if x is not None)
+    if transforms_are_active() or any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        raise RuntimeError(f'backend="triton" cannot run: {reason}; backend="torch" can.')
+
+
+def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run) -> CustomOpDef:
+    """An op that kernels compute.
+
+    Args:
+        name: after ``retpop::``.
+        schema: arguments and results.
+        launch: computes by kernels, on a GPU or in the interpreter.
+        compute: computes the same in plain PyTorch.
+        fake: the results' shapes, after checking those of the arguments.
+    """
+
+    def on_cpu(*arguments: Any) -> Any:
+        if interpreting():
+            return launch(*arguments)
+        with without_autocast(torch.device("cpu")):
+            return compute(*arguments)
+
+    op = torch.library.custom_op(
+        f"retpop::{name}", launch, mutates_args=(), device_types="cuda", schema=schema
+    )
+    op.register_kernel("cpu", on_cpu)
+    op.register_fake(fake)
+
+    def refuse(info: object, in_dims: object, *arguments: object) -> None:
+        raise RuntimeError(f'retpop::{name}: the Triton backend has no vmap; backend="torch" has.')
+
+    op.register_vmap(refuse)
+    return op
+
+
+def add_gradient(
+    op: CustomOpDef, name: str, schema: str, *, launch: _Run, compute: _Run, num_tensors: int
+) -> None:
+    """Make the op ``name`` that finds the gradients of ``op``, and let autograd use it.
+
+    Args:
+        op: the op whose first ``num_tensors`` arguments are tensors, None, or lists of tensors.
+        name: after ``retpop::``.
+        schema: arguments (see the module), and the gradients that are wanted, in order.
+        launch: finds gradients by kernels, None where one is not wanted.
+        compute: finds the same in plain PyTorch.
+        num_tensors: the number of its arguments before the numbers.
+    """
+
+    def fake(*arguments: Any) -> list[Tensor]:
+        inputs, needs = _flat(arguments[:num_tensors]), arguments[-1]
+        check(len(needs) == len(inputs), lambda: f"needs has {len(needs)} flags; it must have {len(inputs)}")
+        return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
+
+    def owned(*arguments: Any) -> list[Tensor]:
+        return [own(x) for x in compute(*arguments) if x is not None]
+
+    def launched(*arguments: Any) -> list[Tensor]:
+        return [x for x in launch(*arguments) if x is not None]
+
+    gradient = kernel_op(name, schema, launch=launched, compute=owned, fake=fake)
+
+    def refuse(ctx: object, *grads: object) -> None:
+        raise RuntimeError(
+            f'retpop::{name}: the Triton backend has no derivative of a derivative; backend="torch" has.'
+        )
+
+    gradient.register_autograd(refuse)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        ctx.layout = [len(x) if isinstance(x, list) else None for x in inputs[:num_tensors]]
+        ctx.numbers = inputs[num_tensors:]
+        ctx.save_for_backward(*_flat(inputs[:num_tensors]))
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        flat_grads = _flat(grads)
+        if are_batched(flat_grads):
+            raise RuntimeError(
+                f'retpop::{name}: the Triton backend takes no batches of gradients; backend="torch" does.'
+            )
+        needs = _flat(ctx.needs_input_grad[:num_tensors])
+        inputs = _laid_out(ctx.saved_tensors, ctx.layout)
+        found = iter(gradient(*inputs, flat_grads, *ctx.numbers, needs))
+        wanted = [next(found) if need else None for need in needs]
+        return *_laid_out(wanted, ctx.layout), *[None] * len(ctx.numbers)
+
+    op.register_autograd(differentiate, setup_context=save)
+
+
+def own(result: Tensor) -> Tensor:
+    """``result`` laid out as a fake says, in memory that is no input's: an op may not return that."""
+    return result.clone(memory_format=torch.contiguous_format)
+
+
+def _flat(arguments: Iterable[Any]) -> list[Any]:
+    """Arguments with those that are lists or tuples taken apart."""
+    return [x for one in arguments for x in (one if isinstance(one, list | tuple) else [one])]
+
+
+def _laid_out(flat: Iterable[Any], layout: Sequence[int | None]) -> list[Any]:
+    """`_flat` the other way round, with the length of each list, or None where there is none."""
+    rest: Iterator[Any] = iter(flat)
+    return [next(rest) if size is None else list(islice(rest, size)) for size in layout]
+
+
+def check_tokens(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
+    """In a fake: q, k and v fit each other."""
+    check(q.dim() == dims, lambda: f"q has {q.dim()} dimensions; it must have {dims}")
+    check(q.shape == k.shape, lambda: f"q {tuple(q.shape)} and k {tuple(k.shape)} differ")
+    check(
+        q.shape[:-1] == v.shape[:-1],
+        lambda: f"q {tuple(q.shape)} and v {tuple(v.shape)} differ before the last dimension",
+    )
+    check(q.dtype == k.dtype == v.dtype, lambda: f"dtypes {q.dtype}, {k.dtype} and {v.dtype} differ")
+
+
+def final_state(q: Tensor, v: Tensor, rows: int, log_decay: Tensor, state: Tensor | None) -> Tensor:
+    """In a fake: the state after (B, T, H, D); the log-decays and the state before must fit."""
+    heads = q.shape[2]
+    check(
+        log_decay.dim() == 1 and log_decay.shape[0] == heads,
+        lambda: f"log_decay is {tuple(log_decay.shape)}; it must be ({heads},)",
+    )
+    shape = (rows, heads, q.shape[3], v.shape[3])
+    check(
+        state is None or state.shape == shape,
+        lambda: f"state is {None if state is None else tuple(state.shape)}; it must be {shape}",
+    )
+    return q.new_empty(shape, dtype=state_dtype(q.dtype))

@@ -1,0 +1,229 @@
+"""POP by kernels: `retpop::pop_fwd` and its backward, as `torch.library` ops.
+
+They take the sequence and the predictions as tensors of their own, or three rows (`retpop.ops.rows`), as a
+layer's projection makes them. Of rows they return a row: nothing is split or joined in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retpop._torch import check
+from retpop.ops import torch_backend
+from retpop.ops.dtypes import state_dtype, zero_state
+from retpop.ops.powers import DecayPowers
+from retpop.ops.rows import PopSpec, split_row
+from retpop.ops.torch_backend.eager import Pop
+from retpop.ops.triton_backend.custom import (
+    add_gradient,
+    check_tokens,
+    final_state,
+    kernel_op,
+    kernels,
+    own,
+    refuse_transforms,
+)
+
+
+def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
+    """POP of three rows, or of the sequence's three tensors and the predictions'; outputs, final state.
+
+    Kernels answer every query. Each has its own answer, so those of tokens that nobody reads may be anything,
+    and what comes of them is dropped.
+    """
+    powers = spec.powers
+    refuse_transforms(*tokens, powers.log_decay, state)
+    q, *rest = tokens
+    if len(tokens) == 3 and q.shape[1] != rest[0].shape[1]:
+        q = spec.all_tokens(q)
+    *outs, final = pop_fwd(
+        [q, *rest],
+        powers.log_decay,
+        state,
+        spec.reset,
+        spec.predictions,
+        spec.block_size,
+        spec.offset,
+        powers.scale,
+        spec.out_dtype,
+    )
+    return *(outs if len(tokens) == 6 else map(spec.readers, outs)), final
+
+
+def _split(rows: Sequence[Tensor | None], predictions: Sequence[int]) -> list[Tensor | None]:
+    """The sequence's part of each row, then the predictions' part of each, as views."""
+    pairs = [(None, None) if row is None else split_row(row, predictions) for row in rows]
+    return [x for part in zip(*pairs, strict=True) for x in part]
+
+
+def _launch(
+    tokens: Sequence[Tensor],
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    predictions: Sequence[int],
+    block_size: int,
+    offset: int,
+    scale: float,
+    out_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    launch = kernels("pop_fwd").pop_fwd
+    arguments = (log_decay, state, reset, block_size, offset, scale)
+    if len(tokens) == 6:
+        return list(launch(*tokens, *arguments, out_dtype=out_dtype))
+    v = tokens[2]
+    row = torch.empty(v.shape, dtype=out_dtype or v.dtype, device=v.device)
+    out, pred = split_row(row, predictions)
+    *_, final = launch(*_split(tokens, predictions), *arguments, out=out, pred=pred)
+    return [row, final]
+
+
+def _compute(
+    tokens: Sequence[Tensor],
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    predictions: Sequence[int],
+    block_size: int,
+    offset: int,
+    scale: float,
+    out_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    powers = DecayPowers(log_decay, scale, state_dtype(tokens[0].dtype))
+    spec = PopSpec(powers, predictions, block_size, offset, reset, out_dtype=out_dtype)
+    return [own(x) for x in torch_backend.pop(tokens, state, spec)]
+
+
+def _fake(
+    tokens: Sequence[Tensor],
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    predictions: Sequence[int],
+    block_size: int,
+    offset: int,
+    scale: float,
+    out_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    q, k, v = tokens[:3]
+    check_tokens(q, k, v, 4)
+    (num_predictions, size), length = predictions, q.shape[1]
+    if len(tokens) == 6:
+        _check_predictions(tokens)
+    else:
+        length -= num_predictions * size
+        check(
+            length >= 0,
+            lambda: f"rows of {q.shape[1]} tokens do not hold {num_predictions} predictions of {size}",
+        )
+    check(
+        block_size > 0 and length % block_size == 0,
+        lambda: f"T={length} is not a whole number of blocks of {block_size}",
+    )
+    num_blocks = length // block_size
+    check(
+        offset >= 0 and num_predictions <= num_blocks + 1 - offset,
+        lambda: f"P={num_predictions} predictions from offset {offset} do not fit N={num_blocks} blocks",
+    )
+    wanted = (q.shape[0], num_blocks)
+    check(
+        reset is None or reset.shape == wanted,
+        lambda: f"reset is {None if reset is None else tuple(reset.shape)}; it must be {wanted}",
+    )
+    final = final_state(q, v, q.shape[0], log_decay, state)
+    return [*(x.new_empty(x.shape, dtype=out_dtype) for x in tokens[2::3]), final]
+
+
+def _check_predictions(tokens: Sequence[Tensor]) -> None:
+    q, _, v, q_pred, k_pred, v_pred = tokens
+    check_tokens(q_pred, k_pred, v_pred, 5)
+    check(
+        q_pred.shape[0] == q.shape[0] and q_pred.shape[3:] == q.shape[2:],
+        lambda: f"q is {tuple(q.shape)} but q_pred is {tuple(q_pred.shape)}; they must share B, H and Dk",
+    )
+    check(
+        v_pred.shape[4] == v.shape[3],
+        lambda: f"v is {tuple(v.shape)} but v_pred is {tuple(v_pred.shape)}; they must share Dv",
+    )
+
+
+pop_fwd = kernel_op(
+    "pop_fwd",
+    "(Tensor[] tokens, Tensor log_decay, Tensor? state, Tensor? reset, SymInt[] predictions, "
+    "SymInt block_size, SymInt offset, float scale, ScalarType? out_dtype) -> Tensor[]",
+    launch=_launch,
+    compute=_compute,
+    fake=_fake,
+)
+
+
+def _launch_gradients(
+    tokens: Sequence[Tensor],
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    grads: Sequence[Tensor | None],
+    predictions: Sequence[int],
+    block_size: int,
+    offset: int,
+    scale: float,
+    out_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The kernels write both parts of a row's gradient where they belong."""
+    launch = kernels("pop_bwd").pop_bwd
+    options = (log_decay, state, reset)
+    numbers = (block_size, offset, scale)
+    of_state = needs[len(tokens) + 1]
+    if len(tokens) == 6:
+        return launch(*tokens, *options, *grads, *numbers, [*needs[:6], of_state])
+    rows = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
+        for x, need in zip(tokens, needs, strict=False)
+    ]
+    *_, grad_state = launch(
+        *_split(tokens, predictions),
+        *options,
+        *_split(grads[:1], predictions),
+        grads[1],
+        *numbers,
+        [*needs[:3], *needs[:3], of_state],
+        out=_split(rows, predictions),
+    )
+    return [*rows, grad_state]
+
+
+def _compute_gradients(
+    tokens: Sequence[Tensor],
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    grads: Sequence[Tensor | None],
+    predictions: Sequence[int],
+    block_size: int,
+    offset: int,
+    scale: float,
+    out_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    q, _, v = tokens[:3]
+    powers = DecayPowers(log_decay, scale, state_dtype(q.dtype))
+    spec = PopSpec(powers, predictions, block_size, offset, reset, out_dtype=out_dtype)
+    state = zero_state(q, v, q.shape[0]) if state is None else state
+    wanted = [*needs[: len(tokens)], needs[len(tokens) + 1]]
+    return torch_backend.gradients(Pop(spec), tokens, state, grads, wanted)
+
+
+add_gradient(
+    pop_fwd,
+    "pop_bwd",
+    "(Tensor[] tokens, Tensor log_decay, Tensor? state, Tensor? reset, Tensor?[] grads, "
+    "SymInt[] predictions, SymInt block_size, SymInt offset, float scale, ScalarType? out_dtype, "
+    "bool[] needs) -> Tensor[]",
+    launch=_launch_gradients,
+    compute=_compute_gradients,
+    num_tensors=4,
+)

@@ -1,0 +1,164 @@
+"""Retention by kernels: `retpop::retention_fwd` and its backward, as `torch.library` ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retpop._torch import check
+from retpop.ops import torch_backend
+from retpop.ops.dtypes import state_dtype, zero_state
+from retpop.ops.powers import DecayPowers
+from retpop.ops.torch_backend import eager
+from retpop.ops.torch_backend.packed import Chunks, Packing
+from retpop.ops.torch_backend.plain import DEFAULT_CHUNK_SIZE
+from retpop.ops.triton_backend.custom import (
+    add_gradient,
+    check_tokens,
+    final_state,
+    kernel_op,
+    kernels,
+    own,
+    refuse_transforms,
+)
+
+Results = tuple[Tensor, Tensor]
+Gradients = list[Tensor | None]
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    powers: DecayPowers,
+    *,
+    mode: str,
+    state: Tensor | None,
+    chunk_size: int | None,
+    packing: Packing | None,
+    out_dtype: torch.dtype | None = None,
+) -> Results:
+    """Retention of (B, T, H, D), by the same kernels in every mode; the chunks are their own."""
+    refuse_transforms(q, k, v, powers.log_decay, state)
+    cu_seqlens = None if packing is None else packing.cu_seqlens
+    return retention_fwd(q, k, v, powers.log_decay, state, cu_seqlens, powers.scale, out_dtype)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+) -> Results:
+    launch = kernels("retention_fwd").retention_fwd
+    return launch(q, k, v, log_decay, state, scale, cu_seqlens, out_dtype=out_dtype)
+
+
+def _compute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+) -> Results:
+    out, final = torch_backend.retention(
+        q,
+        k,
+        v,
+        DecayPowers(log_decay, scale, state_dtype(q.dtype)),
+        mode="chunkwise",
+        state=state,
+        chunk_size=None,
+        packing=None if cu_seqlens is None else Packing("retpop::retention_fwd", cu_seqlens, q.shape[1]),
+        out_dtype=out_dtype,
+    )
+    return own(out), own(final)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+) -> Results:
+    check_tokens(q, k, v, 4)
+    rows = q.shape[0]
+    if cu_seqlens is not None:
+        check(rows == 1, lambda: f"packed q has B={rows}; it must have 1")
+        rows = cu_seqlens.shape[0] - 1
+    return v.new_empty(v.shape, dtype=out_dtype), final_state(q, v, rows, log_decay, state)
+
+
+retention_fwd = kernel_op(
+    "retention_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, float scale, "
+    "ScalarType? out_dtype=None) -> (Tensor, Tensor)",
+    launch=_launch,
+    compute=_compute,
+    fake=_fake,
+)
+
+
+def _launch_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    grads: Sequence[Tensor | None],
+    scale: float,
+    out_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    launch = kernels("retention_bwd").retention_bwd
+    wanted = [needs[i] for i in (0, 1, 2, 4)]
+    return launch(q, k, v, log_decay, state, scale, cu_seqlens, *grads, needs=wanted)
+
+
+def _compute_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    grads: Sequence[Tensor | None],
+    scale: float,
+    out_dtype: torch.dtype | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    powers = DecayPowers(log_decay, scale, state_dtype(q.dtype))
+    form: torch_backend.Form = eager.Chunks(powers, DEFAULT_CHUNK_SIZE, out_dtype or v.dtype)
+    rows = q.shape[0]
+    if cu_seqlens is not None:
+        packing = Packing("retpop::retention_bwd", cu_seqlens, q.shape[1])
+        rows = packing.num_sequences
+        if packing.longest:
+            form = Chunks(powers, packing.plan(DEFAULT_CHUNK_SIZE), out_dtype or v.dtype)
+    state = zero_state(q, v, rows) if state is None else state
+    return torch_backend.gradients(form, (q, k, v), state, grads, [needs[i] for i in (0, 1, 2, 4)])
+
+
+add_gradient(
+    retention_fwd,
+    "retention_bwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, Tensor?[] grads, "
+    "float scale, ScalarType? out_dtype, bool[] needs) -> Tensor[]",
+    launch=_launch_gradients,
+    compute=_compute_gradients,
+    num_tensors=6,
+)

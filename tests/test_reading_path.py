@@ -1,0 +1,64 @@
+"""How many files a reader opens to follow one call: those that it enters, once all is loaded and warm."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from module_cases import small_config
+from retention_cases import RetentionCase, normal
+
+from retpop import RetNetDecoder
+
+ROOT = Path(__file__).parent.parent
+CASE = RetentionCase.make(1, 20, 2, 4, 4, dtype=torch.float32, with_state=False)
+
+
+def files_entered(call: Callable[[], object]) -> set[str]:
+    """The files of `retpop/` and `kernels/` in which a function is entered, in this thread or another."""
+    call()
+    entered: set[str] = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT) and frame.f_code.co_name != "<module>":
+            entered.add(str(path.relative_to(ROOT)))
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return {name for name in entered if name.startswith(("retpop/", "kernels/"))}
+
+
+def with_gradient() -> None:
+    case = CASE.for_gradients()
+    torch.autograd.grad(case.run()[0].sum(), case.leaves())
+
+
+def pop(backend: str) -> Callable[[], object]:
+    decoder = RetNetDecoder(small_config(num_layers=1, position="retnet")).eval()
+    x, x_pred = (normal(*shape, 12, seed=1, dtype=torch.float32) for shape in ((1, 6), (1, 2, 4)))
+    return torch.no_grad()(lambda: decoder.pop(x, x_pred, block_size=3, backend=backend))
+
+
+CALLS: dict[str, tuple[Callable[[], object], int]] = {
+    "retention": (CASE.run, 8),
+    "retention, with gradient": (with_gradient, 9),
+    "packed": (lambda: CASE.run(cu_seqlens=torch.tensor([0, 5, 20])), 9),
+    "retention by kernels": (lambda: CASE.run(backend="triton"), 14),
+    "decoder.pop": (pop("torch"), 19),
+    "decoder.pop by kernels": (pop("triton"), 28),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_files_entered_by_one_call(name: str) -> None:
+    call, most = CALLS[name]
+    entered = files_entered(call)
+    assert len(entered) <= most, sorted(entered)
