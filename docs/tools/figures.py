@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+from learned import learned_page_part
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from raw_results import CHECKOUT, Experiment, Result, add_result, evaluations, load_experiments
 
-from rem_atari.report.history import Returns, values_of
+from rem_atari.report.history import MetricLine, Returns, values_of
 from rem_atari.report.text import count, duration
 from rem_atari.runs.session import short_commit
 
@@ -38,10 +38,21 @@ What the agent learned, game by game and preset by preset, whatever it gave. `py
 writes this page from the raw results in `docs/results/data/`: of every run its configuration, metrics,
 quality on held-out steps, and the machine that it ran on. Do not edit it: a test compares it with them.
 
-A return is the mean over whole games, with its standard error and the number of games; *ratio* is that to
-random play, where that is above 0 by twice its error. *CPU* is the time of all threads together: machines did
-other work at the same time, so the wall time, which ends with the last evaluation, says less. The quality
-of tokenizer and world model is explained with [the report](rem_atari.md#the-quality-of-the-model).
+A return is the mean over whole games, with its standard error over the games of that one run, and the number
+of games; *ratio* is that to random play, where that is above 0 by twice its error. *CPU* is the time of all
+threads together: machines did other work at the same time, so the wall time, which ends with the last
+evaluation, says less. The quality of tokenizer and world model is explained with
+[the report](rem_atari.md#the-quality-of-the-model).
+"""
+
+LEARNED = """\
+## What was learned
+
+Random play is a weak rival: a list of actions that is played whatever happens may score as much as an agent.
+So the policies that see nothing of a game stand beside its agents here, as
+[`rem-atari blind`](evaluating.md#policies-that-see-nothing) measured them. *Learned* means: above the best of
+them by three standard errors. The agents' error is over seeds where there are several, else over the games of
+the one seed; that of the other policies is over games. The scripted player sees the game: it is no rival.
 """
 
 
@@ -58,15 +69,16 @@ def main() -> None:
         print(add_result(Path(run), experiment, arguments.name))
     experiments = load_experiments()
     PAGE.write_text(render_page(experiments))
-    shutil.rmtree(CURVES, ignore_errors=True)
-    CURVES.mkdir()
+    for old in CURVES.glob("*.svg"):  # the raw results lie in a folder beside them
+        old.unlink()
     for experiment in experiments:
         draw(experiment, CURVES / f"{experiment.name}.svg")
 
 
 def render_page(experiments: Sequence[Experiment]) -> str:
     """docs/results.md."""
-    return "\n".join([HEAD, *map(_section, experiments)])
+    learned = learned_page_part(experiments)
+    return "\n".join([HEAD, *([LEARNED, learned] if learned else []), *map(_section, experiments)])
 
 
 def _section(experiment: Experiment) -> str:
@@ -112,6 +124,7 @@ Column = tuple[str, Callable[[Result], str]]
 RUN_COLUMNS: tuple[Column, ...] = (
     ("run", lambda result: result.name),
     ("mean return", lambda result: _returns(result.agent)),
+    ("temperature", lambda result: f"{result.played_at:g}"),
     ("random play", lambda result: _returns(result.random)),
     ("ratio", lambda result: _ratio(result.agent, result.random)),
     ("environment steps", lambda result: f"{result.env_steps:,}"),
@@ -129,14 +142,22 @@ def _on_the_way(experiment: Experiment) -> str:
             duration(line["seconds"]),
             duration(line["cpu_seconds"]) if "cpu_seconds" in line else "–",
             f"{line['env_steps']:,}",
+            f"{result.temperature:g}",
             _returns(found),
             _ratio(found, result.random),
         )
         for result in experiment.results
-        for line, found in list(evaluations(result))[:-1]
+        for line, found in _before_the_last(result)
     ]
-    titles = ("run", "after", "CPU", "environment steps", "mean return", "ratio")
+    titles = ("run", "after", "CPU", "environment steps", "temperature", "mean return", "ratio")
     return f"Evaluations on the way:\n\n{_markdown(titles, rows)}" if rows else ""
+
+
+def _before_the_last(result: Result) -> list[tuple[MetricLine, Returns]]:
+    """A run's evaluations without that at its end; one that was stopped may have ended without any."""
+    found = list(evaluations(result))
+    at_the_end = result.evaluation is None or (found and found[-1][0].get("final"))
+    return found[:-1] if at_the_end else found
 
 
 def _quality(*path: str, digits: int = 3, percent: bool = False) -> Callable[[Result], str]:
@@ -149,6 +170,17 @@ def _quality(*path: str, digits: int = 3, percent: bool = False) -> Callable[[Re
         if value is None:
             return "–"
         return f"{100 * value:.0f}%" if percent else f"{value:.{digits}g}"
+
+    return cell
+
+
+def _base_rate(event: str) -> Callable[[Result], str]:
+    """A column: the share of the held-out steps that brought an event, which is the precision of always
+    foretelling it."""
+
+    def cell(result: Result) -> str:
+        scores = (result.quality or {}).get(event)
+        return f"{100 * scores['events'] / scores['steps']:.1f}%" if scores and scores["steps"] else "–"
 
     return cell
 
@@ -185,8 +217,10 @@ QUALITY_COLUMNS: tuple[Column, ...] = (
     ("changed tokens right", _quality("tokens", "changed_accuracy", "world_model", percent=True)),
     ("rewards: recall", _quality("rewards", "recall", percent=True)),
     ("precision", _quality("rewards", "precision", percent=True)),
+    ("base rate", _base_rate("rewards")),
     ("ends: recall", _quality("ends", "recall", percent=True)),
     ("precision", _quality("ends", "precision", percent=True)),
+    ("base rate", _base_rate("ends")),
     ("imagined PSNR, dB (copy), first to last step; steps won", _horizon),
     ("error on moving pixels", _quality("frames", "moving_mse", "tokenizer")),
     (

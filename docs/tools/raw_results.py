@@ -2,6 +2,7 @@
 
     docs/results/data/order.txt            the experiments, in the order of the page
     docs/results/data/EXPERIMENT/README.md what was tried: a title and a few sentences
+    docs/results/data/EXPERIMENT/blind.json  what `rem-atari blind` found out about the game, if it was asked
     docs/results/data/EXPERIMENT/RUN/      a finished run:
         config.json  metrics.jsonl  sessions.jsonl  quality.json    from its run folder, see docs/rem_atari.md
         evaluation.json                 what `rem-atari evaluate` found out, if it was asked
@@ -22,6 +23,7 @@ from typing import Any
 from rem_atari.config.presets import PRESETS
 from rem_atari.report.history import MetricLine, Returns, read_lines, returns_of, total_seconds
 from rem_atari.report.quality import QUALITY_FILE
+from rem_atari.report.rivals import Rivals, read_rivals
 from rem_atari.runs.folder import open_run_folder
 from rem_atari.runs.reading import is_number, newest_summary
 from rem_atari.runs.session import read_sessions, train_command
@@ -31,6 +33,8 @@ RESULTS = CHECKOUT / "docs" / "results" / "data"
 
 MOST_METRIC_BYTES = 300_000
 """Longer metrics are thinned: of the training phases only every second, third, ... epoch is kept."""
+
+BLIND_FILE = "blind.json"
 
 DIGITS = 6
 """Significant digits of the numbers kept."""
@@ -47,6 +51,7 @@ class Result:
     Attributes:
         name: its folder's name.
         lines: its metrics.
+        temperature: of the actions in its own evaluations.
         sessions: when and on what it was started and resumed.
         quality: its quality.json, or None.
         evaluation: the summary of `rem-atari evaluate`, or None.
@@ -55,6 +60,7 @@ class Result:
 
     name: str
     lines: list[MetricLine]
+    temperature: float
     sessions: list[dict[str, Any]]
     quality: Mapping[str, Any] | None
     evaluation: Mapping[str, Any] | None
@@ -83,6 +89,11 @@ class Result:
         return _summary_returns(self.evaluation) or returns_of(self.lines, "evaluate")
 
     @property
+    def played_at(self) -> float:
+        """Temperature of the actions in the games of `agent`."""
+        return self.temperature if self.evaluation is None else self.evaluation["temperature"]
+
+    @property
     def random(self) -> Returns | None:
         """Random play's mean return, of whichever measurement has more games."""
         found = [returns_of(self.lines, "random")]
@@ -108,12 +119,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs that belong together: name of the folder, title, text in Markdown, and the runs."""
+    """Runs that belong together: name of the folder, title, text in Markdown, the runs, and their rivals."""
 
     name: str
     title: str
     text: str
     results: list[Result]
+    rivals: Rivals | None
 
 
 def load_experiments(folder: Path = RESULTS) -> list[Experiment]:
@@ -130,7 +142,8 @@ def load_experiment(folder: Path) -> Experiment:
     title, _, text = (readme.read_text() if readme.is_file() else f"# {folder.name}\n").partition("\n")
     results = [load_result(path) for path in folder.iterdir() if (path / "metrics.jsonl").is_file()]
     results.sort(key=lambda result: (result.variant, len(result.name), result.name))
-    return Experiment(folder.name, title.removeprefix("# "), text.strip(), results)
+    rivals = read_rivals(folder / BLIND_FILE)
+    return Experiment(folder.name, title.removeprefix("# "), text.strip(), results, rivals)
 
 
 def load_result(folder: Path) -> Result:
@@ -138,6 +151,7 @@ def load_result(folder: Path) -> Result:
     return Result(
         name=folder.name,
         lines=read_lines(folder / "metrics.jsonl", []),
+        temperature=_load(folder / "config.json")["evaluation"]["temperature"],
         sessions=read_sessions(folder / "sessions.jsonl"),
         quality=_load(folder / QUALITY_FILE),
         evaluation=_load(folder / "evaluation.json"),
@@ -174,6 +188,9 @@ def add_result(run: Path, experiment: str, name: str, folder: Path = RESULTS) ->
         if data is not None:
             # The folder that the run happened to lie in is nobody's business.
             _write(path, _rounded({key: value for key, value in data.items() if key != "run"}))
+    rivals = read_rivals(source.blind)
+    if rivals is not None:
+        _write(folder / experiment / BLIND_FILE, _rounded(rivals.data))
     _write_lines(target / "metrics.jsonl", lines)
     _write_lines(target / "sessions.jsonl", read_sessions(source.sessions))
     return target

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from rem_atari.config import Config
+from rem_atari.config import Config, EnvConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import UsageError
 
@@ -176,6 +176,39 @@ class EvaluateArguments:
 
 
 @dataclass(frozen=True)
+class BlindArguments:
+    """Measure what policies that see nothing reach in a game: rivals that say more than random play.
+
+    Random play, the best constant action, and the best list of actions that a small search finds, each
+    measured on games that no search has played, under the conditions of `rem-atari evaluate`. Where a game
+    has two to four starts, also a list for each of them; for Catch and MinAtar's Breakout, as a ceiling, a
+    scripted player that sees the game. Needs no agent: name a game, or a run for its game and settings.
+
+    Examples: rem-atari blind runs/breakout
+              rem-atari blind --preset minatar --env.id MinAtar/Freeway-v1 --out freeway.json
+
+    Writes RUN/blind.json, which `rem-atari evaluate` and the report then show, or what --out names. Trust the
+    run: the game that its config.json names is imported and played.
+    """
+
+    env: EnvConfig
+    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
+    """Folder of a run whose game it is; --preset and --env must then be left out."""
+    preset: str = DEFAULT_PRESET
+    """Preset whose game and settings of the environment are the defaults below."""
+    steps: int | None = None
+    """Environment steps of each search. None: as many as the run has collected, or as the preset collects."""
+    games: int = 100
+    """Games by which each policy is measured."""
+    seed: int = 0
+    """Seed of games and searches."""
+    out: Path | None = None
+    """File to write instead, JSON."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
 class RecordArguments:
     """Film a trained agent at play: the real game, what its tokenizer keeps of it, and what it imagines.
 
@@ -312,6 +345,7 @@ Arguments = (
     TrainArguments
     | ResumeArguments
     | EvaluateArguments
+    | BlindArguments
     | RecordArguments
     | ReportArguments
     | DiagnoseArguments
@@ -333,10 +367,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """
     preset = PRESETS[_find_preset(argv)]
     train, benchmark = TrainArguments(config=preset), BenchmarkArguments(config=preset)
+    blind = BlindArguments(env=preset.env)
     commands = (
         Annotated[TrainArguments, tyro.conf.subcommand("train", default=train)]
         | Annotated[ResumeArguments, tyro.conf.subcommand("resume")]
         | Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")]
+        | Annotated[BlindArguments, tyro.conf.subcommand("blind", default=blind)]
         | Annotated[RecordArguments, tyro.conf.subcommand("record")]
         | Annotated[ReportArguments, tyro.conf.subcommand("report")]
         | Annotated[DiagnoseArguments, tyro.conf.subcommand("diagnose")]
@@ -347,7 +383,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     )
     arguments = tyro.cli(commands, prog="rem-atari", args=argv)
     if isinstance(arguments, TrainArguments | BenchmarkArguments):
-        return replace(arguments, config=_anchor_weights(_choose_game(arguments.config, argv)))
+        config = replace(arguments.config, env=_choose_game(arguments.config.env, argv))
+        return replace(arguments, config=_anchor_weights(config))
+    if isinstance(arguments, BlindArguments):
+        return replace(arguments, env=_choose_game(arguments.env, argv))
     return arguments
 
 
@@ -361,13 +400,13 @@ def _find_preset(argv: Sequence[str]) -> str:
     return name
 
 
-def _choose_game(config: Config, argv: Sequence[str]) -> Config:
+def _choose_game(env: EnvConfig, argv: Sequence[str]) -> EnvConfig:
     """A game named on the command line wins over an id that only the preset names."""
     if _flag_value(argv, "--env.game") is None:
-        return config
-    if _flag_value(argv, "--env.id") is not None and config.env.id is not None:
-        raise UsageError(f"--env.game {config.env.game} and --env.id {config.env.id} are two games; give one")
-    return replace(config, env=replace(config.env, id=None))
+        return env
+    if _flag_value(argv, "--env.id") is not None and env.id is not None:
+        raise UsageError(f"--env.game {env.game} and --env.id {env.id} are two games; give one")
+    return replace(env, id=None)
 
 
 def _anchor_weights(config: Config) -> Config:

@@ -42,6 +42,7 @@ commands:
   train      train an agent on a game, evaluate it, and write a report
   resume     go on with a run that was stopped
   evaluate   play whole games with a trained agent: scores and films
+  blind      measure what policies that see nothing reach in a game
   record     film the game, its reconstruction and the imagination side by side
   report     write a run's report anew
   diagnose   say why a run does not learn, from its metrics alone

@@ -19,6 +19,18 @@ from rem_atari.runs.folder import RunFolder, create_run_folder
 DEBUG = replace(PRESETS["debug"], threads=0)
 """Without a say on torch's threads, which belong to the whole test run."""
 
+RIVALS = {
+    "schema": 1,
+    "search_steps": 30_000,
+    "policies": {
+        "random": {"mean_return": 0.4, "standard_error": 0.05, "games": 100},
+        "constant": {"mean_return": 0.6, "standard_error": 0.05, "games": 100, "lists": ["0"]},
+        "list": {"mean_return": 6.5, "standard_error": 0.3, "games": 100, "lists": ["0 1 1"]},
+        "scripted": {"mean_return": 22.0, "standard_error": 3.0, "games": 100},
+    },
+}
+"""What `rem-atari blind` leaves in a run's folder, as far as others read it."""
+
 
 def make_run(
     path: Path, config: Config = DEBUG, *, steps: tuple[int, ...] = (42,), epoch: int = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rem_atari.arguments import (
     Arguments,
     BenchmarkArguments,
+    BlindArguments,
     DiagnoseArguments,
     EvaluateArguments,
     ListArguments,
@@ -36,6 +37,10 @@ def run_command(arguments: Arguments) -> None:
             from rem_atari.commands.evaluate import evaluate
 
             evaluate(arguments)
+        case BlindArguments():
+            from rem_atari.commands.blind import blind
+
+            blind(arguments)
         case RecordArguments():
             from rem_atari.commands.record import record
 

@@ -23,6 +23,8 @@ from rem_atari.evaluation import EvaluationResult, evaluate_random, playing_cond
 from rem_atari.evaluation import evaluate as play_games
 from rem_atari.films.games import BestAndWorst, GameFilm
 from rem_atari.films.video import check_video_path, enlarge, save_video
+from rem_atari.report.history import Returns
+from rem_atari.report.rivals import POLICY_NAMES, Rivals, has_learned, learned_sentence, read_rivals
 from rem_atari.runs.durable import replace_file
 from rem_atari.runs.reading import EPISODES_FILE, SUMMARY_FILE
 from rem_atari.runs.trained import TrainedAgent, load_trained
@@ -78,7 +80,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
             after_step=lambda ended: advance(ended) if ended else None,
         )
     random = _play_at_random(trained, config, arguments.random_episodes, arguments.seed)
-    summary = summarise(result, trained, config, seed=arguments.seed, random=random)
+    rivals = read_rivals(trained.run.blind)
+    summary = summarise(result, trained, config, seed=arguments.seed, random=random, rivals=rivals)
     for name in OWN_FILES:
         (folder / name).unlink(missing_ok=True)  # of an earlier evaluation, which these are not of
     written = [folder / EPISODES_FILE, folder / SUMMARY_FILE]
@@ -87,6 +90,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
         written += _save_films(folder, films, config)
     replace_file(folder / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
     print(describe(summary))
+    if rivals is not None:
+        print(_describe_rivals(result, rivals))
     print(f"written: {', '.join(str(path) for path in sorted(written))}")
 
 
@@ -134,8 +139,9 @@ def summarise(
     *,
     seed: int,
     random: EvaluationResult | None = None,
+    rivals: Rivals | None = None,
 ) -> dict[str, Any]:
-    """An evaluation as JSON data, beside `random` play if that was measured."""
+    """An evaluation as JSON data, beside `random` play and `rivals` as far as they were measured."""
     returns, mean = result.returns, result.mean
     game = None if config.env.id is not None else config.env.game
     reference = None if game is None else reference_scores(game)
@@ -161,6 +167,7 @@ def summarise(
         "human_score": None if reference is None else reference[1],
         "random_play": None if random is None else _random_play(random),
         "ratio_to_random": None if random is None or random.mean <= 0 else mean / random.mean,
+        "blind": None if rivals is None else _rivals(result, rivals),
         "temperature": config.evaluation.temperature,
         "seed": seed,
         "num_envs": min(config.evaluation.num_envs, len(returns)),
@@ -177,6 +184,22 @@ def _random_play(result: EvaluationResult) -> dict[str, Any]:
         "mean_return": result.mean,
         "standard_error": result.standard_error,
     }
+
+
+def _rivals(result: EvaluationResult, rivals: Rivals) -> dict[str, Any]:
+    best = rivals.returns[rivals.best_blind]
+    return {
+        "policy": rivals.best_blind,
+        "episodes": best.episodes,
+        "mean_return": best.mean,
+        "standard_error": best.standard_error,
+        "search_steps": rivals.search_steps,
+        "learned": has_learned(_as_returns(result), rivals),
+    }
+
+
+def _as_returns(result: EvaluationResult) -> Returns:
+    return Returns(mean=result.mean, standard_error=result.standard_error, episodes=len(result.games))
 
 
 def episodes_csv(result: EvaluationResult, config: Config) -> str:
@@ -214,7 +237,7 @@ def _save_films(folder: Path, films: BestAndWorst, config: Config) -> list[Path]
 def describe(summary: Mapping[str, Any]) -> str:
     """The few lines that a reader looks for."""
     epochs = "" if summary["epoch"] is None else f", epoch {summary['epoch']} of {summary['epochs']}"
-    error = "" if summary["standard_error"] is None else f" ± {summary['standard_error']:.2f}"
+    error = _error(summary["standard_error"])
     lines = [
         f"{summary['game']}, checkpoint {summary['step']}{epochs}:"
         f" {summary['episodes']} games at temperature {summary['temperature']:g}",
@@ -231,7 +254,19 @@ def describe(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _describe_rivals(result: EvaluationResult, rivals: Rivals) -> str:
+    lines = [
+        f"{POLICY_NAMES[name]} {found.mean:.2f}{_error(found.standard_error)} over {found.episodes} games"
+        for name, found in rivals.returns.items()
+    ]
+    return "\n".join([*lines, learned_sentence(_as_returns(result), rivals)])
+
+
+def _error(standard_error: float | None) -> str:
+    return "" if standard_error is None else f" ± {standard_error:.2f}"
+
+
 def _describe_random(random: Mapping[str, Any], ratio: float | None) -> str:
-    error = "" if random["standard_error"] is None else f" ± {random['standard_error']:.2f}"
+    error = _error(random["standard_error"])
     times = "" if ratio is None else f": the agent's is {ratio:.1f} times that"
     return f"random play {random['mean_return']:.2f}{error} over {random['episodes']} games{times}"

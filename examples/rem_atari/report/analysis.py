@@ -93,6 +93,11 @@ class EventScores:
     chance: float | None
     calibration: float | None
 
+    @property
+    def base_rate(self) -> float | None:
+        """Share of the steps that brought an event: the precision of guessing one at every step."""
+        return self.events / self.steps if self.steps else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookUse:
@@ -272,6 +277,22 @@ def score_events(
         chance=float(np.exp(predictions.log_prob[happened]).mean()) if happened.any() else None,
         calibration=float((1 - usual_chance).sum() / happened.sum()) if happened.any() else None,
     )
+
+
+def has_one_outcome(signs: NDArray[np.int64], ended: NDArray[np.bool_]) -> bool:
+    """Whether rewards tell nothing that the ends of episodes do not.
+
+    So it is where they are the same at every step, or one kind comes with each end and no other at all: the
+    games of a perfect player of Catch all end with +1.
+
+    Args:
+        signs: of the rewards, (N,).
+        ended: whether an episode ended with the step, (N,).
+    """
+    rewarded = signs != 0
+    if len(np.unique(signs)) < 2:
+        return True
+    return len(np.unique(signs[rewarded])) == 1 and bool((rewarded == ended).all())
 
 
 Drawn = Literal["imagined", "copied", "redrawn"]

@@ -26,6 +26,7 @@ from rem_atari.replay.buffer import Replay
 from rem_atari.report.history import MetricLine, last_value, read_lines
 from rem_atari.report.measure import imagine_scenes, look_at_frames, look_at_horizon, look_at_predictions
 from rem_atari.report.quality import Comparison, Quality
+from rem_atari.report.rivals import Rivals, read_rivals
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from rem_atari.runs.folder import RunFolder, open_run_folder
 from rem_atari.runs.reading import newest_summary
@@ -157,6 +158,7 @@ class Report:
         scenes: imagined films; empty where none could be made.
         edits: settings that were edited by hand after the run had begun: what each was, and what it is.
         evaluation: what `rem-atari evaluate` found out, see `reading.newest_summary`, or None.
+        rivals: what `rem-atari blind` found out, or None.
     """
 
     game: str
@@ -170,6 +172,7 @@ class Report:
     scenes: list[Scene]
     edits: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
+    rivals: Rivals | None = None
     sessions: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -214,6 +217,7 @@ def gather(data: RunData) -> Report:
         scenes=scenes or [],
         edits=data.edits,
         evaluation=newest_summary(data.folder),
+        rivals=read_rivals(data.folder.blind),
         sessions=read_sessions(data.folder.sessions),
     )
 

@@ -28,6 +28,7 @@ from rem_atari.report.analysis import (
     codebook_use,
     fit_baselines,
     frame_errors,
+    has_one_outcome,
     mean_over,
     psnr,
     score_events,
@@ -105,7 +106,10 @@ def look_at_predictions(
     counted = fit_baselines(*token_pairs(seen), agent.tokenizer.codebook_size)
     signs = reward_classes(seen.rewards[seen.mask])[:, None].numpy()
     rates = fit_baselines(signs, signs, REWARD_CLASSES)
+    real = unseen.mask[:, first:]
+    signs_unseen = unseen.rewards[:, first:][real].sign().long().numpy()
     return PredictionQuality(
+        one_outcome=has_one_outcome(signs_unseen, unseen.ended[:, first:][real].numpy()),
         tokens=tokens.score(tokens.predictions),
         unigram=tokens.score(counted.predict_unigram(tokens.target)),
         place_unigram=tokens.score(counted.predict_place_unigram(tokens.target)),

@@ -30,10 +30,6 @@ FRAME_MEASURES = {
         "Mean squared error over all pixels of frames scaled to [−1, 1]; the mean frame is the average of the"
         " training frames, shown whatever the game does.",
     ),
-    "psnr": (
-        "Reconstruction PSNR, dB",
-        "The same error on a logarithmic scale: 10 dB more is a tenth of the error.",
-    ),
     "foreground_mse": (
         "Foreground error (MSE)",
         "The error on pixels that differ from the median frame alone: the ball, the paddle, the enemies,"
@@ -44,7 +40,8 @@ FRAME_MEASURES = {
         "The error on pixels that changed since the frame before alone.",
     ),
 }
-"""Name and explanation of each of the errors of `FrameErrors` that are compared."""
+"""Name and explanation of each of the errors of `FrameErrors` that are compared. The PSNR is not: it is the
+first of them on another scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +80,7 @@ def compare_frames(ours: FrameErrors, mean_frame: FrameErrors) -> list[Compariso
             ours=getattr(ours, name),
             rival="mean frame",
             theirs=getattr(mean_frame, name),
-            higher_is_better=name == "psnr",
+            higher_is_better=False,
             explanation=explanation,
         )
         for name, (measure, explanation) in FRAME_MEASURES.items()
@@ -227,6 +224,7 @@ class PredictionQuality:
         rewards: how good its reward signs are.
         base_rate: how good it would be to know only how often each sign occurs.
         reward_events, end_events: how it does on rewards that are not 0, and on ends.
+        one_outcome: the rewards tell nothing that the ends do not, see `analysis.has_one_outcome`.
     """
 
     tokens: TokenScores
@@ -238,10 +236,11 @@ class PredictionQuality:
     base_rate: TokenScores
     reward_events: EventScores
     end_events: EventScores
+    one_outcome: bool
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """The world model beside the predictors that count."""
+        """The world model beside the predictors that count; in rewards only where these vary."""
         return [
             *compare_tokens(
                 self.tokens,
@@ -250,7 +249,7 @@ class PredictionQuality:
                 copy=self.copy,
                 copy_weight=self.copy_weight,
             ),
-            *compare_rewards(self.rewards, self.base_rate),
+            *([] if self.one_outcome else compare_rewards(self.rewards, self.base_rate)),
         ]
 
 
@@ -324,6 +323,7 @@ def _tokens(quality: PredictionQuality) -> dict[str, Any]:
 def _rewards(quality: PredictionQuality) -> dict[str, Any]:
     return {
         **asdict(quality.reward_events),
+        "one_outcome": quality.one_outcome,
         "cross_entropy": {
             "world_model": quality.rewards.cross_entropy,
             "base_rate": quality.base_rate.cross_entropy,

@@ -11,8 +11,9 @@ from rem_atari.report.analysis import Drawn, EventScores, HorizonErrors, StepErr
 from rem_atari.report.charts import Chart, chart_svg, charts_of
 from rem_atari.report.contents import Report
 from rem_atari.report.diagnosis import Finding, diagnose, first_sign
-from rem_atari.report.history import PhaseThroughput, Series, throughput
+from rem_atari.report.history import PhaseThroughput, Series, returns_of, throughput
 from rem_atari.report.quality import Comparison
+from rem_atari.report.rivals import POLICY_NAMES, learned_sentence
 from rem_atari.report.text import PHASE_NAMES, count, duration, number, percent, section, table
 
 STEP_WIDTH, CHANCE_HEIGHT, END_HEIGHT = 10, 14, 10
@@ -159,6 +160,31 @@ def _timeline(film: Film, length: int) -> str:
     )
 
 
+def rivals(report: Report) -> str:
+    """The agent beside policies that see nothing."""
+    title = "Beside policies that see nothing"
+    found = report.rivals
+    if found is None:
+        return section(title, "<p>They were not measured: <code>rem-atari blind</code> does that.</p>")
+    agent = returns_of(report.lines, "evaluate")
+    rows = [(POLICY_NAMES[name], returns) for name, returns in found.returns.items()]
+    if agent is not None:
+        rows.append(("the agent, in the last evaluation of its training", agent))
+    numeric = ("Mean return", "Standard error", "Games")
+    cells = "".join(
+        f'<tr><td>{escape(name)}</td><td class="number">{number(returns.mean)}</td>'
+        f'<td class="number">{number(returns.standard_error, 2)}</td>'
+        f'<td class="number">{returns.episodes:,}</td></tr>'
+        for name, returns in rows
+    )
+    lead = (
+        "<p>Each was measured on games that no search has played. The best constant action and the best lists"
+        f" of actions were sought for {count(found.search_steps, 'environment step')} each; a scripted player"
+        f" sees the game. {escape(learned_sentence(agent, found)) if agent is not None else ''}</p>"
+    )
+    return section(title, lead + table(("Policy", *numeric), cells, numeric=numeric))
+
+
 def signs(report: Report) -> str:
     """What `rem-atari diagnose` says."""
     title = "Signs that it does not learn"
@@ -251,7 +277,7 @@ def _events(report: Report) -> str:
     if predictions is None:
         return ""
     steps = predictions.reward_events.steps
-    numeric = ("Happened", "Foretold", "Recall", "Precision", "Mean chance given", "Calibration")
+    numeric = ("Happened", "Foretold", "Recall", "Precision", "Base rate", "Mean chance given", "Calibration")
     rows = "".join(
         _event_row(name, scores)
         for name, scores in (
@@ -262,18 +288,24 @@ def _events(report: Report) -> str:
     lead = (
         f"<p>What matters most happens least. Of {count(steps, 'step')}: how often it happened, and how often"
         " the most likely guess was that it would. Recall is the share of what happened that was foretold,"
-        " precision the share of what was foretold that happened. Imagination draws, and"
+        " precision the share of what was foretold that happened; who foretells it at every step is right as"
+        " often as the base rate says. Imagination draws, and"
         " does not take the most likely guess: the chance given is how often it would have shown what came,"
         " and calibration how many events it would have shown, wherever, for each that came: 1 is right, and"
         " with 2 imagination pays twice what the game does."
         "</p>"
     )
-    return lead + table(("Event", *numeric), rows, numeric=numeric)
+    note = (
+        '<p class="small faint">Rewards vary too little in these games to be compared: there is none, or the'
+        " same one with every end and no other.</p>"
+    )
+    return lead + table(("Event", *numeric), rows, numeric=numeric) + note * predictions.one_outcome
 
 
 def _event_row(name: str, scores: EventScores) -> str:
     shares = (
-        "–" if share is None else percent(share) for share in (scores.recall, scores.precision, scores.chance)
+        "–" if share is None else percent(share)
+        for share in (scores.recall, scores.precision, scores.base_rate, scores.chance)
     )
     cells = "".join(
         f'<td class="number">{cell}</td>'

@@ -15,6 +15,7 @@ from rem_atari.report.history import (
     verdict,
     was_trained,
 )
+from rem_atari.report.rivals import learned_sentence
 from rem_atari.report.text import PHASE_NAMES, count, duration, number
 from rem_atari.runs.reading import is_number
 
@@ -54,14 +55,16 @@ def what_ran(report: Report) -> str:
 
 
 def returns_sentence(report: Report) -> str:
-    """The agent's returns beside random play's, and whether they differ."""
+    """The agent's returns beside random play's and those of policies that see nothing."""
     agent, random = returns_of(report.lines, "evaluate"), returns_of(report.lines, "random")
     if agent is None:
         return "The run holds no evaluation, so nothing is known about how well the agent plays."
     text = f"Mean return {returns_text(agent)}"
     if random is None:
-        return f"{text}; random play was not measured."
-    return f"{text}; random play {returns_text(random)}. {VERDICTS[verdict(agent, random)]}"
+        text = f"{text}; random play was not measured."
+    else:
+        text = f"{text}; random play {returns_text(random)}. {VERDICTS[verdict(agent, random)]}"
+    return text if report.rivals is None else f"{text} {learned_sentence(agent, report.rivals)}"
 
 
 def returns_text(returns: Returns) -> str:

@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "evaluation"
 
     @property
+    def blind(self) -> Path:
+        """What `rem-atari blind` found out about policies that see nothing, JSON."""
+        return self.path / "blind.json"
+
+    @property
     def media(self) -> Path:
         """Folder of pictures and films."""
         return self.path / "media"
@@ -197,6 +202,7 @@ def open_run_folder(path: Path) -> RunFolder:
         run.replay,
         run.heldout,
         run.evaluation,
+        run.blind,
         run.media,
     ):
         if part.is_symlink():

@@ -13,7 +13,7 @@ from rem_atari.runs.folder import RunFolder
 
 SUMMARY_FILE, EPISODES_FILE = "summary.json", "episodes.csv"
 
-MOST_SUMMARY_BYTES = 1_000_000
+MOST_JSON_BYTES = 1_000_000
 
 NUMBERS = ("step", "epoch", "episodes", "mean_return", "temperature")
 """What a summary must hold to be believed."""
@@ -36,15 +36,21 @@ def newest_summary(run: RunFolder) -> Mapping[str, Any] | None:
 
 def read_summary(path: Path) -> Mapping[str, Any] | None:
     """What `rem-atari evaluate` wrote, or None if it is not there or not whole."""
-    try:
-        if path.is_symlink() or path.stat().st_size > MOST_SUMMARY_BYTES:
-            return None
-        summary = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(summary, dict) or not all(is_number(summary.get(name)) for name in NUMBERS):
+    summary = read_json(path)
+    if summary is None or not all(is_number(summary.get(name)) for name in NUMBERS):
         return None
     return summary
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is none, or the file is a link or too large to be ours."""
+    try:
+        if path.is_symlink() or path.stat().st_size > MOST_JSON_BYTES:
+            return None
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

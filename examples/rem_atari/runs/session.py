@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -148,10 +148,24 @@ def train_command(config: Config, preset: Config | None) -> str:
     if preset is not None:
         words += ["--preset", config.preset]
     always = ("seed", "env.game") if config.env.id is None else ("seed",)
-    for path, value in flatten(config.to_dict()).items():
-        if path != "preset" and (value != base[path] or path in always):
-            words += _flag(path, value)
-    return shlex.join(words)
+    settings = {path: value for path, value in flatten(config.to_dict()).items() if path != "preset"}
+    return shlex.join([*words, *changed_flags(settings, base, always)])
+
+
+def changed_flags(settings: dict[str, Any], base: dict[str, Any], always: Collection[str] = ()) -> list[str]:
+    """Settings that differ from `base`, and those that are given `always`, as words of the command line.
+
+    Args:
+        settings: values by dotted paths.
+        base: what the command line has without a flag, likewise.
+        always: paths.
+    """
+    return [
+        word
+        for path, value in settings.items()
+        if value != base[path] or path in always
+        for word in _flag(path, value)
+    ]
 
 
 def _flag(path: str, value: object) -> list[str]:

@@ -37,6 +37,7 @@ from rem_atari.runs.session import train_command
 from rem_atari.training import trainer
 
 COMMANDS = (
+    "blind",
     *("train", "resume", "evaluate", "record", "report", "diagnose"),
     *("scores", "benchmark", "weights", "list"),
 )

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-from run_folders import DEBUG, add_evaluation
+from run_folders import DEBUG, RIVALS, add_evaluation, files_in
 
 from rem_atari.report.history import Returns
 from rem_atari.runs.folder import RunFolder, create_run_folder
@@ -92,8 +93,8 @@ QUALITY = {
         "cross_entropy": {"world_model": 0.25, "unigram": 2, "unigram_per_place": 1, "copy_last_frame": 0.5},
         "changed_accuracy": {"world_model": 0.75},
     },
-    "rewards": {"recall": 0.9, "precision": None},
-    "ends": {"recall": None, "precision": 1.0},
+    "rewards": {"recall": 0.9, "precision": None, "events": 1, "steps": 4},
+    "ends": {"recall": None, "precision": 1.0, "events": 0, "steps": 0},
     "horizon": {
         "starts": 3,
         "steps": [
@@ -132,13 +133,13 @@ def test_a_run_is_taken_in_and_shown(figures: ModuleType, raw: ModuleType, tmp_p
     assert ": control, control-seed-0" in page
     assert "On a processor, 2 cores, 1 thread, cpu, torch 2.9." in page
     assert (
-        "| seed-0 | 2.00 ± 1.00 (2) | 0.50 ± 0.13 (16) | 4.0 | 300 | 3 min 0 s | 2 min 30 s | 0123456 |"
+        "| seed-0 | 2.00 ± 1.00 (2) | 0.5 | 0.50 ± 0.13 (16) | 4.0 | 300 | 3 min 0 s | 2 min 30 s | 0123456 |"
         in page
     )
-    assert "| seed-0 | 1 min 0 s | 50 s | 100 | 1.00 ± 1.00 (2) | 2.0 |" in page
+    assert "| seed-0 | 1 min 0 s | 50 s | 100 | 0.5 | 1.00 ± 1.00 (2) | 2.0 |" in page
     assert (
-        "| seed-0 | 0.25 | 2 | 1 | 0.5 | 75% | 90% | – | – | 100% | 30.0 (20.0) to 15.0 (18.0); 1 of 2"
-        " | 0.0123 | 9 of 16 | 4.5 |"
+        "| seed-0 | 0.25 | 2 | 1 | 0.5 | 75% | 90% | – | 25.0% | – | 100% | – |"
+        " 30.0 (20.0) to 15.0 (18.0); 1 of 2 | 0.0123 | 9 of 16 | 4.5 |"
     ) in page
     figures.draw(experiment, tmp_path / "toy.svg")
     assert figures.digest(experiment) in (tmp_path / "toy.svg").read_text()
@@ -157,6 +158,59 @@ def test_what_evaluate_found_out_goes_before_the_run_s_own_evaluation(
     assert (result.random.mean, result.random.episodes) == (0.4, 400)
     assert "somebody" not in "".join(path.read_text() for path in folder.iterdir())
     assert len(list(raw.evaluations(result))) == 4
+
+
+def test_of_a_run_that_was_stopped_the_last_evaluation_is_one_on_the_way(
+    figures: ModuleType, raw: ModuleType, tmp_path: Path
+) -> None:
+    run = finished_run(tmp_path / "run")
+    add_evaluation(run, 42, mean_return=3.0, temperature=1.0)
+    result = raw.load_result(raw.add_result(run.path, "toy", "seed-0", tmp_path / "results"))
+    assert [found.mean for _, found in figures._before_the_last(result)] == [0.5, 1.0, 1.5, 2.0]
+    assert (result.played_at, result.temperature) == (1.0, 0.5)
+    result.lines[-1]["final"] = 1
+    assert len(figures._before_the_last(result)) == 3
+
+
+def test_writing_everything_anew_leaves_the_raw_results_alone(
+    figures: ModuleType, raw: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = tmp_path / "results"
+    raw.add_result(finished_run(tmp_path / "run").path, "toy", "seed-0", curves / "data")
+    (curves / "gone.svg").write_text("of an experiment that is no more")
+    kept = files_in(curves / "data")
+    monkeypatch.setattr(figures, "CURVES", curves)
+    monkeypatch.setattr(figures, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(figures, "load_experiments", lambda: raw.load_experiments(curves / "data"))
+    monkeypatch.setattr(sys, "argv", ["figures.py"])
+    figures.main()
+    assert files_in(curves / "data") == kept
+    assert {path.name for path in curves.glob("*.svg")} == {"toy.svg"}
+
+
+def agents_with_rivals(raw: ModuleType, folder: Path, *means: float, error: float) -> Any:
+    """An experiment with a seed for each mean, whose best blind policy has 6.5 ± 0.3."""
+    for seed, mean in enumerate(means):
+        run = finished_run(folder / f"run-{seed}")
+        add_evaluation(run, 42, mean_return=mean, standard_error=error)
+        run.blind.write_text(json.dumps(RIVALS | {"command": "rem-atari blind", "commit": COMMIT}))
+        raw.add_result(run.path, "toy", f"seed-{seed}", folder / "results")
+    (folder / "results/toy/README.md").write_text("# A toy\n")
+    (experiment,) = raw.load_experiments(folder / "results")
+    return experiment
+
+
+def test_learned_is_said_over_seeds_where_there_are_several(
+    figures: ModuleType, raw: ModuleType, tmp_path: Path
+) -> None:
+    page = figures.render_page([agents_with_rivals(raw, tmp_path / "many", 8.0, 9.0, 10.0, error=0.1)])
+    seen = "0.40 ± 0.05 | 0.60 ± 0.05 | 6.50 ± 0.30 | – | – | 22.00 ± 3.00"
+    assert f"| A toy | 9.00 ± 0.58, 3 seeds | {seen} | yes |" in page
+    assert "- A toy: `rem-atari blind`, commit 0123456, 100 games a policy" in page
+    page = figures.render_page([agents_with_rivals(raw, tmp_path / "two", 5.0, 9.0, error=0.1)])
+    assert f"| A toy | 7.00 ± 2.00, 2 seeds | {seen} | **no** |" in page
+    page = figures.render_page([agents_with_rivals(raw, tmp_path / "one", 7.0, error=0.1)])
+    assert f"| A toy | 7.00 ± 0.10, 50 games of one seed | {seen} | **no** |" in page
 
 
 def test_an_evaluation_of_an_agent_that_learned_on_is_left_out(raw: ModuleType, tmp_path: Path) -> None:

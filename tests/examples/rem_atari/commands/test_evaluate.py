@@ -13,7 +13,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from run_folders import DEBUG, add_evaluation, files_in, make_run
+from run_folders import DEBUG, RIVALS, add_evaluation, files_in, make_run
 
 from rem_atari.cli import main
 from rem_atari.commands import evaluate as evaluate_command
@@ -88,6 +88,25 @@ def test_a_return_is_told_in_multiples_of_random_play_where_there_are_any(
     assert summary["random_play"] == {"episodes": 2, "mean_return": 2.0, "standard_error": 1.0}
     assert summary["ratio_to_random"] == 4.0
     assert "random play 2.00 ± 1.00 over 2 games: the agent's is 4.0 times that" in capsys.readouterr().out
+
+
+def test_rivals_that_were_measured_are_shown_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    assert evaluate(run.path, "--episodes", "3")["blind"] is None
+    run.blind.write_text(json.dumps(RIVALS))
+    capsys.readouterr()
+    best = evaluate(run.path, "--episodes", "3")["blind"]
+    assert (best["policy"], best["mean_return"], best["episodes"], best["learned"]) == (
+        "list",
+        6.5,
+        100,
+        False,
+    )
+    shown = capsys.readouterr().out
+    assert "best constant action 0.60 ± 0.05 over 100 games" in shown
+    assert "The agent's is not above it by three standard errors" in shown
 
 
 def test_the_same_seed_plays_the_same_games(tmp_path: Path) -> None:

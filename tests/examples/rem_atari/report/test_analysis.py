@@ -13,6 +13,7 @@ from rem_atari.report.analysis import (
     codebook_use,
     fit_baselines,
     frame_errors,
+    has_one_outcome,
     psnr,
     score_events,
     score_tokens,
@@ -60,10 +61,8 @@ def test_frame_errors_take_one_frame_for_all_and_need_no_foreground() -> None:
     assert errors.mse == pytest.approx(2.0)
     assert errors.foreground_mse is None
     assert errors.moving_mse is None
-    assert [row.measure for row in compare_frames(errors, errors)] == [
-        "Reconstruction error (MSE)",
-        "Reconstruction PSNR, dB",
-    ]
+    # The PSNR is the same error once more.
+    assert [row.measure for row in compare_frames(errors, errors)] == ["Reconstruction error (MSE)"]
 
 
 def test_codebook_use_counts_codes_and_gives_perplexity() -> None:
@@ -151,9 +150,28 @@ def test_events_by_hand() -> None:
     scores = score_events(TokenPredictions(np.log(chances), choice), target, 1, usual)
     assert (scores.steps, scores.events, scores.predicted) == (6, 3, 3)
     assert scores.recall == pytest.approx(1 / 3)
+    assert scores.base_rate == 0.5
     assert scores.precision == pytest.approx(1 / 3)
     assert scores.chance == pytest.approx((0.8 + 0.1 + 0.3) / 3)
     assert scores.calibration == pytest.approx((0.1 + 0.1 + 0.7 + 0.9 + 0.4 + 0.3) / 3)
+
+
+@pytest.mark.parametrize(
+    ("signs", "ended", "one_outcome"),
+    [
+        ([], [], True),
+        ([0, 0, 0], [0, 0, 1], True),
+        ([1, 1, 1], [0, 0, 1], True),
+        ([0, 0, 1, 0, 1], [0, 0, 1, 0, 1], True),  # a perfect player of Catch
+        ([0, 0, 1, 0, -1], [0, 0, 1, 0, 1], False),
+        ([0, 1, 1, 0, 1], [0, 0, 1, 0, 1], False),
+        ([0, 0, 1, 0, 0], [0, 0, 1, 0, 1], False),
+    ],
+)
+def test_rewards_that_tell_no_more_than_ends_have_one_outcome(
+    signs: list[int], ended: list[int], one_outcome: bool
+) -> None:
+    assert has_one_outcome(np.array(signs, dtype=np.int64), np.array(ended, dtype=bool)) is one_outcome
 
 
 @pytest.mark.parametrize("steps", [0, 4])
@@ -162,6 +180,7 @@ def test_what_never_happened_has_no_recall(steps: int) -> None:
     scores = score_events(TokenPredictions(np.zeros((steps, 1)), usual), usual, 1, np.ones((steps, 1)))
     assert (scores.steps, scores.events, scores.predicted) == (steps, 0, 0)
     assert (scores.recall, scores.precision, scores.chance, scores.calibration) == (None,) * 4
+    assert scores.base_rate == (0.0 if steps else None)
 
 
 def test_scoring_nothing_is_an_error() -> None:

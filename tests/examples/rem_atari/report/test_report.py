@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_folders import RIVALS
 
 from rem_atari.agent import Agent
 from rem_atari.arguments import TrainArguments, parse_arguments
@@ -38,6 +39,7 @@ from rem_atari.report.contents import Report, action_names
 from rem_atari.report.measure import look_ahead, predict_sequences, token_pairs
 from rem_atari.report.page import render
 from rem_atari.report.quality import FrameQuality, Quality, Redrawn
+from rem_atari.report.rivals import read_rivals
 from rem_atari.report.text import number
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
 from rem_atari.runs.folder import RunFolder, create_run_folder
@@ -51,6 +53,7 @@ SECTIONS = (
     "Frames and reconstructions",
     "Imagination against the game, step by step",
     "Measured on held-out frames",
+    "Beside policies that see nothing",
     "Curves",
     "Signs that it does not learn",
     "Throughput",
@@ -192,7 +195,7 @@ def test_page_shows_frames_enlarged_by_whole_pixels(page: str) -> None:
 
 def test_page_marks_each_comparison_won_or_missed(page: str) -> None:
     rows = page.count('<tr class="won">') + page.count('<tr class="missed">')
-    assert rows == 11
+    assert rows == 10
     assert page.count('<span class="no">no: a miss</span>') == page.count('<tr class="missed">') > 0
 
 
@@ -213,14 +216,11 @@ def redrawn_as(level: int, *, mean: int) -> Quality:
 
 def test_a_miss_is_shown_as_a_miss() -> None:
     missed = render(make_report(quality=redrawn_as(30, mean=20)), [])
-    assert missed.count('<span class="no">no: a miss</span>') == 2
+    assert missed.count('<span class="no">no: a miss</span>') == 1
     assert '<span class="yes">' not in missed
-    assert (
-        "it wins 0 of 2 comparisons; it misses Reconstruction error (MSE) against mean frame;"
-        " Reconstruction PSNR, dB against mean frame"
-    ) in missed
+    assert "it wins 0 of 1 comparison; it misses Reconstruction error (MSE) against mean frame" in missed
     won = render(make_report(quality=redrawn_as(10, mean=20)), [])
-    assert won.count('<span class="yes">yes</span>') == 2
+    assert won.count('<span class="yes">yes</span>') == 1
     assert '<span class="no">' not in won
 
 
@@ -253,6 +253,18 @@ def test_page_shows_the_signs_with_the_first_to_heed() -> None:
     assert '<span class="no">seen</span>' in page
     assert "Begin with the first that is seen, <b>codebook use</b>" in page
     assert "Try: Frames that differ get the same tokens." in page
+
+
+def test_page_shows_the_policies_that_see_nothing(tmp_path: Path) -> None:
+    (tmp_path / "blind.json").write_text(json.dumps(RIVALS))
+    rivals = read_rivals(tmp_path / "blind.json")
+    page = render(make_report(lines=metric_lines(finished=True), rivals=rivals), [])
+    assert "<td>best list of actions</td>" in page
+    assert '<td class="number">6.50</td><td class="number">0.30</td><td class="number">100</td>' in page
+    assert page.count("is not above it by three standard errors") == 2  # at the top, and beside the table
+    assert "sought for 30,000 environment steps" in page
+    without = render(make_report(lines=metric_lines(finished=True)), [])
+    assert "They were not measured: <code>rem-atari blind</code>" in without
 
 
 def test_pictures_are_written(run: RunFolder) -> None:
