@@ -1,4 +1,4 @@
-"""Every private name of torch that the package touches, and what each is for.
+"""Every private name of torch that the package touches, and what each is for, or what is asked with it.
 
 All of them are in torch 2.9, 2.13 and 2.14. If another torch lacks one, this module is what changes.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook as has_global_hook
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 __all__ = [
@@ -21,10 +21,8 @@ __all__ = [
     "check",
     "constant_in_graphs",
     "forward_ad_level",
-    "has_global_hook",
     "is_batched",
-    "own_hooks",
-    "own_parameters",
+    "is_plain",
     "pytree",
     "transforms_are_active",
 ]
@@ -43,11 +41,26 @@ is_batched = torch._C._functorch.is_legacy_batchedtensor
 check = torch._check
 """Raises unless a condition holds, also of shapes that a graph does not know yet; for fakes of operations."""
 
-own_hooks = attrgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-"""A module's own hooks, by kind: a global one is none of them."""
 
-own_parameters = attrgetter("_parameters")
-"""A module's own parameters by name, those of None among them."""
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of ``module`` is ``kind.forward`` of its own ordinary tensors, and nothing else.
+
+    It is not where something else stands in its place (an adapter, a quantised layer, a parametrisation),
+    where a hook sees it (old-style weight norms and pruning are hooks), where its ``forward`` was replaced
+    (by accelerate), or where a weight is no ordinary tensor (quantised or sharded).
+    """
+    return (
+        type(module) is kind
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+        and "forward" not in module.__dict__
+        and all(
+            weight is None or type(weight) in (nn.Parameter, Tensor) for weight in module._parameters.values()
+        )
+        and not _has_any_global_hook()
+    )
 
 
 def constant_in_graphs(function: Function) -> Function:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from retpop._torch import is_plain
 from retpop.arguments import check_tensor
 from retpop.config import RetNetConfig
 from retpop.layers.call import Call, Carry
@@ -16,7 +17,6 @@ from retpop.layers.dropout import dropout
 from retpop.layers.feed_forward import FeedForward
 from retpop.layers.microbatch import run_in_parts, tokens_at_once
 from retpop.layers.norm import HeadNorm, residual_norm
-from retpop.layers.plain import is_plain
 from retpop.layers.prepare import Constants, Owner, prepare
 from retpop.layers.retention import MultiScaleRetention, check_construction, empty_state
 from retpop.state import RetNetState

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from retpop._torch import is_plain
 from retpop.arguments import is_eager
 from retpop.config import RetNetConfig
 from retpop.layers.call import Call, PopCall, SequenceCall
-from retpop.layers.plain import is_plain
 from retpop.ops import checks
 from retpop.ops.dispatch import Backend, choose_backend
 from retpop.ops.dtypes import Inputs, autocast_is_on, dtype_after, state_dtype
