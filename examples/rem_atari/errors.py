@@ -6,7 +6,7 @@ import errno
 
 
 class RunError(Exception):
-    """A run cannot go on; the message is the one sentence shown to the user (exit code 1)."""
+    """A run cannot continue; the message is the sentence shown to the user (exit code 1)."""
 
 
 class UsageError(RunError):
@@ -18,11 +18,11 @@ class NonFiniteError(RunError):
 
 
 class StoppedError(RunError):
-    """A signal, or the end of the time it was given, asked the run to stop (exit code 3)."""
+    """A signal or a time limit stopped the run (exit code 3)."""
 
 
 class RunWarning(RuntimeWarning):
-    """Something went wrong and the run goes on; the message is the one sentence shown to the user."""
+    """Something failed and the run continues; the message is the sentence shown to the user."""
 
 
 class EnvironmentDiedError(RunError):
@@ -30,13 +30,13 @@ class EnvironmentDiedError(RunError):
 
 
 class EnvironmentAnswerError(RunError, ValueError):
-    """An environment answered what none may; another one in its place would do the same."""
+    """An environment gave an invalid answer; a replacement would do the same."""
 
 
 def describe_os_error(error: OSError) -> str:
-    """What the operating system refused, and for which file, as one sentence for the user.
+    """An error of the operating system and its file as one sentence for the user.
 
-    A full disk gets a word more: what was there before is still whole, and there is something to do about it.
+    For a full disk it adds that earlier files are whole and what to do.
     """
     reason = error.strerror or str(error) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""
@@ -46,5 +46,5 @@ def describe_os_error(error: OSError) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """An error that nobody foresaw in a few words, for a sentence."""
+    """An unexpected error in a few words, for use in a sentence."""
     return " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""Evaluation: whole games, by the agent or at random, exactly as many as asked for."""
+"""Evaluation: a given number of whole games, played by the agent or at random."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rem_atari.replay.buffer import Replay
 from rem_atari.training.seeding import derive_seed
 
 PATIENCE_SECONDS = 60.0
-"""How long no game may end before that is said: a game that never ends looks like one that is slow."""
+"""Seconds without a finished game after which a warning is due: a game may never end."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class EvaluationResult:
     """The games of one evaluation.
 
     Attributes:
-        games: the games, those that ended in the order in which they did.
-        unfinished: how many of them, the last ones, were still open when the time was up.
+        games: the games, finished ones in the order in which they ended.
+        unfinished: how many of them, the last ones, were still open at the time limit.
         seconds: wall time.
     """
 
@@ -65,11 +65,11 @@ class EvaluationResult:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean return; None with less than two games, or where a return is not finite."""
+        """Standard error of the mean return; None with fewer than two games or a non-finite return."""
         return standard_error(self.returns)
 
     def metrics(self) -> dict[str, float | list[float]]:
-        """The evaluation as metrics; without the statistics where no game was played."""
+        """The evaluation as metrics, without statistics if no game was played."""
         metrics: dict[str, float | list[float]] = {
             "episodes": len(self.games),
             "unfinished": self.unfinished,
@@ -89,7 +89,7 @@ class EvaluationResult:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of `values`; None with less than two, or where one is not finite."""
+    """Standard error of the mean of `values`; None with fewer than two or one that is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     return statistics.stdev(values) / math.sqrt(len(values))
@@ -98,7 +98,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 def playing_conditions(
     config: Config, *, temperature: float | None = None, num_envs: int | None = None
 ) -> Config:
-    """A run's configuration for playing whole games with its agent, without a bound on steps or time.
+    """A run's configuration for whole games of its agent, without limits on steps or time.
 
     Args:
         config: the run's.
@@ -147,10 +147,10 @@ def evaluate(
         episodes: games to play, at least 1.
         seed: seed of the environments and of the actions.
         heldout: an empty replay, records the games' steps until it is full; None: nothing is recorded.
-        watcher: sees every step and every game that counts; None: nobody does.
+        watcher: sees every step and every counted game, if given.
         after_step: called after each step with the number of games that ended in it; may raise to stop.
-        evaluation: what was done so far, nothing or an interrupted part; it grows with every step, and where
-            a RunError ends the playing it says how to go on.
+        evaluation: the part done so far, empty or interrupted; it grows with every step, and after a RunError
+            it holds what is needed to continue.
     """
     env = _WatchedEnv(
         make_test_envs(config, episodes, seed),
@@ -188,7 +188,7 @@ class _RandomPlayer:
         self.generator = torch.Generator().manual_seed(seed)
 
     def begin(self, env: RealEnv, carry: Carry | None, restarted: Sequence[int]) -> None:
-        """Nothing: random play remembers nothing."""
+        """Do nothing: random play has no memory."""
 
     def step(self, env: RealEnv) -> None:
         """Take a step in every environment."""
@@ -206,7 +206,7 @@ class _AgentPlayer:
         self._observation: Tensor | None = None
 
     def begin(self, env: RealEnv, carry: Carry | None, restarted: Sequence[int]) -> None:
-        """Begin with a blank memory, or go on with one, blank for the environments that start anew."""
+        """Start with a blank memory, or continue with one, blanked for environments that start anew."""
         blank = self._controller.initial_carry(env.num_envs)
         self.carry = blank
         if carry is not None:
@@ -233,7 +233,7 @@ class _AgentPlayer:
 
 
 class _WatchedEnv(RealEnv):
-    """A RealEnv whose steps a watcher sees, if there is one."""
+    """A RealEnv that shows its steps to a watcher, if there is one."""
 
     watcher: GameWatcher | None = None
 
@@ -262,7 +262,7 @@ def _play(
     evaluation: Evaluation | None,
     watcher: GameWatcher | None = None,
 ) -> EvaluationResult:
-    """Begin or go on, play, close the environments; an interruption leaves a `Pause` in `evaluation`."""
+    """Start or continue, play, close the environments; an interruption leaves a `Pause` in `evaluation`."""
     evaluation = Evaluation() if evaluation is None else evaluation
     count = _Count(evaluation, share_episodes(episodes, env.num_envs), watcher)
     with closing(env):
@@ -285,7 +285,7 @@ def _begin(
     heldout: Replay | None,
     seed: int,
 ) -> None:
-    """Start the games, or bring everything back to where a pause began; `seed` is for games begun anew."""
+    """Start the games, or restore the state of a pause; `seed` is for games that start anew."""
     if pause is None:
         env.reset()
         player.begin(env, None, ())
@@ -305,7 +305,7 @@ def _step_until_played(
     count: _Count,
     after_step: Callable[[int], None],
 ) -> None:
-    """Step until the games are played or the time is up."""
+    """Step until all games are played or the time limit is reached."""
     most = config.evaluation.max_seconds
     started = time.monotonic() - evaluation.seconds
     waits_since: float | None = time.monotonic()
@@ -325,9 +325,9 @@ def _step_until_played(
 
 
 class _Count:
-    """Counts games: each environment has a share of them and plays it to the end.
+    """Counts games: each environment plays a fixed share of them to the end.
 
-    To take the first games that end, wherever they do, would count short games too often.
+    Counting the games that end first would count short games too often.
     """
 
     def __init__(self, evaluation: Evaluation, shares: list[int], watcher: GameWatcher | None) -> None:
@@ -341,7 +341,7 @@ class _Count:
         return any(self._wanted)
 
     def take(self, game: GameReturn) -> bool:
-        """Take a game if its environment has not had its share."""
+        """Count a game if its environment's share is not full."""
         if self._wanted[game.env_index] == 0:
             return False
         self._wanted[game.env_index] -= 1
@@ -363,7 +363,7 @@ def _warn_of_endless_games(env: RealEnv, config: Config) -> None:
 
 
 def make_test_envs(config: Config, episodes: int, seed: int) -> VectorEnv:
-    """Environments with the preprocessing of a test; no more of them than `episodes`."""
+    """Environments with the preprocessing of an evaluation, at most `episodes` of them."""
     return VectorEnv(
         partial(_make_env, config),
         min(config.evaluation.num_envs, episodes),

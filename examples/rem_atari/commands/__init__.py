@@ -1,4 +1,4 @@
-"""What the subcommands do: a module for each, imported when it is called; so ``--help`` answers at once."""
+"""The subcommands: one module each, imported when called, so that ``--help`` answers at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rem_atari.arguments import (
 
 
 def run_command(arguments: Arguments) -> None:
-    """Run the subcommand that the arguments belong to.
+    """Run the subcommand of these arguments.
 
     Raises:
         RunError: it failed, was used wrongly, or was stopped; see :mod:`rem_atari.errors`.

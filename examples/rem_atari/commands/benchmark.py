@@ -32,11 +32,11 @@ TITLES = {
     "controller": "controller update",
     "imagine": "imagine (new frames)",
 }
-"""What the parts are called, and the order in which they are shown."""
+"""Names of the parts, in the order in which they are shown."""
 
 
 def benchmark(arguments: BenchmarkArguments) -> None:
-    """Measure, print what was found, and write what was asked for.
+    """Measure, print the results, and write the requested files.
 
     Raises:
         UsageError: a value is out of its range, or the device is not there.
@@ -97,7 +97,7 @@ def describe(result: Benchmark) -> str:
 
 
 def describe_device(device: str) -> str:
-    """The device by its name, with what decides how fast a CPU is."""
+    """The device's name, with the properties that set a CPU's speed."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     if torch.device(device).type == "mps":
@@ -128,7 +128,7 @@ def _timings_table(result: Benchmark) -> str:
 
 
 def _parts_table(result: Benchmark) -> str:
-    """What each part of the work consists of; on a CPU beside the rate of a matrix product."""
+    """The parts of each update; on a CPU beside the rate of a matrix product."""
     rows = []
     for name, timing in _ordered(result):
         for part, seconds in timing.parts.items() if len(timing.parts) > 1 else ():
@@ -148,7 +148,7 @@ def _projection_table(result: Benchmark) -> str:
 
 
 def _notes(result: Benchmark) -> list[str]:
-    """What a reader must know before believing the projection."""
+    """The limits of the projection."""
     config = result.config
     episodes = sum(evaluation_episodes(config, epoch) for epoch in range(config.schedule.epochs))
     episodes += config.evaluation.random_episodes
@@ -180,7 +180,7 @@ def _notes(result: Benchmark) -> list[str]:
 
 
 def _whole_batches(result: Benchmark) -> str:
-    """By what each component's time is multiplied."""
+    """The factor on each component's time."""
     factors = []
     for name in result.trained:
         timing, wanted = result.timings[name], getattr(result.config, name).optim.batch_size
@@ -195,7 +195,7 @@ def _memory(result: Benchmark) -> str:
 
 
 def to_json(result: Benchmark) -> dict[str, Any]:
-    """Everything that was measured, as JSON data."""
+    """All measurements as JSON data."""
     config, projected = result.config, result.project()
     return {
         "preset": config.preset,
@@ -254,7 +254,7 @@ def _parts(result: Benchmark, name: str) -> list[dict[str, Any]]:
 
 
 def to_csv(result: Benchmark) -> str:
-    """A line for each part of a run; after it one for each of its own parts, which `part` names."""
+    """A line for each part of a run, followed by one for each of its own parts, which `part` names."""
     rows: list[dict[str, Any]] = []
     for name, timing in _ordered(result):
         whole = _part(timing)
@@ -280,13 +280,13 @@ def to_csv(result: Benchmark) -> str:
 
 
 def _long(seconds: float) -> str:
-    """A duration in days where hours say little."""
+    """A duration, in days if it is long."""
     days = seconds / 86_400
     return f"{days:,.1f} days" if days >= 2 else duration(seconds)
 
 
 def _seconds(value: float) -> str:
-    """A short time with the unit that suits it."""
+    """A short time in a suitable unit."""
     if value >= 1:
         return f"{value:.2f} s"
     return f"{1e3 * value:.1f} ms" if value >= 1e-3 else f"{1e6 * value:.0f} µs"

@@ -1,4 +1,4 @@
-"""Progress of a command that is not training: so many of so many done."""
+"""Progress of a command other than training: a count and its total."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rem_atari.runs.progress import format_duration
 
 LINES = 4
-"""Where nobody watches a bar, at most so many lines tell how it goes."""
+"""Most lines of progress where the output is not a terminal."""
 
 
 @contextmanager
 def counting(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show on stderr how a count grows: a bar on a terminal, a few lines anywhere else.
+    """Show a growing count on stderr: a bar on a terminal, else a few lines.
 
     Args:
         title: what is going on.
@@ -52,5 +52,5 @@ def counting(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
 
 
 def tell(text: str) -> None:
-    """Say a line on stderr, where it is not taken for a result."""
+    """Print a line on stderr, apart from results."""
     print(text, file=sys.stderr, flush=True)

@@ -15,13 +15,13 @@ from rem_atari.report.history import MetricLine, Returns, last_value, read_lines
 from rem_atari.runs.folder import open_run_folder
 
 SCHEMA = 1
-"""Version of what --json prints; docs/does_not_learn.md tells what is in it."""
+"""Version of the --json output; docs/does_not_learn.md describes it."""
 
 WORDS = {True: "SIGN", False: "fine", None: "unknown"}
 
 
 def diagnose_run(arguments: DiagnoseArguments) -> None:
-    """Print what the metrics of a run, which may be under way, say about why it does not learn.
+    """Print the signs in a run's metrics of why it does not learn; the run may still train.
 
     Raises:
         UsageError: there is no run, or its configuration cannot be read.

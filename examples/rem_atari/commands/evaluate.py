@@ -1,4 +1,4 @@
-"""``rem-atari evaluate RUN``: whole games, and what they say about the agent."""
+"""``rem-atari evaluate RUN``: whole games, and the agent's scores."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ FILM_PIXELS = 256
 """Side of a film at least."""
 
 ATARI_FPS, OTHER_FPS = 15.0, 5.0
-"""Of an Atari game every fourth frame of 60 a second is seen; small games have no speed of their own."""
+"""The agent sees every fourth of an Atari game's 60 frames a second; small games have no real speed."""
 
 
 OWN_FILES = (EPISODES_FILE, SUMMARY_FILE, "best.mp4", "worst.mp4")
-"""All that an evaluation may leave; whatever else is in its folder is somebody's."""
+"""All files that an evaluation writes; other files in its folder are not deleted."""
 
 PROBE = ".probe"
 
@@ -49,7 +49,7 @@ _LEFTOVER = re.compile(r"\.writing-\d+-(best|worst)\.mp4|\.(episodes\.csv|summar
 
 
 def evaluate(arguments: EvaluateArguments) -> None:
-    """Play the games, write what came of them, and say it in a few lines.
+    """Play the games, write the results, and print a summary.
 
     Raises:
         UsageError: a value is out of its range, or there is no such run, checkpoint or device.
@@ -98,7 +98,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
 def _play_at_random(
     trained: TrainedAgent, config: Config, episodes: int, seed: int
 ) -> EvaluationResult | None:
-    """Random play under the same conditions, to compare with; None if it is not asked for."""
+    """Random play under the same conditions, or None if it is not requested."""
     if episodes == 0:
         return None
     with counting("playing at random", episodes, "games") as advance:
@@ -112,9 +112,9 @@ def _play_at_random(
 
 
 def _make_folder(folder: Path) -> Path:
-    """Make the folder for the results, and try to write to it, before anything is played for nothing.
+    """Make the folder for the results and test that it is writable, before any game is played.
 
-    What an evaluation that was interrupted left half written goes.
+    Half-written files of an interrupted evaluation are deleted.
     """
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link; --out names the folder that it leads to")
@@ -141,7 +141,7 @@ def summarise(
     random: EvaluationResult | None = None,
     rivals: Rivals | None = None,
 ) -> dict[str, Any]:
-    """An evaluation as JSON data, beside `random` play and `rivals` as far as they were measured."""
+    """An evaluation as JSON data, with `random` play and `rivals` if they were measured."""
     returns, mean = result.returns, result.mean
     game = None if config.env.id is not None else config.env.game
     reference = None if game is None else reference_scores(game)
@@ -215,12 +215,12 @@ def episodes_csv(result: EvaluationResult, config: Config) -> str:
 
 
 def film_fps(config: Config) -> float:
-    """Steps of the agent that a film shows in a second."""
+    """Steps of the agent per second of film."""
     return ATARI_FPS if config.env.id is None else OTHER_FPS
 
 
 def _save_films(folder: Path, films: BestAndWorst, config: Config) -> list[Path]:
-    """Films of the best and the worst game, which are one where only one was played."""
+    """Films of the best and the worst game, or a single film of a single game."""
     written = []
     found: list[tuple[str, GameFilm | None]] = [("best", films.best)]
     if films.worst is not films.best:

@@ -1,4 +1,4 @@
-"""``rem-atari list``: what can be played, and the presets."""
+"""``rem-atari list``: the games and the presets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PURPOSES = {
     "minatar": ("15 minutes", "learns MinAtar's Breakout, a larger small game"),
     "paper": ("days on a CPU", "the published agent; wants a GPU, and `rem-atari weights` once before it"),
 }
-"""About how long each preset takes on two CPU cores, and what it is for."""
+"""Approximate time of each preset on two CPU cores, and its purpose."""
 
 
 def list_everything(arguments: ListArguments) -> None:
@@ -31,14 +31,14 @@ def list_everything(arguments: ListArguments) -> None:
 
 
 def _game_flags() -> list[str]:
-    """What to write after `rem-atari train` to play each game."""
+    """The flags of `rem-atari train` that select each game."""
     from rem_atari import envs
 
     return [f"--env.game {game}" for game in envs.list_games()] + [f"--env.id {name}" for name in _ids()]
 
 
 def _ids() -> list[str]:
-    """Games that gymnasium ids name: those of this package and, where it is installed, of MinAtar."""
+    """Games with gymnasium ids: those of this package and, if it is installed, of MinAtar."""
     from rem_atari.envs.minatar import GAMES, NAMESPACE
 
     minatar = [f"{NAMESPACE}{game}-v1" for game in GAMES] if find_spec("minatar") else []

@@ -21,7 +21,7 @@ from rem_atari.training.setup import check_config
 
 
 def record(arguments: RecordArguments) -> None:
-    """Film the agent, and say where the film is.
+    """Film the agent, and print the path of the film.
 
     Raises:
         UsageError: a value is out of its range, or there is no such run, checkpoint or device.
@@ -42,7 +42,7 @@ def record(arguments: RecordArguments) -> None:
 
 
 def default_dream_steps(config: Config) -> int:
-    """Steps that the world model imagines by itself: as many as it has practice in beyond the context."""
+    """Steps that the world model imagines: the length of its training sequences without the context."""
     return max(1, config.world_model.sequence_blocks - config.world_model.context_blocks)
 
 

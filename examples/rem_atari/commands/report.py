@@ -1,4 +1,4 @@
-"""``rem-atari report RUN``: write a run's report anew."""
+"""``rem-atari report RUN``: write a run's report again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rem_atari.runs.folder import RunFolder, open_run_folder
 
 
 def report(arguments: ReportArguments) -> None:
-    """Write a run's report anew, and say where it is."""
+    """Write a run's report again, and print its path."""
     from rem_atari.report import write_report
 
     run = open_run_folder(arguments.run)

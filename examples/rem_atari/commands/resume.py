@@ -1,4 +1,4 @@
-"""``rem-atari resume RUN``: go on with a run that was stopped, exactly where it was."""
+"""``rem-atari resume RUN``: resume a stopped run exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rem_atari.runs.folder import RunFolder, hold_run_folder, open_run_folder
 Part = TypeVar("Part")
 
 ONLY_RAISED = ("epochs", "collect_epochs")
-"""Of `ScheduleConfig`: what was planned is done in any case; there can only be more of it."""
+"""Fields of `ScheduleConfig` that can only be raised: planned work is always done."""
 
 
 def resume(arguments: ResumeArguments) -> None:
-    """Go on from the newest whole checkpoint; a run that is finished gets its report if that is missing.
+    """Resume from the newest whole checkpoint; write the report of a finished run if it is missing.
 
     Raises:
         UsageError: there is no run, it is in use, or a change is not allowed.
@@ -54,10 +54,10 @@ def resume(arguments: ResumeArguments) -> None:
 
 
 def change_config(config: Config, arguments: ResumeArguments) -> Config:
-    """A run's configuration with the changes that are asked for.
+    """A run's configuration with the requested changes.
 
     Raises:
-        UsageError: what can only be raised is lowered.
+        UsageError: a field that can only be raised is lowered.
     """
     for name in ONLY_RAISED:
         wanted, planned = getattr(arguments.schedule, name), getattr(config.schedule, name)

@@ -26,7 +26,7 @@ from rem_atari.scores.runs import NoScoreError, RunScore, read_run_score
 
 
 def scores(arguments: ScoresArguments) -> None:
-    """Print the runs' scores and the aggregates, and write what was asked for.
+    """Print the runs' scores and the aggregates, and write the requested files.
 
     Raises:
         UsageError: a folder is no run or is named twice, none of the runs has a score, or a value is out of
@@ -70,7 +70,7 @@ def _check(arguments: ScoresArguments) -> None:
 
 
 def _read_runs(paths: Sequence[Path]) -> list[RunScore]:
-    """The scores of the runs that have one; of each other one a sentence is said."""
+    """The scores of the runs that have one; print a sentence about each other run."""
     seen: dict[Path, Path] = {}
     found = []
     for path in paths:
@@ -106,7 +106,7 @@ def _normalise(game: str, score: float) -> float:
 
 
 def _games_table(runs: Sequence[RunScore], name: str) -> str:
-    """A line for each game: how the runs did, and what REM and a human reach."""
+    """A line per game: the runs' scores beside REM's and a human's."""
     rem = published_scores()["REM"]
     rows = []
     for game in sorted({run.game for run in runs}):
@@ -156,7 +156,7 @@ def _cell(estimate: Estimate) -> str:
 
 
 def _notes(runs: Sequence[RunScore], results: Sequence[Aggregates], name: str) -> list[str]:
-    """What a reader must know before believing the table."""
+    """The notes below the table."""
     lines = [
         "Human-normalised: 0 is random play, 1 a human. In brackets: 95% intervals of a stratified bootstrap"
         " over seeds. A smaller optimality gap is better."
@@ -185,7 +185,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _doubts(runs: Sequence[RunScore]) -> list[str]:
-    """What speaks against taking the runs for one agent."""
+    """Reasons not to take the runs for one agent."""
     found = []
     if len({_settings(run) for run in runs}) > 1:
         found.append("These runs differ in more settings than game and seed: they are not one agent.")

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
-    """A table with columns as wide as they need to be: words begin on the left, numbers end on the right.
+    """A table with minimal column widths: words left-aligned, numbers right-aligned.
 
     Args:
         header: titles of the columns.
         rows: cells.
-        text_columns: how many columns, the first ones, hold words.
+        text_columns: the number of leading columns that hold words.
     """
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 def train(arguments: TrainArguments) -> None:
-    """Train, evaluate, write the report, and say where it is."""
-    # All of it before the folder is made: a package that only the report needs must not be missed later.
+    """Train, evaluate, write the report, and print its path."""
+    # Import all of it before the folder is made, so that a missing package is found now.
     import rem_atari.report
     import rem_atari.training.trainer  # noqa: F401
     from rem_atari.envs import env_name
@@ -53,18 +53,18 @@ def run_and_report(
     stop_after: float | None = None,
     edits: Mapping[str, Any] | None = None,
 ) -> None:
-    """Train from the beginning or a checkpoint to the end, write the report, and say where it is.
+    """Train from the beginning or a checkpoint to the end, write the report, and print its path.
 
     Args:
         config: the run's configuration.
         run: its folder.
         parts: environments and agent.
-        checkpoint: where to go on from; None: the beginning.
-        stop_after: seconds after which it stops; None: no bound.
-        edits: how config.json was edited by hand, to be recorded; None: it was not.
+        checkpoint: where to resume; None: the beginning.
+        stop_after: seconds after which it stops; None: no limit.
+        edits: hand edits of config.json, to be recorded, or None.
 
     Raises:
-        StoppedError: a signal has come, or `stop_after` seconds have passed, and the run was not done.
+        StoppedError: a signal came, or `stop_after` seconds passed, before the run was done.
     """
     from rem_atari.config.presets import PRESETS
     from rem_atari.runs.progress import make_progress
@@ -86,17 +86,17 @@ def run_and_report(
 
 
 def check_stop_after(seconds: float | None) -> None:
-    """Check a command's bound on its time.
+    """Check a command's time limit.
 
     Raises:
-        UsageError: it is no time.
+        UsageError: it is not a valid time.
     """
     if seconds is not None and not 0 < seconds < math.inf:
         raise UsageError(f"--stop-after is {seconds:g}, wanted more than 0 seconds")
 
 
 def conclude(run: RunFolder) -> None:
-    """Write the report of a run whose training is done, and say what came of it.
+    """Write the report of a finished run, and print the result.
 
     Raises:
         RunError: the report could not be written.
@@ -125,6 +125,6 @@ def _summary(lines: list[dict]) -> str:
 
 
 def _error(line: dict) -> str:
-    """The standard error of an evaluation's mean return, where it has one."""
+    """The standard error of an evaluation's mean return, if it has one."""
     error = line.get("standard_error")
     return "" if error is None else f" ± {error:.2f}"

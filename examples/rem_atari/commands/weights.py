@@ -8,11 +8,11 @@ from rem_atari.arguments import WeightsArguments
 
 
 def weights(arguments: WeightsArguments) -> None:
-    """Fetch the weights, or convert files fetched by hand, and say where they are.
+    """Fetch the weights, or convert files fetched by hand, and print their path.
 
     Raises:
         RunError: they cannot be fetched.
-        UsageError: the files given are not what is wanted.
+        UsageError: the given files do not hold the weights.
     """
     from rem_atari.weights import convert_weights, fetch_weights
 

@@ -2,7 +2,7 @@
 
 Whatever the game, observations are frames, Box uint8 (S, S, 3) with S = `EnvConfig.frame_size`, and actions
 are Discrete. An episode is what the agent stores; a *game* may span several (Atari's lives). Where they
-differ, `atari.LifeLossEndsEpisode` tells; of anybody's `info` nothing is read.
+differ, see `atari.LifeLossEndsEpisode`. The `info` of an environment is never read.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def make_env(cfg: EnvConfig, *, training: bool) -> gymnasium.Env:
 
 
 def _check_unused(cfg: EnvConfig) -> None:
-    """What only gymnasium's environments have is not silently ignored elsewhere."""
+    """Refuse options of gymnasium's environments where they would be ignored."""
     for name, value in (("kwargs", cfg.kwargs), ("wrapper", cfg.wrapper), ("render", cfg.render)):
         if value:
             raise ValueError(
@@ -75,7 +75,7 @@ def env_name(cfg: EnvConfig) -> str:
     """The game's short name, for titles: Breakout, Catch for rem_atari/Catch-v0, MinAtar-Breakout for
     MinAtar's.
 
-    Any character may be in it: whoever names a file after the game replaces what a path cannot bear.
+    It may contain any character; replace those that a path does not allow before use in a file name.
     """
     if cfg.id is None:
         return cfg.game

@@ -1,8 +1,7 @@
-"""What an environment may answer, checked where its answers come in: what is wrong stops the run at once.
+"""Checks of what an environment answers; an invalid answer stops the run at once.
 
-A reward that is not finite or a frame of another kind would be found much later, as a loss that is not finite
-or as an agent that learns nothing. So each answer is looked at once, and the error names the environment and
-what came.
+A reward that is not finite or a frame of another kind would otherwise show much later, as a loss that is not
+finite or an agent that learns nothing. The error names the environment and the answer.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MOST_SHOWN = 60
 
 
 def name_of(env: gymnasium.Env) -> str:
-    """The environment's id where it was registered, else the name of its class."""
+    """The environment's id if it is registered, else the name of its class."""
     return env.unwrapped.spec.id if env.unwrapped.spec is not None else type(env.unwrapped).__name__
 
 
@@ -118,7 +117,7 @@ def describe(value: Any) -> str:
 
 
 class CheckedAnswers(KeepsNothing, gymnasium.Wrapper):
-    """Check what `reset` and `step` answer before anything else takes the answers apart."""
+    """Check the answers of `reset` and `step` before other code unpacks them."""
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
@@ -136,7 +135,7 @@ class CheckedAnswers(KeepsNothing, gymnasium.Wrapper):
 
 
 def _single(value: Any) -> Any:
-    """The Python value of an array or a tensor of one; anything else as it is, texts as None."""
+    """The Python value of an array or tensor of one element; None for text; other values unchanged."""
     if isinstance(value, str | bytes):
         return None
     try:

@@ -44,7 +44,7 @@ def register_games() -> None:
     """
     with needs_extra("atari"):
         import ale_py
-    # The emulator greets with a banner on stderr otherwise.
+    # Otherwise the emulator prints a banner on stderr.
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     gymnasium.register_envs(ale_py)
 
@@ -111,10 +111,10 @@ def _check_at_least_one(name: str, value: int) -> None:
 
 
 class NoopStart(KeepsNothing, gymnasium.Wrapper):
-    """Begin every game with 1 to `most` no-ops, so that games differ although the emulator does not.
+    """Begin every game with 1 to `most` no-ops, so that games of the deterministic emulator differ.
 
-    The reward of these frames is dropped: nobody played them. If one of them ends the game, a new one begins
-    and gets what is left of the no-ops.
+    The reward of these frames is dropped. If one of them ends the game, a new game begins and gets the
+    remaining no-ops.
     """
 
     def __init__(self, env: gymnasium.Env, most: int) -> None:
@@ -134,9 +134,9 @@ class NoopStart(KeepsNothing, gymnasium.Wrapper):
 class SkipFrames(KeepsNothing, gymnasium.Wrapper):
     """Repeat an action for `skip` raw frames and show the maximum of the last two, each resized first.
 
-    The maximum undoes the flicker of games that draw half their objects on every other frame. A game that
-    ends on the way shows the last frames there were: the maximum of two, or, if the action's first frame was
-    the game's last, that one. Frames of an earlier action never enter, and nothing is kept between steps.
+    The maximum removes the flicker of games that draw half of their objects on every other frame. A game that
+    ends within the action shows the maximum of its last two frames, or its only frame in this action. Frames
+    of an earlier action never enter, and nothing is kept between steps.
     """
 
     def __init__(self, env: gymnasium.Env, skip: int, size: int) -> None:
@@ -184,7 +184,7 @@ class LifeLossEndsEpisode(gymnasium.Wrapper):
         self._game_goes_on = False
 
     def step(self, action: int) -> Step:
-        """Step the game; `terminated` where it ended or a life was lost."""
+        """Step the game; `terminated` if it ended or a life was lost."""
         frame, reward, terminated, truncated, info = self.env.step(action)
         self.game_over = terminated or truncated
         # Some games count down to 0 a few frames before they are over: that last life ends with the game.
@@ -194,7 +194,7 @@ class LifeLossEndsEpisode(gymnasium.Wrapper):
         return frame, float(reward), terminated or life_lost, truncated, info
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[np.ndarray, Info]:
-        """Go on with the game after a life loss, or start a new one."""
+        """Continue the game after a life loss, or start a new one."""
         starts_anew = seed is not None or not self._game_goes_on
         self.reset_reward, self.game_over = 0.0, False
         if not starts_anew:
@@ -207,7 +207,7 @@ class LifeLossEndsEpisode(gymnasium.Wrapper):
         return frame, info
 
     def get_resume_state(self) -> Info:
-        """The lives seen last, and whether the next `reset` goes on with the game."""
+        """The last number of lives, and whether the next `reset` continues the game."""
         return {"lives": self._lives, "game_goes_on": self._game_goes_on}
 
     def set_resume_state(self, state: Info) -> None:

@@ -17,7 +17,7 @@ PADDLE = (80, 160, 255)
 
 
 class Catch(gymnasium.Env[np.ndarray, int]):
-    """One ball falls one cell a step; a paddle one cell wide on the bottom row is to be under it.
+    """A ball falls one cell a step; a paddle one cell wide on the bottom row must catch it.
 
     The ball starts in a random column of the top row, the paddle in a random cell of the bottom row. Actions:
     0 left, 1 stay, 2 right. The episode ends when the ball reaches the bottom row, after cells - 1 steps:

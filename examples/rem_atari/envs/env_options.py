@@ -1,4 +1,4 @@
-"""What an environment is made with, from words of the command line."""
+"""Keyword arguments of an environment, from words of the command line."""
 
 from __future__ import annotations
 

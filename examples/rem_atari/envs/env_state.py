@@ -1,4 +1,4 @@
-"""An environment's state as plain JSON data, so that a game goes on exactly where another process left it.
+"""An environment's state as plain JSON data, so that another process can continue the game exactly.
 
 An environment is a stack of layers, the wrappers and the game itself, and each layer saves what is its own:
 
@@ -8,7 +8,7 @@ An environment is a stack of layers, the wrappers and the game itself, and each 
 - gymnasium's own wrappers by the attributes listed in `WRAPPER_ATTRIBUTES`;
 - a layer that keeps nothing between steps (`KeepsNothing`) is left out.
 
-A stack with any other layer cannot be saved: a layer that is not known may hold anything.
+A stack with any other layer cannot be saved, because an unknown layer may hold any state.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ WRAPPER_ATTRIBUTES: dict[type[gymnasium.Wrapper], tuple[str, ...]] = {
 """Of gymnasium's wrappers that change nothing but these attributes while a game is played."""
 
 STATES_OF_NOTHING = ("PassiveEnvChecker",)
-"""Layers in the states of earlier versions that are no longer there, and kept nothing."""
+"""Layers without state that earlier versions saved and that no longer exist."""
 
 MOST_SNAPSHOT_BYTES = 1_000_000
-"""An emulator's snapshot has about 15,000; whatever is far above that is none."""
+"""An emulator's snapshot has about 15,000 bytes; anything far larger is not one."""
 
 
 class KeepsNothing:
-    """A layer that keeps nothing between steps, so that there is nothing of it to save."""
+    """A layer that keeps nothing between steps and so has no state to save."""
 
 
 def save_env(env: gymnasium.Env) -> State | None:
-    """The state of an environment with all its wrappers; None where one of its layers cannot be saved."""
+    """The state of an environment with all its wrappers; None if one of its layers cannot be saved."""
     layers = []
     for layer in _keeping(env):
         state = _save_layer(layer)
@@ -53,7 +53,7 @@ def save_env(env: gymnasium.Env) -> State | None:
 
 
 def load_env(env: gymnasium.Env, state: State) -> None:
-    """Bring a fresh environment, not reset yet, to where `save_env` saw another one of its make.
+    """Give a fresh environment, not reset yet, the state that `save_env` returned for one of its kind.
 
     Raises:
         ValueError: the state is of an environment that is made in another way.
@@ -76,7 +76,7 @@ def random_state(env: gymnasium.Env) -> State:
 
 def set_random_state(env: gymnasium.Env, state: State) -> None:
     """Give an environment's random numbers back their `random_state`."""
-    # A generator of its own, not the one that a reset without a seed would draw from the system.
+    # A new generator, not the one that a reset without a seed would draw from the system.
     env.np_random = np.random.Generator(np.random.PCG64())
     env.np_random.bit_generator.state = state
 
@@ -90,7 +90,7 @@ def layers_of(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
 
 
 def _keeping(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
-    """The layers that keep something between steps, or of which nobody knows."""
+    """The layers that keep something between steps, or might."""
     return (layer for layer in layers_of(env) if not isinstance(layer, KeepsNothing))
 
 
@@ -118,7 +118,7 @@ def _load_layer(layer: gymnasium.Env, state: State) -> None:
 
 
 def _is_emulated(layer: gymnasium.Env) -> bool:
-    """Whether it's the Arcade Learning Environment; asked without importing what may not be installed."""
+    """Whether it is the Arcade Learning Environment, without importing a package that may be missing."""
     return f"{type(layer).__module__}.{type(layer).__qualname__}" == "ale_py.env.AtariEnv"
 
 
@@ -130,6 +130,6 @@ def _load_snapshot(layer: gymnasium.Env, state: State) -> None:
         raise ValueError(f"the emulator's snapshot has {len(snapshot)} bytes, at most {MOST_SNAPSHOT_BYTES}")
     try:
         layer.ale.restoreState(ale_py.ALEState(snapshot))
-    except (RuntimeError, SystemError) as error:  # nanobind has no better name for what the emulator throws
+    except (RuntimeError, SystemError) as error:  # nanobind's only name for the emulator's error
         raise ValueError(f"the emulator does not take the snapshot: {error}") from error
     set_random_state(layer, state["random"])

@@ -1,4 +1,4 @@
-"""What can go wrong on the way to an environment, said so that the reader knows what to do."""
+"""Errors in making an environment; each message says what to do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class MissingExtraError(ImportError):
 
 
 class UnknownGameError(ValueError):
-    """No game, or no gymnasium environment, goes by the name that was given."""
+    """No game or gymnasium environment has the given name."""
 
 
 PACKAGES = {"atari": ("ale_py", "gymnasium", "numpy", "PIL"), "minatar": ("minatar",)}
-"""What of each extra the environments import."""
+"""The packages of each extra that the environments import."""
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def needs_extra(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES[extra]:
-            raise  # a mistake of ours, and no package would mend it
+            raise  # a fault of this package, which no installation would repair
         raise MissingExtraError(
             f"The environments need the package {error.name}, which is not installed: "
             f"pip install 'retpop[{extra}]'"

@@ -17,8 +17,8 @@ from rem_atari.errors import EnvironmentAnswerError
 def resize_frame(frame: np.ndarray, size: int) -> np.ndarray:
     """The RGB image `frame` (H, W, 3) uint8 as a new array (size, size, 3), by PIL's BILINEAR filter.
 
-    PIL widens the filter when it shrinks an image, so that no pixel goes unseen; cv2's bilinear does not, and
-    small things flicker. The published agent's frames are PIL's.
+    PIL widens the filter when it shrinks an image, so every pixel counts; cv2's bilinear filter does not, and
+    small objects flicker. The published agent's frames are PIL's.
     """
     return np.array(
         Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), Image.Resampling.BILINEAR)
@@ -31,7 +31,7 @@ def frame_space(size: int) -> Box:
 
 
 SMALLEST_PICTURE = 8
-"""Pixels of a side: what is smaller, such as the 7 by 7 cells of a grid world, are symbols."""
+"""Pixels of a side. Smaller arrays, such as the 7 by 7 cells of a grid world, hold symbols."""
 
 
 def is_picture_space(space: gymnasium.Space) -> bool:

@@ -26,8 +26,8 @@ Step = tuple[Any, float, bool, bool, Info]
 def make_gym_pixels(cfg: EnvConfig) -> gymnasium.Env:
     """The gymnasium environment `cfg.id`, or "module:name", made to render where its pictures are needed.
 
-    Where its observations are images they are the frames. Where they are anything else, or `cfg.render` asks
-    for it, the environment is asked to render instead, and `show_frames` takes the pictures.
+    Observations that are images are the frames. Otherwise, or if `cfg.render` is set, the environment renders
+    and `show_frames` takes the pictures.
 
     Raises:
         UnknownGameError: there is no such environment.
@@ -56,7 +56,7 @@ def is_rendered(env: gymnasium.Env, cfg: EnvConfig) -> bool:
 
 
 def show_frames(env: gymnasium.Env, cfg: EnvConfig) -> gymnasium.Env:
-    """Let an environment show frames, RGB of `cfg.frame_size`: its observations, or what it renders."""
+    """Make an environment return RGB frames of `cfg.frame_size`: its observations, or rendered pictures."""
     if is_rendered(env, cfg):
         return RenderedFrames(env, cfg.frame_size, cfg.id or cfg.game)
     if env.observation_space != frame_space(cfg.frame_size):
@@ -65,7 +65,7 @@ def show_frames(env: gymnasium.Env, cfg: EnvConfig) -> gymnasium.Env:
 
 
 def what_is_seen(env: gymnasium.Env) -> str:
-    """What an environment's frames show, for the user: the source, its size, and the size that is left."""
+    """What the frames show, for the user: the source, its size, and the size of the frames."""
     side = env.observation_space.shape[0] if env.observation_space.shape else 0
     layers = list(layers_of(env))
     rendered = next((layer for layer in layers if isinstance(layer, RenderedFrames)), None)
@@ -81,12 +81,12 @@ def what_is_seen(env: gymnasium.Env) -> str:
 
 
 def _short(space: gymnasium.Space) -> str:
-    """A space in a few characters: kind and shape where it has one, as Box(4,)."""
+    """A space in a few characters, such as Box(4,): its kind, and its shape if it has one."""
     return f"{type(space).__name__}{space.shape}" if space.shape else type(space).__name__
 
 
 def _make(cfg: EnvConfig, **more: str) -> gymnasium.Env:
-    """The environment as its id, its keyword arguments and its wrapper say, its answers checked."""
+    """The environment of an id, its keyword arguments and its wrapper, with checked answers."""
     name = cfg.id or ""
     kwargs = parse_kwargs(cfg.kwargs)
     try:
@@ -107,7 +107,7 @@ def _make(cfg: EnvConfig, **more: str) -> gymnasium.Env:
 
 
 def _module_hint(name: str) -> str:
-    """What to do where an id's module lies in the current folder, which a console script does not search."""
+    """Advice for an id whose module lies in the current folder, which a console script does not search."""
     module, colon, _ = name.partition(":")
     if colon and Path(f"{module}.py").is_file() and find_spec(module) is None:
         return f"; `python -m rem_atari` instead of `rem-atari` finds {module}.py in the current folder"
@@ -115,7 +115,7 @@ def _module_hint(name: str) -> str:
 
 
 def _check_signature(env: gymnasium.Env, name: str) -> None:
-    """Environments from before gymnasium took no seed when they were reset."""
+    """Refuse environments whose `reset` takes no seed, as before gymnasium."""
     parameters = inspect.signature(env.unwrapped.reset).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
@@ -128,7 +128,7 @@ def _check_signature(env: gymnasium.Env, name: str) -> None:
 
 
 def _check_answers(env: gymnasium.Env) -> gymnasium.Env:
-    """Check answers below gymnasium's own wrappers, which take them apart and fail in words of their own."""
+    """Check answers below gymnasium's own wrappers, which would fail with their own messages."""
     layer = env
     while type(layer) in WRAPPER_ATTRIBUTES:
         if type(layer.env) not in WRAPPER_ATTRIBUTES:
@@ -159,14 +159,14 @@ def _wrap(env: gymnasium.Env, wrapper: str) -> gymnasium.Env:
 
 
 class RepeatAction(KeepsNothing, gymnasium.Wrapper):
-    """Repeat an action for up to `times` steps; rewards are added up, and the last observation is shown."""
+    """Repeat an action for up to `times` steps; return the sum of rewards and the last observation."""
 
     def __init__(self, env: gymnasium.Env, times: int) -> None:
         super().__init__(env)
         self._times = times
 
     def step(self, action: int) -> Step:
-        """Take `action` until it was taken `times` times or the episode is over."""
+        """Take `action` up to `times` times, or until the episode ends."""
         total = 0.0
         for _ in range(self._times):
             observation, reward, terminated, truncated, info = self.env.step(action)
@@ -179,8 +179,8 @@ class RepeatAction(KeepsNothing, gymnasium.Wrapper):
 class RenderedFrames(KeepsNothing, gymnasium.Wrapper):
     """Show what the environment renders, as RGB at `size` by `size` pixels, in place of its observations.
 
-    It is reset and rendered once at the beginning: what rendering needs may not be installed, and is better
-    missed then than once a run has begun.
+    It is reset and rendered once at the start, so that a missing package of the renderer is found before the
+    run begins.
 
     Attributes:
         picture_shape: height and width of what it renders.

@@ -1,9 +1,9 @@
 """Where an environment lives: `LocalHost`, in this process; `process.ProcessHost`, in one of its own.
 
-A host is asked by `start`, which never waits, and answers by `finish`: E hosts that are all asked before the
-first answer is waited for work side by side. Whatever goes wrong with an environment, an exception, a crash
-or a hang, is one error for those who ask: `EnvironmentDiedError`, and the host is of no use any more. An
-answer that no environment may give (`answers`) is another: `EnvironmentAnswerError`.
+`start` asks a host and never waits; `finish` returns its answer. Callers start all E hosts before they wait
+for the first, so the hosts work side by side. An exception, a crash or a hang of an environment raises
+`EnvironmentDiedError`, and the host cannot be used again. An invalid answer (`answers`) raises
+`EnvironmentAnswerError`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError, RunWa
 
 @dataclass(frozen=True)
 class EnvStep:
-    """What one environment answers to an action; it has restarted where its episode ended.
+    """One environment's answer to an action; it has already restarted if its episode ended.
 
     Attributes:
         frame: the frame to act on next, (S, S, 3) uint8; the new episode's where one ended.
@@ -35,7 +35,7 @@ class EnvStep:
         game_over: the whole game ended with this step, not just a life.
         restart_reward: raw reward on the way to the new episode (see `atari.LifeLossEndsEpisode`).
         restart_game_over: the game ended on the way to the new episode.
-        last_frame: the frame that the episode ended with, which nobody acts on; None: it goes on.
+        last_frame: the final frame of an episode that ended, on which no action follows; else None.
     """
 
     frame: np.ndarray
@@ -50,7 +50,7 @@ class EnvStep:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvDescription:
-    """What an environment is, as far as an agent is built for it.
+    """The properties of an environment that an agent is built for.
 
     Attributes:
         num_actions: A.
@@ -64,7 +64,7 @@ class EnvDescription:
 
 
 class SingleEnv:
-    """One environment that restarts when its episode ends; its public methods are what a host can be asked.
+    """One environment that restarts when its episode ends; a host runs its public methods on request.
 
     Args:
         env: the environment with its wrappers.
@@ -117,11 +117,11 @@ class SingleEnv:
         return save_env(self._env)
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a `save`, in place of the first `reset`."""
+        """Continue from a `save`, in place of the first `reset`."""
         load_env(self._env, state)
 
     def close(self) -> None:
-        """Close the environment; if that fails it is only said: what it was for is done, or failed before."""
+        """Close the environment; a failure is only a warning, because its work is over."""
         try:
             self._env.close()
         except (Exception, SystemExit) as error:
@@ -147,25 +147,25 @@ class EnvHost(Protocol):
 
         Raises:
             EnvironmentDiedError: the environment raised, died or did not answer in time.
-            EnvironmentAnswerError: it answered what no environment may.
+            EnvironmentAnswerError: it gave an invalid answer.
         """
         ...
 
     def begin_close(self) -> None:
-        """Tell it to close, without waiting for that; `close` must follow."""
+        """Tell it to close without waiting; `close` must follow."""
         ...
 
     def close(self) -> None:
-        """Close it, and be done with it in any case."""
+        """Close it, by force if necessary."""
         ...
 
     def discard(self) -> None:
-        """Be rid of it at once after an `EnvironmentDiedError`, closed or not."""
+        """Discard it at once after an `EnvironmentDiedError`, closed or not."""
         ...
 
 
 class LocalHost:
-    """An environment in this process: nothing is faster, but if it crashes or hangs, so does all else.
+    """An environment in this process: fastest, but a crash or hang takes the program with it.
 
     Args:
         make: builds the environment.
@@ -183,7 +183,7 @@ class LocalHost:
     def finish(self) -> Any:
         """As `EnvHost.finish`."""
         if self._death is not None:
-            raise self._death  # what it would answer now is worth nothing
+            raise self._death  # its state is undefined after an exception
         method, arguments = self._asked
         try:
             return getattr(self._env, method)(*arguments)
@@ -202,7 +202,7 @@ class LocalHost:
 
     def discard(self) -> None:
         """As `EnvHost.discard`."""
-        # It raised before, so it may raise again, and nobody waits for what it has to say.
+        # It raised before and may raise again; that error is of no use.
         with warnings.catch_warnings(action="ignore"):
             self._env.close()
 

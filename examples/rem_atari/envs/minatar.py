@@ -1,7 +1,7 @@
 """MinAtar's five small games, drawn as pixels.
 
-A game is a board of 10 by 10 cells. Here each cell is a square of one colour, and a gymnasium id says which
-game: MinAtar/Breakout-v1 with the actions that the game has a use for, MinAtar/Breakout-v0 with all six.
+A game is a board of 10 by 10 cells. Here each cell is a square of one colour, and a gymnasium id names the
+game: MinAtar/Breakout-v1 with only the actions that the game uses, MinAtar/Breakout-v0 with all six.
 
 Source: MinAtar, arXiv 1903.03176; the package ``minatar`` (GPL-3) is installed beside this one, by its extra.
 """
@@ -79,16 +79,16 @@ def make_minatar(name: str, cfg: MinAtarConfig, *, frame_size: int) -> gymnasium
 class MinAtar(gymnasium.Env[np.ndarray, int]):
     """A game of MinAtar with frames of pixels.
 
-    Where two things share a cell, the one of the later channel is seen, as in MinAtar's own pictures. Games
-    repeat with their seed, and the action before a game's first is none, whatever the last game ended with
-    (MinAtar 1.0.15 takes no seed when it is made, and carries the last action over).
+    Where two objects share a cell, the one of the later channel is drawn, as in MinAtar's own pictures. The
+    same seed gives the same games, and a game does not repeat the last action of the game before it (MinAtar
+    1.0.15 takes no seed and does carry the last action over).
 
     Args:
         game: MinAtar's name of it.
         cell_pixels: pixels along a cell's side; frames are 10 times as high and wide.
-        sticky_actions: chance that a step repeats the action before.
-        difficulty_ramping: whether the game grows harder as it goes on.
-        all_actions: offer all six actions, not only those that the game has a use for.
+        sticky_actions: probability that a step repeats the previous action.
+        difficulty_ramping: whether the game becomes harder over time.
+        all_actions: offer all six actions, not only those that the game uses.
         render_mode: "rgb_array", whose picture is the frame itself, or None.
 
     Raises:
@@ -143,7 +143,7 @@ class MinAtar(gymnasium.Env[np.ndarray, int]):
         return [ACTIONS[action].upper() for action in self._actions]
 
     def get_resume_state(self) -> dict[str, Any]:
-        """Everything that changes while a game is played, its random numbers too."""
+        """Everything that changes during a game, its random numbers included."""
         random = self._game.random.get_state(legacy=False)
         return {
             "game": {name: _to_json(value) for name, value in self._variables().items()},
@@ -153,7 +153,7 @@ class MinAtar(gymnasium.Env[np.ndarray, int]):
         }
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
-        """Go on from a `get_resume_state`.
+        """Continue from a `get_resume_state`.
 
         Raises:
             ValueError: the state is another game's, or another version's.
@@ -164,12 +164,12 @@ class MinAtar(gymnasium.Env[np.ndarray, int]):
         for name, value in state["game"].items():
             setattr(self._game.env, name, _from_json(value))
         self._game.last_action = state["last_action"]
-        self._game.seed(0)  # gives wrapper and game one generator between them
+        self._game.seed(0)  # wrapper and game share one generator
         self._game.random.set_state(state["random"])
         self._is_seeded = state["is_seeded"]
 
     def _variables(self) -> dict[str, Any]:
-        """The game's attributes but for its table of channels and its random numbers."""
+        """The game's attributes, without its table of channels and its random numbers."""
         attributes = vars(self._game.env)
         return {
             name: value
@@ -194,7 +194,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-    """What `_to_json` was given; numpy's numbers come back as Python's."""
+    """The inverse of `_to_json`; numpy's numbers come back as Python's."""
     if isinstance(value, dict):
         return np.array(value["array"], dtype=value["dtype"])
     return [_from_json(entry) for entry in value] if isinstance(value, list) else value

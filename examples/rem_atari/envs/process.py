@@ -1,15 +1,14 @@
 """An environment in a process of its own, so that its death is not the run's.
 
-The process talks over a pair of sockets: eight bytes of length, then a pickle, both ways; nobody but the two
-ends of this one program can write to it. It ends
+Both sides send messages over a pair of sockets: eight bytes of length, then a pickle. Only the two ends of
+this program can write to it. The process ends
 
-- when the parent hangs up, because it is done, or is gone, however it went;
-- when it does not answer: the parent kills it once its time is up, and should there be no parent any more, a
-  watchdog in it does that later. The watchdog waits for no turn of the interpreter, so that a hang in a
-  library ends too.
+- when the parent closes the connection or no longer exists;
+- when it does not answer: the parent kills it after the timeout, or, without a parent, a watchdog in the
+  process ends it later. The watchdog does not need the interpreter, so it also ends a hang in a C library.
 
-SIGINT and SIGTERM are held back in it: a terminal sends them to all processes of a program, and it is for the
-parent to finish its step and save, for which it needs the environments.
+SIGINT and SIGTERM are blocked in it. A terminal sends them to all processes of a program, and the parent
+needs the environments to finish its step and save.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from rem_atari.envs.host import SingleEnv, describe_exception
 from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError
 
 START_SECONDS = 60.0
-"""How long a process may take to start, build its environment and answer for the first time."""
+"""Seconds that a process may take to start, build its environment and give its first answer."""
 
 CLOSE_SECONDS = 2.0
-"""How long an environment may take to close before its process is killed."""
+"""Seconds that an environment may take to close before its process is killed."""
 
 _NOWHERE = os.open(os.devnull, os.O_WRONLY)
 
@@ -94,7 +93,7 @@ class ProcessHost:
         self._socket.close()
 
     def close(self) -> None:
-        """As `EnvHost.close`: whatever is still there after `CLOSE_SECONDS` is killed."""
+        """As `EnvHost.close`; a process that still runs after `CLOSE_SECONDS` is killed."""
         self._socket.close()
         try:
             self._process.wait(CLOSE_SECONDS)
@@ -108,7 +107,7 @@ class ProcessHost:
         self._process.wait()
 
     def _tell(self, message: Any) -> None:
-        # If it's dead or hangs, `finish` finds out and explains.
+        # `finish` finds a dead or hanging process and explains it.
         with contextlib.suppress(OSError):
             _send(self._socket, message, self._deadline)
 
@@ -128,10 +127,10 @@ class ProcessHost:
 
 def _start_process(theirs: socket.socket) -> subprocess.Popen[bytes]:
     boot = _BOOT.format(path=sys.path, descriptor=theirs.fileno())
-    # A process inherits which signals are held back from the thread that starts it.
+    # A process inherits its blocked signals from the thread that starts it.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
-        # Its output goes to stderr: the program's own, on stdout, may be read by another one.
+        # Its output goes to stderr, because another program may read the program's own on stdout.
         return subprocess.Popen(
             [sys.executable, "-c", boot], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2
         )
@@ -159,8 +158,8 @@ def serve(descriptor: int) -> None:
             _send(parent, answer, None)
             patience = 2 * timeout
     except (EOFError, ConnectionError):
-        pass  # the parent hung up, or is gone
-    except Exception as error:  # what builds the environment cannot be unpickled
+        pass  # the parent closed the connection or is gone
+    except Exception as error:  # the function that builds the environment cannot be unpickled
         _send(parent, ("raised", describe_exception(error)), None)
     if env is not None:
         with _watchdog(CLOSE_SECONDS):
@@ -169,7 +168,7 @@ def serve(descriptor: int) -> None:
 
 @contextmanager
 def _watchdog(seconds: float) -> Iterator[None]:
-    """End the process if the block takes longer; what the watchdog has to say about it goes nowhere."""
+    """End the process if the block takes longer; discard the watchdog's output."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=_NOWHERE)
     try:
         yield
@@ -207,5 +206,5 @@ def _receive_exactly(channel: socket.socket, size: int, deadline: float | None) 
 
 
 def _set_time_left(channel: socket.socket, deadline: float | None) -> None:
-    # A timeout of 0 would mean "do not wait at all", in another way and with another error.
+    # A timeout of 0 means non-blocking mode, which raises a different error.
     channel.settimeout(None if deadline is None else max(deadline - time.monotonic(), 1e-3))

@@ -17,7 +17,7 @@ from rem_atari.envs.process import ProcessHost
 from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError, RunWarning
 
 MOST_DEATHS = 3
-"""So often an environment may die within `DEATH_WINDOW` steps; with one death more the run stops."""
+"""Deaths of one environment allowed within `DEATH_WINDOW` steps; one more stops the run."""
 
 DEATH_WINDOW = 1_000
 """Steps over which an environment's deaths are counted."""
@@ -25,7 +25,7 @@ DEATH_WINDOW = 1_000
 
 @dataclass(frozen=True)
 class GameReturn:
-    """A whole game that ended: over, or cut short by its bound.
+    """A finished game: over, or truncated by its limit.
 
     Attributes:
         env_index: which environment played it.
@@ -40,17 +40,17 @@ class GameReturn:
 
 @dataclass(frozen=True)
 class VectorStep:
-    """What E environments answer to one action each.
+    """The answers of E environments to one action each.
 
     Attributes:
         frames: the frames to act on next, (E, S, S, 3) uint8; already the new episode's where one ended.
         rewards: raw rewards, (E,) float32.
         terminated: the episode ended of itself (for Atari in training: also with a life), (E,) bool.
         truncated: the episode was cut short, (E,) bool.
-        lost: the environment died and another one has taken its place, (E,) bool. Nobody knows what the
-            action did: the reward is 0, and the episode counts as truncated before it.
+        lost: the environment died and a new one has replaced it, (E,) bool. The action's result is unknown:
+            the reward is 0, and the episode counts as truncated before it.
         game_returns: the games that ended in this step; a life loss ends none.
-        last_frames: of each environment whose episode ended, the frame that it ended with.
+        last_frames: the final frame of each episode that ended, by environment.
     """
 
     frames: np.ndarray
@@ -69,13 +69,13 @@ class VectorEnv:
     not each end of an episode (see `atari.LifeLossEndsEpisode`). A truncation always ends the game.
 
     An environment that raises is replaced by a new one, and the run goes on: see `VectorStep.lost`. Its game
-    is given up and not reported. With `processes` the same holds for one that crashes or does not answer.
+    is dropped and not reported. With `processes` the same holds for one that crashes or does not answer.
 
     Args:
         make: builds one environment; with `processes` it must be picklable.
         num_envs: E.
-        seed: what the environments' own seeds, all different, are derived from; used by the first `reset`.
-            The d-th environment that takes the place of number i is seeded from (seed, i, d).
+        seed: the environments' own seeds, all different, are derived from it; used by the first `reset`.
+            The d-th replacement of environment i is seeded from (seed, i, d).
         processes: run each environment in a process of its own.
         timeout: with `processes`: seconds that an environment may take to answer before it counts as dead.
 
@@ -95,7 +95,7 @@ class VectorEnv:
         if num_envs < 1:
             raise ValueError(f"VectorEnv: num_envs is {num_envs}; it must be at least 1.")
         if processes:
-            # What cannot be built at all shall fail as it would here, not as a death in another process.
+            # An environment that cannot be built fails here with its own error, not as a death.
             with closing(SingleEnv(make())) as env:
                 self._about: EnvDescription = env.describe()
         self._make_host: Callable[[], EnvHost] = (
@@ -138,12 +138,12 @@ class VectorEnv:
     def reset(self) -> np.ndarray:
         """Start every environment anew and return the frames to act on, (E, S, S, 3) uint8.
 
-        The first call seeds the environments; later ones go on with their random numbers. Games that were
-        under way are given up and not reported.
+        The first call seeds the environments; later ones continue their random numbers. Open games are
+        dropped and not reported.
 
         Raises:
             EnvironmentDiedError: an environment died too often.
-            EnvironmentAnswerError: an environment answered what none may.
+            EnvironmentAnswerError: an environment gave an invalid answer.
         """
         for host, seed in zip(self._hosts, self._seeds, strict=True):
             host.start("reset", seed)
@@ -163,7 +163,7 @@ class VectorEnv:
             RuntimeError: `reset` was not called yet.
             ValueError: the number of actions is not E.
             EnvironmentDiedError: an environment died too often.
-            EnvironmentAnswerError: an environment answered what none may.
+            EnvironmentAnswerError: an environment gave an invalid answer.
         """
         if not self._is_started:
             raise RuntimeError("VectorEnv.step() before the first reset().")
@@ -193,15 +193,16 @@ class VectorEnv:
         )
 
     def open_games(self) -> list[GameReturn]:
-        """The games under way, one an environment, as they stand."""
+        """The open games, one per environment."""
         counts = zip(self._returns, self._lengths, strict=True)
         return [GameReturn(index, total, length) for index, (total, length) in enumerate(counts)]
 
     def resume_states(self) -> list[dict[str, Any] | None]:
         """Each environment's state for `resume`, plain JSON data.
 
-        None stands for one that cannot be saved: its kind says nothing of its state, or it has died, which
-        the next `step` sees to. After a `step` that raised none can be: some took a step that nobody knows.
+        None stands for one that cannot be saved: its kind does not expose its state, or it has died and the
+        next `step` replaces it. After a `step` that raised, all are None, because some took an unrecorded
+        step.
         """
         if self._is_in_step:
             return [None] * self.num_envs
@@ -215,11 +216,11 @@ class VectorEnv:
         ]
 
     def resume(self, states: Sequence[dict[str, Any] | None], *, seed: int) -> list[np.ndarray | None]:
-        """Go on, in place of the first `reset`, where environments of the same make stood.
+        """Restore environments of the same kind, in place of the first `reset`.
 
         Args:
-            states: what `resume_states` said of them.
-            seed: what the seeds of those that could not be saved, and start anew, are derived from.
+            states: what `resume_states` returned.
+            seed: seeds of environments that could not be saved and start anew are derived from it.
         Returns:
             The first frames of those that start anew, (S, S, 3) uint8; None for the others.
         Raises:
@@ -250,10 +251,10 @@ class VectorEnv:
             host.close()
 
     def _finish_all(self) -> tuple[list[Any], dict[int, EnvironmentDiedError]]:
-        """The answers, None where there is none, and why there is none.
+        """The answers, or None with the reason.
 
         Raises:
-            EnvironmentAnswerError: one answered what none may; all have been waited for.
+            EnvironmentAnswerError: one gave an invalid answer; all have answered.
         """
         answers: list[Any] = [None] * self.num_envs
         dead: dict[int, EnvironmentDiedError] = {}
@@ -270,7 +271,7 @@ class VectorEnv:
         return answers, dead
 
     def _replace(self, dead: dict[int, EnvironmentDiedError]) -> dict[int, np.ndarray]:
-        """Put new environments in the place of dead ones, again where these die too: their first frames."""
+        """Replace dead environments, repeatedly if needed; their first frames."""
         frames: dict[int, np.ndarray] = {}
         while dead:
             for index, error in dead.items():
@@ -281,7 +282,7 @@ class VectorEnv:
     def _start_anew(
         self, indices: list[int], frames: dict[int, np.ndarray]
     ) -> dict[int, EnvironmentDiedError]:
-        """Start new environments side by side, add their first frames to `frames`; those that died again."""
+        """Start new environments side by side, add first frames to `frames`; return those that died."""
         dead: dict[int, EnvironmentDiedError] = {}
         for index in indices:
             self._hosts[index].discard()
@@ -301,7 +302,7 @@ class VectorEnv:
         return dead
 
     def _note_death(self, index: int, error: EnvironmentDiedError) -> None:
-        """Give up an environment's game and say so; raise if it has died too often."""
+        """Drop an environment's game with a warning; raise if it has died too often."""
         self._returns[index], self._lengths[index] = 0.0, 0
         self._deaths[index] += 1
         recent = [step for step in self._recent_deaths[index] if step > self._steps - DEATH_WINDOW]
@@ -319,7 +320,7 @@ class VectorEnv:
         )
 
     def _count(self, index: int, step: EnvStep) -> Iterator[GameReturn]:
-        """Count one environment's step and what came on the way to its next life: the games that ended."""
+        """Count one environment's step and its restart; return the games that ended."""
         self._returns[index] += step.reward
         self._lengths[index] += 1
         if step.game_over:
@@ -335,12 +336,12 @@ class VectorEnv:
 
 
 def _env_seeds(sequence: np.random.SeedSequence, count: int) -> list[int]:
-    """Seeds for environments: many hand theirs on to libraries that take 32 signed bits."""
+    """Seeds for environments, in 32 signed bits, because many pass theirs to libraries with that limit."""
     return (sequence.generate_state(count) % 2**31).tolist()
 
 
 def _lost_step(frame: np.ndarray) -> EnvStep:
-    """What stands for the answer of an environment that died; `frame` is the first of its successor."""
+    """The answer in place of a dead environment's; `frame` is the first of its replacement."""
     return EnvStep(
         frame=frame,
         reward=0.0,

@@ -4,9 +4,9 @@ A checkpoint is written into a folder with a temporary name, synced to the disk,
 ``step-00000042``: a crash at any moment leaves the earlier ones intact. Nothing in it is ever executed (no
 pickle), and a flipped bit or a cut file is found by the digests in its manifest.
 
-The replay's shards are not copied into it: they are hard links to the one file that each shard is, in the
-subfolder ``replay``, so that a shard lives as long as a checkpoint needs it and takes its space once. The
-best checkpoint, if it is kept, is a folder of hard links too: ``best-00000042``.
+The subfolder ``replay`` holds hard links to the replay's shards, so a shard lives as long as a checkpoint
+needs it and takes its space once. The best checkpoint, if it is kept, is a folder of hard links too:
+``best-00000042``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONTENT_FILES = (MODEL_FILE, OPTIMIZER_FILE, TRAINING_FILE, STATE_FILE)
 REPLAY_FOLDER = "replay"
 
 MOST_BYTES = {MANIFEST_FILE: 100_000, CONFIG_FILE: 1_000_000, STATE_FILE: 100_000_000}
-"""A file of more bytes is not read: JSON takes many times its size in memory."""
+"""Larger files are not read, because JSON takes many times its size in memory."""
 
 MOST_TENSOR_BYTES = 2**36
 """The same for the files of tensors."""
@@ -55,24 +55,24 @@ _DELETING = ".deleting-"
 _DAMAGED = "damaged-"
 
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
-"""What a file system says that has no hard links, or not for this file."""
+"""Errors of a file system without hard links, or without one for this file."""
 
 
 class CheckpointError(RunError):
-    """There is no checkpoint that can be used."""
+    """No usable checkpoint exists."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        step: its number; it grows with everything a run does, so that it stands for one state of the run.
+        step: its number, which grows with everything a run does, so it identifies one state of the run.
         model: the weights of the whole agent by name.
         optimizer: the tensors of the optimisers by name, see :mod:`rem_atari.training.component`.
         state: everything else, plain JSON data.
-        training: what else is made of tensors, by name, see :mod:`rem_atari.training.run_state`.
-        config: a copy of the run's config.json, for the case that it is lost; None: none.
+        training: all other tensors, by name, see :mod:`rem_atari.training.run_state`.
+        config: a copy of the run's config.json in case it is lost, or None.
     """
 
     step: int
@@ -88,14 +88,15 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint and delete the oldest ones beyond `keep`.
 
-    A step that was saved already is left as it is: it's the same state.
+    A step that was saved already is not written again: it is the same state.
 
     Args:
         folder: the run's ``checkpoints`` folder; made if it's not there.
         checkpoint: what to save; tensors may lie on any device.
         keep: number of checkpoints kept, this one included; at least 1.
-        shards: files of the replay that belong to it; hard-linked where the file system can.
-        best: whether it is the best so far, to be kept apart from the last ones, in place of an earlier best.
+        shards: files of the replay that belong to it; hard-linked if the file system allows.
+        best: whether it is the best so far; the best is kept beside the last ones and replaces an earlier
+            best.
     Returns:
         The checkpoint's folder.
     Raises:
@@ -122,7 +123,7 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each checkpoint, oldest step first; names that are not wholly ours are ignored."""
+    """Step and folder of each checkpoint, oldest step first; other names are ignored."""
     return _list_named(folder, _NAME)
 
 
@@ -132,12 +133,12 @@ def find_best(folder: Path) -> tuple[int, Path] | None:
 
 
 def set_aside_newer(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, so that the run that goes on from there can save its own.
+    """Rename the checkpoints after `step`, so that a run that resumes from `step` can save its own.
 
-    Only damaged ones are newer than the one that a run goes on from.
+    Only damaged ones are newer than the one that a run resumes from.
 
     Returns:
-        What they are called now.
+        Their new names.
     """
     moved = []
     for newer, path in list_checkpoints(folder):
@@ -150,7 +151,7 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """The newest checkpoint, by step, whose files are whole; a warning names each damaged one passed over.
+    """The newest checkpoint, by step, whose files are whole; a warning names each damaged one skipped.
 
     Args:
         folder: the run's ``checkpoints`` folder.
@@ -200,7 +201,7 @@ def read_checkpoint(path: Path, step: int) -> Checkpoint:
 
 
 def read_config_copy(folder: Path) -> tuple[int, bytes] | None:
-    """Step and config.json of the newest checkpoint that has a whole copy of it; None: none has."""
+    """Step and config.json of the newest checkpoint with a whole copy of it, or None."""
     for step, path in reversed(list_checkpoints(folder)):
         try:
             _check_size(path / MANIFEST_FILE)
@@ -212,7 +213,7 @@ def read_config_copy(folder: Path) -> tuple[int, bytes] | None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor with a number that is not finite; None where all are."""
+    """Name of the first tensor with a number that is not finite, or None."""
     return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
@@ -246,7 +247,7 @@ def _write_content(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _link_shards(folder: Path, shards: Sequence[Path]) -> None:
-    """Hard-link the shards into `folder`; none where the file system has no hard links.
+    """Hard-link the shards into `folder`, if the file system has hard links.
 
     Without links a checkpoint still knows its shards, by their digests, and finds them in the run's replay.
     """
@@ -255,7 +256,7 @@ def _link_shards(folder: Path, shards: Sequence[Path]) -> None:
         try:
             os.link(shard, folder / shard.name, follow_symlinks=False)
         except FileNotFoundError:
-            continue  # somebody deleted it; the checkpoint says by its digest what is missing
+            continue  # deleted from outside; the checkpoint's digest shows what is missing
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
                 raise
@@ -289,7 +290,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 @contextmanager
 def _deleted_on_error(temporary: Path) -> Iterator[None]:
-    """On a full disk, what there is of a checkpoint only takes the room that others need."""
+    """On a full disk a partial checkpoint only takes space that is needed."""
     try:
         yield
     except OSError:
@@ -298,7 +299,7 @@ def _deleted_on_error(temporary: Path) -> Iterator[None]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give a folder that is complete its name."""
+    """Give a complete folder its final name."""
     sync_folder(temporary)
     temporary.rename(final)
     sync_folder(final.parent)
@@ -310,7 +311,7 @@ def _delete(path: Path) -> None:
 
 
 def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU, as safetensors wants them."""
+    """Contiguous copies on the CPU, as safetensors requires."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -326,7 +327,7 @@ def _check_size(path: Path) -> int:
 
 
 def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
-    """A file's bytes, or ValueError where size, digest or kind of file is not what the manifest says."""
+    """A file's bytes; ValueError if size, digest or kind differ from the manifest."""
     size = _check_size(path)
     if size != entry["bytes"]:
         raise ValueError(f"{path.name} has {size} bytes, its manifest says {entry['bytes']}")
@@ -337,10 +338,10 @@ def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
 
 
 def _delete_leftovers(folder: Path) -> None:
-    """Delete what a crash left half written or half deleted."""
+    """Delete files that a crash left half written or half deleted."""
     for path in folder.iterdir():
         if path.name.startswith((_TEMPORARY, _DELETING)):
             if _is_folder(path):
                 shutil.rmtree(path)
             else:
-                path.unlink()  # not ours, but in the way: a link is never followed
+                path.unlink()  # not written by this package, but in the way; links are not followed

@@ -1,4 +1,4 @@
-"""The commands that a run suggests, such that they work where it was started."""
+"""The commands that a run suggests, so that they work where it was started."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def program(env: EnvConfig) -> list[str]:
 
 
 def resume_command(env: EnvConfig, run: Path) -> str:
-    """The command line that goes on with a run."""
+    """The command line that resumes a run."""
     return shlex.join([*program(env), "resume", str(run)])

@@ -1,4 +1,4 @@
-"""A run's config.json: written with a digest of its own, and found again where it was lost or edited."""
+"""A run's config.json: written with a digest of its own, and restored if it was lost or edited."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from rem_atari.runs.checkpoint import read_config_copy
 from rem_atari.runs.durable import replace_file
 
 DIGEST = "sha256"
-"""The entry of config.json that is no setting: a digest of all that are."""
+"""The entry of config.json with a digest of all settings."""
 
 MOST_CONFIG_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedConfig:
-    """A run's configuration as its folder has it.
+    """A run's configuration as read from its folder.
 
     Attributes:
         config: the settings.
-        lost_from: number of the checkpoint that they were taken from, because config.json is not there; None:
-            it is.
-        is_edited: whether config.json is not as the run wrote it.
-        edits: of an edited one, as far as a checkpoint's copy tells, the settings that are others now: what
-            each was, and what it is.
+        lost_from: number of the checkpoint whose copy replaces a missing config.json, or None.
+        is_edited: whether config.json differs from what the run wrote.
+        edits: the settings that were edited, with old and new value, as far as a checkpoint's copy shows.
     """
 
     config: Config
@@ -41,20 +39,20 @@ class SavedConfig:
 
     @property
     def note(self) -> str | None:
-        """A sentence on what is not as the run left it; None where everything is."""
+        """A sentence on what has changed since the run wrote it, or None."""
         if self.lost_from is not None:
             return f"config.json is lost; the copy of checkpoint {self.lost_from} is used in its place"
         return f"config.json was edited: {describe_edits(self.edits)}" if self.is_edited else None
 
 
 def describe_edits(edits: Mapping[str, Any]) -> str:
-    """The settings that were edited, what each was and what it is now."""
+    """The settings that were edited, with old and new value."""
     listed = (f"{path} was {was!r} and is {now!r}" for path, (was, now) in edits.items())
     return "; ".join(listed) or "which settings is not known"
 
 
 def config_text(config: Config) -> bytes:
-    """What config.json holds: the settings, and their digest."""
+    """The content of config.json: the settings and their digest."""
     settings = config.to_dict()
     return (json.dumps(settings | {DIGEST: _digest(settings)}, indent=2) + "\n").encode()
 
@@ -63,13 +61,13 @@ def write_config(path: Path, config: Config) -> None:
     """Write config.json at `path`.
 
     Raises:
-        OSError: it cannot be written; what was there is still there.
+        OSError: it cannot be written; the old file is still there.
     """
     replace_file(path, config_text(config))
 
 
 def read_config(path: Path, checkpoints: Path) -> SavedConfig:
-    """The configuration at `path`, or, where there is none, the newest copy in the folder `checkpoints`.
+    """The configuration at `path`, or else the newest copy in the folder `checkpoints`.
 
     Raises:
         UsageError: it cannot be read, or it isn't one.
@@ -96,7 +94,7 @@ def read_config(path: Path, checkpoints: Path) -> SavedConfig:
 
 
 def _parse(data: bytes, path: Path) -> tuple[Config, bool]:
-    """The configuration, and whether its digest is that of other settings; earlier versions wrote none."""
+    """The configuration, and whether its digest differs from its settings; earlier versions wrote none."""
     try:
         settings = json.loads(data)
         digest = settings.pop(DIGEST, None) if isinstance(settings, dict) else None
@@ -106,7 +104,7 @@ def _parse(data: bytes, path: Path) -> tuple[Config, bool]:
 
 
 def _digest(settings: Mapping[str, Any]) -> str:
-    """Of the settings as JSON, however a file spaces and orders them."""
+    """Digest of the settings as JSON, independent of spacing and order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Writing files so that a crash leaves either the old content or the new, never half of one.
 
-Whatever fails names the file that it failed for: the operating system tells that only of a file that cannot
-be opened, not of one that a full disk cuts short.
+Every error names its file. The operating system names a file only if it cannot be opened, not if a full disk
+cuts it short.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def write_durably(path: Path, data: bytes) -> None:
     """Write a new file and wait until its content is on the disk.
 
     Raises:
-        FileExistsError: there is something at `path`, if only a link: none is ever written through.
-        OSError: it cannot be written; what there is of it is deleted.
+        FileExistsError: something exists at `path`, even a link; links are never followed.
+        OSError: it cannot be written; the partial file is deleted.
     """
     with _naming(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -32,7 +32,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder (created, renamed, deleted) are on the disk."""
+    """Wait until a folder's entries (created, renamed, deleted) are on the disk."""
     with _naming(folder):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -48,7 +48,7 @@ def replace_file(path: Path, data: bytes) -> None:
         OSError: it cannot be written; what was at `path` is still there.
     """
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.unlink(missing_ok=True)  # what a crash left behind
+    temporary.unlink(missing_ok=True)  # left by a crash
     write_durably(temporary, data)
     try:
         temporary.replace(path)
@@ -59,7 +59,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def publish_file(temporary: Path, path: Path) -> None:
-    """Give a file that somebody else has written its final name, once its content is on the disk.
+    """Give a written file its final name, once its content is on the disk.
 
     Raises:
         OSError: it cannot be done; what was at `path` is still there.

@@ -21,7 +21,7 @@ from rem_atari.runs.checkpoint import read_config_copy
 from rem_atari.runs.config_file import SavedConfig, read_config, write_config
 
 LOCK_FILE = ".lock"
-"""Held (flock) by the process that writes into the folder; says which one that is."""
+"""Locked (flock) by the process that writes into the folder; its content names that process."""
 
 MOST_LOCK_BYTES = 1_000
 
@@ -43,12 +43,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: what each phase of each epoch measured."""
+        """One JSON object per line: the metrics of each phase of each epoch."""
         return self.path / "metrics.jsonl"
 
     @property
     def sessions(self) -> Path:
-        """One JSON object a line: when, with which code and on what the run was started and resumed."""
+        """One JSON object per start or resumption: time, code and machine."""
         return self.path / "sessions.jsonl"
 
     @property
@@ -73,7 +73,7 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """Folder of what `rem-atari evaluate` found out, ``step-00000042`` for each checkpoint."""
+        """Folder of the results of `rem-atari evaluate`, ``step-00000042`` for each checkpoint."""
         return self.path / "evaluation"
 
     @property
@@ -87,7 +87,7 @@ class RunFolder:
         return self.path / "media"
 
     def read_config(self) -> SavedConfig:
-        """The run's configuration, and whether it is as the run left it.
+        """The run's configuration, and whether it is as the run wrote it.
 
         Raises:
             UsageError: it cannot be read, or it isn't one.
@@ -95,7 +95,7 @@ class RunFolder:
         return read_config(self.config, self.checkpoints)
 
     def load_config(self) -> Config:
-        """The run's configuration; a warning says if it is not as the run left it.
+        """The run's configuration, with a warning if it is not as the run wrote it.
 
         Raises:
             UsageError: it cannot be read, or it isn't one.
@@ -113,7 +113,7 @@ def default_run_path(config: Config, environment: str, now: datetime) -> Path:
 
 
 def make_new_folder(path: Path) -> Path:
-    """Make a folder that nobody has: `path`, or with a number behind it where another run was faster.
+    """Make a new folder: `path`, with a number appended if it exists already.
 
     Raises:
         UsageError: it cannot be made.
@@ -136,7 +136,7 @@ def make_new_folder(path: Path) -> Path:
 def hold_run_folder(path: Path) -> Iterator[None]:
     """Keep every other process from writing into a run's folder, which is made if it is not there.
 
-    The system gives the lock back when this process is gone, however it went.
+    The operating system releases the lock when this process ends, for any reason.
 
     Raises:
         UsageError: another process holds it, the message says which and since when; or it cannot be made.
@@ -150,7 +150,7 @@ def hold_run_folder(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # A folder that never became a run's is left as it was.
+        # A folder that did not become a run's is left unchanged.
         if not os.path.lexists(RunFolder(path).config):
             (path / LOCK_FILE).unlink(missing_ok=True)
         os.close(descriptor)
@@ -175,7 +175,7 @@ def create_run_folder(path: Path, config: Config) -> RunFolder:
 
 
 def _explain(error: OSError, failed: str) -> RunError:
-    """What to raise: a folder that cannot be had is the user's to change, a full disk is not wrong use."""
+    """The error to raise: the user can change a folder that cannot be made; a full disk is not wrong use."""
     if error.errno == errno.ENOSPC:
         return RunError(describe_os_error(error))
     return UsageError(f"{failed}: {error.strerror or error}")
@@ -184,11 +184,11 @@ def _explain(error: OSError, failed: str) -> RunError:
 def open_run_folder(path: Path) -> RunFolder:
     """The folder of a run that was started before.
 
-    The folder itself may be a link, but nothing in it that a run writes to: a folder from somebody else must
-    not lead to files elsewhere.
+    The folder itself may be a link, but nothing in it that a run writes to, so that an untrusted folder
+    cannot redirect writes.
 
     Raises:
-        UsageError: there is no run in it, or what is in it are links.
+        UsageError: there is no run in it, or it holds links.
     """
     run = RunFolder(path)
     if not run.config.is_file() and read_config_copy(run.checkpoints) is None:
@@ -211,7 +211,7 @@ def open_run_folder(path: Path) -> RunFolder:
 
 
 def _lock(path: Path) -> int:
-    """Lock a folder's lock file and write down who has it; the lock lasts until the descriptor is closed.
+    """Lock a folder's lock file and record the holder; the lock lasts until the descriptor is closed.
 
     Raises:
         UsageError: another process holds it.
@@ -223,7 +223,7 @@ def _lock(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(descriptor, path / LOCK_FILE):
-                os.close(descriptor)  # its last holder deleted it just now: another one is to be locked
+                os.close(descriptor)  # its last holder has just deleted it: lock the new one
                 continue
             os.ftruncate(descriptor, 0)
             holder = {"pid": os.getpid(), "since": datetime.now().isoformat(" ", "seconds")}
@@ -249,7 +249,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _describe_holder(written: bytes) -> str:
-    """Who holds a folder's lock, as far as its file says so."""
+    """The holder of a folder's lock, according to its file."""
     try:
         holder = json.loads(written)
         return f"process {int(holder['pid'])} since {datetime.fromisoformat(holder['since'])}"

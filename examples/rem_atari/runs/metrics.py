@@ -1,4 +1,4 @@
-"""What a run measures, written as JSON lines and for TensorBoard."""
+"""A run's metrics, written as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class MetricsLog:
     """Writes one line of metrics for each phase of each epoch.
 
     Each line is a JSON object on its own, written out at once, so that a killed run keeps all of them.
-    Numbers that are not finite become null, which JSON can say.
+    Numbers that are not finite become null, because JSON has none.
 
-    A run that is resumed keeps the lines that its checkpoint knows of and writes the later ones again: they
-    are cut off here, and TensorBoard's event files are written anew from the lines that stay.
+    A resumed run keeps the lines up to its checkpoint and writes the later ones again: they are removed here,
+    and TensorBoard's event files are written anew from the remaining lines.
 
     Args:
         path: the file of JSON lines.
         tensorboard: folder of TensorBoard's event files.
-        keep: how many lines to keep of those there are.
+        keep: how many existing lines to keep.
         seconds: how long the run has taken so far.
-        cpu_seconds: how much time of processors it has taken so far.
+        cpu_seconds: how much CPU time it has taken so far.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MetricsLog:
         except OSError:
             self._file.close()
             raise
-        # When a point that is written again was measured, as if the run had never paused.
+        # The time at which a rewritten point was measured, as if the run had never paused.
         start = time.time() - seconds
         for line in lines:
             try:
@@ -65,7 +65,7 @@ class MetricsLog:
                 when = start + entry["seconds"]
                 self._show(entry["phase"], entry["epoch"], entry.items(), when=when)
             except (ValueError, TypeError, KeyError, AttributeError):
-                continue  # not one of ours: somebody wrote into the file
+                continue  # not written by this class
 
     @property
     def seconds(self) -> float:
@@ -74,8 +74,7 @@ class MetricsLog:
 
     @property
     def cpu_seconds(self) -> float:
-        """Time of processors that the run has taken, all threads added up; environments in processes of their
-        own are left out."""
+        """CPU time of the run over all threads, without environments in processes of their own."""
         return time.process_time() - self._cpu_started
 
     def write(self, phase: str, *, epoch: int, env_steps: int, values: Mapping[str, MetricValue]) -> None:
@@ -101,7 +100,7 @@ class MetricsLog:
         self._show(phase, epoch, clean.items(), when=None)
 
     def sync(self) -> None:
-        """Wait until the lines are on the disk: what a checkpoint knows of must be there."""
+        """Wait until the lines are on the disk, because a checkpoint counts on them."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -113,7 +112,7 @@ class MetricsLog:
             self._writer.close()
 
     def _show(self, phase: str, epoch: int, values: Iterable[tuple[str, Any]], *, when: float | None) -> None:
-        """Give TensorBoard the numbers among the values; `when`, in seconds of the clock, None: now."""
+        """Write the numbers among the values to TensorBoard; `when` in seconds of the clock, None: now."""
         for name, value in values:
             if name not in LINE_FIELDS and isinstance(value, int | float):
                 self._writer.add_scalar(f"{phase}/{name}", value, global_step=epoch, walltime=when)
@@ -122,8 +121,7 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, oldest first; a last line cut short by a kill is left out.
 
-    Another line that is no JSON object is left out too, and a warning names it: one damaged line does not
-    make the others worthless.
+    Any other line that is not a JSON object is also left out, with a warning that names it.
     """
     lines, damaged = read_json_lines(path)
     last = None if _ends_with_a_line(path) else len(lines) + len(damaged)
@@ -138,7 +136,7 @@ def _ends_with_a_line(path: Path) -> bool:
 
 
 def _cut(path: Path, keep: int) -> list[str]:
-    """Cut a file off after its first `keep` whole lines, in one go; returns these."""
+    """Truncate a file after its first `keep` whole lines, in one step; returns these."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

@@ -1,6 +1,6 @@
-"""What the person in front of a run sees: the phase it's in, its rate, and the time left of the run.
+"""The progress that a user sees: the current phase, its rate, and the time left of the run.
 
-A terminal gets one moving bar; a file or a pipe gets one plain line for each phase that is done.
+A terminal shows one moving bar; a file or a pipe gets one plain line per finished phase.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from rich.progress import Progress as RichBar
 from rem_atari.training.schedule import UNITS, Work
 
 REFRESH_SECONDS = 0.2
-"""A bar's numbers are worked out anew no more often than this."""
+"""Minimum seconds between updates of a bar's numbers."""
 
 
 class TimeLeft:
-    """How long the rest of a run takes, judged by the pace of what it has done so far.
+    """Estimates the time left of a run from its pace so far.
 
     Args:
         plan: all work of the run, in order.
@@ -32,28 +32,28 @@ class TimeLeft:
     def __init__(self, plan: Sequence[Work]) -> None:
         self._waiting = list(plan)
         self.pace: dict[str, float] = {}
-        """Seconds a unit of each phase that was measured."""
+        """Seconds per unit of each measured phase."""
 
     def begin(self, epoch: int, phase: str) -> None:
-        """Take this work, and whatever was planned before it, off what is waiting."""
+        """Remove this work, and all work planned before it, from the waiting work."""
         for index, work in enumerate(self._waiting):
             if (work.epoch, work.phase) == (epoch, phase):
                 del self._waiting[: index + 1]
                 return
 
     def drop(self, phase: str) -> None:
-        """Take all waiting work of a phase off: it won't be done any more."""
+        """Remove all waiting work of a phase that will not run again."""
         self._waiting = [work for work in self._waiting if work.phase != phase]
 
     def measure(self, phase: str, units: int, seconds: float) -> None:
-        """Note the phase's pace, from `units` done in `seconds`."""
+        """Record the phase's pace, from `units` done in `seconds`."""
         if units > 0:
             self.pace[phase] = seconds / units
 
     def describe(self, phase: str, units: int) -> str:
-        """The time left as text: for `units` more of the phase that is running, and for all that is waiting.
+        """The time left as text: for `units` more of the running phase and for all waiting work.
 
-        "about" it is; "at least", where a phase is waiting that was never measured.
+        It begins with "about", or with "at least" while a waiting phase was never measured.
         """
         total, complete = units * self.pace.get(phase, 0.0), phase in self.pace
         for work in self._waiting:
@@ -67,7 +67,7 @@ class TimeLeft:
 
 
 class Progress(ABC):
-    """Shows how a run gets on.
+    """Shows the progress of a run.
 
     Args:
         plan: all work of the run.
@@ -90,20 +90,20 @@ class Progress(ABC):
         Args:
             epoch: the epoch, from 0.
             phase: its name.
-            units: how much it is expected to do.
-            done: how much of that was done before the run was resumed.
+            units: its expected amount of work.
+            done: the part of it done before the run was resumed.
         """
         self.time_left.begin(epoch, phase)
         self._phase, self._units, self._started = phase, units, time.monotonic()
         self._done = self._done_before = done
         self._begin(f"epoch {epoch + 1}/{self.epochs}  {phase.replace('_', ' ')}")
         yield
-        # What was left undone was cut by the time bound: nothing of it remains.
+        # The time limit dropped the undone work.
         self._units = self._done
         self._finish(*self._measure())
 
     def advance(self, units: int = 1) -> None:
-        """The running phase has done so much more."""
+        """Add to the work done in the running phase."""
         self._done += units
         self._advance()
 
@@ -142,7 +142,7 @@ class Progress(ABC):
 
 
 class LineProgress(Progress):
-    """One plain line for each phase that is done; for files and pipes.
+    """One plain line per finished phase; for files and pipes.
 
     Args:
         plan: all work of the run.
@@ -221,7 +221,7 @@ class BarProgress(Progress):
 
 
 def make_progress(plan: Sequence[Work], epochs: int, stream: TextIO) -> Progress:
-    """A bar where the stream is a terminal, plain lines where it is not."""
+    """A bar if the stream is a terminal, else plain lines."""
     return (BarProgress if stream.isatty() else LineProgress)(plan, epochs, stream)
 
 

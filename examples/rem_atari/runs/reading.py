@@ -1,4 +1,4 @@
-"""What lies in a run's folder as JSON, read with care: anybody may have written it."""
+"""JSON files of a run's folder, read without trust in their content."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SUMMARY_FILE, EPISODES_FILE = "summary.json", "episodes.csv"
 MOST_JSON_BYTES = 1_000_000
 
 NUMBERS = ("step", "epoch", "episodes", "mean_return", "temperature")
-"""What a summary must hold to be believed."""
+"""Numbers that a valid summary must hold."""
 
 _STEP = re.compile(r"step-([0-9]{8,18})")
 
 
 def newest_summary(run: RunFolder) -> Mapping[str, Any] | None:
-    """The summary of the newest checkpoint that was evaluated, damaged ones passed over; None: there is none.
+    """The summary of the newest evaluated checkpoint, damaged ones skipped, or None.
 
-    It holds the numbers `NUMBERS`; of everything else in it nothing is known.
+    It holds the numbers `NUMBERS`; its other content is not checked.
     """
     if not run.evaluation.is_dir():
         return None
@@ -35,7 +35,7 @@ def newest_summary(run: RunFolder) -> Mapping[str, Any] | None:
 
 
 def read_summary(path: Path) -> Mapping[str, Any] | None:
-    """What `rem-atari evaluate` wrote, or None if it is not there or not whole."""
+    """The summary that `rem-atari evaluate` wrote, or None if it is missing or not whole."""
     summary = read_json(path)
     if summary is None or not all(is_number(summary.get(name)) for name in NUMBERS):
         return None
@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The lines of a file that are JSON objects, oldest first, and the numbers, from 1, of the others.
 
-    A run that was killed may leave half a line, and a full disk any kind of them. No file has no lines.
+    A killed run may leave half a line, and a full disk any kind of line. A missing file has no lines.
     """
     if not path.is_file():
         return [], []

