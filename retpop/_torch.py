@@ -1,6 +1,6 @@
-"""Every private name of torch that the package touches, and what each is for, or what is asked with it.
+"""Every private name of torch that the package uses, its purpose, and the questions that need one.
 
-All of them are in torch 2.9, 2.13 and 2.14. If another torch lacks one, this module is what changes.
+All of them exist in torch 2.9, 2.13 and 2.14. If another torch lacks one, only this module has to change.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ __all__ = [
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 transforms_are_active = torch._C._are_functorch_transforms_active
-"""Whether a transform of `torch.func` (grad, jvp, vmap, ...) is at work on anything."""
+"""Whether any transform of `torch.func` (grad, jvp, vmap, ...) is active."""
 
 forward_ad_level = partial(getattr, forward_ad, "_current_level")
-"""How many levels of forward-mode AD are open, less one."""
+"""The number of open levels of forward-mode AD, minus one."""
 
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 """Whether a gradient stands for a batch of them (`torch.autograd.grad(..., is_grads_batched=True)`)."""
 
 check = torch._check
-"""Raises unless a condition holds, also of shapes that a graph does not know yet; for fakes of operations."""
+"""Raise unless a condition holds, also for symbolic shapes; for fakes of operations."""
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of ``module`` is ``kind.forward`` of its own ordinary tensors, and nothing else.
+    """Whether a call of ``module`` is just ``kind.forward`` of its own ordinary tensors.
 
-    It is not where something else stands in its place (an adapter, a quantised layer, a parametrisation),
-    where a hook sees it (old-style weight norms and pruning are hooks), where its ``forward`` was replaced
-    (by accelerate), or where a weight is no ordinary tensor (quantised or sharded).
+    It is not if the module was replaced (by an adapter, a quantised layer, a parametrisation), has a hook
+    (old-style weight norms and pruning are hooks), has a new ``forward`` (from accelerate), or has a weight
+    that is not an ordinary tensor (quantised or sharded).
     """
     return (
         type(module) is kind
@@ -64,9 +64,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def constant_in_graphs(function: Function) -> Function:
-    """Decorates what a graph that is being compiled calls as it stands, and keeps the answer of.
+    """Decorate a function whose result a compiled graph treats as a constant.
 
-    It is `torch.compiler.assume_constant_result` without its import of the whole compiler.
+    This is `torch.compiler.assume_constant_result` without its import of the whole compiler.
     """
     function.__dict__["_dynamo_marked_constant"] = True
     return function

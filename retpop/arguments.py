@@ -1,7 +1,4 @@
-"""What every part of the package asks of its arguments.
-
-The checks raise, and name what they checked. The other functions say who looks on: a transform, a compiler.
-"""
+"""Checks of arguments for the whole package, and tests for active transforms and compilers."""
 
 from __future__ import annotations
 
@@ -22,14 +19,14 @@ def check_tensor(where: str, name: str, value: object) -> None:
 
 
 def as_int(where: str, name: str, value: object) -> int:
-    """``value`` as an int, where it is one: NumPy's integers and traced sizes too, but no bool."""
+    """``value`` as an int if it is an integer, NumPy's and traced sizes included; a bool is not."""
     if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt):
         raise TypeError(f"{where}: {name} is {value!r} ({type(value).__name__}); it must be an int.")
     return cast(int, value) if isinstance(value, torch.SymInt) else int(value)
 
 
 def as_float(where: str, name: str, value: object) -> float:
-    """``value`` as a float, where it is a real number: NumPy's scalars too, but no bool."""
+    """``value`` as a float if it is a real number, NumPy's scalars included; a bool is not."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{where}: {name} is {value!r}; it must be a number.")
     return float(value)
@@ -52,17 +49,17 @@ def check_chunk_size(where: str, chunk_size: object) -> int:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func`, or forward-mode AD, is at work: nothing is written over then."""
+    """Whether a `torch.func` transform or forward-mode AD is active, which forbids writes in place."""
     return transforms_are_active() or forward_ad_level() >= 0
 
 
 def are_batched(grads: Iterable[Tensor | None]) -> bool:
-    """Whether gradients stand for a batch each; a compiler knows no such tensors, nor the question."""
+    """Whether each gradient stands for a batch; never under a compiler, which has no such tensors."""
     return not torch.compiler.is_compiling() and any(is_batched(x) for x in grads if x is not None)
 
 
 def is_exporting_length(length: int) -> bool:
-    """Whether `torch.export` (not strict) traces this length for all others that it is allowed to have."""
+    """Whether `torch.export` (not strict) traces ``length`` as a symbol for all allowed lengths."""
     return isinstance(length, torch.SymInt) and torch.compiler.is_exporting()
 
 
@@ -72,13 +69,13 @@ def values_are_free(x: Tensor) -> bool:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary tensor in an ordinary call: no compiler and no functorch transform.
+    """Whether ``x`` is an ordinary tensor outside of compilers and functorch transforms.
 
-    Inside one torch 2.9 does not read tensors that the transform leaves alone either.
+    Inside a transform torch 2.9 cannot read even the tensors that it does not transform.
     """
     return not (torch.compiler.is_compiling() or isinstance(x, FakeTensor) or transforms_are_active())
 
 
 def free_values(x: Tensor) -> list[float] | None:
-    """The values of ``x`` (N,), where reading them costs nothing."""
+    """The values of ``x`` (N,), if reading them costs nothing."""
     return x.tolist() if values_are_free(x) else None

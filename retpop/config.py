@@ -21,7 +21,7 @@ _CHOICES = {
     "activation": ("silu", "gelu", "relu"),
 }
 VERSION = 1
-"""Of what `RetNetConfig.to_dict` writes; a new one where a field changes its meaning."""
+"""Version of what `RetNetConfig.to_dict` writes; it changes when a field changes its meaning."""
 
 _POSITIVE_INTS = ("embed_dim", "num_heads", "num_layers", "ffn_dim", "key_dim", "value_dim")
 _BOOLS = ("head_norm_affine", "bias", "norm_first", "final_norm")
@@ -29,7 +29,7 @@ _BOOLS = ("head_norm_affine", "bias", "norm_first", "final_norm")
 
 @dataclass(frozen=True, kw_only=True)
 class RetNetConfig:
-    """Everything that shapes a `MultiScaleRetention` layer or a `RetNetDecoder`; checked once, here.
+    """The configuration of a `MultiScaleRetention` layer or a `RetNetDecoder`, checked when it is made.
 
     Attributes:
         embed_dim: width E of the residual stream.
@@ -105,7 +105,7 @@ class RetNetConfig:
         return (self.value_dim or self.embed_dim) // self.num_heads
 
     def log_decays(self, layer: int = 0) -> tuple[float, ...]:
-        """ln γ of each head of a layer, as numbers of double precision."""
+        """ln γ of each head of a layer, in double precision."""
         if self.decay == "retnet":
             return tuple(retnet_decay(self.num_heads, dtype=torch.float64).tolist())
         if self.decay == "log_spaced":
@@ -113,12 +113,12 @@ class RetNetConfig:
         return self.decay[layer] if isinstance(self.decay[0], tuple) else self.decay
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and the version of their meaning: what `from_dict` takes, and JSON can hold."""
+        """The fields and the version of their meaning, as JSON data for `from_dict`."""
         return {"version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> RetNetConfig:
-        """The config that `to_dict` made ``saved`` of, through JSON or not.
+        """The config from a ``to_dict()``, which may have passed through JSON.
 
         Raises:
             TypeError, ValueError: another version wrote it, or a field is unknown or out of range.
@@ -130,7 +130,7 @@ class RetNetConfig:
         return cls(**values)
 
     def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # it is frozen for others
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def _take_positive_int(self, name: str) -> None:
         value = getattr(self, name)
@@ -185,7 +185,7 @@ class RetNetConfig:
                 )
 
     def _take_decay(self) -> None:
-        """One set of log-decays or one a layer; lists, which JSON makes of tuples, become tuples again."""
+        """One set of log-decays or one per layer; lists from JSON become tuples."""
         given = self.decay
         if not isinstance(given, list | tuple) or not given:
             raise TypeError(

@@ -1,7 +1,7 @@
 """Decay schedules: how fast each head forgets.
 
-A decay is passed around as ``log_decay``, ln γ per head, because γ itself cannot be stored in low precision:
-in bfloat16, 1 - 1/512 is 1.
+Decays are ``log_decay``, ln γ per head, because γ itself cannot be stored in low precision: in bfloat16,
+1 - 1/512 is 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SCHEDULES = ("retnet", "log_spaced")
 
 
 def retnet_decay(num_heads: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """RetNet's decay: γ_h = 1 - 2^(-5-h), one time scale a head, each twice as long as the one before.
+    """RetNet's decay: γ_h = 1 - 2^(-5-h), one time scale per head, each twice as long as the one before.
 
     Args:
         num_heads: number of heads H, at least 1.
@@ -27,7 +27,7 @@ def retnet_decay(num_heads: int, *, dtype: torch.dtype = torch.float32) -> Tenso
         ln γ per head, (H,), on the CPU.
 
     Raises:
-        TypeError, ValueError: num_heads is not an int of at least 1, or dtype is no floating-point dtype.
+        TypeError, ValueError: num_heads is not an int of at least 1, or dtype is not a floating-point dtype.
 
     Source: RetNet, arXiv 2307.08621, section 2.2 (multi-scale retention).
     """
@@ -72,7 +72,7 @@ def check_log_decays(where: str, name: str, values: object, num_heads: int) -> t
     """``values`` as a tuple of ``num_heads`` log-decays; ``where`` begins an error's message.
 
     Raises:
-        TypeError, ValueError: they are no sequence of numbers, not one for each head, or above 0 or NaN.
+        TypeError, ValueError: they are not a sequence of one number per head, or one is above 0 or NaN.
     """
     if not isinstance(values, list | tuple):
         raise TypeError(f"{where}: {name} holds {values!r}; it must hold {num_heads} log-decays.")

@@ -15,7 +15,7 @@ from retpop.arguments import check_tensor, values_are_free
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Rows of different lengths, one after another, and where their tokens stood.
+    """Rows of different lengths in one packed row, with the places of their tokens in the padded batch.
 
     Attributes:
         data: (1, ΣT, ...), the tokens of all rows.
@@ -30,7 +30,7 @@ class Packed:
     shape: tuple[int, int]
 
     def replace(self, data: Tensor) -> Packed:
-        """The same rows with other data, such as what a decoder made of them.
+        """The same rows with other data, such as the outputs of a decoder.
 
         Args:
             data: (1, ΣT, ...).
@@ -50,7 +50,7 @@ class Packed:
 def pack_padded(
     x: Tensor, lengths: Tensor | Sequence[int] | None = None, *, mask: Tensor | None = None
 ) -> Packed:
-    """Take the padding out of a batch, as `torch.nn.utils.rnn.pack_padded_sequence` does for an RNN.
+    """Remove the padding of a batch, as `torch.nn.utils.rnn.pack_padded_sequence` does for an RNN.
 
     Args:
         x: (B, T, ...).
@@ -58,8 +58,8 @@ def pack_padded(
         mask: (B, T), bool, True for tokens: the padding may stand anywhere.
 
     Returns:
-        the packed rows. Under ``torch.compile`` their number of tokens is data, so the graph breaks here
-        unless ``torch._dynamo.config.capture_dynamic_output_shape_ops`` is set.
+        the packed rows. Under ``torch.compile`` their number of tokens depends on data, so the graph breaks
+        here unless ``torch._dynamo.config.capture_dynamic_output_shape_ops`` is set.
 
     Raises:
         TypeError, ValueError: both or neither of lengths and mask are given, or one does not fit x.
@@ -82,11 +82,11 @@ def pack_padded(
 
 
 def pad_packed(packed: Packed, padding_value: float = 0.0) -> Tensor:
-    """Put packed rows back into a padded batch, every token where it stood.
+    """Put packed rows back into a padded batch, every token in its old place.
 
     Args:
         packed: from `pack_padded`, or its ``replace``.
-        padding_value: what stands where no token does.
+        padding_value: the value of places without a token.
 
     Returns:
         (B, T, ...), in the dtype of ``packed.data``.

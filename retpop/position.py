@@ -1,8 +1,8 @@
-"""Rotary positions: queries and keys turned by an angle that grows with the position.
+"""Rotary positions: queries and keys are rotated by an angle that grows with the position.
 
-Two conventions, named after the code they come from: ``"retnet"`` turns neighbouring pairs of features,
-``"rope"`` turns pairs that lie half a head apart. Both rotate only; RetNet's released code drops xPos's
-scale too, since the decay already does that work.
+Two conventions, named after their origin: ``"retnet"`` rotates neighbouring pairs of features, ``"rope"``
+rotates pairs half a head apart. Neither scales as xPos does; like RetNet's released code, they leave that
+to the decay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BASE = 10000.0
 
 
 class Rotation(NamedTuple):
-    """What turns every token's features, each (B or 1, ..., 1, Dk), float32.
+    """The rotation of every token's features: cosine and sine, each (B or 1, ..., 1, Dk), float32.
 
     Feature x with partner y becomes x · cos + y · sin; sin carries the sign.
     """
@@ -28,7 +28,7 @@ class Rotation(NamedTuple):
 
 
 def rotary_frequencies(kind: str, head_dim: int) -> Tensor:
-    """The angle by which one position turns each pair of features.
+    """The angle per position of each pair of features.
 
     Args:
         kind: "retnet": θ = 10000^-linspace(0, 1, Dk/2); "rope": θ_i = 10000^(-2i/Dk).
@@ -75,7 +75,7 @@ def rotation_at(positions: Tensor, frequencies: Tensor, kind: str) -> Rotation:
         cosine and signed sine, positions' shape + (1, Dk), float32; the 1 broadcasts over heads.
     """
     if frequencies.dtype == torch.int64:
-        turns = positions.unsqueeze(-1) * frequencies  # whole turns overflow, as they may
+        turns = positions.unsqueeze(-1) * frequencies  # whole turns overflow, which is harmless
         angles = turns.unsqueeze(-2).float() * (math.tau * 2.0**-64)
     else:
         angles = (positions.to(torch.float64).unsqueeze(-1) * frequencies).unsqueeze(-2)
@@ -86,7 +86,7 @@ def rotation_at(positions: Tensor, frequencies: Tensor, kind: str) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation, kind: str) -> Tensor:
-    """Turn queries or keys, in float32 or wider, and cast the result back.
+    """Rotate queries or keys, in float32 or wider, and cast the result back.
 
     Args:
         x: (..., H, Dk), the leading dimensions as those of ``rotation``'s positions.
@@ -94,11 +94,11 @@ def rotate(x: Tensor, rotation: Rotation, kind: str) -> Tensor:
         kind: "retnet" or "rope".
 
     Returns:
-        x rotated, same shape and dtype.
+        x rotated, of the same shape and dtype.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if kind == "retnet" and not torch.compiler.is_compiling():
-        # The same as a product of complex numbers: a fifth of the time. The compiler knows none.
+        # As a product of complex numbers it takes a fifth of the time; the compiler does not support them.
         phase = torch.complex(rotation.cos[..., 1::2], rotation.sin[..., 1::2])
         return torch.view_as_real(_complex_pairs(wide) * phase).flatten(-2).to(x.dtype)
     if kind == "retnet":
@@ -148,8 +148,8 @@ def boundary_positions(
         start: (B,), int64, tokens seen before; None: none.
         num_blocks: N.
         block_size: L.
-        reset: (B, N), bool: the blocks that start a new episode, at position 0; None: none does.
-        device: where the positions are wanted.
+        reset: (B, N), bool: the blocks that start a new episode, at position 0; None: no block.
+        device: of the positions.
 
     Returns:
         (B or 1, N + 1), int64.

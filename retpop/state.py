@@ -14,10 +14,10 @@ from retpop.arguments import check_tensor, values_are_free
 
 
 class Uncast:
-    """Holds a state's kv where FSDP's mixed precision does not look.
+    """Keeps a state's kv safe from FSDP's mixed precision.
 
-    FSDP casts the tensors that it finds in dataclasses, and waits in backward for the gradients of those that
-    it finds. So it has to find kv; and `before_cast` gives kv back.
+    FSDP casts the tensors that it finds in dataclasses, and in backward waits for their gradients. So it must
+    find kv, and `before_cast` restores the uncast one.
     """
 
     __slots__ = ("kv",)
@@ -26,26 +26,26 @@ class Uncast:
         self.kv = kv
 
     def before_cast(self, found: Tensor | None) -> Tensor | None:
-        """``found``, or the kv that was cast to it: no state has 16 bits."""
+        """``found``, or the kv from which it was cast; a state never has 16 bits."""
         return self.kv if found is not None and found.dtype in (torch.float16, torch.bfloat16) else found
 
 
 @dataclass(frozen=True, eq=False)
 class RetNetState:
-    """All that a retention stack remembers of the tokens it has seen.
+    """The memory of a retention stack: everything it keeps of the tokens that it has seen.
 
     Attributes:
         kv: (layers, B, H, Dk, Dv), float32 (float64 for a model in float64); a single layer's state has
             layers = 1.
         position: (B,), int64, the number of tokens each row has seen, which is its next token's position.
 
-    Nothing here changes a state in place: every method returns a new one. New and old may share memory, so do
-    not write into one either. It is a registered pytree, so that ``torch.func``, ``torch.compile``,
-    ``torch.export`` and ``torch.utils._pytree.tree_map`` see through it, and ``torch.load`` reads it safely.
-    FSDP's mixed precision leaves its precision alone.
+    Every method returns a new state and changes none in place. Old and new may share memory, so do not write
+    into a state. It is a registered pytree, so ``torch.func``, ``torch.compile``, ``torch.export`` and
+    ``torch.utils._pytree.tree_map`` trace it, and ``torch.load`` reads it safely. FSDP's mixed precision does
+    not cast it.
 
     Raises:
-        TypeError: kv or position is no tensor.
+        TypeError: kv or position is not a tensor.
     """
 
     kv: Tensor
@@ -56,7 +56,7 @@ class RetNetState:
         check_tensor("RetNetState", "kv", self.kv)
         check_tensor("RetNetState", "position", self.position)
         if not torch.compiler.is_compiling():
-            if self._uncast is not None:  # FSDP makes a state anew of its fields
+            if self._uncast is not None:  # FSDP makes a new state from the fields
                 object.__setattr__(self, "kv", self._uncast.before_cast(self.kv))
             object.__setattr__(self, "_uncast", Uncast(self.kv))
 
@@ -69,7 +69,7 @@ class RetNetState:
         return self.position.shape[0]
 
     def select(self, index: Tensor | slice) -> RetNetState:
-        """The rows that ``index`` picks; keeps the batch dimension.
+        """The rows that ``index`` selects; keeps the batch dimension.
 
         Args:
             index: a 1-D tensor of int32 or int64, a bool mask (B,), or a slice.
@@ -97,7 +97,7 @@ class RetNetState:
         return RetNetState(self.kv[:, index], self.position[index])
 
     def reset(self, mask: Tensor) -> RetNetState:
-        """The state with the rows of ``mask`` as if they had seen nothing yet.
+        """The state with the rows of ``mask`` reset to the start of a sequence.
 
         Args:
             mask: (B,), bool.
@@ -117,16 +117,16 @@ class RetNetState:
         return RetNetState(kv, torch.where(mask, torch.zeros_like(self.position), self.position))
 
     def detach(self) -> RetNetState:
-        """The same state, cut off from the graph that computed it."""
+        """The same state, detached from the graph that computed it."""
         return RetNetState(self.kv.detach(), self.position)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool | None = None) -> RetNetState:
         """The same state on another device; its dtypes stay.
 
         Args:
-            device: where to.
-            non_blocking: as in ``torch.Tensor.to``; with it named, a device of None is here, too, where it is
-                (accelerate's hooks say so).
+            device: the target.
+            non_blocking: as in ``torch.Tensor.to``; if it is given, device may be None for the current one
+                (accelerate's hooks pass that).
 
         Raises:
             TypeError: device is not a device.
@@ -170,7 +170,7 @@ class RetNetState:
 
 
 def _unflatten(leaves: Iterable[Any], _: None) -> RetNetState:
-    """A state of any two leaves: trees also hold shapes, dimensions or None in the tensors' places."""
+    """A state of any two leaves, because pytrees also hold shapes, dimensions or None in place of tensors."""
     state = object.__new__(RetNetState)
     for name, leaf in zip(("kv", "position"), leaves, strict=True):
         object.__setattr__(state, name, leaf)

@@ -1,4 +1,4 @@
-"""Modules: a retention layer, the feed-forward beside it, and the decoder that stacks them."""
+"""Modules: the retention layer, the feed-forward, and the decoder that stacks them."""
 
 from retpop.layers.decoder import RetNetDecoder
 from retpop.layers.feed_forward import FeedForward

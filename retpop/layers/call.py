@@ -1,9 +1,9 @@
-"""What one call of a layer or a decoder fixes for all of its layers, and what it hands from layer to layer.
+"""A call of a layer or a decoder: what it computes once for all layers, and passes from layer to layer.
 
 A call is prepared once: arguments checked, backend chosen, powers of γ and rotation angles computed. Each
-layer then hands it queries, keys and values. `SequenceCall` runs them as a sequence; `PopCall` takes the
-tokens of a sequence with all prediction tokens behind them in one row, so that every other operation of a
-layer treats both alike, and tells them apart only here.
+layer then hands it queries, keys and values. `SequenceCall` runs them as a sequence. `PopCall` takes
+one row of the sequence's tokens followed by all prediction tokens; the other operations of a layer treat both
+alike.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from retpop.state import Uncast
 
 @dataclass(frozen=True, kw_only=True)
 class AnyCall:
-    """What both kinds of call have.
+    """The common part of both kinds of call.
 
     Attributes:
         rotation: of every token, or None without rotary positions.
-        backend: the backend that was chosen.
+        backend: the chosen backend.
     """
 
     rotation: Rotation | None
     backend: Backend
 
     def for_inner_layers(self) -> Self:
-        """The call of a layer that another one follows, which wants all of its tokens."""
+        """The call for a layer that another layer follows, so that all of its tokens come out."""
         return self
 
     @property
     def tokens_apart(self) -> int | None:
-        """After any multiple of so many tokens the call may be cut in two; None: nowhere."""
+        """The call may be split after any multiple of this many tokens; None: nowhere."""
         return None
 
     def of_rows(self, rows: slice) -> Self:
@@ -59,11 +59,11 @@ class AnyCall:
         return replace(self, rotation=Rotation(*(x[:, tokens] for x in self.rotation)))
 
     def readers(self, x: Tensor) -> Tensor:
-        """The tokens of (B, T, ...) whose outputs are wanted: the only ones that need queries and a gate."""
+        """The tokens of (B, T, ...) whose outputs are needed; only these need queries and a gate."""
         return x
 
     def rotate(self, q: Tensor, k: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
-        """Queries of the readers, and keys, (B, T, H, Dk), by their tokens' rotation; for `retain`."""
+        """Rotated queries of the readers and keys, (B, T, H, Dk), for `retention`."""
         if self.rotation is None or kind is None:
             return q, k
         return self.backend.rotate(q, k, self.rotation, kind)
@@ -90,10 +90,10 @@ class SequenceCall(AnyCall):
         return None if self.mode == "parallel" or self.packing is not None else self.chunk_size or 1
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the caller is given of the last layer's output."""
+        """The part of the last layer's output that the caller gets."""
         return (x,)
 
-    def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def retention(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retention of (B, T, H, D): outputs (B, T, H, Dv) and the state after them."""
         run = partial(
             self.backend.retention,
@@ -109,10 +109,10 @@ class SequenceCall(AnyCall):
 
 @dataclass(frozen=True, kw_only=True)
 class PopCall(AnyCall):
-    """POP over a row of T sequence tokens and, behind them, P·M prediction tokens.
+    """POP over a row of T sequence tokens followed by P·M prediction tokens.
 
     Attributes:
-        spec: what POP is told beside its tensors.
+        spec: POP's arguments beside its tensors.
     """
 
     spec: PopSpec
@@ -123,7 +123,7 @@ class PopCall(AnyCall):
         return self.spec.powers
 
     def for_inner_layers(self) -> PopCall:
-        """The same call, with all tokens coming out."""
+        """The same call with outputs of all tokens."""
         return replace(self, spec=self.spec._replace(main_out="all"))
 
     def of_rows(self, rows: slice) -> Self:
@@ -136,7 +136,7 @@ class PopCall(AnyCall):
         return self.spec.readers(x)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The sequence's outputs and the predictions; in training apart in memory, so each can be changed."""
+        """The sequence's outputs and the predictions; in training in separate memory, so each can change."""
         main, pred = split_row(x, self.spec.predictions)
         return (main.clone(), pred.clone()) if x.requires_grad else (main, pred)
 
@@ -146,7 +146,7 @@ class PopCall(AnyCall):
             return q, k
         return self.backend.rotate(q, k, self.rotation, kind, self.spec)
 
-    def retain(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def retention(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """POP of rows (B, T + P·M, H, D): the readers' outputs and the state after the sequence."""
 
         def run(*rows: Tensor) -> tuple[Tensor, ...]:
@@ -157,7 +157,7 @@ class PopCall(AnyCall):
 
 
 def _out_dtype(v: Tensor) -> torch.dtype:
-    """In which retention's output goes to the head's norm, after what autocast makes of ``v``."""
+    """The dtype in which retention's output goes to the head norm, after autocast of ``v``."""
     return norm_dtype(dtype_after(v.device, v.dtype))
 
 
@@ -165,7 +165,7 @@ Call = SequenceCall | PopCall
 
 
 class Hidden(Uncast):
-    """The call that was prepared, hidden like a layer's state from what casts (see `Uncast`)."""
+    """The prepared call, hidden from casts like a layer's state (see `Uncast`)."""
 
     __slots__ = ("call",)
 
@@ -176,11 +176,11 @@ class Hidden(Uncast):
 
 @dataclass(frozen=True)
 class Carry:
-    """What a decoder hands to a layer, and a layer gives back: its state, and the call that was prepared.
+    """What a decoder passes to a layer and gets back: the layer's state and the prepared call.
 
     Attributes:
         kv: the layer's state (B, H, Dk, Dv), or None for the start of a sequence.
-        hidden: the call, the same for all layers but the last, which may give out fewer tokens.
+        hidden: the call; the last layer's may return fewer tokens.
     """
 
     kv: Tensor | None
@@ -192,7 +192,7 @@ class Carry:
 
     @staticmethod
     def of(call: Call, kv: Tensor | None) -> Carry:
-        """A state with the call that it belongs to."""
+        """A state with its call."""
         return Carry(kv, Hidden(call, kv))
 
     @property
@@ -201,7 +201,7 @@ class Carry:
         return self.hidden.call
 
 
-pytree.register_pytree_node(  # some versions of FSDP flatten what they look into
+pytree.register_pytree_node(  # some versions of FSDP flatten such tuples
     Carry,
     lambda carry: ([carry.kv], carry.hidden),
     lambda leaves, hidden: Carry(next(iter(leaves)), hidden),

@@ -23,7 +23,7 @@ from retpop.state import RetNetState
 
 
 class RetNetBlock(nn.Module):
-    """x + f(norm(x)) for retention, then for the feed-forward; x + norm(f(x)) with ``norm_first=False``.
+    """x + f(norm(x)) with f the retention, then the feed-forward; x + norm(f(x)) with ``norm_first=False``.
 
     Source: RetNet, arXiv 2307.08621, section 2.3; norm_first=False as in yet-another-retnet.
     """
@@ -44,7 +44,7 @@ class RetNetBlock(nn.Module):
         self.feed_forward_norm = residual_norm(cfg, device, dtype)
 
     def forward(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
-        """Map (B, T, E) and the layer's state to the same two; what comes out is of the call's readers."""
+        """Map (B, T, E) and the layer's state to outputs of the call's readers and the new state."""
         readers = carry.call.readers
         if self.norm_first:
             mixed, carry = self.retention(self.retention_norm(x), carry)
@@ -65,17 +65,17 @@ PLAIN_PARTS = {
 
 
 class RetNetDecoder(nn.Module):
-    """``cfg.num_layers`` blocks over a residual stream of width E; embeddings and heads are the caller's.
+    """``cfg.num_layers`` layers over a residual stream of width E, without embeddings and heads.
 
-    Every layer draws its own initial weights (`MultiScaleRetention`, `FeedForward` say how). Layers may be
-    taken out later (``decoder.layers = decoder.layers[:2]``); states then have as many as are left.
+    Every layer draws its own initial weights, see `MultiScaleRetention` and `FeedForward`. Layers may be
+    removed later (``decoder.layers = decoder.layers[:2]``); states then have the remaining number of layers.
 
     Args:
         cfg: the configuration.
         device, dtype: of the weights.
-        checkpoint_activations: keep for backward only what goes into each layer, and compute the rest again:
-            a forward pass more, for memory that hardly grows with the number of layers. An attribute that can
-            be set later, too; the results are the same.
+        checkpoint_activations: keep only the input of each layer for backward and recompute the rest. This
+            costs one more forward pass, and memory hardly grows with the number of layers. Results are the
+            same. The attribute can also be set later.
 
     Example:
         >>> cfg = RetNetConfig(embed_dim=64, num_heads=4, num_layers=2)
@@ -122,12 +122,12 @@ class RetNetDecoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Any, ...]:
-        """Run a sequence, or with ``x_pred`` what `pop` runs.
+        """Run a sequence, or with ``x_pred`` the same as `pop`.
 
         Args:
             x: (B, T, E); T may be 0.
             state: carried from what came before; None for the start of a sequence.
-            x_pred, block_size, offset, reset, main_out: see `pop`; a sequence alone takes none of them.
+            x_pred, block_size, offset, reset, main_out: see `pop`; without x_pred none of them is allowed.
             mode, backend: as in `retpop.retention`.
             chunk_size: as there; None: ``cfg.chunk_size``.
             cu_seqlens: (S + 1,), boundaries of S packed sequences; B is then 1 and the state has S rows.
@@ -178,7 +178,7 @@ class RetNetDecoder(nn.Module):
             state: carried from what came before; None for the start of a sequence.
             block_size, offset, reset, backend: as in `retpop.pop_retention`. Positions start over at 0
                 where ``reset`` does.
-            main_out: the tokens of the sequence that come out: "all", or "last", the last one of each block.
+            main_out: which tokens of the sequence to return: "all", or "last" for the last of each block.
                 The last layer then computes queries, gate, output and feed-forward for these and for the
                 predictions only.
 
@@ -213,11 +213,11 @@ class RetNetDecoder(nn.Module):
 
         Args:
             batch_size: rows B; with packed sequences, their number S.
-            device: None: that of the decoder's weights. Name it where weights are offloaded.
-            dtype: float64 in a float64 decoder, else float32; None: the one of them that it is.
+            device: None: that of the decoder's weights. Pass it if the weights are offloaded.
+            dtype: None or the dtype of the decoder's states: float64 in a float64 decoder, else float32.
 
         Raises:
-            TypeError, ValueError: batch_size is no count, or dtype is not that of the decoder's states.
+            TypeError, ValueError: batch_size is not a count, or dtype is not that of the decoder's states.
         """
         where = "RetNetDecoder.init_state()"
         return empty_state(where, self.cfg, self, len(self.layers), batch_size, device, dtype)
@@ -233,7 +233,7 @@ class RetNetDecoder(nn.Module):
         return run_in_parts(self._run_layers, x, kv, call, most)
 
     def _parts_are_plain(self) -> bool:
-        """Whether no hook, dropout or stranger inside would notice that tokens come in several calls."""
+        """Whether no hook, dropout or replaced module would notice that tokens come in several calls."""
         inside = (part for child in self.children() for part in child.modules())
         dropping = self.training and self.cfg.dropout
         return not dropping and all(

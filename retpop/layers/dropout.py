@@ -10,10 +10,10 @@ from retpop.arguments import values_are_free
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """In training, zeros with chance p, and what is left divided by 1 - p; else x.
+    """In training, zero each element with probability p and divide the others by 1 - p; else return x.
 
-    Eager on a CPU the mask comes of 16 random bits an element (so p is rounded to a multiple of 2^-16), which
-    makes it about three times as fast as torch's, which draws a random number of double precision for each.
+    In eager mode on a CPU the mask uses 16 random bits per element, so p is rounded to a multiple of 2^-16.
+    That is about three times as fast as torch's dropout, which draws a double per element.
 
     Source: Srivastava et al. 2014.
     """

@@ -31,7 +31,7 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights: Glorot-uniform, the gate's half by itself; biases zero."""
+        """Draw new weights: Glorot-uniform, separately for the gate's half; biases zero."""
         for weight in (*self.in_proj.weight.chunk(2 if self.kind == "glu" else 1), self.out_proj.weight):
             nn.init.xavier_uniform_(weight)
         for linear in (self.in_proj, self.out_proj):

@@ -1,7 +1,7 @@
-"""A large pass without gradient, part by part: what it computes then stays in a processor's cache.
+"""A large pass without gradient in microbatches, whose intermediate results stay in a processor's cache.
 
-Its memory is used again, too. Fresh memory comes page by page, and into that a matrix product of REM's
-decoder takes 1.3 times as long (docs/performance_notes.md).
+Their memory is reused, too. A matrix product of REM's decoder that writes into fresh memory, page by page,
+takes 1.3 times as long (docs/performance_notes.md).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from retpop.config import RetNetConfig
 from retpop.layers.call import Call
 
 ELEMENTS_AT_ONCE = 2**21
-"""Elements that the widest tensor of a layer has in one part, for each thread."""
+"""Elements per thread that a layer's widest tensor has in one microbatch."""
 
 THREADS = 3
-"""Threads that parts grow with, at most: then such a tensor of float32 is still below the 32 MB from which on
-glibc keeps no memory, and a part has enough work beside its calls."""
+"""Most threads that microbatches grow with. A float32 tensor then stays below 32 MB, the size from which
+glibc returns memory to the system, and a microbatch has enough work for the overhead of its calls."""
 
 Layers = Callable[[Tensor, Tensor | None, Call], tuple[Tensor, Tensor]]
 
 
 def tokens_at_once(cfg: RetNetConfig, x: Tensor) -> int | None:
-    """How many tokens of (B, T, E) a part has; None: all pass a layer before any passes the next.
+    """Tokens of (B, T, E) in a microbatch; None: all tokens pass a layer before any passes the next.
 
-    So it is on a GPU, and where parts would be seen by a gradient, a compiler or a transform.
+    It is None on a GPU, and where a gradient, a compiler or a transform would see the microbatches.
     """
     if torch.is_grad_enabled() or not values_are_free(x):
         return None
@@ -43,9 +43,9 @@ def tokens_at_once(cfg: RetNetConfig, x: Tensor) -> int | None:
 def run_in_parts(
     layers: Layers, x: Tensor, kv: Tensor | None, call: Call, most: int
 ) -> tuple[Tensor, Tensor]:
-    """What ``layers`` make of (B, T, E) and states (layers, B, H, Dk, Dv), ``most`` tokens at once.
+    """Outputs of ``layers`` from (B, T, E) and states (layers, B, H, Dk, Dv), ``most`` tokens at once.
 
-    Rows of the batch go one after another; where a row alone is longer, its tokens do, if the call allows it.
+    Microbatches are rows of the batch; a longer row is split by tokens if the call allows it.
     """
     batch, length = x.shape[:2]
     if batch > 1 and batch * length > most:
@@ -68,9 +68,9 @@ def run_in_parts(
 
 
 def even_slices(total: int, most: int, unit: int = 1) -> list[slice]:
-    """``total`` in slices of about equal size, multiples of ``unit`` but for the last.
+    """``total`` in slices of about equal size, multiples of ``unit`` except the last.
 
-    They have ``most`` or less, or one ``unit``.
+    Each has at most ``most``, or one ``unit``.
     """
     parts = math.ceil(total / max(unit, most - most % unit))
     size = math.ceil(total / (parts * unit)) * unit

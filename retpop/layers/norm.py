@@ -21,7 +21,7 @@ def residual_norm(
 class HeadNorm(nn.Module):
     """Normalises each head's output over its Dv features; statistics in float32 or wider.
 
-    "groupnorm" takes out mean and variance, "rmsnorm" the root mean square. With ``head_norm_affine`` every
+    "groupnorm" removes mean and variance, "rmsnorm" the root mean square. With ``head_norm_affine`` every
     value feature of every head has a weight (and, for "groupnorm", a bias).
 
     Source: RetNet, arXiv 2307.08621, equation 8 (GroupNorm, one group a head).

@@ -1,4 +1,4 @@
-"""From a user's call of a layer or a decoder to a `Call`: checks, and the numbers that its formulas need."""
+"""From a user's call of a layer or a decoder to a prepared call: checks, angles and powers of γ."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ Numbers = tuple[float, ...] | tuple[int, ...]
 
 
 class Constants:
-    """Decays and rotary frequencies: tensors made of plain numbers where a call needs them.
+    """Decays and rotary frequencies: plain numbers that become tensors when a call needs them.
 
-    They are no buffers, so whatever empties, casts, moves or loads a module leaves them right. A tensor is
-    kept for the next call, because a copy from the host makes a GPU wait and cannot be captured in a graph.
-    A copy or a pickle of a module starts without any.
+    They are not buffers, so emptying, casting, moving or loading a module cannot change them. A tensor is
+    kept for the next call, because a copy from the host makes a GPU wait and cannot be captured in a graph. A
+    copy or a pickle of a module starts without tensors.
     """
 
     def __init__(self, cfg: RetNetConfig) -> None:
@@ -70,12 +70,12 @@ class Constants:
 
     def _tensor(self, numbers: Numbers, like: Tensor, dtype: torch.dtype) -> Tensor:
         """``numbers`` (N,) on the device of ``like``."""
-        if not is_eager(like):  # a compiler takes them as literals, and a transform's tensors end with it
+        if not is_eager(like):  # a compiler takes them as literals; a transform's tensors must not outlive it
             return torch.tensor(numbers, dtype=dtype, device=like.device)
         key = (numbers, like.device, dtype)
         kept = self._kept.get(key)
         if kept is None:
-            with torch.inference_mode(False):  # so that a later call may train
+            with torch.inference_mode(False):  # so that a later call can train
                 kept = self._kept[key] = torch.tensor(numbers, dtype=dtype, device=like.device)
         return kept
 
@@ -86,7 +86,7 @@ class Constants:
 def with_log_decays(
     call: Call, log_decays: tuple[float, ...] | Tensor, constants: Constants, x: Tensor
 ) -> Call:
-    """The call of a layer with tokens ``x`` and these log-decays, which need not be the first layer's."""
+    """The call of a layer with tokens ``x`` and its own log-decays."""
     if not isinstance(log_decays, Tensor) and log_decays == call.powers.values:
         return call
     powers = constants.powers(log_decays, x)
@@ -96,13 +96,13 @@ def with_log_decays(
 
 
 class Owner(NamedTuple):
-    """What preparation needs of the module that was called.
+    """The called module, as far as preparation needs it.
 
     Attributes:
         where: begins every message, for example ``RetNetDecoder()``.
-        layers: its layers, or the one that it is.
-        log_decays: what its config gives to the first of them.
-        constants: of its config.
+        layers: its layers, or itself if it is a layer.
+        log_decays: those of its config for the first layer.
+        constants: those of its config.
     """
 
     where: str
@@ -126,7 +126,7 @@ def prepare(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Call, Tensor]:
-    """The tokens that go through the layers, the call, and the positions (B,) after it.
+    """The tokens for the layers, the call, and the positions (B,) after it.
 
     The arguments are those of `RetNetDecoder.forward`; with ``x_pred`` it is a call of `RetNetDecoder.pop`.
     """
@@ -251,18 +251,18 @@ def _check_tokens(owner: Owner, name: str, x: Tensor, layout: str) -> None:
 
 
 def _first_weight(layer: nn.Module) -> object:
-    """The weight that meets a layer's tokens first; None where something else stands in its place."""
+    """The first weight that a layer's tokens meet; None if its module was replaced."""
     retention = getattr(layer, "retention", layer)
     return getattr(getattr(retention, "qkvg_proj", None), "weight", None)
 
 
 def _check_beside(owner: Owner, name: str, x: Tensor, weight: Tensor) -> None:
-    """Raise for tokens of another kind than the first weight, where nothing casts or moves either."""
+    """Raise for tokens of another dtype or device than the first weight, unless they are cast or moved."""
     if not all(is_plain(part, type(part)) for part in owner.layers[0].modules()):
         return
     if x.device != weight.device:
         raise ValueError(f"{owner.where}: {name} is on {x.device} but the module is on {weight.device}.")
-    # Autocast casts what linear layers are given, float64 excepted, and norms want what their weights are.
+    # Autocast casts the inputs of linear layers, except float64; norms need the dtype of their weights.
     if autocast_is_on(x.device.type) and weight.dtype == torch.float32 and x.dtype != torch.float64:
         return
     raise TypeError(f"{owner.where}: {name} is {x.dtype} but the module's weights are {weight.dtype}.")

@@ -30,10 +30,10 @@ class MultiScaleRetention(nn.Module):
     2^-2.5, the output projection with gain 2^-1, biases zero, as RetNet's released code (torchscale) does.
 
     Args:
-        cfg: the configuration; a layer reads all of it but ``num_layers`` and what shapes the feed-forward
-            and the residual stream.
-        device, dtype: of the weights. The decay has double precision whatever the module is cast to.
-        layer: the layer whose decay it takes, where ``cfg.decay`` has one for each.
+        cfg: the configuration; a layer ignores ``num_layers`` and the fields of the feed-forward and the
+            residual stream.
+        device, dtype: of the weights. The decay keeps double precision when the module is cast.
+        layer: index of the layer, if ``cfg.decay`` has one entry per layer.
 
     Source: RetNet, arXiv 2307.08621, section 2.2, equation 8.
     """
@@ -56,7 +56,7 @@ class MultiScaleRetention(nn.Module):
         self.out_proj = nn.Linear(value_dim, cfg.embed_dim, bias=cfg.bias, device=device, dtype=dtype)
         self._constants = Constants(cfg)
         self._log_decays = cfg.log_decays(layer)
-        self._shown: Tensor | None = None  # what `log_decay` has given out, into which its reader may write
+        self._shown: Tensor | None = None  # the tensor that `log_decay` returned, which its reader may change
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,7 +73,8 @@ class MultiScaleRetention(nn.Module):
     def log_decay(self) -> Tensor:
         """ln γ of each head, (H,), on the CPU; float64 in a float64 layer, else float32.
 
-        Assign a tensor to it, or write into it, for a decay of the layer's own: each at most 0, -inf allowed.
+        Assign a tensor to it, or write into it, to give the layer its own decay: each at most 0, -inf
+        allowed.
         """
         dtype = parameter_kind(self)[1]
         if self._shown is None or self._shown.dtype != dtype:
@@ -105,13 +106,13 @@ class MultiScaleRetention(nn.Module):
         cu_seqlens: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Any, ...]:
-        """Run a sequence, or with ``x_pred`` what `pop` runs.
+        """Run a sequence, or with ``x_pred`` the same as `pop`.
 
         Args:
             x: (B, T, E); T may be 0.
             state: carried from what came before, with layers = 1; None for the start of a sequence. (Inside a
-                decoder: the layer's state and the call that the decoder has prepared, and so it comes out.)
-            x_pred, block_size, offset, reset, main_out: see `pop`; a sequence alone takes none of them.
+                decoder: the layer's state with the prepared call; the result has the same form.)
+            x_pred, block_size, offset, reset, main_out: see `pop`; without x_pred none of them is allowed.
             mode, backend: as in `retpop.retention`.
             chunk_size: as there; None: ``cfg.chunk_size``.
             cu_seqlens: (S + 1,), boundaries of S packed sequences; B is then 1 and the state has S rows.
@@ -163,7 +164,7 @@ class MultiScaleRetention(nn.Module):
             state: carried from what came before, with layers = 1; None for the start of a sequence.
             block_size, offset, reset, backend: as in `retpop.pop_retention`. Positions start over at 0
                 where ``reset`` does.
-            main_out: the tokens of the sequence that come out, see `RetNetDecoder.pop`.
+            main_out: which tokens of the sequence to return, see `RetNetDecoder.pop`.
 
         Returns:
             out (B, T, E), or (B, N, E) with ``main_out="last"``; pred (B, P, M, E); and the state after the
@@ -187,17 +188,17 @@ class MultiScaleRetention(nn.Module):
         )
 
     def _run(self, x: Tensor, kv: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-        """The layer itself: (B, T, E), of which the call's readers come out, and the state."""
+        """The layer itself: (B, T, E) to outputs of the call's readers, and the state."""
         call = with_log_decays(call, self._current_log_decays(), self._constants, x)
         q, k, v, gate = (y.unflatten(-1, (self.cfg.num_heads, -1)) for y in self._project(x, call))
         q, k = call.rotate(q, k, self.cfg.position)
-        out, kv = call.retain(q, k, v, kv)
+        out, kv = call.retention(q, k, v, kv)
         if self.cfg.dropout:
             out = dropout(out, self.cfg.dropout, self.training)
         return self.out_proj(self._gated(out, gate, call).flatten(-2)), kv
 
     def _project(self, x: Tensor, call: Call) -> tuple[Tensor, ...]:
-        """Queries and a gate of the tokens that read, keys and values of all."""
+        """Queries and gate of the readers, keys and values of all tokens."""
         readers = call.readers(x)
         if readers is x:
             return self.qkvg_proj(x).split(self.widths, dim=-1)
@@ -232,7 +233,7 @@ class MultiScaleRetention(nn.Module):
         return self.cfg.describe()
 
     def _current_log_decays(self) -> tuple[float, ...] | Tensor:
-        """The layer's log-decays, with what was written into `log_decay`; compiled, that tensor itself."""
+        """The layer's log-decays, with changes written into `log_decay`; when compiled, that tensor."""
         if self._shown is None:
             return self._log_decays
         if torch.compiler.is_compiling():
@@ -247,7 +248,7 @@ class MultiScaleRetention(nn.Module):
 
 
 def check_construction(where: str, cfg: RetNetConfig, dtype: torch.dtype | None) -> None:
-    """Check what a layer or a decoder is made from."""
+    """Check the arguments of a layer or a decoder."""
     if not isinstance(cfg, RetNetConfig):
         raise TypeError(f"{where}: cfg is {type(cfg).__name__}; it must be a retpop.RetNetConfig.")
     if dtype is not None and dtype not in INPUT_DTYPES:

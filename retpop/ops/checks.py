@@ -1,7 +1,7 @@
-"""Checks of what a caller passes in; messages name function, argument, what came and what was wanted.
+"""Checks of the operations' arguments; messages name function, argument, the value and what was wanted.
 
-Shapes, dtypes and devices are checked always. Values (NaN, sign, order) are read only where that costs
-nothing: eagerly and on CPU tensors, so that no GPU is synchronised and no traced graph breaks.
+Shapes, dtypes and devices are always checked. Values (NaN, sign, order) are read only in eager mode on CPU
+tensors, so that no check synchronises a GPU or breaks a traced graph.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def check_retention(
     chunk_size: int | None,
     cu_seqlens: Tensor | None,
 ) -> list[float] | None:
-    """Check the arguments of `retention`; the log-decays' values where a look at them is free."""
+    """Check the arguments of `retention`; return the log-decays' values if reading them is free."""
     where = "retention()"
     plain = scale is None and chunk_size is None and cu_seqlens is None and mode in MODES
-    # At one look what is nearly always so: a token has no time for more. Step by step only what is wrong.
+    # One quick test accepts valid arguments, because a single token is fast; the steps below find the fault.
     if not (plain and _fit(q, k, v, log_decay, state)):
         check_inputs(where, Named("q", q), Named("k", k), Named("v", v), "BTHD")
         check_log_decay(where, log_decay, q)
@@ -112,7 +112,7 @@ def check_layout(where: str, name: str, value: Tensor, layout: str) -> None:
 
 
 def check_inputs(where: str, q: Named, k: Named, v: Named, layout: str) -> None:
-    """Check that q, k and v are of one kind and agree in all but the value's last dimension."""
+    """Check that q, k and v agree in dtype, device and shape, except in the last dimension of v."""
     for name, value in (q, k, v):
         check_layout(where, name, value, layout)
     shared = layout[:-1]
@@ -135,7 +135,7 @@ def check_inputs(where: str, q: Named, k: Named, v: Named, layout: str) -> None:
 
 
 def check_log_decay(where: str, log_decay: Tensor, q: Tensor) -> None:
-    """Check ln γ, all but its values: (H,), float32 or float64, no gradient wanted."""
+    """Check ln γ except its values: (H,), float32 or float64, without gradient."""
     check_tensor(where, "log_decay", log_decay)
     num_heads = q.shape[-2]
     if log_decay.shape != (num_heads,):
@@ -154,7 +154,7 @@ def check_log_decay(where: str, log_decay: Tensor, q: Tensor) -> None:
 
 
 def check_decay_values(where: str, log_decay: Tensor) -> list[float] | None:
-    """Check that ln γ is at most 0, where a look is free; and what it is, there."""
+    """Check that ln γ is at most 0, and return its values, if reading them is free."""
     values = free_values(log_decay)
     for value in values or ():
         if not value <= 0:  # NaN fails the comparison too
@@ -163,7 +163,7 @@ def check_decay_values(where: str, log_decay: Tensor) -> list[float] | None:
 
 
 def check_scale(where: str, scale: object) -> None:
-    """Check the output scale: None or a finite number, NumPy's among them."""
+    """Check the output scale: None or a finite number, NumPy's included."""
     if scale is None or isinstance(scale, torch.SymFloat):
         return
     if isinstance(scale, bool) or not isinstance(scale, Real):
@@ -173,7 +173,7 @@ def check_scale(where: str, scale: object) -> None:
 
 
 def check_mode(where: str, mode: str, chunk_size: object) -> int | None:
-    """Check the mode, and that a chunk size comes only with the chunkwise one; returns that as an int."""
+    """Check the mode, and that only chunkwise mode has a chunk size; returns the size as an int."""
     if mode not in MODES:
         raise ValueError(f"{where}: mode is {mode!r}; it must be one of {MODES}.")
     if chunk_size is None:
@@ -186,7 +186,7 @@ def check_mode(where: str, mode: str, chunk_size: object) -> int | None:
 
 
 def check_cu_seqlens(where: str, cu_seqlens: Tensor, name: str, x: Tensor) -> None:
-    """Check the boundaries of packed sequences, all but their values: (S + 1,), with B = 1."""
+    """Check the boundaries of packed sequences except their values: (S + 1,), with B = 1."""
     check_tensor(where, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{where}: cu_seqlens is {cu_seqlens.dtype}; it must be int32 or int64.")
@@ -257,7 +257,7 @@ def check_blocks(
 
 
 def check_main_out(where: str, main_out: str) -> None:
-    """Check which tokens of the sequence are to come out."""
+    """Check the choice of the sequence's outputs."""
     if main_out not in MAIN_OUT:
         raise ValueError(f"{where}: main_out is {main_out!r}; it must be one of {MAIN_OUT}.")
 
@@ -277,7 +277,7 @@ def check_reset(where: str, reset: Tensor | None, name: str, x: Tensor, block_si
 
 
 def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> bool:
-    """Whether the checks of retention's tensors have nothing to say, found at one look."""
+    """Whether retention's tensors are valid, by one quick test."""
     if not (isinstance(q, Tensor) and isinstance(v, Tensor) and len(q.shape) == len(v.shape) == 4):
         return False
     (rows, length, heads, key_dim), value_dim = q.shape, v.shape[3]

@@ -1,4 +1,4 @@
-"""The backends, and which of them runs a call: the only place that chooses."""
+"""The backends, and the only place that chooses between them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from retpop.position import Rotation
 LARGEST_HEAD_DIM = 256
 
 AMD_ARCHITECTURES = ("gfx942",)
-"""AMD's GPUs with the matrix cores and the shared memory that the kernels are laid out for."""
+"""AMD GPUs with the matrix cores and the shared memory that the kernels need."""
 
 
 class Backend(Protocol):
-    """What a backend is: a module with these functions, which take checked inputs outside of autocast."""
+    """A backend: a module with these functions, which take checked inputs outside of autocast."""
 
     NAME: str
     """What a user calls it."""
@@ -53,8 +53,8 @@ class Backend(Protocol):
         """POP of three rows, or of the sequence's three tensors and the predictions' three.
 
         Returns:
-            The outputs, of rows or of both, and the final state. With ``spec.main_out == "last"`` the rows of
-            queries and of outputs are short (`retpop.ops.rows`).
+            The outputs, as rows or as two tensors, and the final state. With ``spec.main_out == "last"`` the
+            rows of queries and of outputs are short (`retpop.ops.rows`).
         """
 
     def rotate(
@@ -62,7 +62,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """`retpop.position.rotate` of q and k (B, T, H, Dk); with ``spec`` of rows, q perhaps a short one.
 
-        The queries that come back are for the same backend's `retention` or `pop`.
+        Pass the resulting queries to the same backend's `retention` or `pop`.
         """
 
     def gated_norm(
@@ -79,7 +79,7 @@ class Backend(Protocol):
         """`retpop.ops.torch_backend.gated_norm`."""
 
     def describe(self, inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
-        """What would run (B, T, H) tokens, and how it would go about it; for people."""
+        """The form that would run (B, T, H) tokens, in words."""
 
 
 _BACKENDS: tuple[Backend, ...] = (torch_backend, triton_backend, reference_backend)
@@ -88,12 +88,12 @@ NAMES = ("auto", *_BY_NAME)
 
 
 def choose_backend(where: str, backend: str, inputs: Inputs) -> tuple[Backend, str]:
-    """The backend that runs, and why.
+    """The backend that runs, and the reason.
 
     Args:
-        where: the public function that asks; begins an error's message.
+        where: the public function, which begins an error's message.
         backend: "auto", or the name of one; a named backend is never replaced by another.
-        inputs: what is to be run.
+        inputs: device, dtype and head dims of the call.
 
     Raises:
         ValueError: the name is unknown.
@@ -118,7 +118,7 @@ def choose_backend(where: str, backend: str, inputs: Inputs) -> tuple[Backend, s
 
 @constant_in_graphs
 def why_unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
-    """Half a sentence that says why the Triton backend cannot run such inputs, or None where it can."""
+    """Half a sentence on why the Triton backend cannot run such inputs, or None if it can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu" and not interpreting():
@@ -165,7 +165,7 @@ def explain_backend(
         q: queries, (B, T, H, Dk); only their shape, dtype and device matter.
         v: values, (B, T, H, Dv); None: Dv is Dk.
         mode: "parallel", "chunkwise", "recurrent" or "pop".
-        block_size: with "pop", tokens in a block and, it is assumed, in a prediction; None: left open.
+        block_size: with "pop", tokens in a block and, as assumed here, in a prediction; None: unspecified.
         backend: as the op's argument.
 
     Returns:

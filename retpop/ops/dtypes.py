@@ -1,6 +1,6 @@
-"""Which dtypes go in, what autocast makes of them, and which dtype a state has: rules that all parts share.
+"""Dtypes of inputs, of states, and under autocast: rules that all parts share.
 
-Autocast casts token inputs, and touches nothing inside the operations.
+Autocast casts token inputs and nothing inside the operations.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def zero_state(q: Tensor, v: Tensor, rows: int) -> Tensor:
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which outputs of tokens in ``dtype`` go to the norm that follows them.
 
-    float16 goes in float32: sums over many tokens outgrow its range, and the norm brings them back.
+    float16 goes in float32, because sums over many tokens exceed its range; the norm scales them back.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Inputs(NamedTuple):
-    """What decides which backend can run.
+    """The properties that decide which backend can run.
 
     Attributes:
         device, dtype: of the tokens, after autocast.
@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
 
 
 def outside_autocast(run: Callable[..., Result], *tokens: Tensor) -> Result:
-    """``run`` of token inputs as autocast casts them, with its own products left alone."""
+    """``run`` of token inputs cast by autocast, with autocast off inside."""
     device = tokens[0].device
     if not autocast_is_on(device.type):
         return run(*tokens)
@@ -62,10 +62,10 @@ def outside_autocast(run: Callable[..., Result], *tokens: Tensor) -> Result:
 
 
 def cast_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Token inputs in autocast's dtype where autocast is on for their device, else as they are.
+    """Token inputs in autocast's dtype if autocast is on for their device, else unchanged.
 
-    float64 stays, as in torch's own autocast. States and decays do not pass through here: they keep the
-    precision that retention needs.
+    float64 stays, as in torch's own autocast. States and decays are not cast: they keep the precision that
+    retention needs.
     """
     first = inputs[0]  # all share a device, or the checks that follow refuse them
     if not isinstance(first, Tensor) or not autocast_is_on(first.device.type):
@@ -81,8 +81,8 @@ def dtype_after(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_is_on(device: str) -> bool:
-    """Whether autocast is on for a type of device; never for one that has none, such as "meta"."""
-    # Asking whether there is one takes longest, and torch 2.9 does not compile it.
+    """Whether autocast is on for a type of device; False for one without autocast, such as "meta"."""
+    # The query whether the device has autocast is slowest, and torch 2.9 does not compile it.
     has_autocast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     return has_autocast and torch.is_autocast_enabled(device)
 

@@ -43,13 +43,13 @@ def pop_retention(
         q_pred, k_pred: queries and keys of the predictions, (B, P, M, H, Dk); P and M may be 0.
         v_pred: their values, (B, P, M, H, Dv).
         log_decay: ln γ per head, (H,), float32 or float64, at most 0; -inf is γ = 0. It is used in the
-            state's dtype, so float64 inputs want it in float64.
+            state's dtype, so pass it in float64 with float64 inputs.
         block_size: L, at least 1; divides T.
         offset: the block boundary at which prediction 0 starts, 0 <= offset <= N; P <= N + 1 - offset.
         state: B_0, (B, H, Dk, Dv), float32 (float64 with float64 inputs), or None for zeros.
         scale: c; None: Dk^-0.5.
-        reset: (B, N), bool: a block that starts a new episode, B_n := 0 where reset[:, n], before anything
-            reads B_n. reset[:, 0] drops the given state; B_N is never reset.
+        reset: (B, N), bool: blocks that start a new episode. Where reset[:, n], B_n is set to 0 before block
+            n and its prediction read it. reset[:, 0] drops the given state; B_N is never reset.
         backend: "auto", "torch", "triton" or "reference"; see `retpop.explain_backend`.
 
     Returns:

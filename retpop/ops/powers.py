@@ -1,6 +1,6 @@
-"""The powers of γ that the blocked forms need: one place where they are written.
+"""The powers of γ that the blocked forms need; they are written only here.
 
-Powers come as γ^(i-j) from exponents that are masked first, never as a quotient: γ^-n overflows float32
+Powers γ^(i-j) are exponentials of exponents that are masked first, never quotients: γ^-n overflows float32
 after a few thousand tokens.
 """
 
@@ -23,10 +23,10 @@ _LOG_HALF = math.log(0.5)
 
 
 def default_scale(scale: float | None, head_key_dim: int) -> float:
-    """The scale c that was given, or Dk^-0.5."""
+    """The given scale c, or Dk^-0.5."""
     if scale is None:
         return head_key_dim**-0.5
-    return float(scale) if isinstance(scale, Real) else scale  # NumPy's would make arrays of tensors
+    return float(scale) if isinstance(scale, Real) else scale  # a NumPy scalar would turn tensors into arrays
 
 
 class Across(NamedTuple):
@@ -45,9 +45,9 @@ class BlockPowers(NamedTuple):
 
     Attributes:
         within: c γ^(i-j) for i >= j, else 0: (H, L, L).
-        from_start: c γ^(i+1), what token i sees of the state before the block: (H, L, 1).
-        to_end: γ^(L-1-j), what is left of token j after the block: (H, L, 1).
-        across: γ^L, what is left of the state before the block, (H, 1, 1).
+        from_start: c γ^(i+1), the weight of the state before the block for token i: (H, L, 1).
+        to_end: γ^(L-1-j), the weight of token j in the state after the block: (H, L, 1).
+        across: γ^L, the weight of the state before the block in the state after it, (H, 1, 1).
     """
 
     within: Tensor
@@ -56,14 +56,14 @@ class BlockPowers(NamedTuple):
     across: Across
 
     def of_last_token(self) -> BlockPowers:
-        """The powers for a block of which only the last token's output is wanted."""
+        """The powers for a block with an output of its last token only."""
         return self._replace(within=self.within[:, -1:], from_start=self.from_start[:, -1:])
 
 
 class DecayPowers:
-    """The powers of one set of log-decays, computed once for each block length that is asked for.
+    """The powers of one set of log-decays, computed once per block length.
 
-    A decoder makes one at each call and hands it to its layers; nothing outlives the call.
+    A decoder makes one at each call for its layers; it does not outlive the call.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class DecayPowers:
     ) -> None:
         """Take log-decays (H,), the output's scale c, and the dtype that states have.
 
-        With ``values``, the log-decays where they are at hand, a token's decay takes fewer operations.
+        With ``values``, the log-decays as numbers, a token's decay takes fewer operations.
         """
-        self._keeps_half = values is not None and min(values) >= _LOG_HALF  # so it usually is
+        self._keeps_half = values is not None and min(values) >= _LOG_HALF  # the usual case
         log_decay = log_decay if log_decay.dtype == dtype else log_decay.to(dtype)
         self.log_decay = log_decay if self._keeps_half else log_decay.clamp(min=_LOG_ZERO)
         self.scale = scale
@@ -88,13 +88,13 @@ class DecayPowers:
             if known == length:
                 return powers
         powers = self._powers(length)
-        # A compiler finds equal computations itself, and lets no checkpointed layer write to a list outside.
+        # A compiler merges equal computations itself; a checkpointed layer must not write to an outer list.
         if not torch.compiler.is_compiling():
             self._blocks.append((length, powers))
         return powers
 
     def across_token(self) -> Across:
-        """What is left of a state after one token, two of (H, 1, 1)."""
+        """The weight of a state after one token, two of (H, 1, 1)."""
         if self._token:
             return self._token[0]
         exponents = self.log_decay.view(-1, 1, 1)
@@ -123,7 +123,7 @@ class DecayPowers:
         return (log_decay * exponents).exp()
 
     def across(self, lengths: Tensor) -> Across:
-        """γ^n, for what is left of a state after n tokens; lengths n (...): two of (H, ...)."""
+        """γ^n, the weight of a state after n tokens; lengths n (...): two of (H, ...)."""
         return _across(self.log_decay.reshape(-1, *[1] * lengths.dim()) * lengths)
 
 
@@ -134,18 +134,18 @@ def _across(exponents: Tensor) -> Across:
 
 
 def advance(state: Tensor, across: Across, added: Tensor) -> Tensor:
-    """The state after a stretch of tokens: γ^n S + added.
+    """The state after n more tokens: γ^n S + added.
 
     Computed as whole · S + (rest · S + added), with whole = 1 and rest = γ^n - 1 where γ^n is near 1, so that
-    only random rounding errors remain. A product with a rounded γ errs by up to 3e-8, every time in the same
-    direction, which a state that lives for thousands of steps adds up to 6e-5.
+    only random rounding errors remain. A product with a rounded γ errs by up to 3e-8, always in the same
+    direction, and a state that lives for thousands of steps adds that up to 6e-5.
     """
     change = torch.addcmul(added, state, across.rest)
     return change + state if across.whole is None else torch.addcmul(change, state, across.whole)
 
 
 def advance_in_place(state: Tensor, across: Across, added: Tensor) -> Tensor:
-    """`advance`, written over ``added``, which nobody else holds; fresh memory costs more than the sums."""
+    """`advance` in place of ``added``, which has no other reader; fresh memory costs more than the sums."""
     if is_transformed():
         return advance(state, across, added)
     change = added.addcmul_(state, across.rest)

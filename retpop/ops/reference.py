@@ -67,7 +67,7 @@ def pop_retention(
             current = torch.where(reset[:, n, None, None, None], torch.zeros_like(current), current)
         if offset <= n < offset + num_predictions:
             p = n - offset
-            # A prediction reads the state and leaves it as it was.
+            # A prediction reads the state and does not change it.
             pred, _ = _one_sequence(q_pred[:, p], k_pred[:, p], v_pred[:, p], log_decay, current, scale)
             preds.append(pred.unsqueeze(1))
         if n < num_blocks:
@@ -93,5 +93,5 @@ def _one_sequence(
 
 def _initial_state(q: Tensor, v: Tensor, state: Tensor | None, rows: int) -> Tensor:
     if state is not None:
-        return state.clone()  # what comes out is never what went in, not even after no tokens
+        return state.clone()  # the result is never an input itself, not even with no tokens
     return q.new_zeros(rows, *q.shape[2:], v.shape[-1], dtype=state_dtype(q.dtype))

@@ -30,14 +30,14 @@ def retention(
     packing: Packing | None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Retention token by token; the mode and its chunks change nothing."""
+    """Retention token by token, in every mode."""
     bounds = None if packing is None else packing.bounds
     q, k, v = (x.to(out_dtype or x.dtype) for x in (q, k, v))  # it computes in float32 anyway
     return reference.retention(q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds)
 
 
 def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
-    """POP block by block, of every token; of rows, those that nobody reads are dropped afterwards."""
+    """POP block by block, of every token; unread outputs of rows are dropped afterwards."""
     if len(tokens) == 3:
         q, k, v = tokens
         (q, q_pred), (k, k_pred), (v, v_pred) = (

@@ -32,14 +32,14 @@ def retention(
         q, k: queries and keys, (B, T, H, Dk), float64, float32, float16 or bfloat16; T may be 0.
         v: values, (B, T, H, Dv), of the same dtype.
         log_decay: ln γ per head, (H,), float32 or float64, at most 0; -inf is γ = 0. It is used in the
-            state's dtype, so float64 inputs want it in float64.
+            state's dtype, so pass it in float64 with float64 inputs.
         mode: "parallel" (quadratic in T, one matrix product), "chunkwise" (linear in T) or "recurrent" (a
             loop over T). All give the same outputs and the same state.
         state: (B, H, Dk, Dv), float32 (float64 with float64 inputs), carried from what came before, or None
             for the start of a sequence.
         scale: c; None: Dk^-0.5.
-        chunk_size: tokens in a chunk of the chunkwise mode, a power of two, at least 16; None: 64. It is the
-            torch backend's; the Triton backend's kernels choose their chunks by the GPU.
+        chunk_size: tokens in a chunk of the chunkwise mode, a power of two, at least 16; None: 64. The
+            Triton backend ignores it: its kernels choose their chunks by the GPU.
         cu_seqlens: boundaries of S sequences packed into one row, (S + 1,), int32 or int64, from 0 to T. B is
             then 1 and states are (S, H, Dk, Dv); an empty sequence's state passes through.
         backend: "auto", "torch", "triton" or "reference"; see `retpop.explain_backend`.

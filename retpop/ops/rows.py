@@ -1,4 +1,4 @@
-"""POP beside its tensors, and its rows: the tokens of a sequence with all prediction tokens behind them.
+"""POP's arguments beside its tensors, and its rows: a sequence's tokens followed by all prediction tokens.
 
 A row is (B, T + P·M, ...). A short row has only the last token of each of the N blocks before the
 predictions, (B, N + P·M, ...).
@@ -30,7 +30,7 @@ def split_row(row: Tensor, predictions: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 class PopSpec(NamedTuple):
-    """What POP is told beside its tensors.
+    """POP's arguments beside its tensors.
 
     Attributes:
         powers: the decays, with the scale c.
@@ -50,14 +50,14 @@ class PopSpec(NamedTuple):
     out_dtype: torch.dtype | None = None
 
     def readers(self, row: Tensor) -> Tensor:
-        """The tokens of a row whose outputs are wanted: the row itself, or a short one."""
+        """The tokens of a row whose outputs are needed: the row itself, or a short one."""
         if self.main_out == "all":
             return row
         main, pred = split_row(row, self.predictions)
         return join_row(main[:, self.block_size - 1 :: self.block_size], pred)
 
     def all_tokens(self, row: Tensor) -> Tensor:
-        """A row that `readers` makes ``row`` again, with zeros for the tokens that it leaves out."""
+        """The inverse of `readers`: the full row, with zeros for the tokens that are left out."""
         if self.main_out == "all":
             return row
         last, pred = split_row(row, self.predictions)

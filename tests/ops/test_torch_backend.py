@@ -1,4 +1,4 @@
-"""The PyTorch backend's faster way: in stretches of any size, written into place, with its own gradients."""
+"""The PyTorch backend's faster way: in groups of any size, written into place, with its own gradients."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ CASES = {
 
 @pytest.mark.usefixtures("values_at_once")
 @pytest.mark.parametrize("name", CASES)
-def test_stretches_of_any_size(name: str) -> None:
+def test_groups_of_any_size(name: str) -> None:
     case = CASES[name].for_gradients()
     expected = run(case, "reference")
     with torch.no_grad():
@@ -75,14 +75,14 @@ def test_short_blocks_of_many_rows_go_at_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(eager, "VALUES_A_THREAD", 8 * 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     few, many = (torch.empty(16, length, 2, 4) for length in (4, 68))
-    assert [part.rows for part in eager.stretches(few, 64)] == [slice(0, 16)]
-    assert [part.num_blocks for part in eager.stretches(many, 64)] == [1] * 16 + [1]
-    assert list(eager.stretches(many, 64))[-1] == eager.Stretch(slice(0, 16), slice(1, 2), slice(64, 68), 4)
+    assert [group.rows for group in eager.groups(few, 64)] == [slice(0, 16)]
+    assert [group.num_blocks for group in eager.groups(many, 64)] == [1] * 16 + [1]
+    assert list(eager.groups(many, 64))[-1] == eager.Group(slice(0, 16), slice(1, 2), slice(64, 68), 4)
 
 
 @pytest.mark.usefixtures("values_at_once")
 @pytest.mark.parametrize("main_out", ["all", "last"])
-def test_stretches_of_rows_in_a_decoder(main_out: str) -> None:
+def test_groups_of_rows_in_a_decoder(main_out: str) -> None:
     cfg = RetNetConfig(embed_dim=12, num_heads=2, num_layers=2, ffn_dim=8)
     decoder = RetNetDecoder(cfg, dtype=torch.float64)
     tokens = [normal(3, 20, 12, seed=1).requires_grad_(), normal(3, 4, 3, 12, seed=2).requires_grad_()]

@@ -1,8 +1,8 @@
-"""The PyTorch backend: which of its ways a call takes, and the gradients of the faster one.
+"""The PyTorch backend: it chooses between eager and plain forms, and gives the eager ones their gradients.
 
-In eager PyTorch chunkwise mode, packed sequences and POP are computed with gradients by explicit formulas
-(`eager`, `packed`). Where somebody else wants to see every operation - a compiler, a transform of
-`torch.func`, forward-mode AD, a derivative of a derivative - `plain` forms run, as the other modes always do.
+In eager PyTorch, chunkwise mode, packed sequences and POP have gradients by explicit formulas (`eager`,
+`packed`). Where every operation must be visible - to a compiler, a `torch.func` transform, forward-mode AD,
+a second derivative - `plain` forms run. The other modes are always plain.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.
 
 
 class Form(Protocol):
-    """An operation of tokens and a state: in plain operations, and by formulas that hide their steps."""
+    """An operation on tokens and a state, in plain operations and by formulas with explicit gradients."""
 
     @property
     def reset(self) -> Tensor | None:
-        """What the formulas read beside their inputs, if there is something."""
+        """The mask that the formulas read beside their inputs, if any."""
 
     def plain(self, tokens: Sequence[Tensor], state: Tensor) -> tuple[Tensor, ...]:
         """The outputs, one for every three tensors of tokens, and the final state."""
@@ -47,7 +47,7 @@ class Form(Protocol):
     def gradients(
         self, tokens: Sequence[Tensor], grads: Sequence[Tensor], states: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Those of tokens and state that are needed, from those of the results of `plain`."""
+        """The needed gradients of tokens and state, from those of the results of `plain`."""
 
 
 def retention(
@@ -88,7 +88,7 @@ def retention(
 
 
 def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
-    """POP of three rows, or of the sequence's three tensors and the predictions'; outputs, final state."""
+    """POP of three rows, or of sequence and prediction tensors; returns outputs and final state."""
     state = zero_state(tokens[0], tokens[2], tokens[0].shape[0]) if state is None else state
     return _run(eager.Pop(spec), tokens, state)
 
@@ -100,7 +100,7 @@ def gradients(
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Those of a form's tokens and state that are needed, from those of its results; None for zeros."""
+    """The needed gradients of a form's tokens and state, from those of its results; None for zeros."""
     outs, final, states = form.forward(tokens, state, keep=True)
     above = [torch.zeros_like(x) if g is None else g for x, g in zip((*outs, final), grads, strict=True)]
     return form.gradients(tokens, above, states, needs)
@@ -163,19 +163,19 @@ def _run(form: Form, tokens: Sequence[Tensor], state: Tensor) -> tuple[Tensor, .
 
 
 def _is_watched() -> bool:
-    """Whether somebody wants to see plain operations: a transform, forward-mode AD, a trace."""
+    """Whether plain operations must be visible: to a transform, forward-mode AD or a trace."""
     return is_transformed() or torch.jit.is_tracing()
 
 
 class _ByFormula(torch.autograd.Function):
-    """A form with its gradients; what it keeps are its inputs and the states between."""
+    """A form with its gradients; it keeps its inputs and the states between blocks."""
 
     @staticmethod
     def forward(ctx: Any, form: Form, *inputs: Tensor) -> tuple[Tensor, ...]:
         *tokens, state = inputs
         outs, final, states = form.forward(tokens, state, keep=True)
         ctx.form = form
-        ctx.save_for_backward(*inputs, states, form.reset)  # so that it is noticed if they are written over
+        ctx.save_for_backward(*inputs, states, form.reset)  # so that later writes into them are noticed
         needs = ctx.needs_input_grad[1:]
         carried = needs[1] or needs[2] or needs[-1]  # keys, values and state
         own = [any(needs[3 * i : 3 * i + 3]) for i in range(len(outs))]
@@ -187,7 +187,7 @@ class _ByFormula(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, states, _ = ctx.saved_tensors
         with without_autocast(states.device):
-            # Gradients are to have gradients, or come in a batch: then by autograd through the plain form.
+            # Second derivatives and batched gradients go by autograd through the plain form.
             if torch.is_grad_enabled() or _is_watched() or are_batched(grads):
                 found = _plain_gradients(ctx.form, inputs, grads)
             else:
@@ -199,10 +199,10 @@ def _plain_gradients(
     form: Form, inputs: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     with torch.enable_grad():
-        *tokens, state = inputs = [x.view_as(x) for x in inputs]  # one each, where the same came twice
+        *tokens, state = inputs = [x.view_as(x) for x in inputs]  # one gradient each, even of the same tensor
         results = form.plain(tokens, state)
         pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]
-    if not pairs:  # of no tokens, say
+    if not pairs:  # for example with no tokens
         return [None] * len(inputs)
     wanted = [x for x in inputs if x.requires_grad]
     results, grads = zip(*pairs, strict=True)

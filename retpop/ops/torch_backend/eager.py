@@ -1,8 +1,8 @@
 """Chunkwise retention and POP in eager PyTorch, some blocks at a time; each formula beside its gradient.
 
-A block is L tokens of one row and one head; products take many at once, as (N·B·H, L, D) in memory. Numbers
-of blocks come first, so that the states at N + 1 boundaries, (N + 1, B, H, Dk, Dv), are before the blocks
-without the last, and after them without the first. Results are written into place, in the states' dtype.
+A block is L tokens of one row and one head; products take many at once, as (N·B·H, L, D) in memory. The
+block index comes first: of the states at N + 1 boundaries, (N + 1, B, H, Dk, Dv), the first N are before the
+blocks and the last N after them. Results are written in place, in the states' dtype.
 
 The formulas are those of `plain`. With G the gradient of the state after a block, S the state before it, and
 g_i the gradient of output o_i, the gradients are
@@ -29,8 +29,8 @@ from retpop.ops.rows import PopSpec
 from retpop.ops.torch_backend import plain
 
 VALUES_A_THREAD = 2**17
-"""How many numbers of a tensor each thread of a CPU takes at once: those of a stretch then stay in its core's
-cache, and their memory is used again, where fresh memory would cost as much as the arithmetic."""
+"""Numbers of a tensor that each CPU thread takes at once. A group then stays in the core's cache and reuses
+memory; fresh memory would cost as much as the arithmetic."""
 
 Tokens = Sequence[Tensor]
 """Tensors of tokens: queries, keys and values, (B, T, H, D), outputs, or gradients of them."""
@@ -39,13 +39,13 @@ Kept = tuple[list[Tensor], Tensor, Tensor]
 """The outputs, the final state, and the states that the gradients need."""
 
 
-class Stretch(NamedTuple):
-    """Blocks that are taken at once: all of some rows of a batch, or one block of each.
+class Group(NamedTuple):
+    """A group of blocks that are computed at once: all of some rows of a batch, or one block of each.
 
     Attributes:
         rows: of the batch.
-        blocks: their numbers in the row.
-        tokens: the tokens that are in them.
+        blocks: their indices in the row.
+        tokens: their tokens.
         size: tokens in a block.
     """
 
@@ -59,9 +59,9 @@ class Stretch(NamedTuple):
         """Blocks of each row."""
         return int(self.blocks.stop - self.blocks.start)
 
-    def ends(self) -> Stretch:
-        """The same blocks of a sequence that holds nothing but the last token of each."""
-        return Stretch(self.rows, self.blocks, self.blocks, 1)
+    def ends(self) -> Group:
+        """The same blocks of a sequence that holds only the last token of each."""
+        return Group(self.rows, self.blocks, self.blocks, 1)
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Blocks of (B, T, H, D) by head, cast: (N·B·H, L, D). Perhaps ``x`` itself: not to be written to."""
@@ -69,7 +69,7 @@ class Stretch(NamedTuple):
         return x.to(dtype, memory_format=torch.contiguous_format).contiguous().flatten(0, 2)
 
     def put(self, into: Tensor, blocks: Tensor) -> None:
-        """Write blocks by head to their place in (B, T, H, D); the other way round."""
+        """The inverse of `take`: write blocks by head to their place in (B, T, H, D)."""
         place = _by_head(into[self.rows, self.tokens], self.size)
         place.copy_(blocks.view(place.shape))
 
@@ -78,36 +78,35 @@ def _by_head(x: Tensor, size: int) -> Tensor:
     return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)  # (B, N·L, H, D) as (N, B, H, L, D)
 
 
-def stretches(x: Tensor, size: int) -> Iterator[Stretch]:
-    """Cut (B, T, H, D) into blocks of ``size`` tokens, the last perhaps shorter, and those into stretches.
+def groups(x: Tensor, size: int) -> Iterator[Group]:
+    """Cut (B, T, H, D) into blocks of ``size`` tokens, the last perhaps shorter, in groups.
 
-    Those of a row come in its order, and all rows' full blocks before what is left over.
+    The blocks of a row come in order, and all full blocks before the shorter last ones.
     """
     full, left = divmod(x.shape[1], size)
     yield from _cut(x, size, 0, full)
     if left:
-        for part in _cut(x, left, full, 1):
-            yield part._replace(tokens=slice(full * size, full * size + left))
+        for group in _cut(x, left, full, 1):
+            yield group._replace(tokens=slice(full * size, full * size + left))
 
 
-def _cut(x: Tensor, size: int, first: int, count: int) -> Iterator[Stretch]:
-    """Stretches of ``count`` blocks of equal size, from number ``first`` on."""
+def _cut(x: Tensor, size: int, first: int, count: int) -> Iterator[Group]:
+    """Groups of ``count`` blocks of equal size, from index ``first`` on."""
     batch = x.shape[0]
-    cached = x.is_cpu and not torch.compiler.is_compiling()  # whose backward pass may be compiled alone
+    cached = x.is_cpu and not torch.compiler.is_compiling()  # the backward pass may be compiled alone
     at_once = VALUES_A_THREAD * torch.get_num_threads() if cached else x.numel()
     limit = at_once // (size * x.shape[2] * x.shape[3])  # blocks
     rows, blocks = max(1, min(batch, limit)), max(1, limit // max(1, batch))
     for start in range(first, first + count, blocks):
         end = min(start + blocks, first + count)
         for row in range(0, batch, rows):
-            yield Stretch(slice(row, row + rows), slice(start, end), slice(start * size, end * size), size)
+            yield Group(slice(row, row + rows), slice(start, end), slice(start * size, end * size), size)
 
 
 class Blocks(NamedTuple):
     """Blocks of tokens by head: each (N·B·H, L, D).
 
-    Where only the last token's output is wanted, ``q`` holds one token a block, and the powers that come with
-    the blocks are for it.
+    If only the last token's output is needed, ``q`` holds one token per block, and the powers are for it.
     """
 
     q: Tensor
@@ -135,9 +134,9 @@ class Blocks(NamedTuple):
             grad: of the outputs.
             read: ``grad`` times ``powers.from_start``.
             starts: the states before the blocks, (N, B, H, Dk, Dv).
-            ends: the gradients of the states after them, likewise; None where nothing comes after.
+            ends: the gradients of the states after them, likewise; None if nothing follows.
             powers: of γ for L tokens.
-            needs: which of the three are wanted.
+            needs: which of the three are needed.
         """
         dq = dk = dv = None
         if needs[0] or needs[1]:
@@ -161,21 +160,21 @@ class Blocks(NamedTuple):
 
 
 def carry(states: Tensor, across: Across, resets: Tensor | None = None) -> None:
-    """Add to each state (N + 1, B, H, Dk, Dv) what is left of the one before it; the first is finished."""
+    """Add to each state (N + 1, B, H, Dk, Dv) the decayed one before it; the first is complete."""
     for n in range(1, states.shape[0]):
         advance_in_place(states[n - 1], across, states[n])
-        if resets is not None:  # not a product: 0 * NaN would carry a NaN over into the next episode
+        if resets is not None:  # not a product: 0 * NaN would carry a NaN into the next episode
             states[n].masked_fill_(resets[n], 0)
 
 
 def carry_back(grads: Tensor, across: Across, resets: Tensor | None = None) -> None:
-    """Add to the gradients of states (N + 1, B, H, Dk, Dv) what comes from the states after them.
+    """Add to the gradients of states (N + 1, B, H, Dk, Dv) the part from the states after them.
 
-    The last of them is finished. The others hold what comes from outputs.
+    The last one is complete; the others hold the part from outputs.
     """
     for n in range(grads.shape[0] - 2, -1, -1):
         advance_in_place(grads[n + 1], across, grads[n])
-        if resets is not None:  # what came before has no influence; 0 * NaN would carry a NaN back
+        if resets is not None:  # earlier states have no influence; 0 * NaN would carry a NaN back
             grads[n].masked_fill_(resets[n], 0)
 
 
@@ -211,20 +210,20 @@ class Chunks(NamedTuple):
         """Outputs, final state, and, with ``keep``, the states at the N + 1 boundaries of chunks."""
         k, v = tokens[1:]
         out = v.new_empty(v.shape, dtype=self.out_dtype)
-        cuts = list(stretches(k, self.chunk_size))
+        cuts = list(groups(k, self.chunk_size))
         held = 0 if not cuts else cuts[-1].blocks.stop if keep else cuts[0].num_blocks
         states = state.new_empty(held + 1, *state.shape)
         states[0] = state
-        for part in cuts:
-            first = part.blocks.start if keep else 0
-            window = states[first : first + part.num_blocks + 1, part.rows]
-            powers = self.powers.block(part.size)
-            blocks = Blocks(*(part.take(x, state.dtype) for x in tokens))
+        for group in cuts:
+            first = group.blocks.start if keep else 0
+            window = states[first : first + group.num_blocks + 1, group.rows]
+            powers = self.powers.block(group.size)
+            blocks = Blocks(*(group.take(x, state.dtype) for x in tokens))
             blocks.additions(powers, window[1:])
             carry(window, powers.across)
-            part.put(out, blocks.outputs(window[:-1], powers))
+            group.put(out, blocks.outputs(window[:-1], powers))
             if not keep:
-                states[0, part.rows] = window[-1]
+                states[0, group.rows] = window[-1]
         return [out], states[-1 if keep else 0].clone(), states
 
     def gradients(
@@ -233,20 +232,20 @@ class Chunks(NamedTuple):
         """dq, dk, dv and that of the first state, from those of the outputs and of the final state."""
         grad, grad_state = grads
         found = [x.new_empty(x.shape) for x in tokens]
-        cuts = list(stretches(tokens[1], self.chunk_size))
+        cuts = list(groups(tokens[1], self.chunk_size))
         sums = states.new_empty(1 + (cuts[0].num_blocks if cuts else 0), *grad_state.shape)
         sums[0] = grad_state
-        for part in reversed(cuts):  # the first place holds the gradient of the state after this stretch
-            window = sums[: part.num_blocks + 1, part.rows]
-            window[-1] = sums[0, part.rows]
-            powers = self.powers.block(part.size)
-            *own, g = (part.take(x, states.dtype) for x in (*tokens, grad))
+        for group in reversed(cuts):  # the first entry holds the gradient of the state after this group
+            window = sums[: group.num_blocks + 1, group.rows]
+            window[-1] = sums[0, group.rows]
+            powers = self.powers.block(group.size)
+            *own, g = (group.take(x, states.dtype) for x in (*tokens, grad))
             blocks, read = Blocks(*own), scaled(g, powers.from_start)
-            if any(needs[1:]):  # all but the queries' gradient come from later blocks as well
+            if any(needs[1:]):  # all gradients except the queries' have a part from later blocks
                 _flat(window[:-1]).baddbmm_(blocks.q.mT, read, beta=0)
                 carry_back(window, powers.across)
-            starts = states[part.blocks, part.rows]
-            _put((part,) * 3, found, blocks.gradients(g, read, starts, window[1:], powers, needs))
+            starts = states[group.blocks, group.rows]
+            _put((group,) * 3, found, blocks.gradients(g, read, starts, window[1:], powers, needs))
         return [x if need else None for x, need in zip((*found, sums[0].clone()), needs, strict=True)]
 
 
@@ -276,24 +275,24 @@ class Pop(NamedTuple):
         resets = _at_boundaries(spec.reset)
         states = state.new_empty(1 + k.shape[1] // spec.block_size, *state.shape)
         states[0] = state if resets is None else state.masked_fill(resets[0], 0)
-        for part in stretches(k, spec.block_size):
-            boundaries = slice(part.blocks.start, part.blocks.stop + 1), part.rows
+        for group in groups(k, spec.block_size):
+            boundaries = slice(group.blocks.start, group.blocks.stop + 1), group.rows
             window = states[boundaries]
-            readers, powers = _readers_of(part, spec)
-            blocks = Blocks(readers.take(q, state.dtype), *(part.take(x, state.dtype) for x in (k, v)))
+            readers, powers = _readers_of(group, spec)
+            blocks = Blocks(readers.take(q, state.dtype), *(group.take(x, state.dtype) for x in (k, v)))
             blocks.additions(powers, window[1:])
             carry(window, powers.across, None if resets is None else resets[boundaries])
             readers.put(out, blocks.outputs(window[:-1], powers))
-        for part in _prediction_stretches(pred, spec):
-            starts = states[spec.offset :][part.blocks, part.rows]
-            blocks = Blocks(*(part.take(x, state.dtype) for x in pred))
-            part.put(out_pred, blocks.outputs(starts, spec.powers.block(part.size)))
+        for group in _prediction_groups(pred, spec):
+            starts = states[spec.offset :][group.blocks, group.rows]
+            blocks = Blocks(*(group.take(x, state.dtype) for x in pred))
+            group.put(out_pred, blocks.outputs(starts, spec.powers.block(group.size)))
         return outs, states[-1].clone(), states
 
     def gradients(
         self, tokens: Tokens, grads: Tokens, states: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Those of ``tokens`` and of the first state, from those of the outputs and of the final state."""
+        """Gradients of ``tokens`` and the first state, from those of the outputs and the final state."""
         spec = self.spec
         found = [x.new_empty(x.shape) for x in tokens]
         (main, pred), ((grad,), (grad_pred,)), (into, into_pred) = (
@@ -302,20 +301,20 @@ class Pop(NamedTuple):
         carried = needs[1] or needs[2] or needs[-1]  # keys, values and state: not the queries
         sums = torch.zeros_like(states)
         sums[-1] = grads[-1]
-        for part in _prediction_stretches(pred, spec):
-            powers = spec.powers.block(part.size)
-            *own, g = (part.take(x, states.dtype) for x in (*pred, grad_pred))
+        for group in _prediction_groups(pred, spec):
+            powers = spec.powers.block(group.size)
+            *own, g = (group.take(x, states.dtype) for x in (*pred, grad_pred))
             blocks, read = Blocks(*own), scaled(g, powers.from_start)
-            starts, grad_starts = (x[spec.offset :][part.blocks, part.rows] for x in (states, sums))
+            starts, grad_starts = (x[spec.offset :][group.blocks, group.rows] for x in (states, sums))
             if carried:
                 _flat(grad_starts).baddbmm_(blocks.q.mT, read)
-            _put((part,) * 3, into_pred, blocks.gradients(g, read, starts, None, powers, needs[-4:-1]))
+            _put((group,) * 3, into_pred, blocks.gradients(g, read, starts, None, powers, needs[-4:-1]))
         resets = _at_boundaries(spec.reset)
-        for part in reversed(list(stretches(main[1], spec.block_size))):
-            at = slice(part.blocks.start, part.blocks.stop + 1), part.rows
-            window, starts = sums[at], states[part.blocks, part.rows]
-            readers, powers = _readers_of(part, spec)
-            places = readers, part, part, readers
+        for group in reversed(list(groups(main[1], spec.block_size))):
+            at = slice(group.blocks.start, group.blocks.stop + 1), group.rows
+            window, starts = sums[at], states[group.blocks, group.rows]
+            readers, powers = _readers_of(group, spec)
+            places = readers, group, group, readers
             pairs = zip(places, (*main, grad), strict=True)
             *own, g = (place.take(x, states.dtype) for place, x in pairs)
             blocks, read = Blocks(*own), scaled(g, powers.from_start)
@@ -327,7 +326,7 @@ class Pop(NamedTuple):
 
 
 def _parts(tensors: Tokens, spec: PopSpec) -> tuple[Tokens, Tokens]:
-    """Sequence and predictions as views (B, ·, H, D): of rows, or of the one's tensors and the other's."""
+    """Sequence and predictions as views (B, ·, H, D), of rows or of separate tensors."""
     if tensors[-1].dim() == 5:
         half = len(tensors) // 2
         return tensors[:half], [x.flatten(1, 2) for x in tensors[half:]]
@@ -336,33 +335,33 @@ def _parts(tensors: Tokens, spec: PopSpec) -> tuple[Tokens, Tokens]:
     return main, pred
 
 
-def _prediction_stretches(pred: Tokens, spec: PopSpec) -> Iterable[Stretch]:
-    """The stretches of predictions (B, P·M, H, D), one block each; none where M is 0."""
-    return stretches(pred[1], spec.predictions[1]) if spec.predictions[1] else ()
+def _prediction_groups(pred: Tokens, spec: PopSpec) -> Iterable[Group]:
+    """The groups of predictions (B, P·M, H, D), one block each; none where M is 0."""
+    return groups(pred[1], spec.predictions[1]) if spec.predictions[1] else ()
 
 
 def _at_boundaries(reset: Tensor | None) -> Tensor | None:
-    """Where the state at a boundary is dropped, (N + 1, B, 1, 1, 1); never at the last one."""
+    """The mask of boundaries where the state is dropped, (N + 1, B, 1, 1, 1); never the last one."""
     if reset is None:
         return None
     never = reset.new_zeros(1, reset.shape[0])
     return torch.cat((reset.T, never))[:, :, None, None, None]
 
 
-def _readers_of(part: Stretch, spec: PopSpec) -> tuple[Stretch, BlockPowers]:
-    """Where the queries and outputs of a stretch of the sequence are, and the powers for them."""
-    powers = spec.powers.block(part.size)
-    return (part.ends(), powers.of_last_token()) if spec.main_out == "last" else (part, powers)
+def _readers_of(group: Group, spec: PopSpec) -> tuple[Group, BlockPowers]:
+    """The places of a group's queries and outputs, and the powers for them."""
+    powers = spec.powers.block(group.size)
+    return (group.ends(), powers.of_last_token()) if spec.main_out == "last" else (group, powers)
 
 
-def _put(places: Sequence[Stretch], into: Tokens, found: Sequence[Tensor | None]) -> None:
+def _put(places: Sequence[Group], into: Tokens, found: Sequence[Tensor | None]) -> None:
     for place, x, gradient in zip(places, into, found, strict=True):
         if gradient is not None:
             place.put(x, gradient)
 
 
 def _flat(states: Tensor) -> Tensor:
-    """A stretch's states (N, B, H, Dk, Dv) as a view (N·B·H, Dk, Dv)."""
+    """A group's states (N, B, H, Dk, Dv) as a view (N·B·H, Dk, Dv)."""
     return states.view(-1, *states.shape[-2:])
 
 

@@ -1,6 +1,6 @@
 """`retpop::chunkwise`: chunkwise mode as one operation, in an exported program whose length is left open.
 
-The loop over chunks has as many rounds as there are chunks, which no such graph can write down.
+The loop over chunks runs once per chunk, and a graph of open length cannot express that.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Retention of sequences of different lengths packed into one row.
 
 `cu_seqlens` follows flash-attention's convention: sequence s is the tokens cu_seqlens[s] .. cu_seqlens[s+1].
-Chunkwise mode cuts every sequence into chunks of its own and computes all chunks of all sequences at once,
-with gradients by the formulas of `eager`; recurrent mode steps all sequences that still have a token left;
-parallel mode takes them one by one, which is what keeps its quadratic cost to each sequence's own length.
+Chunkwise mode cuts every sequence into chunks and computes the chunks of all sequences at once, with
+gradients by the formulas of `eager`. Recurrent mode steps all sequences that have a token left. Parallel mode
+takes the sequences one by one, so its quadratic cost depends on each sequence's own length.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from retpop.ops.torch_backend.eager import Blocks, Kept, scaled
 
 
 class ChunkPlan(NamedTuple):
-    """How packed sequences are cut into chunks of at most C tokens.
+    """The cut of packed sequences into chunks of at most C tokens.
 
     Chunks are numbered in the order of their tokens. In the j-th step of a scan over chunks, the sequences
     that have a j-th chunk come first when sequences are ordered by length, longest first.
 
     Attributes:
-        tokens: (chunks, C), the token each place holds; places past a chunk's end repeat its last token.
+        tokens: (chunks, C), the index of each place's token; places past a chunk's end repeat its last token.
         lengths: (chunks,), tokens in each chunk.
-        filled: (chunks, C), whether a place holds a token of its own.
+        filled: (chunks, C), whether a place holds a token.
         order: (S,), the sequences, longest first.
         steps: for each step j, the j-th chunk of every sequence that has one, in that order.
     """
@@ -48,14 +48,14 @@ class ChunkPlan(NamedTuple):
 class Packing:
     """The boundaries of packed sequences, and the plans for them that the torch backend makes on the host.
 
-    Made once a call: a decoder hands one to all of its layers. Reading the boundaries waits for a GPU; the
-    Triton backend's kernels read them where they are.
+    A decoder makes one per call for all of its layers. Reading the boundaries waits for a GPU; the Triton
+    backend's kernels read them on the device.
     """
 
     def __init__(self, where: str, cu_seqlens: Tensor, length: int) -> None:
         """Take the boundaries of sequences that fill ``length`` tokens; ``where`` begins messages.
 
-        They are read, and checked, at once if that costs nothing, else when a backend asks for them.
+        They are read and checked at once if that costs nothing, else when a backend needs them.
         """
         self.cu_seqlens = cu_seqlens
         self._where, self._length = where, length
@@ -66,7 +66,7 @@ class Packing:
 
     @property
     def bounds(self) -> list[int]:
-        """The boundaries on the host; ValueError where they do not fit the tokens."""
+        """The boundaries on the host; ValueError if they do not fit the tokens."""
         return self._read() if self._bounds is None else self._bounds
 
     @property
@@ -131,7 +131,7 @@ class Chunks(NamedTuple):
         tables = self._powers()
         added = plain.block_additions(k, v, tables.to_end).squeeze(0)
         starts, final = self._scan(added, state)
-        out = plain.attend(q, k, v, starts.unsqueeze(0), tables).squeeze(0)
+        out = plain.block_outputs(q, k, v, starts.unsqueeze(0), tables).squeeze(0)
         return self._put_back(out, self.out_dtype), final
 
     def forward(self, tokens: Sequence[Tensor], state: Tensor, keep: bool) -> Kept:
@@ -147,7 +147,7 @@ class Chunks(NamedTuple):
     def gradients(
         self, tokens: Sequence[Tensor], grads: Sequence[Tensor], states: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """dq, dk, dv and those of the first states, from those of the outputs and of the final states."""
+        """dq, dk, dv and gradients of the first states, from those of the outputs and the final states."""
         taken = [
             *self._all_taken(tokens, states.dtype),
             self._taken(grads[0], states.dtype, with_zeros=True),
@@ -167,8 +167,8 @@ class Chunks(NamedTuple):
     def _all_taken(self, tokens: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Chunks of queries, keys and values; keys past a chunk's end are zero, and add nothing to states.
 
-        What stands there otherwise is the chunk's last token again: no worse than the data, and, after all of
-        the chunk's tokens, without influence on them.
+        Otherwise those places repeat the chunk's last token, which comes after all of the chunk's tokens and
+        so has no influence on them.
         """
         q, k, v = tokens
         return [self._taken(q, dtype), self._taken(k, dtype, with_zeros=True), self._taken(v, dtype)]
@@ -185,7 +185,7 @@ class Chunks(NamedTuple):
         return x.transpose(1, 2)[self.plan.filled].unsqueeze(0).to(dtype)
 
     def _powers(self) -> BlockPowers:
-        """Those of a full chunk, but that each token decays until its own chunk's end."""
+        """The powers of a full chunk, except that each token decays until the end of its own chunk."""
         width = self.plan.filled.shape[1]
         places = torch.arange(width, device=self.plan.lengths.device)
         left = (self.plan.lengths[:, None] - 1 - places).clamp(min=0)
@@ -193,7 +193,7 @@ class Chunks(NamedTuple):
         return self.powers.block(width)._replace(to_end=to_end)
 
     def _across(self) -> Across:
-        """What is left of a state after each chunk, two of (chunks, H, 1, 1)."""
+        """The weight of a state after each chunk, two of (chunks, H, 1, 1)."""
         return self.powers.across(self.plan.lengths).each(lambda x: rearrange(x, "h n -> n h 1 1"))
 
     def _scan(self, added: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Retention and POP in plain PyTorch operations, which autograd, compilers and transforms see through.
 
-Everything rests on two functions. `block_states` finds the state at every boundary between blocks;
-`attend` computes the outputs of all blocks at once, each from its own state. Parallel mode is one block of
-T tokens, chunkwise mode many blocks, and POP adds a second `attend` for the prediction blocks:
+There are two main functions. `block_states` finds the state at every boundary between blocks;
+`block_outputs` computes the outputs of all blocks at once, each from its own state. Parallel mode is one
+block of T tokens, chunkwise mode many blocks, and POP adds a second `block_outputs` for the prediction
+blocks:
 
     B_{n+1} = γ^L B_n + Σ_j γ^(L-1-j) k_jᵀ v_j
     o_i     = c γ^(i+1) q_i B_n + Σ_{j<=i} c γ^(i-j) (q_i · k_j) v_j
@@ -11,8 +12,8 @@ Source: RetNet, arXiv 2307.08621, equations 5 (parallel), 6 (recurrent), 7 (chun
 2402.05643, section 3.2.
 
 All of it is computed in the states' dtype, float32 or wider. A product of bfloat16 matrices is rounded to
-bfloat16 as well, and two or three such roundings on the way double the error of the outputs
-(docs/performance_notes.md); float16 cannot hold sums over a few thousand tokens.
+bfloat16, and two or three such roundings double the error of the outputs (docs/performance_notes.md). float16
+cannot hold sums over a few thousand tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def retention(
 
 
 def pop(tokens: Sequence[Tensor], state: Tensor, spec: PopSpec) -> tuple[Tensor, ...]:
-    """POP of three rows, or of the sequence's three tensors and the predictions'; outputs, final state."""
+    """POP of three rows, or of sequence and prediction tensors; returns outputs and final state."""
     if len(tokens) == 3:
         (q, q_pred), (k, k_pred), (v, v_pred) = (split_row(x, spec.predictions) for x in tokens)
         out, pred, final = pop((q, k, v, q_pred, k_pred, v_pred), state, spec)
@@ -71,13 +72,13 @@ def pop(tokens: Sequence[Tensor], state: Tensor, spec: PopSpec) -> tuple[Tensor,
     out_dtype = spec.out_dtype or v.dtype
     if k.shape[1]:
         out, states = _pop_blocks(q, k, v, spec, state)
-    else:  # predictions alone, which need no powers for a block
+    else:  # predictions only, which need no powers for a block
         out, states = v.clone(), [state.clone()]
     if q_pred.shape[1] and q_pred.shape[2]:
         starts = torch.stack(states[spec.offset : spec.offset + q_pred.shape[1]], dim=1)
         tables = spec.powers.block(q_pred.shape[2])
         q_pred, k_pred, v_pred = (by_head(x, state.dtype) for x in (q_pred, k_pred, v_pred))
-        pred = by_token(attend(q_pred, k_pred, v_pred, starts, tables))
+        pred = by_token(block_outputs(q_pred, k_pred, v_pred, starts, tables))
     else:
         pred = v_pred.clone()
     return out.to(out_dtype), pred.to(out_dtype), states[-1]
@@ -98,7 +99,7 @@ def block_states(
     before, after = [], []
     for n, added_by_block in enumerate(added.unbind(1)):
         if reset is not None:
-            # `where`, not a product: 0 * NaN would carry a NaN over into the next episode.
+            # `where`, not a product: 0 * NaN would carry a NaN into the next episode.
             state = torch.where(reset[:, n, None, None, None], torch.zeros_like(state), state)
         before.append(state)
         state = advance(state, tables.across, added_by_block)
@@ -111,7 +112,7 @@ def block_additions(k: Tensor, v: Tensor, to_end: Tensor) -> Tensor:
     return (k * to_end).transpose(-1, -2) @ v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers) -> Tensor:
+def block_outputs(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers) -> Tensor:
     """The outputs of all blocks at once, each from the state before it.
 
     Args:
@@ -129,12 +130,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, states: Tensor, tables: BlockPowers)
 
 
 def weighted(scores: Tensor, within: Tensor) -> Tensor:
-    """Scores times powers of γ, written over the scores, which nobody else holds."""
+    """Scores times powers of γ, in place of the scores, which have no other reader."""
     return scores * within if is_transformed() else scores.mul_(within)
 
 
 def by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks (B, N, L, H, D) as (B, N, H, L, D) in memory, cast on the way: no product copies them again."""
+    """Blocks (B, N, L, H, D) cast and laid out as (B, N, H, L, D), so that no product copies them again."""
     return x.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
@@ -157,8 +158,8 @@ def _pop_blocks(q: Tensor, k: Tensor, v: Tensor, spec: PopSpec, state: Tensor) -
     if spec.main_out == "last":  # the last token reads the state after its block, as in a recurrent step
         out = read(q.to(state.dtype), torch.stack(after, dim=1), spec.powers.scale)
     else:
-        out = attend(_blocks(q, spec.block_size, state.dtype), k, v, torch.stack(before, dim=1), tables)
-        out = by_token(out).flatten(1, 2)
+        q = _blocks(q, spec.block_size, state.dtype)
+        out = by_token(block_outputs(q, k, v, torch.stack(before, dim=1), tables)).flatten(1, 2)
     return out, [*before, after[-1]]
 
 
@@ -172,14 +173,14 @@ def _blockwise(
     q, k, v = (_blocks(x, size, state.dtype) for x in (q, k, v))
     tables = powers.block(size)
     before, after = block_states(k, v, state, tables)
-    out = attend(q, k, v, torch.stack(before, dim=1), tables)
+    out = block_outputs(q, k, v, torch.stack(before, dim=1), tables)
     return by_token(out).flatten(1, 2), after[-1]
 
 
 def _parallel(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One block of T tokens, its scores some rows at a time and without the half that is zero."""
+    """One block of T tokens; scores are computed some rows at a time, without the zero half."""
     length, dtype = q.shape[1], state_dtype(v.dtype)
     q, k, v = (_blocks(x, length, dtype) for x in (q, k, v))
     tables = powers.block(length)
@@ -199,7 +200,7 @@ def _parallel(
 def _chunkwise(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """All full chunks at once, then the tokens left over as one shorter block."""
+    """All full chunks at once, then the remaining tokens as one shorter block."""
     length = q.shape[1]
     full = length - length % chunk_size
     sizes = [full, length - full] if 0 < full < length else [length]
@@ -214,7 +215,7 @@ def _chunkwise(
 def _token(
     q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One token, (B, 1, H, D): what decoding repeats, so that every operation on the way counts."""
+    """One token, (B, 1, H, D). Decoding repeats this step, so every operation counts."""
     q, k, v = widen(q, k, v)
     after = k.squeeze(1).unsqueeze(-1) * v.transpose(1, 2)  # kᵀ v, (B, H, Dk, Dv)
     if state is not None:
@@ -235,5 +236,5 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, powers: DecayPowers, state: Tens
 def read(q: Tensor, state: Tensor, scale: float) -> Tensor:
     """The output c · q S of queries (..., H, Dk) at as many states (..., H, Dk, Dv): (..., H, Dv)."""
     rows = q.reshape(-1, 1, q.shape[-1]) * scale
-    out = torch.bmm(rows, state.reshape(-1, *state.shape[-2:]))  # `matmul` takes twice its time to get here
+    out = torch.bmm(rows, state.reshape(-1, *state.shape[-2:]))  # `matmul` has twice the overhead
     return out.view(*q.shape[:-1], state.shape[-1])

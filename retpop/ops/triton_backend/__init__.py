@@ -1,6 +1,6 @@
-"""The Triton backend: its operations as the layers and ops call them.
+"""The Triton backend: its operations as layers and ops call them.
 
-Every mode of retention comes to the same kernels. Triton and `retpop.kernels` are imported when an operation
+Every mode of retention runs the same kernels. Triton and `retpop.kernels` are imported when an operation
 first runs, never before.
 """
 
@@ -19,7 +19,7 @@ NAME = "triton"
 
 
 def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
-    """Which kernel would run (B, T, H) tokens, and how it would go about it; for people."""
+    """The kernel that would run (B, T, H) tokens and its schedule, in words."""
     batch, length, heads = shape
     configs, gpus = kernels("configs"), kernels("gpus")
     architecture = gpus.architecture_of(inputs.device)

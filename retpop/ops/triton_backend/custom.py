@@ -1,12 +1,12 @@
 """How the Triton backend's operations are made: each a `torch.library` op that a graph can hold.
 
-On a GPU an op launches kernels. On a CPU it launches them in Triton's interpreter where TRITON_INTERPRET is
-on, and otherwise computes the same in plain PyTorch, so that a program that was exported or compiled with
-such ops runs on a CPU too. A call with `backend="triton"` on a CPU without the interpreter never comes here.
+On a GPU an op launches kernels. On a CPU it launches them in Triton's interpreter if TRITON_INTERPRET is on.
+Otherwise it computes the same in plain PyTorch, so that an exported or compiled program runs on a CPU too. A
+call with `backend="triton"` on a CPU without the interpreter raises earlier.
 
-An op takes tensors (or lists of them) first, then numbers. Its gradient is an op of its own, of the same
-tensors, the results' gradients, the same numbers, and a flag for each tensor whether its gradient is wanted.
-Transforms that would go wrong here raise, and name the backend that has them.
+An op takes tensors (or lists of them) first, then numbers. Its gradient is a separate op: it
+takes the same tensors, the results' gradients, the same numbers, and a flag per tensor whether its gradient
+is needed. Unsupported transforms raise and name the backend that supports them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _Run = Callable[..., Any]
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter is on, by the words that Triton itself takes for it."""
+    """Whether Triton's interpreter is on, by the values that Triton itself accepts."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def kernels(module: str) -> Any:
-    """A module of `retpop.kernels`, imported when it is first needed, since it needs Triton."""
+    """A module of `retpop.kernels`, imported on first use because it needs Triton."""
     return import_module(f"retpop.kernels.{module}")
 
 
 def why_transformed() -> str | None:
-    """Half a sentence that names a transform of torch.func, or forward-mode AD, at work; else None.
+    """Half a sentence that names the active transform of torch.func or forward-mode AD, or None.
 
-    The kernels' operations have a gradient and nothing else; forward-mode AD would find a zero tangent there.
+    The kernels' operations have only a gradient; forward-mode AD would see a zero tangent.
     """
     if transforms_are_active():
         return "a transform of torch.func (grad, jvp, vmap, ...) is at work"
@@ -50,7 +50,7 @@ def why_transformed() -> str | None:
 
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raise where a transform, or a tangent of one of ``tensors``, would go wrong: ops see neither."""
+    """Raise if a transform is active or one of ``tensors`` has a tangent: ops see neither."""
     reason = why_transformed()
     if reason is None:
         return
@@ -92,14 +92,14 @@ def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run
 def add_gradient(
     op: CustomOpDef, name: str, schema: str, *, launch: _Run, compute: _Run, num_tensors: int
 ) -> None:
-    """Make the op ``name`` that finds the gradients of ``op``, and let autograd use it.
+    """Make the op ``name`` that computes the gradients of ``op``, and register it with autograd.
 
     Args:
         op: the op whose first ``num_tensors`` arguments are tensors, None, or lists of tensors.
         name: after ``retpop::``.
         schema: arguments (see the module), and the gradients that are wanted, in order.
-        launch: finds gradients by kernels, None where one is not wanted.
-        compute: finds the same in plain PyTorch.
+        launch: computes gradients by kernels, None for those that are not needed.
+        compute: computes the same in plain PyTorch.
         num_tensors: the number of its arguments before the numbers.
     """
 
@@ -145,17 +145,17 @@ def add_gradient(
 
 
 def own(result: Tensor) -> Tensor:
-    """``result`` laid out as a fake says, in memory that is no input's: an op may not return that."""
+    """``result`` in the fake's layout and in new memory, because an op may not return an input."""
     return result.clone(memory_format=torch.contiguous_format)
 
 
 def _flat(arguments: Iterable[Any]) -> list[Any]:
-    """Arguments with those that are lists or tuples taken apart."""
+    """The arguments with lists and tuples flattened."""
     return [x for one in arguments for x in (one if isinstance(one, list | tuple) else [one])]
 
 
 def _laid_out(flat: Iterable[Any], layout: Sequence[int | None]) -> list[Any]:
-    """`_flat` the other way round, with the length of each list, or None where there is none."""
+    """The inverse of `_flat`, given the length of each list, or None for a single argument."""
     rest: Iterator[Any] = iter(flat)
     return [next(rest) if size is None else list(islice(rest, size)) for size in layout]
 
@@ -172,7 +172,7 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
 
 
 def final_state(q: Tensor, v: Tensor, rows: int, log_decay: Tensor, state: Tensor | None) -> Tensor:
-    """In a fake: the state after (B, T, H, D); the log-decays and the state before must fit."""
+    """For fakes: the state after (B, T, H, D), after a check of log-decays and initial state."""
     heads = q.shape[2]
     check(
         log_decay.dim() == 1 and log_decay.shape[0] == heads,

@@ -1,4 +1,4 @@
-"""What a layer does to every token besides retention, by kernels: `norm_gate_fwd` and `rotary_fwd`."""
+"""A layer's operations on single tokens by kernels: `norm_gate_fwd` and `rotary_fwd`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def rotate(q: Tensor, k: Tensor, rotation: Rotation, kind: str, spec: PopSpec | None = None) -> Pair:
-    """`retpop.position.rotate` of both; with ``spec`` of rows, of which q comes back in full."""
+    """`retpop.position.rotate` of both; with ``spec`` of rows, and a short q becomes a full one."""
     refuse_transforms(q, k)
     q = q if spec is None else spec.all_tokens(q)
     return rotary_fwd(q, k, rotation.cos, rotation.sin, kind, False)

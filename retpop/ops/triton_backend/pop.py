@@ -1,7 +1,7 @@
 """POP by kernels: `retpop::pop_fwd` and its backward, as `torch.library` ops.
 
-They take the sequence and the predictions as tensors of their own, or three rows (`retpop.ops.rows`), as a
-layer's projection makes them. Of rows they return a row: nothing is split or joined in memory.
+They take the sequence and the predictions as separate tensors, or three rows (`retpop.ops.rows`), as a
+layer's projection makes them. For rows they return a row, so nothing is split or joined in memory.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from retpop.ops.triton_backend.custom import (
 
 
 def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
-    """POP of three rows, or of the sequence's three tensors and the predictions'; outputs, final state.
+    """POP of three rows, or of sequence and prediction tensors; returns outputs and final state.
 
-    Kernels answer every query. Each has its own answer, so those of tokens that nobody reads may be anything,
-    and what comes of them is dropped.
+    The kernels compute an output for every query. Outputs are independent, so queries of unread tokens may be
+    anything, and their outputs are dropped.
     """
     powers = spec.powers
     refuse_transforms(*tokens, powers.log_decay, state)
@@ -173,7 +173,7 @@ def _launch_gradients(
     out_dtype: torch.dtype | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The kernels write both parts of a row's gradient where they belong."""
+    """The kernels write both parts of a row's gradient in place."""
     launch = kernels("pop_bwd").pop_bwd
     options = (log_decay, state, reset)
     numbers = (block_size, offset, scale)

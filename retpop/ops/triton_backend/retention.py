@@ -40,7 +40,7 @@ def retention(
     packing: Packing | None,
     out_dtype: torch.dtype | None = None,
 ) -> Results:
-    """Retention of (B, T, H, D), by the same kernels in every mode; the chunks are their own."""
+    """Retention of (B, T, H, D), by the same kernels in every mode; they choose their own chunks."""
     refuse_transforms(q, k, v, powers.log_decay, state)
     cu_seqlens = None if packing is None else packing.cu_seqlens
     return retention_fwd(q, k, v, powers.log_decay, state, cu_seqlens, powers.scale, out_dtype)
