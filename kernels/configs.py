@@ -1,7 +1,7 @@
-"""Block sizes, warps, stages and schedules: the one place where they are chosen, with `configs_bwd.py`.
+"""Block sizes, warps, stages and schedules; they are chosen only here and in `configs_bwd.py`.
 
-Everything here is a function of shapes, dtype and architecture (and the number of SMs where a schedule is
-chosen), so that it is tested without a GPU. `gpus.architecture_of` names a device's architecture.
+Everything is a function of shapes, dtype and architecture (and of the number of SMs, for a schedule), so it
+is tested without a GPU. `gpus.architecture_of` names a device's architecture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def padded(head_dim: int) -> int:
 
 
 class RowConfig(NamedTuple):
-    """How `norm_gate` and `rotary`, which hold whole rows of one head dim, cut their work.
+    """How `norm_gate` and `rotary`, which hold whole rows of a head, divide their work.
 
     Attributes:
         rows: rows a program owns.
@@ -48,9 +48,9 @@ RESIDENT_PROGRAMS = 4
 def row_runs(
     tokens: int, heads: int, config: RowConfig, multiprocessors: int, *, long: bool
 ) -> tuple[int, int]:
-    """How many runs of how many tokens (whole tiles) a program of one head each owns.
+    """The number of runs of tokens, and the tokens (whole tiles) of a run; a program owns one head of a run.
 
-    Runs of one tile, or ``long`` ones, for sums over tokens: so many runs that the GPU is full once.
+    Runs of one tile, or ``long`` ones for sums over tokens: as many runs as fill the GPU once.
     """
     tiles = -(-tokens // config.rows)
     programs = RESIDENT_PROGRAMS * multiprocessors
@@ -64,7 +64,7 @@ def row_runs(
 
 @dataclass(frozen=True, kw_only=True)
 class PopConfig:
-    """How `pop_fwd` cuts its work.
+    """How `pop_fwd` divides its work.
 
     Attributes:
         tile: tokens of a full tile.
@@ -115,7 +115,7 @@ STEPS = {
 
 
 def tail_rows(length: int, tile: int) -> int:
-    """Rows of the masked tile that holds what is left of a block after its full tiles; 0 if nothing is."""
+    """Rows of the masked tile for the tokens of a block after its full tiles; 0 if there are none."""
     return padded(length % tile) if length % tile else 0
 
 
@@ -126,7 +126,7 @@ def pop_tiles(
     precision: str,
     architecture: str,
 ) -> PopConfig:
-    """The form and the tiles of `pop_fwd` where there are programs enough.
+    """The form and the tiles of `pop_fwd` with enough programs.
 
     A line of tiles is for low-precision tokens, head dims of 8, 16, ... 64, and blocks and predictions of
     about 64 tokens; the rest goes one tile a step, in tiles no longer than the longer of the two.
@@ -195,7 +195,7 @@ def entry_of(table: dict[str, Any], kind: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionConfig:
-    """How `retention_fwd` cuts its work.
+    """How `retention_fwd` divides its work.
 
     Attributes:
         rows: tokens in a chunk.
@@ -221,11 +221,11 @@ NARROWEST_SLICE = 32
 SPLIT_FROM = 2048
 SHORTEST_STRETCH = 256
 FEWEST_STRETCHES = 4
-"""A split reads k and v twice, moves each stretch's state four times and takes three launches: it waits for
-sequences of 2,048 tokens and a cut into 4, and a stretch's tokens outweigh its state."""
+"""A split reads k and v twice, moves each stretch's state four times and takes three launches. It needs
+sequences of 2,048 tokens, 4 stretches, and stretches whose tokens outweigh their state."""
 
 MOST_PACKED_IN_A_SPLIT = 511
-"""Each program of a split looks its sequence up among all of them; so many fill a GPU without a split."""
+"""Each program of a split searches all sequences for its own; this many fill a GPU without a split."""
 
 SCAN_TILE = (16, 32)
 """Rows and columns of a state in a program of a scan over stretches: small, as it only waits for memory."""
@@ -242,7 +242,7 @@ _IEEE = {64: (16, 32, 4, 3), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)}
 def retention_tiles(
     head_dims: tuple[int, int], dtype: torch.dtype, precision: str, architecture: str
 ) -> RetentionConfig:
-    """The tiles of `retention_fwd` where there are programs enough: (Dk, Dv) by dtype and architecture."""
+    """The tiles of `retention_fwd` with enough programs: (Dk, Dv) by dtype and architecture."""
     key_dim, value_dim = head_dims
     if key_dim > LARGEST_KEY_DIM:
         raise ValueError(f"retention_fwd(): Dk is {key_dim}; the kernel takes at most {LARGEST_KEY_DIM}.")
@@ -320,7 +320,7 @@ def stretch_of(
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """How `retention_step` cuts a state: tiles of all of Dk by a slice of Dv.
+    """How `retention_step` divides a state: tiles of all of Dk by a slice of Dv.
 
     Attributes:
         rows: Dk, padded to a power of two.

@@ -24,7 +24,7 @@ from .launch import Tensors
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """How a reverse sweep of `pop_bwd` or `retention_bwd` cuts its work.
+    """How a reverse sweep of `pop_bwd` or `retention_bwd` divides its work.
 
     Attributes:
         tile: tokens of a tile.
@@ -45,7 +45,7 @@ class SweepConfigs:
     """The reverse sweeps of `pop_bwd` or `retention_bwd`.
 
     Attributes:
-        both: the sweep that finds dk and dv at once, or None where it takes one for each.
+        both: the sweep for dk and dv at once, or None if each has its own.
         keys, values: the sweep for dk alone, and for dv alone or neither.
     """
 
@@ -55,10 +55,10 @@ class SweepConfigs:
 
 
 class Sweep(NamedTuple):
-    """A reverse sweep: its tiles, the tensors by role, and whether the roles have changed places.
+    """A reverse sweep: its tiles, the tensors by role, and whether roles are swapped.
 
     The roles are q, k, v, the outputs' gradient g, dk and dv; in POP each has a twin of predictions,
-    <role>_pred. The sweep for dv finds dk where they have changed places and the states are transposed.
+    <role>_pred. With swapped roles and transposed states the sweep for dv computes dk.
     """
 
     config: SweepConfig
@@ -70,7 +70,7 @@ _SWAPPED = {"q": "g", "k": "v", "v": "k", "g": "q", "dk": "dv", "dv": "dk"}
 
 
 def sweeps_for(tokens: Tensors, configs: SweepConfigs) -> list[Sweep]:
-    """One sweep for dk and dv, or one for each, of those that are wanted: that have a tensor."""
+    """One sweep for dk and dv, or one for each, of those that are needed, that is, have a tensor."""
     no_keys = {name: None for name in tokens if name.startswith("dk")}
     with_keys, with_values = (
         any(x is not None for name, x in tokens.items() if name.startswith(role)) for role in ("dk", "dv")

@@ -1,4 +1,4 @@
-"""What is known of GPUs: their names and sizes, and which versions of Triton are wrong on them.
+"""GPUs: their names and sizes, and the versions of Triton that are wrong on them.
 
 An architecture is a name: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120" or "gfx942".
 """
@@ -44,14 +44,14 @@ def multiprocessors_of(device: torch.device) -> int:
 
 
 class Fault(NamedTuple):
-    """Versions of Triton that are publicly reported to get products like these kernels' wrong on some GPUs.
+    """Versions of Triton that public reports say compute products like these kernels' wrong on some GPUs.
 
     Attributes:
         architectures: of those GPUs.
-        first: the oldest version that is reported.
+        first: the oldest reported version.
         fixed: the first version without the fault.
-        what: what goes wrong.
-        report: where that is said.
+        what: the fault.
+        report: its address.
     """
 
     architectures: tuple[str, ...]
@@ -80,15 +80,15 @@ FAULTS = (
         report="https://github.com/triton-lang/triton/issues/9871",
     ),
 )
-"""Pairs of a GPU and a Triton that are refused.
+"""Refused pairs of GPU and Triton.
 
-Reports about Hopper (sm_90) are no rows here, because what they name is not in these kernels: the audit looks
-for it in the compiled code (`benchmarks/kernel_audit/compiled.py`).
+Reports about Hopper (sm_90) have no row here, because these kernels do not contain the reported constructs;
+the audit checks the compiled code (`benchmarks/kernel_audit/compiled.py`).
 """
 
 
 def why_wrong(architecture: str, triton_version: str = triton.__version__) -> str | None:
-    """Half a sentence that says why this Triton is refused on this GPU; None where nothing is known."""
+    """Half a sentence on why this Triton is refused on this GPU, or None."""
     for fault in FAULTS:
         if architecture in fault.architectures and (
             _release(fault.first) <= _release(triton_version) < _release(fault.fixed)

@@ -1,4 +1,4 @@
-"""A kernel launch as a value, and what all launchers do to tensors on the way to one.
+"""A kernel launch as a value, and how launchers prepare tensors for one.
 
 A launcher is two functions: `plan_<op>(tensors, ..., architecture=...)`, which allocates the outputs and
 returns the launches and the outputs, and `<op>(tensors, ...)`, which plans for the tensors' own device and
@@ -26,7 +26,7 @@ class Launch:
     Attributes:
         kernel: a `triton.jit` function.
         grid: programs along up to three axes.
-        arguments: every parameter of the kernel by name, constexprs included, and nothing else.
+        arguments: exactly the kernel's parameters by name, constexprs included.
         num_warps, num_stages: as Triton names them.
 
     Raises:
@@ -54,7 +54,7 @@ class Launch:
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """Launch one after another on the current stream of the tensors' device."""
+    """Run the launches in order on the current stream of the tensors' device."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             _run(launches)
@@ -86,7 +86,7 @@ def named_strides(name: str, x: Tensor | None, dims: str) -> dict[str, int]:
 
 
 def stride_unit(tensors: Iterable[Tensor]) -> int:
-    """Elements to count strides in, 1 to 8: a kernel that multiplies by it knows how far strides are aligned.
+    """The unit of strides in elements, 1 to 8: a kernel that multiplies by it knows the alignment of strides.
 
     Triton only sees multiples of 16, for which this is 1. With head dims of 24 or 60 rows start at multiples
     of 8 or 4 elements; known to the compiler, that makes wide loads and async copies of what were single
@@ -100,7 +100,7 @@ _LIKE = {
     **{"k": "q", "v": "k", "out": "q", "g": "q", "dk": "g", "dv": "dk", "pred": "out"},
     **{f"{name}_pred": name for name in ("q", "k", "v", "g", "dk", "dv")},
 }
-"""Whose token stride a kernel takes for each of the others where it is given None."""
+"""The tensor whose token stride a kernel uses for each other tensor with a stride of None."""
 
 
 def token_strides(tokens: Tensors, *, shared: bool = True) -> dict[str, int | None]:

@@ -10,16 +10,16 @@ gradient of y, and means over the Dv features of a head:
     da    = d g σ,    dweight = Σ da n,    dbias = Σ da,    dn = da · weight
     dx    = (dn - mean(dn) - n mean(dn n)) / deviation         "rmsnorm": without mean(dn)
 
-The backward finds the statistics again from x: kept, they would spare no read, because n is needed anyway.
+The backward recomputes the statistics from x: keeping them would save no read, because n is needed anyway.
 Everything is float32, and each result is rounded once.
 
 Forward grid: (tiles of (token, head) pairs,). A program holds its rows of Dv features whole in registers, so
 every element of x and gate is read once and every element of y written once.
 
 Backward grid: (runs of tokens · H,), heads next to each other, since their rows are. A program owns one head
-of a run, tile by tile. A run is one tile, except where sums over tokens are wanted: then there are as many
-runs as keep the GPU busy, each writes its sums, and a second kernel adds them up in order. Nothing is added
-atomically, so the bits are the same every time.
+of a run, tile by tile. A run is one tile, unless sums over tokens are needed. Then there are as many runs
+as keep the GPU busy, each writes its sums, and a second kernel adds them up in order. There are no atomic
+additions, so the bits are the same every time.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ head dims of 64 one for both; beyond, one each, in slices like the forward's. A 
 sliced, since dk is a sum over Dv and floats are never added atomically. A small batch is split at the block
 boundaries, as in pop_fwd.
 
-Why states are found again and not saved by the forward: counted in tensors of all tokens, dq moves 4 (g, v,
+Why states are recomputed and not saved by the forward: counted in tensors of all tokens, dq moves 4 (g, v,
 k, dq) and the sweep for both 6, where 7 have to move. With saved states the forward would move 5 instead of
 4, and one sweep for all three gradients 8 instead of 10: 13 instead of 14 in all at REM's shape. But each
 layer would keep a quarter more in memory for the backward, and a program two states instead of one in its
@@ -66,7 +66,7 @@ def plan_pop_bwd(
     grads = _allocate((q, k, v, q_pred, k_pred, v_pred, state), needs, out)
     results = list(grads.values())
     if grad_pred is None:
-        # Predictions without a gradient pass none on: the rest goes as if they were not there.
+        # Predictions without a gradient pass none on, so they are left out.
         zero(*(grads[name] for name in ("q_pred", "k_pred", "v_pred")))
         q_pred, k_pred, v_pred = q_pred[:, :0], k_pred[:, :0], v_pred[:, :0]
         grad_pred = v_pred if grad_out is None else v_pred.to(grad_out.dtype)
@@ -121,7 +121,7 @@ def plan_pop_bwd(
     }
     sought = {f"d{name}": grads[name] for name in ("k", "k_pred", "v", "v_pred")}
     if all(grads[name] is None for name in ("k", "v", "state")):
-        # Nothing reaches k_pred and v_pred but from their own predictions.
+        # Only their own predictions give k_pred and v_pred a gradient.
         common |= {"N": 0, "L": 0, "offset": 0, "num_boundaries": P}
         sweeps = _plan_alone(tokens | sought, common, config)
     else:
@@ -164,7 +164,7 @@ def _plan_sweeps(
         common: arguments that all kernels share.
         reset: (B, N) or None.
         after, before: the gradients of the last and of the first state, (B, H, Dk, Dv), or None.
-        config: which sweeps, and how each cuts its work.
+        config: which sweeps, and how each divides its work.
     """
     sweeps = sweeps_for(tokens, config)
     nothing = {name: None for name in tokens if name.startswith(("dk", "dv"))}

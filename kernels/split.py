@@ -30,13 +30,13 @@ RUN_TIME = ["H", "T", "num_sequences", "stretch", "per_sequence"]
 
 @triton.jit
 def inside(bound, T):
-    """A boundary of packed sequences as it should be: a wrong one cannot lead outside the T tokens."""
+    """A boundary of packed sequences, clamped so that a wrong one cannot lead outside the T tokens."""
     return tl.minimum(tl.maximum(bound, 0), T).to(tl.int32)
 
 
 @triton.jit
 def count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES: tl.constexpr):
-    """How many stretches each packed sequence has: at least one, and 0 for places past the last sequence."""
+    """The number of stretches of each packed sequence: at least one, and 0 past the last sequence."""
     o_s = tl.arange(0, SEQUENCES)
     m_s = o_s < num_sequences
     b_start = inside(tl.load(p_bounds + o_s, mask=m_s, other=0), T)
@@ -190,7 +190,7 @@ def scan_states_kernel(
         o_s = tl.arange(0, SEQUENCES)
         first = tl.sum(tl.where(o_s < i_s, b_count, 0), 0)
         count = tl.sum(tl.where(o_s == i_s, b_count, 0), 0)
-        # Wrong bounds, which nobody checks on a GPU, could ask for more stretches than there is room for.
+        # Wrong bounds, which are not checked on a GPU, could ask for more stretches than there is room for.
         count = tl.minimum(count, T // stretch + num_sequences - first)
         tokens = inside(tl.load(p_bounds + i_s + 1), T) - inside(tl.load(p_bounds + i_s), T)
     if p_given is None:
@@ -231,7 +231,7 @@ def scan_states_kernel(
 
 
 def cut(T: int, sequences: int, stretch: int | None, *, packed: bool) -> tuple[int, dict[str, int]]:
-    """How many stretches there are room for, and what kernels are told of them; None: whole sequences."""
+    """The number of stretches there is room for, and the kernels' arguments about it; None: no split."""
     if stretch is None:
         return sequences, {"stretch": T, "per_sequence": 1, "SEQUENCES": 0}
     per_sequence = triton.cdiv(T, stretch)
@@ -242,7 +242,7 @@ def cut(T: int, sequences: int, stretch: int | None, *, packed: bool) -> tuple[i
 
 
 SHARED = ("p_log_decay", "p_bounds", *RUN_TIME, "SEQUENCES")
-"""The arguments that the kernels here have in common with those that walk stretches."""
+"""The arguments shared by the kernels here and those that walk stretches."""
 
 
 def plan_states(

@@ -1,4 +1,4 @@
-"""What retention and POP are made of: masked tiles, powers of γ, a chunk's outputs, state and gradients.
+"""The building blocks of retention and POP: masked tiles, powers of γ, a chunk's outputs, state, gradients.
 
 A tile is (rows, columns) in registers: rows are tokens (or the Dk of a state), columns a head dim that is
 padded to a power of two. Rows past the end and padded columns are loaded as zeros, so they add nothing to any
@@ -117,13 +117,13 @@ def decay_within(log_decay, scale, ROWS: tl.constexpr):
 
 @triton.jit
 def decay_from_start(log_decay, scale, ROWS: tl.constexpr):
-    """c γ^(i+1), what row i sees of the state before the chunk: (ROWS, 1)."""
+    """c γ^(i+1), the weight of the state before the chunk for row i: (ROWS, 1)."""
     return (scale * tl.exp(log_decay * (tl.arange(0, ROWS) + 1)))[:, None]
 
 
 @triton.jit
 def decay_to_end(log_decay, length, ROWS: tl.constexpr):
-    """γ^(length-1-j), what is left of row j after a chunk of `length` rows; 1 for rows past it: (ROWS, 1)."""
+    """γ^(length-1-j), the weight of row j after a chunk of `length` rows; 1 for rows past it: (ROWS, 1)."""
     return tl.exp(log_decay * tl.maximum(length - 1 - tl.arange(0, ROWS), 0))[:, None]
 
 
