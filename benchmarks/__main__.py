@@ -1,4 +1,4 @@
-"""Measure retpop beside others: `python -m benchmarks run`, `compare`, `against`, `plot`, `page`.
+"""Measure retpop beside other libraries: `python -m benchmarks run`, `compare`, `against`, `plot`, `page`.
 
 python -m benchmarks run                             everything, about 15 minutes on 2 cores
 python -m benchmarks run --op pop --shape rem_train --dtype bf16 --backend torch,compile
@@ -8,7 +8,7 @@ python -m benchmarks against ../before --op pop      this checkout and another, 
 python -m benchmarks page                            the performance pages and their plots, from the results
 
 `compare` and `against` exit with 1 if a row became slower by more than 5% (--limit) and beyond the noise, or
-is not right any more.
+became wrong.
 """
 
 from __future__ import annotations

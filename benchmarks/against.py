@@ -32,7 +32,7 @@ EFFORT = Effort(rounds=15, least=5, sample_seconds=0.05, group_seconds=15.0)
 
 
 def effort_of(*, quick: bool, cpu_time: bool) -> Effort:
-    """How a side measures; ``cpu_time``: one thread, and the time that it computes."""
+    """How a side measures; ``cpu_time``: one thread, measured in CPU time."""
     effort = QUICK if quick else EFFORT
     if cpu_time:
         torch.set_num_threads(1)
@@ -91,8 +91,8 @@ def compare_with(
         other: its folder.
         selection: the fields of `runner.Selection`.
         device: "cpu", "cuda", ...
-        quick: as few samples as there can be.
-        cpu_time: one thread, and the time that it computes: for a busy machine.
+        quick: the smallest number of samples.
+        cpu_time: one thread, measured in CPU time, for a busy machine.
     """
     effort = QUICK if quick else EFFORT
     task = {"selection": selection, "device": device, "quick": quick, "cpu_time": cpu_time}
@@ -112,7 +112,7 @@ def compare_with(
 
 def serve(selection: dict[str, Any], device: str, **how: bool) -> None:
     """A side: the selection's rows, as the questions on standard input want them."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what the library prints is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # the library's own output is not an answer
     effort = effort_of(**how)
 
     def answer(value: Any) -> None:

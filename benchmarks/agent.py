@@ -3,7 +3,7 @@
 "call" is what the controller's training asks for: 21 frames that were not seen before are encoded, the
 controller is burnt in on 20 of them, and 9 steps are imagined from the last. "steps" are these 9 alone. The
 floor counts encoding and the decoder's products, 129 tokens a step; heads, controller and draws are left out.
-What comes out is drawn at random; compared with float64 is what one step says before anything is drawn.
+Outputs are drawn at random, so the comparison with float64 uses the logits of one step before any draw.
 
 `whole_run` times the parts of a training run, and adds them up, by `rem_atari.timing`.
 """
@@ -28,7 +28,7 @@ from benchmarks.work import DTYPES, FORWARD, Contender, Group, Problem, Work, pr
 FRAMES, STEPS = 21, 9
 
 PART_SECONDS = 4.0
-"""A part of a training run is timed no longer than this."""
+"""Time limit in seconds for each part of a training run."""
 
 ACTIONS = 4
 """Of the game: as many as Breakout has."""
@@ -51,7 +51,7 @@ SHAPES = {"tiny": Sizes(B=2, preset="debug"), "rem_8": Sizes(B=8)}
 
 
 def groups() -> Iterator[Group]:
-    """The call and its steps in each dtype; none where rem_atari is not there."""
+    """The call and its steps in each dtype; none without rem_atari."""
     if find_spec("rem_atari") is None:
         return
     for shape, sizes in SHAPES.items():
@@ -95,7 +95,7 @@ def imagine(problem: Problem, *, mode: str) -> Work:
     def start() -> Any:
         return _start(agent, agent.tokenizer.encode(frames), actions, generator)
 
-    begin = start if mode == "call" else cache(start)  # steps alone go on where the last ones ended
+    begin = start if mode == "call" else cache(start)  # "steps" continues where the last ones ended
 
     @torch.no_grad()
     def run() -> tuple[Tensor, ...]:
@@ -139,7 +139,7 @@ def _start(agent: Any, tokens: Tensor, actions: Tensor, generator: torch.Generat
 def _encoding_flops(agent: Any, frames: Tensor) -> int:
     """Products of encoding one frame, as torch counts them."""
     if agent.tokenizer.codes.dtype == torch.float64:
-        return 0  # the reference, which nobody times
+        return 0  # the reference, which is not timed
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         agent.tokenizer.encode(frames[:1, :1])
     return int(counter.get_total_flops())

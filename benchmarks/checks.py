@@ -1,4 +1,4 @@
-"""Whether a contender computes what it should, in the run that times it.
+"""Whether a contender computes the right result, checked in the run that times it.
 
 The first row of what is timed is compared with the reference in float64 on the same numbers: outputs and
 states and, where training is timed, the gradients of the inputs. Errors are RMS(error) / RMS(reference), the
@@ -28,17 +28,17 @@ TOLERANCES = {
 """Largest errors of an operation: those that the tests hold it to."""
 
 MODEL_FACTOR = 2.0
-"""A model may err so many times as much as an operation and, where its weights and its layers' inputs are
-rounded too, so many times as much as its definition, the reference, does in that dtype."""
+"""Factors on an operation's allowed error for a model, and on the reference's own error in that dtype for a
+model whose weights and inputs of layers are rounded too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-        error: the largest error, in those that are allowed: at most 1 is right.
-        what: where that is, in words.
+        error: the largest error relative to the allowed one; at most 1 is right.
+        what: its place, in words.
     """
 
     error: float

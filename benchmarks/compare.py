@@ -1,7 +1,7 @@
-"""Two measurements of everything side by side: what became faster or slower, beyond noise and a limit.
+"""Two sets of measurements side by side: which rows became faster or slower, beyond noise and a limit.
 
-Runs of two days see two machines even on one. Beside the ratio of times stands that of the times in units of
-the matrix product that was timed in turn with each: a slow moment of the machine divides out of it.
+One machine differs from day to day. So a second ratio divides each time by that of a matrix product timed in
+turn with it, which cancels slow moments of the machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.measurements import Measurement, Ratio, RefusedError, ratio
 from benchmarks.text import duration, print_table
 
 LIMIT = 1.05
-"""How many times as long a row may take as before."""
+"""Largest allowed ratio of a row's time to its time before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class Change:
 
     Attributes:
         before, after: the two measurements.
-        time: how many times as long it takes now.
+        time: ratio of its time now to its time before.
         at_equal_rate: the same, each time in units of its run's matrix product.
-        refused: why there is no ratio, or "".
+        refused: the reason for a missing ratio, or "".
     """
 
     before: Measurement
@@ -44,7 +44,7 @@ class Change:
 
 
 def compare(before: Iterable[Measurement], after: Iterable[Measurement]) -> list[Change]:
-    """The changes of what both have, in the order of the first."""
+    """The changes of the rows that both have, in the order of the first."""
     now = {m.key: m for m in after}
     return [change(m, now[m.key]) for m in before if m.key in now]
 

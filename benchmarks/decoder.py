@@ -107,7 +107,7 @@ def group(shape: str, sizes: Sizes, mode: str, dtype: str) -> Group:
 
 
 LAST = 'torch, main_out="last"'
-"""Ours where of the main stream only the last token of each block is wanted, as in training REM."""
+"""Our decoder with outputs of only the last token of each block, as in training REM."""
 
 
 def by_all(mode: str, *, is_compiled: bool = True) -> dict[str, Contender]:
@@ -144,7 +144,7 @@ def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
 
 
 def make_models(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """Our decoder, yet-another-retnet's with the same weights where it is there, and a transformer."""
+    """Our decoder, yet-another-retnet's with the same weights if it is installed, and a transformer."""
     models: dict[str, Any] = {"transformer": Transformer(**sizes.model).to(device).eval()}
     if yet_another_retnet.is_there():
         models["theirs"] = yet_another_retnet.make_decoder(**sizes.model).to(device)
@@ -186,7 +186,7 @@ def by_us(
 
 
 def state_of(problem: Problem) -> retpop.RetNetState | None:
-    """The state that the sequence goes on from."""
+    """The state from which the sequence continues."""
     if "kv" not in problem.tensors:
         return None
     return retpop.RetNetState(problem.tensors["kv"].transpose(0, 1), problem.tensors["position"])
@@ -196,7 +196,7 @@ def theirs(problem: Problem, *, mode: str) -> Work:
     """yet-another-retnet's layers: POP in two passes in each, or its own pass."""
     s, decoder, work = problem.sizes, problem.shared["theirs"], by_us(problem, mode=mode, backend="torch")
     x, state = problem.tensors["x"], state_of(problem)
-    # It divides keys where we scale outputs.
+    # It divides keys by the factor by which we scale outputs.
     states = None if state is None else state.kv * (s.embed_dim // s.num_heads) ** -0.5
     position = 0 if state is None else state.position[0]
 

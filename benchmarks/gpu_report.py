@@ -1,6 +1,6 @@
 """Tests and timings on a GPU, each part in a process of its own with a time limit of its own.
 
-Run by benchmarks/gpu_report.sh, which says what it takes and what it leaves.
+Run by benchmarks/gpu_report.sh, which describes its options and its output.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ class Part:
     """A part of the report.
 
     Attributes:
-        limit: seconds that it may take.
-        ops: those that `python -m benchmarks run` measures; none for the tests.
-        backends: by whom.
-        shapes, modes, dtypes: of which kind; all where none is named.
+        limit: its time limit in seconds.
+        ops, backends: of `python -m benchmarks run`; no ops for the tests.
+        shapes, modes, dtypes: of the same; empty for all.
     """
 
     limit: float
@@ -77,16 +76,16 @@ PARTS = {
     "compiled decoder": Part(limit=100, backends="triton-compile", **_DECODER),
     "peers": Part(limit=60, ops="pop,retention", backends="torch,fla", shapes=_LONG, dtypes="bf16"),
 }
-"""In the order in which they run: what is missed least comes last."""
+"""In the order in which they run: the least important come last."""
 
 WHOLE = 455
-"""Seconds that all parts together may take."""
+"""Time limit in seconds for all parts together."""
 
 REHEARSED = 4
-"""How many times as long a rehearsal's interpreted kernels may take."""
+"""Factor on time limits for a rehearsal's interpreted kernels."""
 
 GRACE = 20
-"""Seconds in which a part that is stopped may write down what it has; pytest does, for the tests so far."""
+"""Seconds for a stopped part to write its results so far, as pytest does."""
 
 LOG_LINES = 25
 """Lines of a failed part's output that are shown."""
@@ -183,7 +182,7 @@ def _device() -> torch.device:
 
 
 def _failed(row: Measurement) -> bool:
-    """Whether it counts as a failure: others may be wrong, ours may not."""
+    """Whether it counts as a failure: only our own contenders must be right."""
     return row.verdict == FAILED or (row.verdict == WRONG and row.is_ours)
 
 
@@ -193,7 +192,7 @@ class Ended:
 
     Attributes:
         status: its exit status; None: it was stopped at its limit.
-        seconds: that it took.
+        seconds: its duration.
     """
 
     status: int | None

@@ -1,8 +1,8 @@
 """Imagining observations: a step of REM's decoder beside models that write token by token.
 
 Shapes: "rem_8" and "rem_64" are steps of the decoder at those batches, from a state after 5 blocks: take in a
-block, predict the next. "tokens" is a series over the K tokens of an observation. What writes token by token
-takes in the K tokens of an observation and an action one after another, as if it drew each of them.
+block, predict the next. "tokens" is a series over the K tokens of an observation. Contenders that write token
+by token read the K tokens of an observation and an action one after another, as if they drew each of them.
 """
 
 from __future__ import annotations

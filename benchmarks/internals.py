@@ -1,4 +1,4 @@
-"""The kernels as the layers call them: the only names here that the library does not make public.
+"""The kernels as the layers call them: the only private names of the library in the benchmarks.
 
 They are imported when they are called: the library may be another checkout's (`benchmarks.against`).
 """

@@ -1,4 +1,4 @@
-"""What a result holds for: the machine, the commit and the versions; and the packages of another checkout."""
+"""The conditions of a result: machine, commit and versions; and the packages of another checkout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 MEASURED = ("retpop", "kernels", "examples", "benchmarks", ":!benchmarks/results")
-"""What a result depends on, as git's pathspecs."""
+"""The files that a result depends on, as git's pathspecs."""
 
 
 @cache

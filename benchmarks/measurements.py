@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RIGHT, WRONG, FAILED = "right", "wrong", "failed"
 
 BASELINE = "torch"
-"""The contender whose time all others are printed in multiples of."""
+"""The baseline: other times are printed as multiples of this contender's."""
 
 IN_GRAPH = ", CUDA graph"
 """Ends the name of a contender that was timed in a CUDA graph."""
@@ -34,19 +34,19 @@ class Measurement:
     """One measurement: a row of the CSV.
 
     Attributes:
-        machine, commit, date, torch: what it holds for; the date is UTC, one for what was timed in turn.
+        machine, commit, date, torch: its conditions; rows timed in turn share one date (UTC).
         op, shape, size, mode, dtype: the group's, see `benchmarks.work.Group`.
         backend: the contender.
         direction: the pass, for example "forward".
         sizes: the shape in numbers.
         computes: "" if it is the same function as ours, else what is computed instead.
         samples: seconds of each sample, as they were taken in turn with those of its group.
-        peak_bytes: what PyTorch held at most beyond what it held before; None: not measured.
-        flops: products that it must at least do.
+        peak_bytes: PyTorch's peak memory beyond what it held before; None: not measured.
+        flops: the least products that it must do.
         matrix_rate: operations a second of a large matrix product in this dtype, taken in turn with it.
         verdict: "right", "wrong" or "failed".
         note: the largest error and what is allowed, or why it failed.
-        floor_bytes: bytes that it must at least move.
+        floor_bytes: the least bytes that it must move.
         copy_rate: bytes a second of a large copy, taken in turn with it; 0: not measured, as on a CPU.
     """
 
@@ -74,7 +74,7 @@ class Measurement:
 
     @property
     def key(self) -> Key:
-        """What it is a measurement of, on one machine and commit."""
+        """What was measured, on one machine and commit."""
         return (*self.group, self.backend, self.direction)
 
     @property
@@ -100,7 +100,7 @@ class Measurement:
 
     @property
     def fraction(self) -> float | None:
-        """Its floor over its time, 1 is as fast as can be; None where it has no floor or no time.
+        """Its floor over its time, at best 1; None without a floor or a time.
 
         The floor is the time of its products at the matrix rate or, if that is longer, of its bytes at the
         copy rate.
@@ -112,7 +112,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times as long one thing takes as another: median and quartiles over samples."""
+    """The ratio of two times: median and quartiles over samples."""
 
     low: float
     middle: float

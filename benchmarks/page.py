@@ -1,7 +1,7 @@
 """The performance pages and the README's results: tables made of measurements, prose left as it is.
 
-In a page, what stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` is made here; the rest is
-written by hand. `python -m benchmarks page` makes all of it anew.
+The text between ``<!-- generated: NAME -->`` and ``<!-- end -->`` of a page is made here; the rest is
+written by hand. `python -m benchmarks page` makes all generated parts anew.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ QUESTIONS: list[tuple[str, dict[str, Any], str]] = [
         "transformer",
     ),
 ]
-"""What most people ask, the rows that answer it, and who else does the same."""
+"""The main questions, the rows that answer them, and the rivals."""
 
 IN_README = (0, 4, 8, 9)
 
@@ -206,7 +206,7 @@ ALTERNATIVES = {
     "decoding": "Lines: time of a token over its position",
     "modes": "Bars: how many times as long yet-another-retnet takes, by mode",
 }
-"""The pictures in the order of the page, and what they show to those who do not see them."""
+"""The pictures in the order of the page, with their alternative texts."""
 
 
 def _pictures(folder: str, *names: str) -> str:
@@ -350,7 +350,7 @@ def _imagination(results: Results) -> str:
 
 
 def _losses(results: Results) -> str:
-    """Where somebody else takes less time than our fastest that computes as much, beyond the spread."""
+    """Rows in which a rival takes less time than our fastest equal contender, beyond the spread."""
     lines = []
     for group in by_group(m for m in results.rows if m.shape != "tiny" and m.verdict == RIGHT).values():
         for direction in dict.fromkeys(m.direction for m in group):

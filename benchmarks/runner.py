@@ -35,11 +35,11 @@ MATRIX, COPY = "matrix product", "copy"
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What is measured; None: everything.
+    """The selection of rows to measure; None: everything.
 
     Attributes:
         ops, shapes, modes, dtypes, backends, passes: names.
-        tiny: the shapes "tiny" and nothing else, or all others.
+        tiny: only the shapes "tiny", or all others.
         on_gpu: whether contenders that need a GPU, a GPU's shapes and CUDA graphs are measured.
     """
 
@@ -53,7 +53,7 @@ class Selection:
     on_gpu: bool = False
 
     def groups(self) -> Iterator[Group]:
-        """The groups with what was asked for of each."""
+        """The groups, reduced to the selection."""
         for op in self.ops or OPS:
             for group in OPS[op]() if op in OPS else ():
                 if not self._takes(group):
@@ -83,7 +83,7 @@ Prepared = tuple[Measurement, Pass | None]
 
 
 def prepare(group: Group, problem: Problem) -> Iterator[Prepared]:
-    """The rows of a group; a contender that raises costs itself alone."""
+    """The rows of a group; a contender that raises loses only its own rows."""
     checker = Checker(problem, graded=BOTH in group.passes)
     for name, contender in group.contenders.items():
         row = {"sizes": problem.sizes.text, "computes": contender.computes, "backend": name}
@@ -126,7 +126,7 @@ def _time(
     *,
     graphs: bool,
 ) -> Iterator[Measurement]:
-    """Everything in turn, in one pass; graphs come last, because a failed capture may take others along."""
+    """All contenders in turn, in one pass; graphs come last, because a failed capture may break others."""
     now, runs = origin(device, effort.clock), [(row, found.run) for row, found in prepared if found]
     plans = {row.backend: partial(sampler, run, device, effort) for row, run in runs}
     if graphs:
@@ -238,7 +238,7 @@ def is_fatal(error: Exception) -> bool:
 
 
 def _note(error: Exception) -> str:
-    """The error in one line. An error of the device ends the run: nothing after it can be believed."""
+    """The error in one line. An error of the device ends the run: later results would be unreliable."""
     if is_fatal(error):
         raise error
     traceback.print_exc()

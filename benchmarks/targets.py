@@ -1,7 +1,7 @@
-"""What the project wants to reach, and what was measured of it: met, missed, or not measured.
+"""The project's targets, and the measured figures: met, missed, or not measured.
 
 A target takes its figure from the results of one machine, from the audit of the kernels, or from a GPU's
-report. The best of our own backends stands for us, the best of its chunk sizes for yet-another-retnet.
+report. Our figure is that of the best of our backends, yet-another-retnet's that of its best chunk size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.work import BOTH, FORWARD
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that is known.
+    """All available results.
 
     Attributes:
         rows: of one machine and commit.
@@ -65,7 +65,7 @@ def fastest(measurements: Iterable[Measurement]) -> Measurement | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure that was measured, as a number and in words."""
+    """A measured figure, as a number and in words."""
 
     value: float
     text: str
@@ -76,14 +76,14 @@ Find = Callable[[Results], Figure | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Something wanted.
+    """A target.
 
     Attributes:
-        name: what.
-        limit: what the figure is to be at least or, with ``at_least=False``, at most.
-        wanted: that in words.
-        find: finds the figure; None where it was not measured.
-        missing: why it was not.
+        name: its name.
+        limit: the least figure or, with ``at_least=False``, the largest.
+        wanted: the limit in words.
+        find: finds the figure; None if it was not measured.
+        missing: the reason for a missing figure.
     """
 
     name: str
@@ -158,7 +158,7 @@ def _over_floor(**wanted: object) -> Find:
 
 
 def _against_theirs(theirs_dtype: str | None = None, **wanted: object) -> Find:
-    """How many times as long their fastest takes as ours."""
+    """The ratio of their fastest time to ours."""
 
     def find(results: Results) -> Figure | None:
         ours = results.ours(computes="", **wanted)  # all that they compute

@@ -1,4 +1,4 @@
-"""Our own times for pytest-benchmark, which keeps them and tells regressions: `make bench`.
+"""Our own times for pytest-benchmark, which stores them and reports regressions: `make bench`.
 
     make bench ARGS=--benchmark-autosave
     make bench ARGS='--benchmark-compare --benchmark-compare-fail=median:20%'

@@ -1,4 +1,4 @@
-"""Figures and tables as people read them."""
+"""Figures and tables for readers."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Sampler = Callable[[], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How long is measured.
+    """How much is measured.
 
     Attributes:
         rounds: samples of each run, at most.
@@ -46,11 +46,11 @@ QUICK = Effort(rounds=2, least=2, sample_seconds=0.0, group_seconds=0.0, side=64
 REHEARSAL = Effort(rounds=1, least=1, sample_seconds=0.0, group_seconds=0.0, side=64)
 
 LONG = 0.2
-"""Seconds from which one run warms up for long enough."""
+"""Seconds of a run that is long enough as a warm-up."""
 
 
 def sampler(run: Run, device: torch.device, effort: Effort) -> Sampler:
-    """What takes samples of a run; it has warmed up.
+    """Takes samples of a run that has warmed up.
 
     On a GPU a sample is `triton.testing.do_bench`'s median, with the L2 cache cleared before each run. On a
     CPU it is the mean of as many runs as make a sample. A run that is a sample by itself runs once untimed
@@ -111,7 +111,7 @@ def in_graph(run: Run, device: torch.device) -> Run:
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Bytes that PyTorch holds at most during a run, beyond what it held before."""
+    """PyTorch's peak memory in bytes during a run, beyond what it held before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -166,7 +166,7 @@ def _mean(run: Run, repeats: int, clock: Callable[[], float]) -> float:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Python's garbage collection waits until the times are taken."""
+    """Disable Python's garbage collection while times are taken."""
     gc.collect()
     was_on = gc.isenabled()
     gc.disable()

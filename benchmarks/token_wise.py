@@ -1,4 +1,4 @@
-"""What kernels do to each token by itself: the gated norm of heads, and the rotation of queries and keys.
+"""Kernels on single tokens: the gated norm of heads, and the rotation of queries and keys.
 
 They run as the layers call them, queries and keys side by side out of one projection.
 """

@@ -31,7 +31,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "triton": {"backend": "triton"},
     "triton-compile": {"backend": "triton", "compiled": True},
 }
-"""Our own contenders, and how they are called."""
+"""Our own contenders and their names."""
 
 ON_GPU = ("triton", "triton-compile", "fla")
 """Contenders that need a GPU; on a CPU Triton would run in its interpreter."""
@@ -45,7 +45,7 @@ class Problem:
 
     Attributes:
         sizes: of the call; a dataclass with ``text``.
-        dtype: what is computed in. A model's weights and inputs stay in float32, and autocast computes.
+        dtype: of the computation. A model's weights and inputs stay in float32, under autocast.
         tensors: inputs by name, each (B, ...).
         shared: what all rows of the batch share: log-decays, models.
     """
@@ -81,7 +81,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One way through a work, and what it must at least move and multiply."""
+    """One pass through a work, and the least that it must move and multiply."""
 
     run: Run
     floor_bytes: int

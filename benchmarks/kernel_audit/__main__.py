@@ -1,4 +1,4 @@
-"""Judge the Triton kernels without a GPU: what they compile to, what they move, which targets they meet.
+"""Judge the Triton kernels without a GPU: their machine code, their memory traffic, and their targets.
 
     python -m benchmarks.kernel_audit [--part compile] [--arch sm_90] [--op pop_fwd] [--shape ...] [--csv ...]
 
@@ -131,7 +131,7 @@ def _rows_of_case(part: str, case: Case, architecture: str) -> list[Row]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Triton prints all of a kernel that ptxas refuses
             return [{**heading, **row, "failure": ""} for row in AUDITS[part](case, architecture)]
-    except Exception as error:  # whatever a launcher, a compiler or the interpreter raises is a result
+    except Exception as error:  # any error of a launcher, the compiler or the interpreter is a result
         traceback.print_exc(limit=-2)
         return [{**heading, "failure": f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]}]
 

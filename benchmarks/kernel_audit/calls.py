@@ -1,4 +1,4 @@
-"""What a case is: one call of one launcher, forward or backward, on inputs as the layers make them.
+"""A case: one call of one launcher, forward or backward, on inputs as the layers make them.
 
 A case is made for any device: "meta" tensors to see what would be compiled, "cpu" to run in the interpreter
 with ``rows`` of the batch only (bytes and flops grow with the batch, their ratios do not). A backward call is
@@ -94,7 +94,7 @@ _PLACES = {
 
 
 def tokens(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Zeros: no figure depends on what they are."""
+    """Zeros, because no figure depends on values."""
     return torch.zeros(shape, dtype=dtype, device=device)
 
 

@@ -1,4 +1,4 @@
-"""What is audited: each kernel's launcher at REM's shapes, long sequences and odd sizes."""
+"""The audited cases: each kernel's launcher at REM's shapes, long sequences and odd sizes."""
 
 from __future__ import annotations
 

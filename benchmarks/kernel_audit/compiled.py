@@ -1,9 +1,9 @@
-"""What launchers would compile on a GPU, compiled ahead of time without one, and what the result says.
+"""The kernels that launchers would compile on a GPU, compiled ahead of time without one, and their figures.
 
 `recorded` stands in for Triton's driver and names an architecture. Triton's own binder specialises the
-arguments (types, ones, divisibility by 16), and in place of the compiler a recorder notes what came. So a
-`Compilation` holds exactly what a launch on that architecture compiles, however the launcher goes about it,
-and its key is the one that Triton looks kernels up by. Needs a process without TRITON_INTERPRET.
+arguments (types, ones, divisibility by 16), and a recorder takes the place of the compiler. So a
+`Compilation` holds exactly what a launch on that architecture compiles, for any launcher, and its key is the
+one by which Triton finds kernels. Needs a process without TRITON_INTERPRET.
 
 `compile_for` compiles it. Registers, stack and SASS come from NVIDIA's cuobjdump, which Triton's wheel
 carries; AMD's figures stand in the assembly text. Judge spills by the stack, not by the registers. The
@@ -152,7 +152,7 @@ class _NotCompiled:
 
 
 class _Driver:
-    """As much of a driver as a launch asks for."""
+    """The part of a driver that a launch uses."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -177,7 +177,7 @@ ASYNC_COPIES = r"LDGSTS|UTMALDG|UBLKCP|(global|buffer)_load_lds|buffer_load_\w+ 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a compiled kernel needs and holds.
+    """The figures of a compiled kernel.
 
     Attributes:
         registers, stack: a thread's 32-bit registers (AMD: VGPRs) and bytes of stack (AMD: scratch).

@@ -65,7 +65,7 @@ def read(path: Path) -> list[Row]:
 
 
 def text(value: object) -> str:
-    """A figure as it stands in a cell."""
+    """A figure as text for a cell."""
     if isinstance(value, list):
         return (" x " if all(isinstance(x, int) for x in value) else "; ").join(map(str, value))
     return str(value)

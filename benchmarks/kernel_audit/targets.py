@@ -1,4 +1,4 @@
-"""What the audit holds the kernels to: targets for their speed and promises of reliability, each a named row.
+"""The audit's targets: for speed and for reliability, each a named row.
 
 A row has a limit, the worst figure among the audited cases that it covers, and where that stood; a target
 that no audited case covers is left out, so a run over part of the cases judges that part.

@@ -1,1 +1,1 @@
-"""The same work by others, and what people use instead; each where it can be imported."""
+"""The same work by other implementations, and alternatives to it; each if it can be imported."""

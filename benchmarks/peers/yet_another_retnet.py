@@ -1,9 +1,9 @@
 """yet-another-retnet (PyPI, MIT; 0.5.1): its functions and layers, called as their authors meant them.
 
-Chunks and tokens are the caller's loop there, and the chunks' size is his choice: several are measured.
-POP is a port in two passes on its layers: the states of all blocks first, then the predictions from all of
-them at once. Its decays and positions are made in the dtype of the queries, which costs it the right
-numbers in bfloat16; the last matrix of decays is cached, so in a loop like ours none is computed.
+Its caller loops over chunks and tokens and chooses the size of chunks; several sizes are measured. POP is a
+port in two passes on its layers: the states of all blocks first, then all predictions at once. It makes
+decays and positions in the dtype of the queries, so its results in bfloat16 are wrong. It caches the last
+matrix of decays, so in a loop like ours it computes none.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def decoder_pop(
 
 
 def _project(mixing: Any, x: Tensor, places: Tensor) -> list[Tensor]:
-    """Queries, keys and values (..., H, D) of (..., E), the first two turned."""
+    """Queries, keys and values (..., H, D) of (..., E), the first two rotated."""
     from yet_another_retnet.retention import _theta_shift
 
     heads = (mixing.num_heads, mixing.embed_dim // mixing.num_heads)
