@@ -44,7 +44,7 @@ Draw = Callable[[Results], Figure | None]
 
 
 def training(results: Results) -> Figure | None:
-    """Bars: forward and backward of REM's decoder, by who computes it and in which dtype."""
+    """Bars: forward and backward of REM's decoder, by implementation and dtype."""
     wanted = {"op": "decoder", "shape": "rem_train", "mode": "pop", "direction": BOTH}
     found = [r for dtype in ("float32", "bfloat16") for r in results.of(dtype=dtype, **wanted)]
     if not found:

@@ -44,7 +44,7 @@ class Results:
         return fastest(m for m in self.of(**wanted) if m.is_ours)
 
     def theirs(self, name: str = THEIRS, **wanted: object) -> Measurement | None:
-        """The fastest of somebody else's."""
+        """The fastest rival's."""
         return fastest(m for m in self.of(**wanted) if m.backend == name or m.backend.startswith(f"{name}, "))
 
 

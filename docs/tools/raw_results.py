@@ -186,7 +186,7 @@ def add_result(run: Path, experiment: str, name: str, folder: Path = RESULTS) ->
     for path, data in ((target / "evaluation.json", summary), (target / QUALITY_FILE, quality)):
         path.unlink(missing_ok=True)
         if data is not None:
-            # The folder that the run happened to lie in is nobody's business.
+            # The folder of the run is private and not part of the result.
             _write(path, _rounded({key: value for key, value in data.items() if key != "run"}))
     rivals = read_rivals(source.blind)
     if rivals is not None:

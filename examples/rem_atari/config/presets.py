@@ -88,7 +88,7 @@ CATCH = Config(
         _SMALL_CONTROLLER,
         channels=(32, 32),
         burn_in=3,
-        # A ball five cells away is caught only by who runs from the first frame on: imagination starts there.
+        # To catch a ball five cells away the paddle must move from the first frame: imagination starts there.
         min_real_frames=1,
         horizon=6,
         gamma=0.95,

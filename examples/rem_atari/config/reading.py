@@ -56,7 +56,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is float and is_number:
         return float(value)
-    # type() and not isinstance(): True is an int to Python, but not to whoever wrote the file.
+    # type() and not isinstance(): True is an int in Python, but not in JSON.
     if type(value) is not hint:
         raise ValueError(f"{path} is {value!r}, wanted {_name(hint)}")
     return value

@@ -29,7 +29,7 @@ def sample_categorical(logits: Tensor, generator: torch.Generator, *, temperatur
     cumulated = (logits.detach().float() / temperature).softmax(dim=-1).cumsum(dim=-1)
     shape = (*logits.shape[:-1], 1)
     drawn = torch.rand(shape, generator=generator, device=logits.device) * cumulated[..., -1:]
-    # NaN would be found nowhere: whoever checks the loss is to meet it, not whoever looks an index up.
+    # A NaN would give an index out of range; clamped, it reaches the check of the loss instead.
     return torch.searchsorted(cumulated, drawn, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 

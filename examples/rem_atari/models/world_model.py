@@ -156,7 +156,7 @@ class BaseWorldModel(nn.Module, ABC):
         """The training loss: the weighted sum of the cross-entropies of tokens, rewards and ends.
 
         The first `context_blocks` of a sequence and padding carry no loss, and a truncated step teaches no
-        end: nobody knows whether the episode would have gone on. Padding must be on the right.
+        end, because the episode might have gone on. Padding must be on the right.
 
         Args:
             batch: sequences of more than `context_blocks` steps.

@@ -113,7 +113,7 @@ class RealEnv:
             columns = zip(acted_on, actions, step.rewards, step.terminated, step.truncated, strict=True)
             for env_index, (frame, action, reward, terminated, truncated) in enumerate(columns):
                 if step.lost[env_index]:
-                    self._replay.cut(env_index)  # nobody knows what the action led to
+                    self._replay.cut(env_index)  # the action's result is unknown
                     continue
                 self._replay.append(
                     env_index, frame, int(action), float(reward), bool(terminated), bool(truncated)
@@ -276,7 +276,7 @@ def collect(
 
     Args:
         env: the environment, reset before the first collection and then left as the last one ended.
-        controller: who plays; its mode (train or eval) is the caller's.
+        controller: the playing controller; the caller sets its mode (train or eval).
         collection: what was done so far, nothing or an interrupted part; it grows with every step.
         steps: environment steps, all environments together, those of an interrupted part included; rounded up
             to whole steps of all of them.

@@ -64,7 +64,7 @@ class CudaGraph(Generic[Result]):
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
         # Weights that autocast has cast are kept until it ends. The graph must cast its own, or it would read
-        # copies of old weights; and nobody else may read the graph's.
+        # copies of old weights; and other code must not read the graph's.
         torch.clear_autocast_cache()
         with torch.cuda.graph(graph):
             self._result = self._function(self._segments)

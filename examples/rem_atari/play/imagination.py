@@ -18,8 +18,8 @@ class ImaginedEnv:
 
     In a step the world model reads the observation and the action, and gives the reward, the end and the next
     observation, each drawn from its distribution; with POP that is one pass. An episode that has ended is not
-    restarted; it goes on meaninglessly, and whoever learns from it leaves out what follows the end. Nothing
-    here has a gradient, and nothing waits for the device.
+    restarted. Its later steps have no meaning, and training must leave them out. Nothing here has a gradient,
+    and nothing waits for the device.
 
     With POP the tokens of an observation are drawn independently of each other (that is what makes it fast),
     so where the world can go one way or another a drawn frame may show both or neither; `world_model.draw`

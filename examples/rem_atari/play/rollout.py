@@ -90,16 +90,16 @@ def rollout(
 ) -> tuple[Trajectory, Carry, Tensor]:
     """Let the controller act for `steps` steps in B environments.
 
-    Each step: the controller sees the observation and decides, an action is drawn, the controller is told the
-    action that is *taken* (not the one its policy would have taken had it not explored), the environment
-    steps. Where an episode restarts, the controller's memory starts anew.
+    In each step the controller sees the observation, an action is drawn, the controller sees the action that
+    is *taken* (with exploration perhaps not its policy's), and the environment steps. Where an episode
+    restarts, the controller's memory starts anew.
 
-    Gradients flow through the controller if the caller has them enabled. Nobody needs them here: who learns
-    from a trajectory has the controller judge it once more, all steps at once (`Controller.judge`).
+    Gradients flow through the controller if they are enabled. Training does not need them: it evaluates all
+    steps of a trajectory at once afterwards (`Controller.judge`).
 
     Args:
         env: B environments.
-        controller: who acts; its mode (train or eval) is the caller's.
+        controller: the acting controller; the caller sets its mode (train or eval).
         carry: the controller's memory of what came before; `Controller.initial_carry` at the start.
         observation: what to act on first, as `TokenStep.seen`.
         steps: steps to take, at least 1.

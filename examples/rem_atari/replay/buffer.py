@@ -49,7 +49,7 @@ class SequenceBatch:
 
     @property
     def frames(self) -> Tensor:
-        """The frames acted on, (n, T, S, S, 3) uint8, copied when asked for; who has tokens needs none."""
+        """The frames acted on, (n, T, S, S, 3) uint8, copied on access; not needed with cached tokens."""
         frames = self.stored.index_select(0, self.rows.clamp(min=0).flatten()).unflatten(0, self.rows.shape)
         frames[~self.mask] = 0
         return frames
@@ -124,7 +124,7 @@ class Replay:
             frame_shape: (S, S, 3); None: what the shards say, so that there must be one.
             capacity: rows there is room for; None: as many as there are.
             seed: seed of the sampling.
-            entries: what `shards` said of them; None: whoever loads will not ask `shards`.
+            entries: what `shards` returned for them; None if `shards` will not be called after loading.
 
         Raises:
             ReplayCorruptError: a shard cannot be read, or one is missing; the message names it.
@@ -414,7 +414,7 @@ class Replay:
         self._num_flushed = self._size
 
     def _pass_over(self, num_rows: int) -> None:
-        """Leave room for rows that were lost. What was open before them ends there: who knows how it went."""
+        """Leave room for lost rows. Episodes open before them end there, because their course is unknown."""
         for row in self._open.values():
             self._rows.truncated[row] = True
         self._open.clear()

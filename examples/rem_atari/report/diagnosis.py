@@ -149,7 +149,7 @@ def check_reward_loss(lines: Sequence[MetricLine], config: Config) -> Finding:
             figures,
         )
     says = (
-        f"It is {number(figures['loss'])} nats; who knows only how often each sign of a reward occurs scores"
+        f"It is {number(figures['loss'])} nats; knowing only how often each sign of a reward occurs gives"
         f" {number(figures['base_rate'])}. In the first epoch it was {number(figures['first'])}."
     )
     advice = (

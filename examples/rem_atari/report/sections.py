@@ -288,8 +288,8 @@ def _events(report: Report) -> str:
     lead = (
         f"<p>What matters most happens least. Of {count(steps, 'step')}: how often it happened, and how often"
         " the most likely guess was that it would. Recall is the share of what happened that was foretold,"
-        " precision the share of what was foretold that happened; who foretells it at every step is right as"
-        " often as the base rate says. Imagination draws, and"
+        " precision the share of what was foretold that happened; foretelling it at every step has the"
+        " precision of the base rate. Imagination draws, and"
         " does not take the most likely guess: the chance given is how often it would have shown what came,"
         " and calibration how many events it would have shown, wherever, for each that came: 1 is right, and"
         " with 2 imagination pays twice what the game does."

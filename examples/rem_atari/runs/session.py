@@ -45,8 +45,8 @@ def log_session(
         command: what began: train or resume.
         reproduce: the command line that starts such a run with the code of now.
         device: torch device that it runs on.
-        edits: the settings that were edited by hand since the run wrote them, what each was and is; None:
-            nobody did.
+        edits: the settings that were edited by hand since the run wrote them, with old and new value, or
+            None.
     """
     began: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,7 +75,7 @@ def describe_session(device: str) -> dict[str, Any]:
 def find_commit(folder: Path) -> str | None:
     """The git commit of the code in `folder`, marked "-dirty" if it was changed since; None if it has none.
 
-    A package that was installed into an environment within somebody's repository is none of that one's files.
+    A package in a virtual environment inside another repository does not belong to that repository.
     """
     try:
         _git(folder, "ls-files", "--error-unmatch", "__init__.py")

@@ -22,7 +22,7 @@ def lambda_return(
         lambda_: λ, between one-step targets (0) and Monte Carlo with bootstrap (1).
 
     Returns:
-        G, (B, T). Gradients flow as they come; callers who want targets detach.
+        G, (B, T). Gradients flow through; detach G to use it as a target.
 
     Raises:
         ValueError: the shapes do not fit.

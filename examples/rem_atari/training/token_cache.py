@@ -18,7 +18,7 @@ class TokenCache:
 
     Args:
         replay: whose rows are tokenised.
-        tokenizer: in eval mode; whoever changes its tokens calls `clear`.
+        tokenizer: in eval mode; call `clear` when its tokens change.
     """
 
     def __init__(self, replay: Replay, tokenizer: BaseTokenizer) -> None:
