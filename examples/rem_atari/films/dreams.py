@@ -1,4 +1,4 @@
-"""Lets the world model imagine on from held-out starts: tensors in, films out."""
+"""Films of the world model's imagination from held-out starts: tensors in, films out."""
 
 from __future__ import annotations
 

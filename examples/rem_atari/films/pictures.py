@@ -1,4 +1,4 @@
-"""Films and pictures: what they hold, PNG and GIF files of them, and images for the page as data URIs."""
+"""Films and pictures: their content, PNG and GIF files, and images for the page as data URIs."""
 
 from __future__ import annotations
 

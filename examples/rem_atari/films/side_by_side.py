@@ -1,4 +1,4 @@
-"""The agent at play, step by step: the game, what its tokens keep of it, what the world model imagines."""
+"""The agent at play, step by step: the game, its reconstruction from tokens, the imagination."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Moment:
         step: steps of the agent before it.
         frame: of the game, uint8 (S, S, 3).
         decoded: the same frame from its tokens.
-        imagined: what the world model believes to see.
+        imagined: the world model's frame.
         dream_step: how long it has imagined by itself; 0: it has just been shown the game.
         latest: the step that led here, whose game may be over; None at the start of the film.
         imagined_reward: sign of its reward as imagined; None at the start of the film.

@@ -1,4 +1,4 @@
-"""What every tokenizer offers: frames become squares of tokens, and tokens become frames again."""
+"""The interface of every tokenizer: frames to squares of tokens, and tokens to frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a reward the world model learns: its sign, or its size."""
+"""The world model's target of a reward: its sign, or its size."""
 
 from __future__ import annotations
 

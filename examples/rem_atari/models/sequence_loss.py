@@ -1,4 +1,4 @@
-"""The loss of the world model on sequences: what its predictions are off what came."""
+"""The loss of the world model on sequences of predictions and targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as distributions over bins: what is learned by classification instead of regression."""
+"""Numbers as distributions over bins, for classification instead of regression."""
 
 from __future__ import annotations
 

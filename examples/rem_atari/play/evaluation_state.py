@@ -1,4 +1,4 @@
-"""An evaluation as far as it has come: a run that is stopped in the middle of it goes on from there."""
+"""The state of an evaluation, from which a stopped run resumes."""
 
 from __future__ import annotations
 

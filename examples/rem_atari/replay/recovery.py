@@ -1,4 +1,4 @@
-"""A replay's shards brought back to what a checkpoint knew of them, as far as they are still there."""
+"""Restores a replay's shards to their state at a checkpoint, as far as the files exist."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the report measures on held-out frames: arrays in, numbers out.
+"""The report's measurements on held-out frames: arrays in, numbers out.
 
-Nothing here reads a file or runs a network. Frames are uint8 and are scaled to [-1, 1] before an error is
+This module reads no file and runs no network. Frames are uint8 and are scaled to [-1, 1] before an error is
 taken, as the tokenizer sees them, so that errors compare with the training curves. N frames, K tokens a
 frame, V codes, S pixels a side. Cross-entropies are in nats.
 """
@@ -39,10 +39,10 @@ class FrameErrors:
 
 @dataclass(frozen=True)
 class TokenPredictions:
-    """What a predictor says about N frames before it sees them.
+    """A predictor's predictions of N frames.
 
     Attributes:
-        log_prob: log-probability that it gave to the token that came, (N, K).
+        log_prob: log-probability of the true token, (N, K).
         choice: its most likely token, (N, K).
     """
 
@@ -52,10 +52,10 @@ class TokenPredictions:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
-    """How good a predictor of tokens is.
+    """Scores of a predictor of tokens.
 
     Attributes:
-        cross_entropy: mean negative log-probability of the token that came, in nats.
+        cross_entropy: mean negative log-probability of the true token, in nats.
         accuracy: share of tokens that its choice hits.
         changed_accuracy: the same over tokens that differ from the frame before; None if none does.
         changed_share: share of tokens that differ from the frame before.
@@ -101,12 +101,12 @@ class EventScores:
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookUse:
-    """How many codes carry the frames.
+    """Use of the codes in the frames.
 
     Attributes:
         used: codes that appear.
         size: codes there are.
-        perplexity: exp of the entropy of their use: so many codes, used equally often, would say as much.
+        perplexity: exp of the entropy of their use: the number of equally used codes with the same entropy.
     """
 
     used: int
@@ -296,7 +296,7 @@ def has_one_outcome(signs: NDArray[np.int64], ended: NDArray[np.bool_]) -> bool:
 
 
 Drawn = Literal["imagined", "copied", "redrawn"]
-"""What is compared with the real frame, as `StepErrors` names it."""
+"""The frames compared with the real one, by their names in `StepErrors`."""
 
 
 @dataclass(frozen=True, kw_only=True)

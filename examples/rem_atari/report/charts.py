@@ -1,4 +1,4 @@
-"""Which curves the report draws, and how one becomes an inline SVG that follows the page's colours."""
+"""The report's curves, drawn as inline SVG in the page's colours."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def charts_of(lines: Sequence[MetricLine]) -> list[Chart]:
     charts = [_returns_chart(lines)]
     for phase, title, metrics in LOSS_CHARTS:
         series = [
-            Series(legend, [epoch + 1 for epoch in curve.x], curve.y)  # people count epochs from 1
+            Series(legend, [epoch + 1 for epoch in curve.x], curve.y)  # epochs are shown from 1
             for metric, legend in metrics
             for curve in [values_of(lines, phase, metric)]
         ]

@@ -1,4 +1,4 @@
-"""What the report's page shows: a run's folder, as much of it as is there, read and measured."""
+"""The content of the report's page: a run's folder, read and measured as far as it exists."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What a run's folder holds.
+    """The content of a run's folder.
 
     Attributes:
         folder: where its files lie.
@@ -66,7 +66,7 @@ class RunData:
 
 
 def load_run(path: Path) -> RunData:
-    """Read a run's folder; what is missing in it becomes a note.
+    """Read a run's folder; missing parts become notes.
 
     Raises:
         UsageError: `path` is no run folder, or its configuration cannot be read.
@@ -124,7 +124,7 @@ def _load_replay(folder: Path, name: str, notes: list[str]) -> Replay | None:
 def action_names(state: Mapping[str, Any], num_actions: int) -> list[str]:
     """The names of the actions that the trainer noted in a checkpoint's state, else "action 0" and so on.
 
-    The game itself is not asked: to make it would run whatever module the configuration names.
+    The game itself is not made, because that would run the module that the configuration names.
     """
     names = state.get("action_names")
     if not isinstance(names, list) or len(names) != num_actions:
@@ -198,7 +198,7 @@ def attempt(part: str, notes: list[str], make: Callable[[], T]) -> T | None:
 
 
 def gather(data: RunData) -> Report:
-    """Measure what can be measured of a run, and collect all that its page shows."""
+    """Measure a run as far as possible, and collect the content of its page."""
     config = data.config
     scenes = attempt("The imagined films", data.notes, partial(_imagine, data))
     return Report(

@@ -1,7 +1,7 @@
-"""Why a run does not learn: signs to be read off metrics.jsonl alone, in the order in which to look for them.
+"""Why a run does not learn: signs in metrics.jsonl, in the order in which to look for them.
 
-The order is that of cause and effect. What the tokenizer does not see, the world model cannot predict, and of
-what the world model does not predict the controller cannot learn. So the first sign is where to begin.
+The order is that of cause and effect. The world model cannot predict what the tokenizer does not see, and the
+controller cannot learn what the world model does not predict. So begin with the first sign.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WINDOW = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a check has found.
+    """The result of a check.
 
     Attributes:
         check: its name, for scripts.

@@ -1,4 +1,4 @@
-"""How a run went: the lines of its metrics.jsonl, and numbers made of them."""
+"""A run's history: the lines of its metrics.jsonl, and numbers computed from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rem_atari.runs.reading import is_number, read_json_lines
 from rem_atari.training.schedule import UNITS
 
 LINES_NAMED = 5
-"""At most so many damaged lines are named."""
+"""Most damaged lines that are named."""
 
 COLLECTIONS = ("collect_random", "collect")
 """The phases that collect experience."""

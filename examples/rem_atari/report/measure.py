@@ -1,4 +1,4 @@
-"""Shows the trained networks held-out steps, and gathers what the report says about them."""
+"""Runs the trained networks on held-out steps, and collects the report's measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: report.html, one page that needs nothing else, and its pictures as files in media/."""
+"""The report: report.html, one self-contained page, and its pictures as files in media/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good tokenizer and world model are on held-out steps, also beside rivals that need no learning."""
+"""The quality of tokenizer and world model on held-out steps, beside rivals that need no learning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rem_atari.report.analysis import (
 QUALITY_FILE = "quality.json"
 
 SCHEMA = 1
-"""Version of the file; docs/rem_atari.md tells what is in it."""
+"""Version of the file; docs/rem_atari.md describes it."""
 
 FRAME_MEASURES = {
     "mse": (

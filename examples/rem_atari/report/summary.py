@@ -1,4 +1,4 @@
-"""The sentences at the top of the report: what the run is, what it reached, and what it cannot show."""
+"""The sentences at the top of the report: the run, its results, and their limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published scores on the 26 games of Atari 100K, and what scores are normalised with."""
+"""Published scores on the 26 games of Atari 100K, and the constants of normalisation."""
 
 from __future__ import annotations
 

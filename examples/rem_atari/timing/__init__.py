@@ -1,1 +1,1 @@
-"""How long the parts of a run take here, and what that makes of a whole run."""
+"""The times of a run's parts on this machine, and the projected time of a whole run."""

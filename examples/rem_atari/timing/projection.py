@@ -1,4 +1,4 @@
-"""What was timed of a run's parts, and what that makes of a whole run."""
+"""The times of a run's parts, and the projected time of a whole run."""
 
 from __future__ import annotations
 

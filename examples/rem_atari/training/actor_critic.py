@@ -1,4 +1,4 @@
-"""What trains the controller: imagined steps, their λ-returns, and the actor-critic loss on them."""
+"""The controller's training: imagined steps, their λ-returns, and the actor-critic loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainer asks of each component's turn in an epoch."""
+"""The interface between the trainer and each component's phase of an epoch."""
 
 from __future__ import annotations
 

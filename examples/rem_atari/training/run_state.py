@@ -1,4 +1,4 @@
-"""All that a run in progress consists of, as a checkpoint and back."""
+"""The whole state of a run in progress, to a checkpoint and back."""
 
 from __future__ import annotations
 

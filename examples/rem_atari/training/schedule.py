@@ -1,4 +1,4 @@
-"""What a run does when: the epoch schedule as plain numbers, before any of it happens."""
+"""The schedule of a run's epochs as plain numbers, computed in advance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopping on a signal, or when the time is up, where the run is consistent, not where it happens to hit."""
+"""Stopping on a signal or a time limit, at a point where the run is consistent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Updates: what one is told and says, the loop that makes so many, and the means of their metrics."""
+"""Updates: the arguments and results of one, the loop over them, and the means of their metrics."""
 
 from __future__ import annotations
 
