@@ -74,6 +74,16 @@ def test_every_gradient(backend: str, mode: str) -> None:
     assert_same_gradients(gradients(results, case.leaves()), expected, 1e-11)
 
 
+@pytest.mark.parametrize(("backend", "mode"), BACKENDS_AND_MODES)
+def test_results_can_be_changed_in_place_in_training(backend: str, mode: str) -> None:
+    case, cu_seqlens = packed_case([3, 0, 17, 1])
+    case = case.for_gradients()
+    options = options_of(backend, mode)
+    expected = gradients([2 * x for x in case.run(cu_seqlens=cu_seqlens, **options)], case.leaves())
+    changed = [x.mul_(2) for x in case.run(cu_seqlens=cu_seqlens, **options)]
+    assert_same_gradients(gradients(changed, case.leaves()), expected, 0.0)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck(mode: str) -> None:
     case, cu_seqlens = packed_case([2, 0, 3], seed=5)

@@ -182,7 +182,7 @@ class Chunks(NamedTuple):
 
     def _put_back(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The tokens (1, T, H, D) of chunks by head."""
-        return x.transpose(1, 2)[self.plan.filled].unsqueeze(0).to(dtype)
+        return x.transpose(1, 2)[None, self.plan.filled].to(dtype)  # no view, so that it can be written over
 
     def _powers(self) -> BlockPowers:
         """The powers of a full chunk, except that each token decays until the end of its own chunk."""
