@@ -251,14 +251,17 @@ def _check_tokens(owner: Owner, name: str, x: Tensor, layout: str) -> None:
 
 
 def _first_weight(layer: nn.Module) -> object:
-    """The first weight that a layer's tokens meet; None if its module was replaced."""
-    retention = getattr(layer, "retention", layer)
-    return getattr(getattr(retention, "qkvg_proj", None), "weight", None)
+    """The first weight that a layer's tokens meet; None if its module was replaced or computes its weight."""
+    projection = getattr(getattr(layer, "retention", layer), "qkvg_proj", None)
+    return projection._parameters.get("weight") if isinstance(projection, nn.Linear) else None
 
 
 def _check_beside(owner: Owner, name: str, x: Tensor, weight: Tensor) -> None:
     """Raise for tokens of another dtype or device than the first weight, unless they are cast or moved."""
-    if not all(is_plain(part, type(part)) for part in owner.layers[0].modules()):
+    parts = list(owner.layers[0].modules())
+    if any(type(part).__module__.split(".")[0] not in ("torch", "retpop") for part in parts):
+        return  # a class of somebody else may cast what it is given
+    if not all(is_plain(part, type(part)) for part in parts):
         return
     if x.device != weight.device:
         raise ValueError(f"{owner.where}: {name} is on {x.device} but the module is on {weight.device}.")

@@ -100,7 +100,7 @@ def test_many_tokens_fill_several_runs_and_a_part_of_one(
     kind: str, weight: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four runs of three tiles, of which the last has one and a part; without sums, runs of one tile."""
-    monkeypatch.setattr("retpop.kernels.norm_gate_bwd.multiprocessors_of", lambda device: 2)
+    monkeypatch.setattr("retpop.kernels.norm_gate.multiprocessors_of", lambda device: 2)
     inputs, grad = inputs_of(1290, 2, 8, weight=weight, bias=False)
     launches, _ = plan_norm_gate_bwd(*inputs, grad, kind, 1e-6)
     main = launches[0]

@@ -336,11 +336,11 @@ def test_bounds_that_rise_and_fall_do_not_outgrow_the_scan() -> None:
     states, scan, _ = launches
     run_launches([states], case.q.device)
     arguments = dict(scan.arguments)
-    assert arguments["p_ends"].shape[0] == 7
-    arguments["p_ends"] = torch.full((11, 1, 8, 8), 5.0)
+    assert arguments["p_states"].shape[0] == 7
+    arguments["p_states"] = torch.full((11, 1, 8, 8), 5.0)
     arguments["p_added"] = torch.zeros(11, 1, 8, 8)
     run_launches([replace(scan, arguments=arguments)], case.q.device)
-    assert (arguments["p_ends"][7:] == 5.0).all()
+    assert (arguments["p_states"][7:] == 5.0).all()
 
 
 @two_schedules
