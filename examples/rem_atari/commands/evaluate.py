@@ -118,6 +118,9 @@ def _make_folder(folder: Path) -> Path:
     """
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link; --out names the folder that it leads to")
+    for name in OWN_FILES:
+        if (folder / name).is_dir():
+            raise UsageError(f"cannot write {folder / name}: it is a folder; --out names another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.iterdir():
