@@ -81,12 +81,12 @@ class SingleEnv:
     def reset(self, seed: int | None) -> np.ndarray:
         """Start anew and return the frame to act on."""
         frame, _ = check_reset(self._env.reset(seed=seed), self._name)
-        return check_observation(frame, self._env.observation_space, self._name)
+        return self._take(frame)
 
     def step(self, action: int) -> EnvStep:
         """Take one action."""
         frame, reward, terminated, truncated, _ = check_step(self._env.step(action), self._name)
-        check_observation(frame, self._env.observation_space, self._name)
+        frame = self._take(frame)
         game_over = self._lives.game_over if self._lives is not None else terminated
         restart_reward, restart_game_over = 0.0, False
         last_frame = None
@@ -104,6 +104,10 @@ class SingleEnv:
             restart_game_over=restart_game_over,
             last_frame=last_frame,
         )
+
+    def _take(self, frame: Any) -> np.ndarray:
+        """The frame, checked, as an array of its own: an environment may draw the next one into the same."""
+        return check_observation(frame, self._env.observation_space, self._name).copy()
 
     def describe(self) -> EnvDescription:
         """The actions, and what the agent sees."""
