@@ -95,6 +95,13 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
+def describe_mean(mean: float, error: float | None = None) -> str:
+    """A mean return, and its standard error if it has one: with two decimals where these say something."""
+    scale = max(abs(mean), error or 0.0)
+    form = ".2f" if scale == 0 or 0.1 <= scale < 1e12 else ".3g"
+    return f"{mean:{form}}" if error is None else f"{mean:{form}} ± {error:{form}}"
+
+
 def playing_conditions(
     config: Config, *, temperature: float | None = None, num_envs: int | None = None
 ) -> Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -19,12 +18,12 @@ from rem_atari.config.presets import PRESETS
 from rem_atari.config.reading import flatten
 from rem_atari.envs import env_name
 from rem_atari.errors import UsageError
-from rem_atari.evaluation import EvaluationResult, playing_conditions
+from rem_atari.evaluation import EvaluationResult, describe_mean, playing_conditions
 from rem_atari.play.blind import MOST_STARTS, BlindPlay, Lists
 from rem_atari.play.scripted import scripted_player
 from rem_atari.report.history import last_value
 from rem_atari.report.rivals import POLICY_NAMES, SCHEMA, SCRIPTED
-from rem_atari.runs.command_line import program
+from rem_atari.runs.command_line import command_line
 from rem_atari.runs.durable import replace_file
 from rem_atari.runs.folder import open_run_folder
 from rem_atari.runs.reading import read_json_lines
@@ -93,7 +92,7 @@ def blind_command(config: Config, *, steps: int, games: int, seed: int) -> str:
     always = () if config.env.id is not None else ("env.game",)
     bounds = ["--steps", str(steps), "--games", str(games), "--seed", str(seed)]
     flags = ["--preset", preset.preset, *changed_flags(settings, base, always), *bounds]
-    return shlex.join([*program(config.env), "blind", *flags])
+    return command_line(config.env, ["blind", *flags])
 
 
 def measure_policies(play: BlindPlay, config: Config, *, steps: int, games: int) -> dict[str, dict[str, Any]]:
@@ -141,7 +140,7 @@ def describe(data: Mapping[str, Any]) -> str:
         [
             POLICY_NAMES[name],
             _in_words(policy.get("lists", []), data["action_names"]),
-            f"{policy['mean_return']:.2f} ± {policy['standard_error']:.2f}",
+            describe_mean(policy["mean_return"], policy["standard_error"]),
             f"{policy['games']:,}",
         ]
         for name, policy in data["policies"].items()

@@ -10,6 +10,7 @@ from typing import Any
 from rem_atari.arguments import DiagnoseArguments
 from rem_atari.commands.counting import tell
 from rem_atari.errors import RunError
+from rem_atari.evaluation import describe_mean
 from rem_atari.report.diagnosis import Finding, diagnose, first_sign
 from rem_atari.report.history import MetricLine, Returns, last_value, read_lines, returns_of
 from rem_atari.runs.folder import open_run_folder
@@ -88,5 +89,4 @@ def _whole(value: float | None) -> int | None:
 def _returns(found: Returns | None) -> str:
     if found is None:
         return "not measured yet"
-    error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
-    return f"{found.mean:.2f}{error} ({found.episodes} episodes)"
+    return f"{describe_mean(found.mean, found.standard_error)} ({found.episodes} episodes)"

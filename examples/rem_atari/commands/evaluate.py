@@ -19,7 +19,7 @@ from rem_atari.commands.counting import counting, tell
 from rem_atari.config import Config
 from rem_atari.envs import env_name
 from rem_atari.errors import UsageError
-from rem_atari.evaluation import EvaluationResult, evaluate_random, playing_conditions
+from rem_atari.evaluation import EvaluationResult, describe_mean, evaluate_random, playing_conditions
 from rem_atari.evaluation import evaluate as play_games
 from rem_atari.films.games import BestAndWorst, GameFilm
 from rem_atari.films.video import check_video_path, enlarge, save_video
@@ -118,6 +118,9 @@ def _make_folder(folder: Path) -> Path:
     """
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link; --out names the folder that it leads to")
+    for name in OWN_FILES:
+        if (folder / name).is_dir():
+            raise UsageError(f"cannot write {folder / name}: it is a folder; --out names another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.iterdir():
@@ -237,12 +240,11 @@ def _save_films(folder: Path, films: BestAndWorst, config: Config) -> list[Path]
 def describe(summary: Mapping[str, Any]) -> str:
     """The few lines that a reader looks for."""
     epochs = "" if summary["epoch"] is None else f", epoch {summary['epoch']} of {summary['epochs']}"
-    error = _error(summary["standard_error"])
     lines = [
         f"{summary['game']}, checkpoint {summary['step']}{epochs}:"
         f" {summary['episodes']} games at temperature {summary['temperature']:g}",
-        f"mean return {summary['mean_return']:.2f}{error} (standard error), median"
-        f" {summary['median_return']:g}, from {summary['min_return']:g} to {summary['max_return']:g}",
+        f"mean return {describe_mean(summary['mean_return'], summary['standard_error'])} (standard error),"
+        f" median {summary['median_return']:g}, from {summary['min_return']:g} to {summary['max_return']:g}",
     ]
     if summary["random_play"] is not None:
         lines.append(_describe_random(summary["random_play"], summary["ratio_to_random"]))
@@ -256,17 +258,13 @@ def describe(summary: Mapping[str, Any]) -> str:
 
 def _describe_rivals(result: EvaluationResult, rivals: Rivals) -> str:
     lines = [
-        f"{POLICY_NAMES[name]} {found.mean:.2f}{_error(found.standard_error)} over {found.episodes} games"
+        f"{POLICY_NAMES[name]} {describe_mean(found.mean, found.standard_error)} over {found.episodes} games"
         for name, found in rivals.returns.items()
     ]
     return "\n".join([*lines, learned_sentence(_as_returns(result), rivals)])
 
 
-def _error(standard_error: float | None) -> str:
-    return "" if standard_error is None else f" ± {standard_error:.2f}"
-
-
 def _describe_random(random: Mapping[str, Any], ratio: float | None) -> str:
-    error = _error(random["standard_error"])
     times = "" if ratio is None else f": the agent's is {ratio:.1f} times that"
-    return f"random play {random['mean_return']:.2f}{error} over {random['episodes']} games{times}"
+    mean = describe_mean(random["mean_return"], random["standard_error"])
+    return f"random play {mean} over {random['episodes']} games{times}"

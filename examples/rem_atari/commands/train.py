@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rem_atari.arguments import TrainArguments
@@ -102,29 +103,26 @@ def conclude(run: RunFolder) -> None:
         RunError: the report could not be written.
     """
     from rem_atari.report import write_report
-    from rem_atari.runs.metrics import read_metrics
 
     try:
         page = write_report(run.path)
     except Exception as error:
         raise RunError(f"{explain_unwritten(run, error)}; its checkpoints and metrics are there") from error
-    print(_summary(read_metrics(run.metrics)))
+    print(_summary(run.metrics))
     print(f"report: {page}")
 
 
-def _summary(lines: list[dict]) -> str:
-    """The agent's mean return beside random play's."""
-    last = {line["phase"]: line for line in lines if line["phase"] in ("evaluate", "random")}
+def _summary(metrics: Path) -> str:
+    """The agent's mean return beside random play's; somebody may have written into the metrics."""
+    from rem_atari.evaluation import describe_mean
+    from rem_atari.report.history import returns_of
+    from rem_atari.runs.metrics import read_metrics
+
+    lines = read_metrics(metrics)
+    found = (("agent", returns_of(lines, "evaluate")), ("random play", returns_of(lines, "random")))
     parts = [
-        f"{name} {line['mean_return']:.2f}{_error(line)} over {line['episodes']} episodes"
-        for phase, name in (("evaluate", "agent"), ("random", "random play"))
-        for line in [last.get(phase, {})]
-        if line.get("mean_return") is not None
+        f"{name} {describe_mean(returns.mean, returns.standard_error)} over {returns.episodes} episodes"
+        for name, returns in found
+        if returns is not None
     ]
     return f"mean return: {', '.join(parts) or 'no game was played'}"
-
-
-def _error(line: dict) -> str:
-    """The standard error of an evaluation's mean return, if it has one."""
-    error = line.get("standard_error")
-    return "" if error is None else f" ± {error:.2f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,12 @@ import numpy as np
 from gymnasium.spaces import Discrete
 
 from rem_atari.config import EnvConfig
-from rem_atari.envs.answers import CheckedAnswers
+from rem_atari.envs.answers import CheckedAnswers, describe
 from rem_atari.envs.env_options import parse_kwargs
 from rem_atari.envs.env_state import WRAPPER_ATTRIBUTES, KeepsNothing, layers_of
 from rem_atari.envs.errors import UnknownGameError
 from rem_atari.envs.frames import ResizeFrames, frame_space, is_picture_space, resize_frame, to_rgb
+from rem_atari.errors import EnvironmentAnswerError, explain
 
 Info = dict[str, Any]
 Step = tuple[Any, float, bool, bool, Info]
@@ -33,7 +35,8 @@ def make_gym_pixels(cfg: EnvConfig) -> gymnasium.Env:
         UnknownGameError: there is no such environment.
         ValueError: it cannot be made, it has no pixels, or its actions are not Discrete from 0.
     """
-    env = _make(cfg)
+    # Where it is rendered in any case, its wrapper may need that it renders already.
+    env = _make(replace(cfg, wrapper=None) if cfg.render else cfg)
     if is_rendered(env, cfg):
         modes = env.metadata.get("render_modes") or []
         if "rgb_array" not in modes:
@@ -99,9 +102,9 @@ def _make(cfg: EnvConfig, **more: str) -> gymnasium.Env:
         raise UnknownGameError(f"There is no gymnasium environment {name!r}: {reason}") from error
     except (Exception, SystemExit) as error:
         made_with = f" with {kwargs}" if kwargs else ""
-        reason = f"it raised {type(error).__name__}: {error}"
-        raise ValueError(f"{name} cannot be made{made_with}: {reason}") from error
+        raise ValueError(f"{name} cannot be made{made_with}: it raised {explain(error)}") from error
     _check_signature(env, name)
+    _check_spaces(env, name)
     env = _check_answers(env)
     return env if cfg.wrapper is None else CheckedAnswers(_wrap(env, cfg.wrapper))
 
@@ -109,8 +112,10 @@ def _make(cfg: EnvConfig, **more: str) -> gymnasium.Env:
 def _module_hint(name: str) -> str:
     """Advice for an id whose module lies in the current folder, which a console script does not search."""
     module, colon, _ = name.partition(":")
-    if colon and Path(f"{module}.py").is_file() and find_spec(module) is None:
-        return f"; `python -m rem_atari` instead of `rem-atari` finds {module}.py in the current folder"
+    package = module.partition(".")[0]
+    for path in (Path(f"{package}.py"), Path(package)):
+        if colon and package and path.exists() and find_spec(package) is None:
+            return f"; `python -m rem_atari` instead of `rem-atari` finds {path} in the current folder"
     return ""
 
 
@@ -125,6 +130,14 @@ def _check_signature(env: gymnasium.Env, name: str) -> None:
             f"{name}: its reset() takes no {' and no '.join(missing)}; wanted gymnasium's"
             " reset(*, seed=None, options=None)"
         )
+
+
+def _check_spaces(env: gymnasium.Env, name: str) -> None:
+    """An environment may have forgotten its spaces, or have those of gym, gymnasium's forerunner."""
+    for attribute in ("observation_space", "action_space"):
+        space = getattr(env, attribute, None)
+        if not isinstance(space, gymnasium.Space):
+            raise ValueError(f"{name}: its {attribute} is {describe(space)}; wanted a gymnasium.Space")
 
 
 def _check_answers(env: gymnasium.Env) -> gymnasium.Env:
@@ -148,11 +161,14 @@ def _wrap(env: gymnasium.Env, wrapper: str) -> gymnasium.Env:
     try:
         make = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"env.wrapper is {wrapper!r}; wanted module:Name ({error})") from error
+        reason = f"{error}{_module_hint(wrapper)}"
+        raise ValueError(f"env.wrapper is {wrapper!r}; wanted module:Name ({reason})") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"env.wrapper {wrapper} cannot be imported: it raised {explain(error)}") from error
     try:
         wrapped = make(env)
-    except Exception as error:
-        raise ValueError(f"env.wrapper {wrapper} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"env.wrapper {wrapper} raised {explain(error)}") from error
     if not isinstance(wrapped, gymnasium.Env):
         raise ValueError(f"env.wrapper {wrapper} gave a {type(wrapped).__name__}, wanted a gymnasium.Env")
     return wrapped
@@ -197,6 +213,10 @@ class RenderedFrames(KeepsNothing, gymnasium.Wrapper):
             self.picture_shape = self._picture().shape[:2]
         except gymnasium.error.DependencyNotInstalled as error:
             raise ValueError(f"{name} cannot be rendered: {error}") from error
+        except EnvironmentAnswerError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{name} cannot be reset and rendered: it raised {explain(error)}") from error
         self.observation_space = frame_space(size)
 
     def reset(self, *, seed: int | None = None, options: Info | None = None) -> tuple[np.ndarray, Info]:

@@ -8,6 +8,7 @@ for the first, so the hosts work side by side. An exception, a crash or a hang o
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rem_atari.envs.answers import check_observation, check_reset, check_step, n
 from rem_atari.envs.atari import LifeLossEndsEpisode
 from rem_atari.envs.env_state import layers_of, load_env, save_env
 from rem_atari.envs.gym_pixels import what_is_seen
-from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError, RunWarning
+from rem_atari.errors import EnvironmentAnswerError, EnvironmentDiedError, RunWarning, explain
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,17 @@ class SingleEnv:
         self._name = name_of(env)
         lives = (layer for layer in layers_of(env) if isinstance(layer, LifeLossEndsEpisode))
         self._lives: LifeLossEndsEpisode | None = next(lives, None)
+        self._told_of_state = False
 
     def reset(self, seed: int | None) -> np.ndarray:
         """Start anew and return the frame to act on."""
         frame, _ = check_reset(self._env.reset(seed=seed), self._name)
-        return check_observation(frame, self._env.observation_space, self._name)
+        return self._take(frame)
 
     def step(self, action: int) -> EnvStep:
         """Take one action."""
         frame, reward, terminated, truncated, _ = check_step(self._env.step(action), self._name)
-        check_observation(frame, self._env.observation_space, self._name)
+        frame = self._take(frame)
         game_over = self._lives.game_over if self._lives is not None else terminated
         restart_reward, restart_game_over = 0.0, False
         last_frame = None
@@ -103,18 +105,44 @@ class SingleEnv:
             last_frame=last_frame,
         )
 
+    def _take(self, frame: Any) -> np.ndarray:
+        """The frame, checked, as an array of its own: an environment may draw the next one into the same."""
+        return check_observation(frame, self._env.observation_space, self._name).copy()
+
     def describe(self) -> EnvDescription:
         """The actions, and what the agent sees."""
         num_actions = int(self._env.action_space.n)
         meanings = getattr(self._env.unwrapped, "get_action_meanings", list)
-        names = [str(meaning).lower() for meaning in meanings()]
+        try:
+            names = [str(meaning).lower() for meaning in meanings()]
+        except Exception as error:
+            raise EnvironmentAnswerError(
+                f"{self._name}: get_action_meanings() does not give names: {explain(error)}; wanted a list of"
+                f" {num_actions} texts"
+            ) from error
         if len(names) != num_actions:
             names = number_actions(num_actions)
         return EnvDescription(num_actions=num_actions, action_names=names, sees=what_is_seen(self._env))
 
     def save(self) -> dict[str, Any] | None:
-        """The environment's state, plain JSON data; None if it cannot be saved."""
-        return save_env(self._env)
+        """The environment's state, plain JSON data; None if it cannot be saved.
+
+        That an environment fails to tell its state is said once, and no reason to save nothing of the run.
+        """
+        try:
+            state = save_env(self._env)
+            json.dumps(state)
+        except Exception as error:
+            if not self._told_of_state:
+                self._told_of_state = True
+                warnings.warn(
+                    f"{self._name}: get_resume_state() gives no JSON data: {explain(error)}; a resumed run"
+                    " starts its open game anew",
+                    RunWarning,
+                    stacklevel=2,
+                )
+            return None
+        return state
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a `save`, in place of the first `reset`."""
@@ -209,4 +237,4 @@ class LocalHost:
 
 def describe_exception(error: BaseException) -> str:
     """An environment's exception in one line."""
-    return " ".join(f"it raised {type(error).__name__}: {error}".split())
+    return f"it raised {explain(error)}"

@@ -71,6 +71,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
         try:
+            temporary.touch()  # what the system refuses is better told by it than by ffmpeg
             yield temporary
             publish_file(temporary, path)
         finally:

@@ -94,7 +94,8 @@ def returns_of(lines: Sequence[MetricLine], phase: str) -> Returns | None:
     if not found:
         return None
     last = found[-1]
-    returns = [float(value) for value in last.get("returns") or [] if is_number(value)]
+    listed = last.get("returns")
+    returns = [float(value) for value in (listed if isinstance(listed, list) else ()) if is_number(value)]
     episodes = last.get("episodes")
     return Returns(
         mean=float(last["mean_return"]),

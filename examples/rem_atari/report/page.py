@@ -11,7 +11,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from rem_atari.config import EnvConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.config.reading import flatten
 from rem_atari.errors import RunWarning, explain
@@ -22,7 +21,7 @@ from rem_atari.report.contents import Report, RunFile, attempt, gather, load_run
 from rem_atari.report.quality import QUALITY_FILE
 from rem_atari.report.summary import header
 from rem_atari.report.text import section, size, table
-from rem_atari.runs.command_line import program
+from rem_atari.runs.command_line import named_modules
 from rem_atari.runs.config_file import describe_edits
 from rem_atari.runs.durable import replace_file
 from rem_atari.runs.session import short_commit
@@ -207,7 +206,7 @@ def reproduce(report: Report) -> str:
             f" ({escape(describe_edits(report.edits))}): the command starts with the edited one, which is not"
             " the same run.</p>"
         )
-    if program(report.config.env) != program(EnvConfig()):
+    if named_modules(report.config.env):
         lead += "<p>It is to be run where the game's module is found, such as in its folder.</p>"
     return section("How to reproduce", f"{lead}<pre>{escape(report.command)}</pre>{_sessions(report)}")
 

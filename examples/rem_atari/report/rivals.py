@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rem_atari.evaluation import describe_mean
 from rem_atari.report.history import Returns
 from rem_atari.runs.reading import is_number, read_json
 
@@ -81,7 +82,7 @@ def _returns(policy: Any) -> Returns | None:
 def learned_sentence(agent: Returns, rivals: Rivals) -> str:
     """How the agent of one run stands to the best policy that sees nothing."""
     blind = rivals.returns[rivals.best_blind]
-    error = "" if blind.standard_error is None else f" ± {blind.standard_error:.2f}"
+    mean = describe_mean(blind.mean, blind.standard_error)
     verdict = {
         True: "The agent's is above it by three standard errors, over games of this one run: it has learned.",
         False: "The agent's is not above it by three standard errors, over games of this one run.",
@@ -89,7 +90,7 @@ def learned_sentence(agent: Returns, rivals: Rivals) -> str:
     }[has_learned(agent, rivals)]
     return (
         f"Of the policies that see nothing the best is {POLICY_NAMES[rivals.best_blind]}: mean return"
-        f" {blind.mean:.2f}{error} over {blind.episodes} games. {verdict}"
+        f" {mean} over {blind.episodes} games. {verdict}"
     )
 
 

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from rem_atari.config import EnvConfig
 
 
-def program(env: EnvConfig) -> list[str]:
-    """The words that start the program for a game.
+def named_modules(env: EnvConfig) -> list[str]:
+    """The modules that a game and its wrapper are named by, as module:Name."""
+    names = (name.partition(":") for name in (env.id, env.wrapper) if name is not None)
+    return [module for module, colon, _ in names if colon]
 
-    A game or a wrapper named as module:Name may be a file in the current folder, which `python -m` searches
-    and a console script does not.
+
+def command_line(env: EnvConfig, words: Sequence[str]) -> str:
+    """The command line that starts the program for a game with `words`.
+
+    A module that the game is named by may lie in the current folder, which `python -m` searches and a console
+    script does not, or where PYTHONPATH leads to, which may have been set for one command alone.
     """
-    names_a_module = any(":" in name for name in (env.id, env.wrapper) if name is not None)
-    return ["python", "-m", "rem_atari"] if names_a_module else ["rem-atari"]
+    modules = named_modules(env)
+    started = shlex.join([*(("python", "-m", "rem_atari") if modules else ("rem-atari",)), *words])
+    path = os.environ.get("PYTHONPATH", "")
+    if any(_is_found_by(path, module) for module in modules):
+        return f"PYTHONPATH={shlex.quote(path)} {started}"
+    return started
 
 
 def resume_command(env: EnvConfig, run: Path) -> str:
     """The command line that resumes a run."""
-    return shlex.join([*program(env), "resume", str(run)])
+    return command_line(env, ["resume", str(run)])
+
+
+def _is_found_by(path: str, module: str) -> bool:
+    """Whether a module is found by PYTHONPATH and not in the current folder."""
+    package = module.partition(".")[0]
+    folders = [folder for folder in path.split(os.pathsep) if folder]
+    is_here = PathFinder.find_spec(package, [os.getcwd()]) is not None
+    return bool(folders) and not is_here and PathFinder.find_spec(package, folders) is not None

@@ -20,6 +20,9 @@ DIGEST = "sha256"
 
 MOST_CONFIG_BYTES = 1_000_000
 
+RESUMED_WITH = ("threads", "schedule.", "evaluation.")
+"""What `rem-atari resume` may change: config.json is written before the next checkpoint has its copy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SavedConfig:
@@ -69,38 +72,42 @@ def write_config(path: Path, config: Config) -> None:
 def read_config(path: Path, checkpoints: Path) -> SavedConfig:
     """The configuration at `path`, or else the newest copy in the folder `checkpoints`.
 
+    Edited is one whose digest is that of other settings, and one that the run cannot have written after its
+    newest checkpoint: without a digest, or of another run.
+
     Raises:
         UsageError: it cannot be read, or it isn't one.
     """
+    copy = read_config_copy(checkpoints)
     if not path.is_file():
-        copy = read_config_copy(checkpoints)
         if copy is None:
             raise UsageError(f"{path} is not the configuration of a run: there is none")
         step, data = copy
         return SavedConfig(config=_parse(data, path)[0], lost_from=step)
+    way_out = "" if copy is None else f"; without the file, the copy of checkpoint {copy[0]} is used"
     try:
         size = path.stat().st_size
         if size > MOST_CONFIG_BYTES:
             raise ValueError(f"it has {size} bytes, at most {MOST_CONFIG_BYTES}")
         data = path.read_bytes()
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not the configuration of a run: {error}") from error
-    config, is_edited = _parse(data, path)
-    if not is_edited:
-        return SavedConfig(config=config)
-    copy = read_config_copy(checkpoints)
+        raise UsageError(f"{path} is not the configuration of a run: {error}{way_out}") from error
+    config, is_whole = _parse(data, path, way_out)
     edits = {} if copy is None else _compare(_parse(copy[1], path)[0], config)
-    return SavedConfig(config=config, is_edited=True, edits=edits)
+    if is_whole:
+        edits = {name: edit for name, edit in edits.items() if not name.startswith(RESUMED_WITH)}
+    return SavedConfig(config=config, is_edited=is_whole is False or bool(edits), edits=edits)
 
 
-def _parse(data: bytes, path: Path) -> tuple[Config, bool]:
-    """The configuration, and whether its digest differs from its settings; earlier versions wrote none."""
+def _parse(data: bytes, path: Path, way_out: str = "") -> tuple[Config, bool | None]:
+    """The configuration, and whether its digest is that of its settings; None: it has none, as in earlier
+    versions."""
     try:
         settings = json.loads(data)
         digest = settings.pop(DIGEST, None) if isinstance(settings, dict) else None
-        return Config.from_dict(settings), digest is not None and digest != _digest(settings)
+        return Config.from_dict(settings), None if digest is None else digest == _digest(settings)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not the configuration of a run: {error}") from error
+        raise UsageError(f"{path} is not the configuration of a run: {error}{way_out}") from error
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ class MetricsLog:
                 entry = json.loads(line)
                 when = start + entry["seconds"]
                 self._show(entry["phase"], entry["epoch"], entry.items(), when=when)
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
                 continue  # not written by this class
 
     @property
@@ -135,15 +135,15 @@ def _ends_with_a_line(path: Path) -> bool:
     return path.read_bytes().endswith(b"\n")
 
 
-def _cut(path: Path, keep: int) -> list[str]:
+def _cut(path: Path, keep: int) -> list[bytes]:
     """Truncate a file after its first `keep` whole lines, in one step; returns these."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines[:keep] if line.endswith("\n")]
-    if len(kept) < len(lines):
-        replace_file(path, "".join(kept).encode())
-    return kept
+    # Only a newline ends a line, as for all who read the file; what follows the last one is half a line.
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest or keep < len(lines):
+        replace_file(path, b"".join(line + b"\n" for line in lines[:keep]))
+    return lines[:keep]
 
 
 def _finite(value: MetricValue) -> MetricValue | list[float | None] | None:

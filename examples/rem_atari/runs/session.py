@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ import torch
 
 from rem_atari.config import Config
 from rem_atari.config.reading import flatten
-from rem_atari.runs.command_line import program
+from rem_atari.runs.command_line import command_line
 from rem_atari.runs.folder import RunFolder
 from rem_atari.runs.reading import read_json_lines
 
@@ -144,12 +143,12 @@ def train_command(config: Config, preset: Config | None) -> str:
             from the defaults becomes a flag.
     """
     base = flatten((preset or Config()).to_dict())
-    words = [*program(config.env), "train"]
+    words = ["train"]
     if preset is not None:
         words += ["--preset", config.preset]
     always = ("seed", "env.game") if config.env.id is None else ("seed",)
     settings = {path: value for path, value in flatten(config.to_dict()).items() if path != "preset"}
-    return shlex.join([*words, *changed_flags(settings, base, always)])
+    return command_line(config.env, [*words, *changed_flags(settings, base, always)])
 
 
 def changed_flags(settings: dict[str, Any], base: dict[str, Any], always: Collection[str] = ()) -> list[str]:

@@ -18,7 +18,7 @@ from rem_atari.errors import (
     StoppedError,
     describe_os_error,
 )
-from rem_atari.evaluation import EvaluationResult, evaluate, evaluate_random
+from rem_atari.evaluation import EvaluationResult, describe_mean, evaluate, evaluate_random
 from rem_atari.play.collector import collect, collect_random
 from rem_atari.replay.buffer import Replay
 from rem_atari.replay.shards import delete_shards
@@ -375,6 +375,5 @@ def _describe(result: EvaluationResult, epoch: int) -> str:
     if mean is None:
         return f"evaluation after epoch {epoch + 1}: no game was played in its time"
     marked = f", {result.unfinished} of them unfinished" if result.unfinished else ""
-    return (
-        f"evaluation after epoch {epoch + 1}: mean return {mean:.2f} over {len(result.games)} games{marked}"
-    )
+    games = f"{len(result.games)} games{marked}"
+    return f"evaluation after epoch {epoch + 1}: mean return {describe_mean(mean)} over {games}"

@@ -491,6 +491,21 @@ def test_suggested_commands_work_for_a_module_beside_the_run() -> None:
     assert started == "python -m rem_atari train --seed 0 --env.id my_game:Game-v0"
 
 
+def test_suggested_commands_work_for_a_module_that_pythonpath_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here", "my games"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "my games" / "path_game.py").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", "../my games")
+    game, installed = EnvConfig(id="path_game:Game-v0"), EnvConfig(id="ALE/Pong-v5")
+    assert resume_command(game, Path("run")) == "PYTHONPATH='../my games' python -m rem_atari resume run"
+    assert resume_command(installed, Path("run")) == "rem-atari resume run"
+    Path("path_game.py").touch()
+    assert resume_command(game, Path("run")) == "python -m rem_atari resume run"
+
+
 def test_a_module_in_the_current_folder_is_pointed_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -335,6 +335,9 @@ def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_played(
     monkeypatch.setattr(evaluate_command, "replace_file", refuse)
     monkeypatch.setattr(evaluate_command, "play_games", None)
     assert "Read-only file system; --out names another" in fails(capsys, tmp_path / "run")
+    (tmp_path / "out" / "best.mp4").mkdir(parents=True)
+    message = fails(capsys, tmp_path / "run", "--out", str(tmp_path / "out"))
+    assert message.endswith("best.mp4: it is a folder; --out names another")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

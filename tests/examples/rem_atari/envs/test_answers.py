@@ -134,6 +134,15 @@ def test_an_old_game_is_named_by_its_id(max_episode_steps: int | None) -> None:
         del gymnasium.registry["answers/Old-v0"]
 
 
+@pytest.mark.parametrize("names", [lambda self: None, lambda self: 1 / 0])
+def test_names_of_actions_that_are_none_are_refused_by_name(names: Callable[[Any], Any]) -> None:
+    kind = type("Nameless", (Game,), {"get_action_meanings": names})
+    with pytest.raises(
+        EnvironmentAnswerError, match=r"Nameless: get_action_meanings\(\) does not give names"
+    ):
+        VectorEnv(kind, 1, seed=0)
+
+
 def test_a_reset_without_a_seed_is_refused_at_once() -> None:
     class Older(Game):
         def reset(self) -> Any:

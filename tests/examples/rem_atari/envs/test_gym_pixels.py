@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rem_atari.envs import UnknownGameError, make_env
 from rem_atari.envs.env_options import parse_kwargs
 from rem_atari.envs.env_state import load_env, save_env
 from rem_atari.envs.vector import VectorEnv
+from rem_atari.errors import RunWarning
 
 PICTURES = Box(0, 255, (12, 18, 3), np.uint8)
 
@@ -287,11 +290,38 @@ def test_a_wrapper_can_be_put_around_the_game() -> None:
         (f"{__name__}:Missing", "wanted module:Name .*Missing"),
         ("builtins:str", "builtins:str gave a str, wanted a gymnasium.Env"),
         ("operator:neg", "operator:neg raised TypeError"),
+        ("sys:exit", "sys:exit raised SystemExit"),
+        ("broken_wrapper:Any", "broken_wrapper:Any cannot be imported: it raised SyntaxError"),
+        ("leaving_wrapper:Any", "leaving_wrapper:Any cannot be imported: it raised SystemExit: 3"),
     ],
 )
-def test_what_is_no_wrapper_is_refused(wrapper: str, message: str) -> None:
+def test_what_is_no_wrapper_is_refused(
+    wrapper: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_wrapper.py").write_text("def Any(:")
+    (tmp_path / "leaving_wrapper.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=message):
         make_env(config("Game", wrapper=wrapper), training=True)
+
+
+@pytest.mark.parametrize("wrapper", ["beside_wrapper", "beside_package.wrappers"])
+def test_a_wrapper_in_the_current_folder_is_hinted_at(
+    wrapper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside_wrapper.py").touch()
+    (tmp_path / "beside_package").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [folder for folder in sys.path if folder])
+    with pytest.raises(ValueError, match=r"`python -m rem_atari` .* finds beside_\w+(\.py)? in the current"):
+        make_env(config("Game", wrapper=f"{wrapper}:Any"), training=True)
+
+
+def test_a_wrapper_that_needs_rendering_has_it() -> None:
+    name = "gymnasium.wrappers:AddRenderObservation"
+    env = make_env(config("Game", wrapper=name, render=True), training=True)
+    frame, _ = env.reset(seed=3)
+    np.testing.assert_array_equal(frame, resized(picture(env.unwrapped.count)))
 
 
 @pytest.mark.parametrize("option", [{"kwargs": ("a=1",)}, {"wrapper": "a:B"}, {"render": True}])
@@ -324,6 +354,32 @@ def test_a_package_that_rendering_needs_is_missed_at_once() -> None:
 
     with pytest.raises(ValueError, match="-v0 cannot be made: MuJoCo is not installed"):
         make_env(register(Heavier), training=True)
+
+
+@pytest.mark.parametrize("method", ["reset", "render"])
+@pytest.mark.parametrize("error", [RuntimeError("no display"), SystemExit("no display")])
+def test_a_game_that_fails_before_it_begins_is_named(method: str, error: BaseException) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    class Failing(Game):
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+            return super().reset(seed=seed)
+
+    setattr(Failing, method, fail)
+    told = f"-v0 cannot be reset and rendered: it raised {type(error).__name__}: no display"
+    with pytest.raises(ValueError, match=told):
+        make_env(register(Failing), training=True)
+
+
+@pytest.mark.parametrize("attribute", ["observation_space", "action_space"])
+def test_a_game_without_a_space_is_refused(attribute: str) -> None:
+    class Spaceless(Filmed):
+        pass
+
+    setattr(Spaceless, attribute, None)
+    with pytest.raises(ValueError, match=f"-v0: its {attribute} is NoneType None; wanted a gymnasium.Space"):
+        make_env(register(Spaceless), training=True)
 
 
 def test_it_is_said_what_the_agent_sees() -> None:
@@ -409,3 +465,20 @@ def test_a_game_that_does_not_is_not_saved() -> None:
     env = make_env(config("Game"), training=True)
     env.reset(seed=0)
     assert save_env(env) is None
+
+
+@pytest.mark.parametrize("state", [RuntimeError("not now"), {"count": np.int64(3)}, {"board": np.zeros(2)}])
+def test_a_state_that_cannot_be_told_is_said_once_and_ends_nothing(state: Any) -> None:
+    class Telling(Resumable):
+        def get_resume_state(self) -> dict[str, Any]:
+            if isinstance(state, Exception):
+                raise state
+            return state
+
+    cfg = register(Telling)
+    with closing(VectorEnv(lambda: make_env(cfg, training=True), 1, seed=0)) as envs:
+        envs.reset()
+        with pytest.warns(RunWarning, match=r"-v0: get_resume_state\(\) gives no JSON data: .+") as told:
+            assert [envs.resume_states() for _ in range(2)] == [[None], [None]]
+        assert len(told) == 1
+        assert not envs.step([0]).lost.any()

@@ -85,6 +85,24 @@ def test_ended_episodes_restart_at_once_and_others_go_on() -> None:
     assert games == [[], [GameReturn(0, 3.0, 2)], [GameReturn(1, 6.0, 3)], [GameReturn(0, 3.0, 2)]]
 
 
+def test_a_game_may_draw_all_its_frames_into_one_array() -> None:
+    class Thrifty(Countdown):
+        frame = np.zeros((2, 2, 3), np.uint8)
+
+        def _answer(self) -> tuple[np.ndarray, dict[str, Any]]:
+            self.frame[:], info = super()._answer()
+            return self.frame, info
+
+    envs, plain = in_turn(Thrifty(2), Thrifty(3)), in_turn(Countdown(2), Countdown(3))
+    assert (envs.reset() == plain.reset()).all()
+    for _ in range(4):
+        step, wanted = envs.step([0, 0]), plain.step([0, 0])
+        assert (step.frames == wanted.frames).all()
+        assert {index: frame.max() for index, frame in step.last_frames.items()} == {
+            index: frame.max() for index, frame in wanted.last_frames.items()
+        }
+
+
 def test_a_game_counts_all_lives_and_the_no_op_between_them() -> None:
     # A life goes at step 2; the no-op that begins the next episode is the game's step 3.
     env = in_turn(LifeLossEndsEpisode(Countdown(5, lives=[3, 3, 2, 2, 2, 2])))

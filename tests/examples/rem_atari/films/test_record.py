@@ -243,6 +243,11 @@ def test_a_film_that_fails_leaves_the_earlier_one(tmp_path: Path, name: str) -> 
     assert files_in(tmp_path) == {name}
 
 
+def test_what_the_system_refuses_is_said_in_its_own_words(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"\.mp4 cannot be written: File name too long"):
+        save_video(tmp_path / f"{'x' * 245}.mp4", pictures(1), fps=5)
+
+
 def test_what_ffmpeg_cannot_write_is_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"the film .*film\.mp4 cannot be written: File exists"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 from run_folders import make_run
 
+from rem_atari.cli import main
 from rem_atari.errors import RunWarning
+from rem_atari.evaluation import describe_mean
 from rem_atari.report import page as page_module
 from rem_atari.report import sections, write_report
 from rem_atari.report.charts import Chart, chart_svg, charts_of, make_axis, save_curves
@@ -92,6 +95,31 @@ def test_ticks_are_round_at_every_size(values: list[float], ticks: list[float]) 
 def test_numbers_are_short() -> None:
     assert (number(1.5e300), number(-2e15), number(12345.0)) == ("1.50e+300", "−2.00e+15", "12,345")
     assert without_nan({"a": [NAN, 1.0, (INF,)], "b": "text"}) == {"a": [None, 1.0, [None]], "b": "text"}
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "text"),
+    [
+        (11, None, "11.00"),
+        (0.0, 0.0, "0.00 ± 0.00"),
+        (-0.004, 1.2, "-0.00 ± 1.20"),
+        (0.00123, 4e-5, "0.00123 ± 4e-05"),
+        (-2.5e38, 1e38, "-2.5e+38 ± 1e+38"),
+    ],
+)
+def test_a_mean_return_of_any_size_is_told(mean: float, error: float | None, text: str) -> None:
+    assert describe_mean(mean, error) == text
+
+
+def test_odd_metrics_do_not_fail_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    good = {"epoch": 1, "phase": "random", "mean_return": 0.001, "returns": [0.0, 0.002], "episodes": 2}
+    odd = good | {"phase": "evaluate", "returns": 5, "episodes": "many", "standard_error": "small"}
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in ({}, {"phase": []}, good, odd)))
+    assert main(["resume", str(run.path)]) == 0
+    told = "mean return: agent 0.001 over 0 episodes, random play 0.001 ± 0.001 over 2 episodes"
+    assert told in capsys.readouterr().out
+    assert (run.path / "report.html").is_file()
 
 
 def test_a_part_that_fails_is_shown_as_such_and_the_rest_is_there(

@@ -15,7 +15,7 @@ from rem_atari.cli import main
 from rem_atari.errors import RunWarning, UsageError
 from rem_atari.report import write_report
 from rem_atari.runs.checkpoint import list_checkpoints, load_checkpoint
-from rem_atari.runs.config_file import DIGEST, config_text
+from rem_atari.runs.config_file import DIGEST, config_text, write_config
 from rem_atari.runs.folder import RunFolder, open_run_folder
 
 
@@ -64,6 +64,30 @@ def test_an_edited_config_is_noticed_setting_by_setting(tmp_path: Path) -> None:
     page = write_report(run.path).read_text()
     assert page.count("controller.gamma was 0.995 and is 0.5") == 2, "at the top, and beside the command"
     assert "which is not the same run" in page
+
+
+def test_an_edit_without_a_digest_and_the_config_of_another_run_are_noticed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    other = replace(DEBUG, seed=5, schedule=replace(DEBUG.schedule, epochs=9))
+    for data in (config_text(other), json.dumps(other.to_dict()).encode()):
+        run.config.write_bytes(data)
+        saved = run.read_config()
+        assert saved.is_edited
+        assert saved.edits["seed"] == (0, 5)
+    write_config(run.config, replace(other, seed=0))
+    assert run.read_config().note is None, "a run is resumed with more epochs, and killed before it saved"
+
+
+@pytest.mark.parametrize("damaged", [b"", bytes(900), b'{"seed": 1'])
+def test_a_config_that_is_none_says_what_is_left(tmp_path: Path, damaged: bytes) -> None:
+    run = make_run(tmp_path / "run")
+    run.config.write_bytes(damaged)
+    with pytest.raises(
+        UsageError, match=r"not the configuration of a run: .+; without the file, the copy of"
+    ):
+        run.read_config()
+    run.config.unlink()
+    assert run.read_config().config == DEBUG
 
 
 def test_resume_says_records_and_restores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,3 +104,12 @@ def test_a_log_with_fewer_lines_than_it_should_have_goes_on_with_those(tmp_path:
     log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", keep=5)
     assert log.num_lines == 0
     log.close()
+
+
+def test_lines_that_others_damaged_neither_shift_nor_stop_a_log_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    deep, huge = b"[" * 100_000, b'{"seconds": 1%s, "phase": "a", "epoch": 0}' % (b"0" * 400)
+    damaged = [b'{"game": "a\rb\xff\x0c"}', deep, huge, b'{"epoch": 3}']
+    path.write_bytes(b"\n".join([*damaged, b'{"epoch": 4}', b'{"epo']))
+    MetricsLog(path, tmp_path / "tensorboard", keep=4).close()
+    assert path.read_bytes().split(b"\n") == [*damaged, b""]
