@@ -256,3 +256,55 @@ def test_what_pop_gives_out_can_be_changed_in_training() -> None:
     actual = torch.autograd.grad(squares + pred.sum(), list(decoder.parameters()))
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+class CastsItself(nn.Linear):
+    """Weights that are stored in 16 bits and cast where they are used, as loaders of large models have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class CastsTokens(Wrapped):
+    """A layer in 16 bits that takes and gives tokens of any dtype."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner.to(torch.bfloat16))
+        self.retention = inner.retention
+
+    def forward(self, x: Tensor, carry: object) -> tuple[Tensor, object]:
+        out, carry = self.inner(x.to(torch.bfloat16), carry)
+        return out.to(x.dtype), carry
+
+
+def test_a_part_may_cast_what_it_is_given() -> None:
+    expected, _ = make_decoder(torch.float32)(X.float())
+    decoder = make_decoder(torch.float32)
+    for layer in decoder.layers:
+        projection = layer.retention.qkvg_proj
+        own = CastsItself(projection.in_features, projection.out_features)
+        own.load_state_dict(projection.state_dict())
+        layer.retention.qkvg_proj = own.to(torch.bfloat16)
+    torch.testing.assert_close(decoder(X.float())[0], expected, rtol=0.1, atol=0.1)
+
+    decoder = make_decoder(torch.float32)
+    decoder.layers = nn.ModuleList(CastsTokens(layer) for layer in decoder.layers)
+    torch.testing.assert_close(decoder(X.float())[0], expected, rtol=0.1, atol=0.1)
+
+
+def test_a_parametrization_is_computed_once_a_call() -> None:
+    """Some change at every reading, as a spectral norm's power iteration does in training."""
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(1)
+            return weight
+
+    decoder = copy.deepcopy(make_decoder())
+    for layer in decoder.layers:
+        parametrize.register_parametrization(layer.retention.qkvg_proj, "weight", Counted())
+    for main_out in ("all", "last"):
+        calls.clear()
+        decoder.pop(X, X_PRED, block_size=BLOCK, main_out=main_out)
+        assert len(calls) == len(decoder.layers)

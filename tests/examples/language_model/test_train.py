@@ -67,6 +67,7 @@ def test_a_resumed_run_is_the_run_itself(
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(train: ModuleType, tmp_path: Path) -> None:
     train.main(words(tmp_path / "one", "--steps", "3"))
     launch = [
