@@ -52,8 +52,8 @@ CALLS: dict[str, tuple[Callable[[], object], int]] = {
     "retention, with gradient": (with_gradient, 9),
     "packed": (lambda: CASE.run(cu_seqlens=torch.tensor([0, 5, 20])), 9),
     "retention by kernels": (lambda: CASE.run(backend="triton"), 14),
-    "decoder.pop": (pop("torch"), 18),
-    "decoder.pop by kernels": (pop("triton"), 27),
+    "decoder.pop": (pop("torch"), 17),
+    "decoder.pop by kernels": (pop("triton"), 26),
 }
 
 

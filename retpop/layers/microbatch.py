@@ -35,8 +35,8 @@ def tokens_at_once(cfg: RetNetConfig, x: Tensor) -> int | None:
     if torch.is_grad_enabled() or not values_are_free(x):
         return None
     hidden = cfg.ffn_dim * (2 if cfg.ffn == "glu" else 1)
-    widest = max(hidden, 2 * cfg.num_heads * (cfg.head_key_dim + cfg.head_value_dim))
-    most = max(1, ELEMENTS_AT_ONCE * min(torch.get_num_threads(), THREADS) // widest)
+    projected = 2 * ((cfg.key_dim or cfg.embed_dim) + (cfg.value_dim or cfg.embed_dim))
+    most = max(1, ELEMENTS_AT_ONCE * min(torch.get_num_threads(), THREADS) // max(hidden, projected))
     return None if x.shape[0] * x.shape[1] <= most else most
 
 
