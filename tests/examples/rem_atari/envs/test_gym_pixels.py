@@ -16,7 +16,7 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from PIL import Image
 
 from rem_atari.config import EnvConfig
-from rem_atari.envs import UnknownGameError, make_env
+from rem_atari.envs import UnknownGameError, list_games, make_env
 from rem_atari.envs.env_options import parse_kwargs
 from rem_atari.envs.env_state import load_env, save_env
 from rem_atari.envs.vector import VectorEnv
@@ -86,6 +86,7 @@ def resized(image: np.ndarray, size: int = 8) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     """The games above under "pixels/<name>-v0"; what a test registers is gone after it."""
+    list_games()  # ale-py registers its games once in a process, when it is first imported
     before = dict(gymnasium.registry)
     for game in (Game, Filmed, Resumable):
         gymnasium.register(f"pixels/{game.__name__}-v0", entry_point=game)
