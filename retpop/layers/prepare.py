@@ -259,7 +259,7 @@ def _first_weight(layer: nn.Module) -> object:
 def _check_beside(owner: Owner, name: str, x: Tensor, weight: Tensor) -> None:
     """Raise for tokens of another dtype or device than the first weight, unless they are cast or moved."""
     parts = list(owner.layers[0].modules())
-    if any(type(part).__module__.split(".")[0] not in ("torch", "retpop") for part in parts):
+    if not all(type(part).__module__.startswith(("torch.", "retpop.")) for part in parts):
         return  # a class of somebody else may cast what it is given
     if not all(is_plain(part, type(part)) for part in parts):
         return
