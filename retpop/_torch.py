@@ -63,6 +63,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def own_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter as the module holds it; None if it has none, or computes it at every reading."""
+    return module._parameters.get(name)
+
+
 def constant_in_graphs(function: Function) -> Function:
     """Decorate a function whose result a compiled graph treats as a constant.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retpop._torch import is_plain
+from retpop._torch import is_plain, own_parameter
 from retpop.arguments import is_eager
 from retpop.config import RetNetConfig
 from retpop.layers.call import Call, PopCall, SequenceCall
@@ -253,7 +253,7 @@ def _check_tokens(owner: Owner, name: str, x: Tensor, layout: str) -> None:
 def _first_weight(layer: nn.Module) -> object:
     """The first weight that a layer's tokens meet; None if its module was replaced or computes its weight."""
     projection = getattr(getattr(layer, "retention", layer), "qkvg_proj", None)
-    return projection._parameters.get("weight") if isinstance(projection, nn.Linear) else None
+    return own_parameter(projection, "weight") if isinstance(projection, nn.Linear) else None
 
 
 def _check_beside(owner: Owner, name: str, x: Tensor, weight: Tensor) -> None:
