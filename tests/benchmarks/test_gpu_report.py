@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ SHORTER = {
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_measures(part: str, tmp_path: Path) -> None:
     asked = report.PARTS[part]
+    if "fla" in asked.backends.split(",") and find_spec("fla") and not torch.cuda.is_available():
+        pytest.skip("flash-linear-attention is installed and needs a GPU")
     words = asked.command(tmp_path / "rows", dry_run=True)
     assert words[1:3] == ["-m", "benchmarks"]
     assert command_line.main([*words[3:], *SHORTER.get(part, [])]) == 0
