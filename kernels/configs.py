@@ -1,7 +1,7 @@
 """Block sizes, warps, stages and schedules; they are chosen only here and in `configs_bwd.py`.
 
 Everything is a function of shapes, dtype and architecture (and of the number of SMs, for a schedule), so it
-is tested without a GPU. `gpus.architecture_of` names a device's architecture.
+is tested without a GPU. `launch.architecture_of` names a device's architecture.
 """
 
 from __future__ import annotations

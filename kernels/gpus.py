@@ -1,4 +1,4 @@
-"""GPUs: their names and sizes, and the versions of Triton that are wrong on them.
+"""GPUs: their shared memory, and the versions of Triton that are wrong on them.
 
 An architecture is a name: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120" or "gfx942".
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-import torch
 import triton
 
 # Shared memory that one program may take, in KiB.
@@ -21,26 +20,6 @@ SHARED_MEMORY = {
     "sm_120": 99,
     "gfx942": 64,
 }
-
-INTERPRETED = "sm_90"
-"""The architecture whose configs tensors on a CPU (the interpreter) and meta tensors take."""
-
-
-def architecture_of(device: torch.device) -> str:
-    """The architecture of a device: sm_<major><minor>, or AMD's gfx name."""
-    if device.type != "cuda":
-        return INTERPRETED
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-def multiprocessors_of(device: torch.device) -> int:
-    """The number of SMs (AMD: compute units) of a device; an H200's where there is no GPU."""
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class Fault(NamedTuple):
@@ -104,9 +83,3 @@ def _release(version: str) -> tuple[int, ...]:
     """(3, 7, 1) of "3.7.1", "3.7.1+git0a1b" or "3.7.1.post2"; missing parts are 0."""
     numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[+-]", version)[0])[:3]]
     return (*numbers, 0, 0, 0)[:3]
-
-
-def dot_precision(dtype: torch.dtype, architecture: str) -> str:
-    """`tl.dot`'s input_precision: "tf32" where torch itself would use it for float32, else "ieee"."""
-    allowed = torch.get_float32_matmul_precision() != "highest" and architecture.startswith("sm_")
-    return "tf32" if dtype is torch.float32 and allowed else "ieee"

@@ -1,4 +1,4 @@
-"""A kernel launch as a value, and how launchers prepare tensors for one.
+"""A kernel launch as a value; what launchers ask of the device, and how they prepare tensors.
 
 A launcher is two functions: `plan_<op>(tensors, ..., architecture=...)`, which allocates the outputs and
 returns the launches and the outputs, and `<op>(tensors, ...)`, which plans for the tensors' own device and
@@ -17,6 +17,32 @@ import torch
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor | None]
+
+INTERPRETED = "sm_90"
+"""The architecture whose configs tensors on a CPU (the interpreter) and meta tensors take."""
+
+
+def architecture_of(device: torch.device) -> str:
+    """The architecture of a device: sm_<major><minor>, or AMD's gfx name."""
+    if device.type != "cuda":
+        return INTERPRETED
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def multiprocessors_of(device: torch.device) -> int:
+    """The number of SMs (AMD: compute units) of a device; an H200's where there is no GPU."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def dot_precision(dtype: torch.dtype, architecture: str) -> str:
+    """`tl.dot`'s input_precision: "tf32" where torch itself would use it for float32, else "ieee"."""
+    allowed = torch.get_float32_matmul_precision() != "highest" and architecture.startswith("sm_")
+    return "tf32" if dtype is torch.float32 and allowed else "ieee"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import row_config, row_runs
-from .gpus import multiprocessors_of
-from .launch import Launch, named_strides, run, with_contiguous_rows, zero
+from .launch import Launch, multiprocessors_of, named_strides, run, with_contiguous_rows, zero
 
 Gradients = list[Tensor | None]
 

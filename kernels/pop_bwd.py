@@ -28,8 +28,18 @@ from triton import cdiv
 
 from .configs import padded
 from .configs_bwd import PopBwdConfig, Sweep, pop_bwd_config, sweeps_for
-from .gpus import architecture_of, dot_precision, multiprocessors_of
-from .launch import Launch, Tensors, named_strides, run, token_strides, with_contiguous_rows, zero
+from .launch import (
+    Launch,
+    Tensors,
+    architecture_of,
+    dot_precision,
+    multiprocessors_of,
+    named_strides,
+    run,
+    token_strides,
+    with_contiguous_rows,
+    zero,
+)
 from .pop_bwd_sweep import pop_bwd_kernel
 from .pop_fwd import plan_pop_fwd
 from .split import plan_scan

@@ -36,8 +36,16 @@ from triton import cdiv
 
 from . import split, tiles
 from .configs import PopConfig, padded, pop_config, tail_rows
-from .gpus import architecture_of, dot_precision, multiprocessors_of
-from .launch import Launch, named_strides, run, token_strides, with_contiguous_rows
+from .launch import (
+    Launch,
+    architecture_of,
+    dot_precision,
+    multiprocessors_of,
+    named_strides,
+    run,
+    token_strides,
+    with_contiguous_rows,
+)
 from .pop_fwd_steps import RUN_TIME, pop_fwd_steps_kernel
 
 

@@ -35,8 +35,17 @@ from torch import Tensor
 from . import split, tiles
 from .configs import padded
 from .configs_bwd import RetentionBwdConfig, Sweep, retention_bwd_config, sweeps_for
-from .gpus import architecture_of, dot_precision, multiprocessors_of
-from .launch import Launch, Tensors, run, token_strides, with_contiguous_rows, zero
+from .launch import (
+    Launch,
+    Tensors,
+    architecture_of,
+    dot_precision,
+    multiprocessors_of,
+    run,
+    token_strides,
+    with_contiguous_rows,
+    zero,
+)
 from .retention_fwd import plan_retention_fwd
 
 

@@ -28,8 +28,16 @@ from torch import Tensor
 
 from . import split, tiles
 from .configs import RetentionConfig, retention_config
-from .gpus import architecture_of, dot_precision, multiprocessors_of
-from .launch import Launch, named_strides, run, token_strides, with_contiguous_rows
+from .launch import (
+    Launch,
+    architecture_of,
+    dot_precision,
+    multiprocessors_of,
+    named_strides,
+    run,
+    token_strides,
+    with_contiguous_rows,
+)
 from .retention_step import plan_retention_step
 
 

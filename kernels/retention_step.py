@@ -19,8 +19,7 @@ from torch import Tensor
 
 from . import tiles
 from .configs import StepConfig, step_config
-from .gpus import multiprocessors_of
-from .launch import Launch, named_strides, run, with_contiguous_rows
+from .launch import Launch, multiprocessors_of, named_strides, run, with_contiguous_rows
 
 
 @triton.jit(do_not_specialize=["H"])

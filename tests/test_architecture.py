@@ -128,7 +128,7 @@ def test_nobody_imports_kernels_or_examples_by_their_folders() -> None:
 def test_the_reference_imports_no_triton_and_nothing_of_the_faster_forms() -> None:
     names = imports_of("retpop.ops.reference", MODULES["retpop.ops.reference"])
     ours = {name for name in names if name.startswith("retpop")}
-    assert ours == {"retpop.ops.dtypes.state_dtype"}
+    assert ours == {"retpop.arguments.state_dtype"}
     assert {name.split(".")[0] for name in names - ours} <= {"__future__", "torch", "math", "einops"}
 
 

@@ -51,9 +51,9 @@ CALLS: dict[str, tuple[Callable[[], object], int]] = {
     "retention": (CASE.run, 8),
     "retention, with gradient": (with_gradient, 9),
     "packed": (lambda: CASE.run(cu_seqlens=torch.tensor([0, 5, 20])), 9),
-    "retention by kernels": (lambda: CASE.run(backend="triton"), 14),
+    "retention by kernels": (lambda: CASE.run(backend="triton"), 13),
     "decoder.pop": (pop("torch"), 17),
-    "decoder.pop by kernels": (pop("triton"), 26),
+    "decoder.pop by kernels": (pop("triton"), 22),
 }
 
 

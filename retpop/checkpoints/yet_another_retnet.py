@@ -23,7 +23,7 @@ from retpop.arguments import check_num_heads, check_tensor
 from retpop.checkpoints.translation import Table, below, build, count_layers, measure, one_prefix, per_layer
 from retpop.config import RetNetConfig
 from retpop.layers import RetNetDecoder
-from retpop.layers.feed_forward import ACTIVATIONS
+from retpop.ops.torch_backend import ACTIVATIONS
 from retpop.position import rotary_frequencies
 
 _MODULES = {

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from retpop.layers import MultiScaleRetention
-from retpop.layers.feed_forward import FeedForward
+from retpop.layers.decoder import FeedForward
 from retpop.models import RetNetLM, RetNetLMConfig
 from retpop.models.config import MODEL_TYPE
 from retpop.packing import pack_padded, pad_packed

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from retpop._torch import is_plain, own_parameter
-from retpop.arguments import is_eager
+from retpop.arguments import Inputs, autocast_is_on, dtype_after, is_eager, state_dtype
 from retpop.config import RetNetConfig
 from retpop.layers.call import Call, PopCall, SequenceCall
 from retpop.ops import checks
 from retpop.ops.dispatch import Backend, choose_backend
-from retpop.ops.dtypes import Inputs, autocast_is_on, dtype_after, state_dtype
 from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.rows import PopSpec, join_row
 from retpop.ops.torch_backend.packed import Packing

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retpop._torch import is_plain
-from retpop.arguments import as_int, check_tensor
+from retpop.arguments import INPUT_DTYPES, as_int, check_tensor, state_dtype
 from retpop.config import RetNetConfig
 from retpop.decay import check_log_decays
 from retpop.layers.call import Call, Carry
 from retpop.layers.dropout import dropout
 from retpop.layers.norm import HeadNorm
 from retpop.layers.prepare import Constants, Owner, prepare, with_log_decays
-from retpop.ops.dtypes import INPUT_DTYPES, state_dtype
 from retpop.ops.torch_backend import ACTIVATIONS
 from retpop.state import RetNetState
 

@@ -14,8 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retpop.arguments import as_int, check_chunk_size, check_tensor, free_values
-from retpop.ops.dtypes import DECAY_DTYPES, INPUT_DTYPES, state_dtype
+from retpop.arguments import (
+    DECAY_DTYPES,
+    INPUT_DTYPES,
+    as_int,
+    check_chunk_size,
+    check_tensor,
+    free_values,
+    state_dtype,
+)
 
 MODES = ("parallel", "chunkwise", "recurrent")
 MAIN_OUT = ("all", "last")

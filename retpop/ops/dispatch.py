@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from retpop._torch import constant_in_graphs
+from retpop.arguments import Inputs, dtype_after
 from retpop.ops import reference_backend, torch_backend, triton_backend
 from retpop.ops.checks import MODES, Named, check_blocks, check_inputs
-from retpop.ops.dtypes import Inputs, dtype_after
 from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec
 from retpop.ops.torch_backend.packed import Packing
@@ -137,8 +137,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, valu
 
 
 def _why_not_on_gpu(device: torch.device) -> str | None:
-    gpus = kernels("gpus")
-    architecture = gpus.architecture_of(device)
+    architecture = kernels("launch").architecture_of(device)
     if torch.version.hip is not None:
         if architecture not in AMD_ARCHITECTURES:
             return f"the GPU is {architecture}; of AMD's, kernels are for {' and '.join(AMD_ARCHITECTURES)}"
@@ -147,7 +146,7 @@ def _why_not_on_gpu(device: torch.device) -> str | None:
         if properties.major < 8:
             capability = f"{properties.major}.{properties.minor}"
             return f"the GPU has compute capability {capability}, and the kernels need 8.0"
-    reason: str | None = gpus.why_wrong(architecture)
+    reason: str | None = kernels("gpus").why_wrong(architecture)
     return reason
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retpop.ops.dtypes import state_dtype
+from retpop.arguments import state_dtype
 
 
 def retention(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from retpop.arguments import Inputs
 from retpop.ops import reference
-from retpop.ops.dtypes import Inputs
 from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec, join_row, split_row
 from retpop.ops.torch_backend import gated_norm as gated_norm

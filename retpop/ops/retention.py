@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from retpop.arguments import Inputs, cast_inputs, state_dtype, without_autocast
 from retpop.ops.checks import check_retention
 from retpop.ops.dispatch import choose_backend
-from retpop.ops.dtypes import Inputs, cast_inputs, state_dtype, without_autocast
 from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.torch_backend.packed import Packing
 

@@ -1,4 +1,4 @@
-"""The configurations that `kernels/configs.py` chooses, without a GPU, and what `kernels/gpus.py` knows."""
+"""The configurations that `kernels/configs.py` chooses, without a GPU, and what is known of GPUs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from retpop.kernels.configs import PopConfig, padded, pop_config, pop_tiles, tail_rows
-from retpop.kernels.gpus import (
-    FAULTS,
-    SHARED_MEMORY,
-    architecture_of,
-    dot_precision,
-    multiprocessors_of,
-    why_wrong,
-)
+from retpop.kernels.gpus import FAULTS, SHARED_MEMORY, why_wrong
+from retpop.kernels.launch import architecture_of, dot_precision, multiprocessors_of
 
 REM: dict[str, Any] = {
     "pairs": 64 * 4,

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import retpop
 from retpop import RetNetConfig, RetNetDecoder
 from retpop.layers import decoder as decoder_module
-from retpop.layers import feed_forward, retention
+from retpop.layers import retention
 
 DECODER = make_decoder()
 
@@ -56,7 +56,7 @@ class DropoutRecorder:
 def test_dropout_is_at_four_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the retention output, after its projection, in the FFN's hidden layer, after the FFN."""
     recorder = DropoutRecorder()
-    for module in (decoder_module, feed_forward, retention):
+    for module in (decoder_module, retention):
         monkeypatch.setattr(module, "dropout", recorder)
     decoder = make_decoder(dropout=0.3, num_layers=1)
     for training in (True, False):

@@ -16,8 +16,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 from retpop import RetNetDecoder, RetNetState
-from retpop.layers import microbatch
-from retpop.layers.microbatch import even_slices
+from retpop.layers import call
+from retpop.layers.call import even_slices
 
 WIDEST = 56
 """Features of queries, keys, values and gate of the small decoder: its widest tensor's."""
@@ -36,7 +36,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((x.shape[0], x.shape[1]))
         return whole(self, x, *arguments)
 
-    monkeypatch.setattr(microbatch, "ELEMENTS_AT_ONCE", 40 * WIDEST)
+    monkeypatch.setattr(call, "ELEMENTS_AT_ONCE", 40 * WIDEST)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(RetNetDecoder, "_run_layers", note)
     return seen

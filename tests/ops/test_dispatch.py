@@ -13,10 +13,10 @@ import torch
 from torch.autograd import forward_ad
 
 import retpop
+from retpop.arguments import Inputs
 from retpop.kernels import gpus
 from retpop.ops import dispatch
 from retpop.ops.dispatch import choose_backend
-from retpop.ops.dtypes import Inputs
 
 GPU = torch.device("cuda", 0)
 

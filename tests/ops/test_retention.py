@@ -21,7 +21,7 @@ from retention_cases import (
 )
 
 import retpop
-from retpop.ops.dtypes import autocast_is_on
+from retpop.arguments import autocast_is_on
 
 
 @st.composite

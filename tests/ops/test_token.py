@@ -67,7 +67,7 @@ def tokens(draw: st.DrawFn) -> RetentionCase:
 def test_a_token_is_the_reference_s(mode: str, case: RetentionCase) -> None:
     actual = case.run(mode=mode)
     expected = case.double().run(backend="reference")
-    assert [x.dtype for x in actual] == [case.v.dtype, retpop.ops.dtypes.state_dtype(case.v.dtype)]
+    assert [x.dtype for x in actual] == [case.v.dtype, retpop.arguments.state_dtype(case.v.dtype)]
     assert_same_results(actual, expected, TOLERANCES[case.v.dtype], TOLERANCES[case.v.dtype])
 
 

@@ -15,8 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retpop import position
-from retpop.arguments import are_batched, is_exporting_length, is_transformed
-from retpop.ops.dtypes import Inputs, without_autocast, zero_state
+from retpop.arguments import (
+    Inputs,
+    are_batched,
+    is_exporting_length,
+    is_transformed,
+    without_autocast,
+    zero_state,
+)
 from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec
 from retpop.ops.torch_backend import eager, packed, plain

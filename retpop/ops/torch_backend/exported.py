@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retpop.ops.dtypes import state_dtype
+from retpop.arguments import state_dtype
 from retpop.ops.powers import DecayPowers
 from retpop.ops.torch_backend.eager import Chunks
 

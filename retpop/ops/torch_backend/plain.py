@@ -23,8 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retpop.arguments import is_transformed
-from retpop.ops.dtypes import state_dtype, zero_state
+from retpop.arguments import is_transformed, state_dtype, zero_state
 from retpop.ops.powers import BlockPowers, DecayPowers, advance, advance_in_place
 from retpop.ops.rows import PopSpec, join_row, split_row
 

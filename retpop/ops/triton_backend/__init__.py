@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from retpop.ops.dtypes import Inputs
+from retpop.arguments import Inputs
 from retpop.ops.triton_backend.custom import kernels
 from retpop.ops.triton_backend.layer import gated_norm as gated_norm
 from retpop.ops.triton_backend.layer import rotate as rotate
@@ -21,14 +21,14 @@ NAME = "triton"
 def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
     """The kernel that would run (B, T, H) tokens and its schedule, in words."""
     batch, length, heads = shape
-    configs, gpus = kernels("configs"), kernels("gpus")
-    architecture = gpus.architecture_of(inputs.device)
+    configs, launch = kernels("configs"), kernels("launch")
+    architecture = launch.architecture_of(inputs.device)
     common = {
         "head_dims": (inputs.key_dim, inputs.value_dim),
         "dtype": inputs.dtype,
-        "precision": gpus.dot_precision(inputs.dtype, architecture),
+        "precision": launch.dot_precision(inputs.dtype, architecture),
         "architecture": architecture,
-        "multiprocessors": gpus.multiprocessors_of(inputs.device),
+        "multiprocessors": launch.multiprocessors_of(inputs.device),
     }
     if mode == "pop":
         if block_size is None:

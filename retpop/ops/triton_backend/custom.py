@@ -23,8 +23,7 @@ from torch.autograd import forward_ad
 from torch.library import CustomOpDef
 
 from retpop._torch import check, forward_ad_level, transforms_are_active
-from retpop.arguments import are_batched
-from retpop.ops.dtypes import state_dtype, without_autocast
+from retpop.arguments import are_batched, state_dtype, without_autocast
 
 _Run = Callable[..., Any]
 

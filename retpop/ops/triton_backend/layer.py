@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retpop import position
 from retpop._torch import check
-from retpop.ops.dtypes import state_dtype
+from retpop.arguments import state_dtype
 from retpop.ops.rows import PopSpec
 from retpop.ops.torch_backend import gated_norm as plain_gated_norm
 from retpop.ops.triton_backend.custom import add_gradient, kernel_op, kernels, own, refuse_transforms

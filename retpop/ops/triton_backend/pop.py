@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from retpop._torch import check
+from retpop.arguments import state_dtype, zero_state
 from retpop.ops import torch_backend
-from retpop.ops.dtypes import state_dtype, zero_state
 from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec, split_row
 from retpop.ops.torch_backend.eager import Pop

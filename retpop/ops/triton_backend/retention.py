@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from retpop._torch import check
+from retpop.arguments import state_dtype, zero_state
 from retpop.ops import torch_backend
-from retpop.ops.dtypes import state_dtype, zero_state
 from retpop.ops.powers import DecayPowers
 from retpop.ops.torch_backend import eager
 from retpop.ops.torch_backend.packed import Chunks, Packing
