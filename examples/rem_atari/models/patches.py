@@ -46,11 +46,13 @@ class PatchTokenizer(BaseTokenizer):
         # A patch of one colour then has codes of about the size of its pixels.
         self.register_buffer("projection", projection * (size / cfg.code_dim) ** 0.5)
         self.register_buffer("code_table", torch.zeros(cfg.codebook_size, cfg.code_dim))
+        self._size = 0  # `num_codes`, for which a GPU need not be waited for
+        self.register_load_state_dict_post_hook(_count_codes)
 
     @property
     def codes(self) -> Tensor:
-        """What is seen of the codes, (V, E); 0 for those still to come."""
-        return self.code_table
+        """What is seen of the codes there are, (V, E); of none, a row of zeros."""
+        return self.code_table[: max(self._size, 1)]
 
     @torch.no_grad()
     def grow(self, frames: Tensor) -> int:
@@ -67,12 +69,13 @@ class PatchTokenizer(BaseTokenizer):
         self._check_frames("grow", frames, leading="B")
         patches, counts = self._split(frames).flatten(0, 1).unique(dim=0, return_counts=True)
         left = patches[counts.argsort(descending=True, stable=True)]
-        before = size = int(self.num_codes)
+        before = size = self._size
         left = left[~self._is_covered(left, self.patches[:size])]
         while len(left) > 0 and size < self.codebook_size:
             self.patches[size] = left[0]
             left = left[~self._is_covered(left, self.patches[size : size + 1])]
             size += 1
+        self._size = size
         self.num_codes.fill_(size)
         self.code_table[before:size] = (self.patches[before:size].float() / 255) @ self.projection
         return size - before
@@ -81,12 +84,10 @@ class PatchTokenizer(BaseTokenizer):
     def coverage(self, frames: Tensor) -> float:
         """Share of the patches of frames, uint8 (B, S, S, 3), that some code is good for."""
         patches = self._split(frames).flatten(0, 1)
-        return float(self._is_covered(patches, self.patches[: int(self.num_codes)]).float().mean())
+        return float(self._is_covered(patches, self.patches[: self._size]).float().mean())
 
     def _tokenize(self, frames: Tensor) -> Tensor:
-        errors = self._errors(self._split(frames).flatten(0, 1), self.patches)
-        to_come = torch.arange(self.codebook_size, device=errors.device) >= self.num_codes
-        errors.masked_fill_(to_come, torch.inf)
+        errors = self._errors(self._split(frames).flatten(0, 1), self.patches[: max(self._size, 1)])
         good = errors <= self.cfg.patch_threshold
         # `max` gives the first of equals.
         found, first = good.max(dim=-1)
@@ -116,3 +117,8 @@ class PatchTokenizer(BaseTokenizer):
         patches, codes = patches.double(), codes.double()
         squares = patches.square().sum(dim=-1, keepdim=True) + codes.square().sum(dim=-1)
         return torch.addmm(squares, patches, codes.T, alpha=-2) / (127.5**2 * patches.shape[-1])
+
+
+def _count_codes(tokenizer: PatchTokenizer, keys: object) -> None:
+    """After new values have been loaded: how many codes they are."""
+    tokenizer._size = int(tokenizer.num_codes)

@@ -67,7 +67,7 @@ class RefiningWorldModel(WorldModel):
         predicting = self._with_hints(tokens[:, None], known[:, None], codebook)
         nothing = predicting.new_empty(predicting.shape[0], 0, predicting.shape[-1])
         _, predicted, _ = self.decoder.pop(nothing, predicting, step.state, block_size=self.block_size)
-        return self._token_logits(predicted[:, 0])
+        return self._token_logits(predicted[:, 0], codebook)
 
     def _with_hints(self, tokens: Tensor, known: Tensor, codebook: Tensor) -> Tensor:
         """The prediction stream's input, given some of the tokens (B, N, K): (B, N, 2 K, width)."""
@@ -79,8 +79,8 @@ class RefiningWorldModel(WorldModel):
         plain = super()._prediction_tokens(batch_size, blocks)
         return torch.cat((plain, plain), dim=2)
 
-    def _token_logits(self, predicted: Tensor) -> Tensor:
-        return super()._token_logits(predicted[..., self.num_tokens :, :])
+    def _token_logits(self, predicted: Tensor, codebook: Tensor) -> Tensor:
+        return super()._token_logits(predicted[..., self.num_tokens :, :], codebook)
 
 
 def _some(tokens: Tensor) -> Tensor:

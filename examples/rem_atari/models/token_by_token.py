@@ -63,7 +63,7 @@ class TokenByTokenWorldModel(BaseWorldModel):
         before = read[:, first - 1 : -1].unflatten(1, (-1, self.block_size))[:, :, : self.num_tokens]
         at_action = read.unflatten(1, (-1, self.block_size))[:, skip_blocks:, -1]
         return SequenceLogits(
-            tokens=self.token_head(before),
+            tokens=self._token_logits(before, codebook),
             rewards=self.reward_head(at_action),
             ends=self.end_head(at_action),
         )
@@ -88,9 +88,9 @@ class TokenByTokenWorldModel(BaseWorldModel):
         at_action = out[:, -1]
         rewards = self.reward_code.draw(self.reward_head(at_action), generator)
         ended = sample_categorical(self.end_head(at_action), generator).bool()
-        drawn = [sample_categorical(self.token_head(at_action), generator)]
+        drawn = [sample_categorical(self._token_logits(at_action, codebook), generator)]
         for place in range(self.num_tokens - 1):
             embedded = self._embed_tokens(drawn[-1][:, None], codebook)
             out, state = self.decoder(self._place(embedded, place), state)
-            drawn.append(sample_categorical(self.token_head(out[:, -1]), generator))
+            drawn.append(sample_categorical(self._token_logits(out[:, -1], codebook), generator))
         return Imagined(rewards, ended, torch.stack(drawn, dim=1), state)

@@ -69,7 +69,7 @@ class BaseWorldModel(nn.Module, ABC):
         cfg: sizes.
         num_tokens: K, tokens of an observation.
         code_dim: E, dimension of the tokenizer's codes.
-        codebook_size: V, number of codes.
+        codebook_size: the most codes that there will be.
         num_actions: number of actions.
 
     Raises:
@@ -120,7 +120,7 @@ class BaseWorldModel(nn.Module, ABC):
         Args:
             tokens: observations, (B, N, K) int64.
             actions: (B, N) int64.
-            codebook: the tokenizer's codes, (V, E).
+            codebook: the tokenizer's codes, (V, E); fewer than `codebook_size` where some are still to come.
             skip_blocks: leave out the predictions of so many first blocks.
         """
 
@@ -222,6 +222,12 @@ class BaseWorldModel(nn.Module, ABC):
         table = codebook.detach() if self.token_embedding is None else self.token_embedding.weight
         return functional.embedding(tokens, table)
 
+    def _token_logits(self, predicted: Tensor, codebook: Tensor) -> Tensor:
+        """What the decoder's outputs (..., width) say of a token: logits of the codes there are, (..., V)."""
+        hidden, last = self.token_head[:-1](predicted), self.token_head[-1]
+        num_codes = len(codebook)
+        return functional.linear(hidden, last.weight[:num_codes], last.bias[:num_codes])
+
     def _place(self, embedded: Tensor, first: int) -> Tensor:
         """Add to (..., n, width) the embeddings of places `first` .. `first + n - 1` of a block, if any."""
         if self.position_embedding is None:
@@ -254,13 +260,14 @@ class WorldModel(BaseWorldModel):
         """`forward`, given the prediction stream's input, (B, N, M, width)."""
         at_action, predicted, _ = self.decoder.pop(
             self._embed_blocks(tokens, actions, codebook),
-            predicting,
+            predicting[:, skip_blocks:],
             block_size=self.block_size,
+            offset=skip_blocks,
             main_out="last",
         )
         at_action = at_action[:, skip_blocks:]
         return SequenceLogits(
-            tokens=self._token_logits(predicted[:, skip_blocks:]),
+            tokens=self._token_logits(predicted, codebook),
             rewards=self.reward_head(at_action),
             ends=self.end_head(at_action),
         )
@@ -307,7 +314,7 @@ class WorldModel(BaseWorldModel):
         return WorldModelStep(
             reward_logits=self.reward_head(at_action),
             end_logits=self.end_head(at_action),
-            token_logits=self._token_logits(predicted[:, 0]),
+            token_logits=self._token_logits(predicted[:, 0], codebook),
             state=state,
         )
 
@@ -318,10 +325,6 @@ class WorldModel(BaseWorldModel):
         if self.cfg.draw == "coupled":
             return sample_coupled(step.token_logits, before, generator)
         return sample_categorical(step.token_logits, generator)
-
-    def _token_logits(self, predicted: Tensor) -> Tensor:
-        """What the prediction stream (..., M, width) says of the tokens, (..., K, V)."""
-        return self.token_head(predicted)
 
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding:
         return nn.Embedding(1 if cfg.shared_prediction_token else self.num_tokens, cfg.embed_dim)

@@ -60,7 +60,10 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         )
         self._latest: Imagination | None = None
         self._imagine = partial(imagine, agent, cfg=config, generator=generator)
-        self._graph = CudaGraph(self._imagine, generator) if cuda_graph else None
+        self._generator = generator
+        self._cuda_graph = cuda_graph
+        self._graph: CudaGraph[Imagination] | None = None
+        self._num_codes = 0
 
     def prepare(self, epoch: int) -> bool:
         """Whether the replay holds an episode long enough."""
@@ -70,8 +73,11 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         return True
 
     def go_on(self) -> None:
-        """Look for the rewards in what was collected."""
+        """Look for the rewards in what was collected; a graph is good for as many codes as it has seen."""
         self._sampler.refresh()
+        before, self._num_codes = self._num_codes, len(self._agent.tokenizer.codes)
+        if self._cuda_graph and self._num_codes != before:
+            self._graph = CudaGraph(self._imagine, self._generator)
 
     def changed_on_the_way(self) -> list[torch.Tensor]:
         """Which rows have tokens."""

@@ -111,6 +111,14 @@ def test_codes_survive_a_checkpoint():
     assert torch.equal(other.codes, tokenizer.codes)
 
 
+def test_only_codes_that_there_are_are_seen():
+    tokenizer = patch_tokenizer()
+    assert torch.equal(tokenizer.codes, torch.zeros(1, 5))
+    tokenizer.grow(cells(10, 20, 30, 30))
+    assert tokenizer.codes.shape == (3, 5)
+    assert tokenizer.codes.any(dim=-1).all()
+
+
 def test_no_frames_are_no_tokens_and_no_codes():
     tokenizer = patch_tokenizer()
     nothing = torch.zeros(0, 8, 8, 3, dtype=torch.uint8)

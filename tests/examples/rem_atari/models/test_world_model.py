@@ -82,6 +82,22 @@ def test_imagination_computes_what_training_taught(options):
     assert not torch.allclose(taught.tokens[:, 2], taught.tokens[:, 3], atol=1e-3)
 
 
+def test_predictions_that_are_left_out_change_none_of_the_others():
+    model, batch, codebook = small_world_model().eval(), some_sequences(), a_codebook()
+    whole = model(batch.tokens, batch.actions, codebook)
+    part = model(batch.tokens, batch.actions, codebook, skip_blocks=2)
+    for logits, rest in zip(whole[:3], part[:3], strict=True):
+        torch.testing.assert_close(logits[:, 2:], rest)
+
+
+def test_codes_that_are_still_to_come_have_no_logits():
+    model = small_world_model(own_token_embedding=True).eval()
+    batch, codebook = some_sequences(), a_codebook()
+    every, some = (model(batch.tokens, batch.actions, codes).tokens for codes in (codebook, codebook[:3]))
+    assert some.shape == (3, 5, K, 3)
+    torch.testing.assert_close(some, every[..., :3])
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_one_pass_is_two_passes(options):
     """Reading a block and predicting the next in one pass equals reading it first and predicting then."""
