@@ -9,8 +9,8 @@ class RunError(Exception):
     """A run cannot continue; the message is the sentence shown to the user (exit code 1)."""
 
 
-class UsageError(RunError):
-    """The command was called wrongly: a bad name, value or folder (exit code 2)."""
+class UsageError(RunError, ValueError):
+    """Wrong use, of a command (exit code 2) or a function: a bad name, value or folder."""
 
 
 class NonFiniteError(RunError):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config
 from rem_atari.config.presets import PRESETS
+from rem_atari.envs import make_env
+from rem_atari.envs.vector import VectorEnv
+from rem_atari.play.collector import RealEnv
+from rem_atari.replay.buffer import Replay
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
 from rem_atari.runs.config_file import config_text
 from rem_atari.runs.folder import RunFolder, create_run_folder
@@ -45,6 +51,21 @@ def make_run(
         checkpoint = Checkpoint(step, agent.state_dict(), {}, state, config=config_text(config))
         save_checkpoint(run.checkpoints, checkpoint, keep=len(steps))
     return run
+
+
+def add_replay(run: RunFolder, steps: int = 60) -> None:
+    """Experience of a run: random play of its game in two environments."""
+    config = run.load_config()
+    side = config.env.frame_size
+    replay = Replay((side, side, 3), steps, folder=run.replay, seed=0)
+    envs = VectorEnv(partial(make_env, config.env, training=True), 2, seed=0)
+    env = RealEnv(envs, Agent.from_config(config, num_actions=3).tokenizer, replay)
+    env.reset()
+    choose = np.random.default_rng(0)
+    for _ in range(steps // 2):
+        env.play(choose.integers(env.num_actions, size=2))
+    replay.flush()
+    env.close()
 
 
 def make_scored_run(

@@ -45,13 +45,19 @@ class RefiningWorldModel(WorldModel):
         return logits._replace(unknown=~known[:, skip_blocks:])
 
     def _draw_tokens(
-        self, step: WorldModelStep, before: Tensor, codebook: Tensor, generator: torch.Generator
+        self,
+        step: WorldModelStep,
+        before: Tensor,
+        codebook: Tensor,
+        generator: torch.Generator,
+        temperature: float,
     ) -> Tensor:
         logits, tokens = step.token_logits, torch.zeros_like(before)
         known = torch.zeros_like(before, dtype=torch.bool)
         left = _schedule(self.num_tokens, self.cfg.refine_passes)
         for now, later in pairwise(left):
-            tokens = torch.where(known, tokens, sample_categorical(logits, generator))
+            drawn = sample_categorical(logits, generator, temperature=temperature)
+            tokens = torch.where(known, tokens, drawn)
             if later == 0:
                 break
             doubt = entropy(logits.float()).masked_fill(known, torch.inf)

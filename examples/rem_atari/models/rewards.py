@@ -32,10 +32,10 @@ class RewardCode(nn.Module):
         self.two_hot = signs if self.signs_only else TwoHot.symlog(bins, "world_model.reward_bins")
         self.num_classes = len(self.two_hot.values)
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """A reward for each row of logits (B, C): (B,) float32."""
+    def draw(self, logits: Tensor, generator: torch.Generator, *, temperature: float = 1.0) -> Tensor:
+        """A reward for each row of logits (B, C): (B,) float32. The temperature is that of signs."""
         if self.signs_only:
-            return (sample_categorical(logits, generator) - 1).float()
+            return (sample_categorical(logits, generator, temperature=temperature) - 1).float()
         return self.two_hot.mean(logits)
 
     def sign_logits(self, logits: Tensor) -> Tensor:

@@ -19,13 +19,15 @@ def sample_categorical(logits: Tensor, generator: torch.Generator, *, temperatur
     Args:
         logits: unnormalised log-probabilities, (..., classes), any floating dtype.
         generator: source of the numbers, on the device of `logits`.
-        temperature: the logits are divided by it; above 0.
+        temperature: the logits are divided by it; 0: the most likely class.
 
     Raises:
-        ValueError: `temperature` is not above 0.
+        ValueError: `temperature` is below 0.
     """
-    if temperature <= 0:
-        raise ValueError(f"sample_categorical(): temperature is {temperature}; it must be above 0.")
+    if temperature < 0:
+        raise ValueError(f"sample_categorical(): temperature is {temperature}; it must be at least 0.")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
     cumulated = (logits.detach().float() / temperature).softmax(dim=-1).cumsum(dim=-1)
     shape = (*logits.shape[:-1], 1)
     drawn = torch.rand(shape, generator=generator, device=logits.device) * cumulated[..., -1:]
@@ -33,7 +35,9 @@ def sample_categorical(logits: Tensor, generator: torch.Generator, *, temperatur
     return torch.searchsorted(cumulated, drawn, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def sample_coupled(logits: Tensor, before: Tensor, generator: torch.Generator) -> Tensor:
+def sample_coupled(
+    logits: Tensor, before: Tensor, generator: torch.Generator, *, temperature: float = 1.0
+) -> Tensor:
     """One draw from each of K distributions in every row, all K by one uniform number.
 
     Each inverts its cumulated probabilities with the class `before` ordered first, so the draws of a row keep
@@ -44,11 +48,14 @@ def sample_coupled(logits: Tensor, before: Tensor, generator: torch.Generator) -
         logits: unnormalised log-probabilities, (B, K, classes), any floating dtype.
         before: the class that comes first in each distribution, (B, K) int64.
         generator: source of the numbers, on the device of `logits`.
+        temperature: the logits are divided by it; 0: the most likely classes.
 
     Returns:
         (B, K) int64.
     """
-    chances = logits.detach().float().softmax(dim=-1)
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    chances = (logits.detach().float() / temperature).softmax(dim=-1)
     first = before[..., None]
     stays = chances.gather(-1, first)
     cumulated = chances.scatter(-1, first, 0.0).cumsum(dim=-1)

@@ -7,6 +7,8 @@ observation instead of one. Token i of an observation is predicted from everythi
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -80,17 +82,21 @@ class TokenByTokenWorldModel(BaseWorldModel):
         codebook: Tensor,
         state: RetNetState,
         generator: torch.Generator,
+        *,
+        temperature: float = 1.0,
     ) -> Imagined:
         """Draw what follows observations and actions: reward and end, then token by token."""
         last = self._embed_tokens(tokens[:, -1:], codebook)
         action = self.action_embedding(actions)[:, None]
         out, state = self.decoder(self._place(torch.cat((last, action), dim=1), self.num_tokens - 1), state)
         at_action = out[:, -1]
-        rewards = self.reward_code.draw(self.reward_head(at_action), generator)
-        ended = sample_categorical(self.end_head(at_action), generator).bool()
-        drawn = [sample_categorical(self._token_logits(at_action, codebook), generator)]
+        reward_logits, end_logits = self.reward_head(at_action), self.end_head(at_action)
+        rewards = self.reward_code.draw(reward_logits, generator, temperature=temperature)
+        draw = partial(sample_categorical, generator=generator, temperature=temperature)
+        ended = draw(end_logits).bool()
+        drawn = [draw(self._token_logits(at_action, codebook))]
         for place in range(self.num_tokens - 1):
             embedded = self._embed_tokens(drawn[-1][:, None], codebook)
             out, state = self.decoder(self._place(embedded, place), state)
-            drawn.append(sample_categorical(self._token_logits(out[:, -1], codebook), generator))
-        return Imagined(rewards, ended, torch.stack(drawn, dim=1), state)
+            drawn.append(draw(self._token_logits(out[:, -1], codebook)))
+        return Imagined(rewards, ended, torch.stack(drawn, dim=1), state, reward_logits, end_logits)

@@ -45,12 +45,16 @@ class Imagined(NamedTuple):
         ended: the episode ended, (B,) bool.
         tokens: the next observations, (B, K) int64.
         state: the memory to imagine on from.
+        reward_logits: what the rewards were drawn from, (B, C), classes as in `RewardCode`.
+        end_logits: what the ends were drawn from, going on (0) or ending (1), (B, 2).
     """
 
     rewards: Tensor
     ended: Tensor
     tokens: Tensor
     state: RetNetState
+    reward_logits: Tensor
+    end_logits: Tensor
 
 
 class BaseWorldModel(nn.Module, ABC):
@@ -136,6 +140,8 @@ class BaseWorldModel(nn.Module, ABC):
         codebook: Tensor,
         state: RetNetState,
         generator: torch.Generator,
+        *,
+        temperature: float = 1.0,
     ) -> Imagined:
         """Draw what follows observations and actions.
 
@@ -145,6 +151,7 @@ class BaseWorldModel(nn.Module, ABC):
             codebook: the tokenizer's codes, (V, E).
             state: from `begin` at these observations, or from the `imagine` that gave them.
             generator: source of the draws, on the model's device.
+            temperature: temperature of the draws; 0: always the most likely.
         """
 
     def init_state(self, batch_size: int) -> RetNetState:
@@ -283,14 +290,18 @@ class WorldModel(BaseWorldModel):
         codebook: Tensor,
         state: RetNetState,
         generator: torch.Generator,
+        *,
+        temperature: float = 1.0,
     ) -> Imagined:
         """Draw what follows observations and actions; the tokens as `world_model.draw` says."""
         step = self.step(tokens, actions, codebook, state)
         return Imagined(
-            rewards=self.reward_code.draw(step.reward_logits, generator),
-            ended=sample_categorical(step.end_logits, generator).bool(),
-            tokens=self._draw_tokens(step, tokens, codebook, generator),
+            rewards=self.reward_code.draw(step.reward_logits, generator, temperature=temperature),
+            ended=sample_categorical(step.end_logits, generator, temperature=temperature).bool(),
+            tokens=self._draw_tokens(step, tokens, codebook, generator, temperature),
             state=step.state,
+            reward_logits=step.reward_logits,
+            end_logits=step.end_logits,
         )
 
     def step(self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: RetNetState) -> WorldModelStep:
@@ -319,12 +330,17 @@ class WorldModel(BaseWorldModel):
         )
 
     def _draw_tokens(
-        self, step: WorldModelStep, before: Tensor, codebook: Tensor, generator: torch.Generator
+        self,
+        step: WorldModelStep,
+        before: Tensor,
+        codebook: Tensor,
+        generator: torch.Generator,
+        temperature: float,
     ) -> Tensor:
         """The tokens of the observations after those `before`, (B, K) int64 both."""
         if self.cfg.draw == "coupled":
-            return sample_coupled(step.token_logits, before, generator)
-        return sample_categorical(step.token_logits, generator)
+            return sample_coupled(step.token_logits, before, generator, temperature=temperature)
+        return sample_categorical(step.token_logits, generator, temperature=temperature)
 
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding:
         return nn.Embedding(1 if cfg.shared_prediction_token else self.num_tokens, cfg.embed_dim)

@@ -12,6 +12,22 @@ from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.play.rollout import TokenStep
 from retpop import RetNetState
 
+Context = tuple[Tensor, Tensor, Tensor | None]
+"""The N real observations before a start, (B, N, K) int64, the actions taken on them, (B, N) int64, and a
+mask, (B, N) bool, False where a step is padding, on the left; None: all are real."""
+
+
+def state_at(
+    world_model: BaseWorldModel, codes: Tensor, tokens: Tensor, context: Context | None
+) -> RetNetState:
+    """The memory that `world_model.imagine` wants at observations `tokens` (B, K), after a context if any."""
+    if context is None:
+        state = world_model.init_state(tokens.shape[0])
+    else:
+        seen, actions, mask = context
+        state = world_model.take_in(seen, actions, codes, mask=mask)
+    return world_model.begin(tokens, codes, state)
+
 
 class ImaginedEnv:
     """B imagined episodes side by side (a `rollout.TokenEnv`).
@@ -87,13 +103,8 @@ class ImaginedEnv:
         """
         if (context_tokens is None) != (context_actions is None):
             raise ValueError("ImaginedEnv.reset(): context_tokens and context_actions must come together.")
-        if context_tokens is None or context_actions is None:
-            state = self._world_model.init_state(tokens.shape[0])
-        else:
-            state = self._world_model.take_in(
-                context_tokens, context_actions, self._tokenizer.codes, mask=context_mask
-            )
-        self._state = self._world_model.begin(tokens, self._tokenizer.codes, state)
+        context = None if context_tokens is None else (context_tokens, context_actions, context_mask)
+        self._state = state_at(self._world_model, self._tokenizer.codes, tokens, context)
         self._tokens = tokens
         return self._show(tokens)
 

@@ -72,8 +72,6 @@ class Trajectory:
 
 def choose_actions(logits: Tensor, generator: torch.Generator, *, temperature: float = 1.0) -> Tensor:
     """Sample from each row of `logits` (B, A); at temperature 0 take the most likely action; (B,) int64."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
     return sample_categorical(logits, generator, temperature=temperature)
 
 

@@ -178,11 +178,11 @@ def read_checkpoint(path: Path, step: int) -> Checkpoint:
         CheckpointError: a file is missing, cut short or altered.
     """
     try:
-        _check_size(path / MANIFEST_FILE)
+        check_size(path / MANIFEST_FILE)
         manifest = json.loads((path / MANIFEST_FILE).read_bytes())["files"]
-        content = {name: _read_checked(path / name, manifest[name]) for name in CONTENT_FILES}
+        content = {name: read_checked(path / name, manifest[name]) for name in CONTENT_FILES}
         has_copy = CONFIG_FILE in manifest  # not in those of earlier versions
-        copy = _read_checked(path / CONFIG_FILE, manifest[CONFIG_FILE]) if has_copy else None
+        copy = read_checked(path / CONFIG_FILE, manifest[CONFIG_FILE]) if has_copy else None
         state = json.loads(content[STATE_FILE])
         if not isinstance(state, dict):
             raise ValueError(f"{STATE_FILE} holds no object")
@@ -204,9 +204,9 @@ def read_config_copy(folder: Path) -> tuple[int, bytes] | None:
     """Step and config.json of the newest checkpoint with a whole copy of it, or None."""
     for step, path in reversed(list_checkpoints(folder)):
         try:
-            _check_size(path / MANIFEST_FILE)
+            check_size(path / MANIFEST_FILE)
             entry = json.loads((path / MANIFEST_FILE).read_bytes())["files"][CONFIG_FILE]
-            return step, _read_checked(path / CONFIG_FILE, entry)
+            return step, read_checked(path / CONFIG_FILE, entry)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
@@ -231,9 +231,9 @@ def _is_folder(path: Path) -> bool:
 
 def _write_content(folder: Path, checkpoint: Checkpoint) -> None:
     content = {
-        MODEL_FILE: safetensors.torch.save(_portable(checkpoint.model)),
-        OPTIMIZER_FILE: safetensors.torch.save(_portable(checkpoint.optimizer)),
-        TRAINING_FILE: safetensors.torch.save(_portable(checkpoint.training)),
+        MODEL_FILE: safetensors.torch.save(portable(checkpoint.model)),
+        OPTIMIZER_FILE: safetensors.torch.save(portable(checkpoint.optimizer)),
+        TRAINING_FILE: safetensors.torch.save(portable(checkpoint.training)),
         STATE_FILE: json.dumps(checkpoint.state, indent=2).encode(),
         **({} if checkpoint.config is None else {CONFIG_FILE: checkpoint.config}),
     }
@@ -310,13 +310,13 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path.rename(path.with_name(f"{_DELETING}{path.name}")))
 
 
-def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies on the CPU, as safetensors requires."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _check_size(path: Path) -> int:
-    """The size in bytes of a plain file that may be read."""
+def check_size(path: Path) -> int:
+    """The size in bytes of a plain file that may be read; ValueError if it is none, or too large."""
     status = os.stat(path, follow_symlinks=False)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path.name} is no plain file")
@@ -326,9 +326,9 @@ def _check_size(path: Path) -> int:
     return status.st_size
 
 
-def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
+def read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
     """A file's bytes; ValueError if size, digest or kind differ from the manifest."""
-    size = _check_size(path)
+    size = check_size(path)
     if size != entry["bytes"]:
         raise ValueError(f"{path.name} has {size} bytes, its manifest says {entry['bytes']}")
     data = path.read_bytes()

@@ -99,6 +99,15 @@ def read_config(path: Path, checkpoints: Path) -> SavedConfig:
     return SavedConfig(config=config, is_edited=is_whole is False or bool(edits), edits=edits)
 
 
+def parse_config(data: bytes, path: Path) -> Config:
+    """The configuration in the content of a config.json; `path` is named in the message.
+
+    Raises:
+        UsageError: it isn't one.
+    """
+    return _parse(data, path)[0]
+
+
 def _parse(data: bytes, path: Path, way_out: str = "") -> tuple[Config, bool | None]:
     """The configuration, and whether its digest is that of its settings; None: it has none, as in earlier
     versions."""

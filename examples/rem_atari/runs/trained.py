@@ -1,7 +1,11 @@
-"""A trained agent from the folder of its run. The run may still be training: nothing is locked or changed."""
+"""A trained agent from where it lies: a run, a checkpoint, an exported folder, or this package.
+
+A run may still be training: nothing is locked or changed.
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +18,7 @@ from rem_atari.agent import Agent
 from rem_atari.config import Config
 from rem_atari.errors import UsageError
 from rem_atari.runs.checkpoint import (
+    MANIFEST_FILE,
     Checkpoint,
     CheckpointError,
     find_best,
@@ -22,11 +27,18 @@ from rem_atari.runs.checkpoint import (
     not_finite,
     read_checkpoint,
 )
+from rem_atari.runs.config_file import parse_config
+from rem_atari.runs.exported import is_exported, read_exported
 from rem_atari.runs.folder import RunFolder, open_run_folder
 from rem_atari.training.setup import check_device, set_threads
 
 ATTEMPTS = 3
 """A training may delete the checkpoint that is being read; there is a newer one then."""
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+"""Agents that come with the package, an exported folder each."""
+
+Step = int | Literal["newest", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +46,8 @@ class TrainedAgent:
     """An agent as a checkpoint holds it.
 
     Attributes:
-        run: the folder of its run.
+        run: the folder of its run, or the one that stands in for it: where results about it belong.
+        source: the folder that it was read from.
         config: the run's configuration, with the device that the agent is on.
         agent: in eval mode.
         step: the checkpoint's number.
@@ -42,6 +55,7 @@ class TrainedAgent:
     """
 
     run: RunFolder
+    source: Path
     config: Config
     agent: Agent
     step: int
@@ -57,39 +71,104 @@ class TrainedAgent:
         """Environment steps collected, as far as the checkpoint tells."""
         return _count(self.state.get("env_steps"))
 
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """The game's names of its actions, or "action 0" and so on where none were noted."""
+        count = self.agent.controller.num_actions
+        names = self.state.get("action_names")
+        if isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names):
+            return tuple(names)
+        return tuple(f"action {number}" for number in range(count))
+
+    @property
+    def sees(self) -> str | None:
+        """What the frames show, as far as the checkpoint tells."""
+        sees = self.state.get("sees")
+        return sees if isinstance(sees, str) else None
+
 
 def load_trained(
-    path: Path,
+    path: Path | str,
     *,
-    step: int | Literal["newest", "best"],
+    step: Step,
     device: str | None,
     say: Callable[[str], None],
 ) -> TrainedAgent:
-    """Open a run's folder and build its agent. Sets torch's thread count to the run's.
+    """`read_trained`, which see; also sets torch's thread count to the run's."""
+    trained = read_trained(path, step=step, device=device, say=say)
+    set_threads(trained.config)
+    return trained
+
+
+def read_trained(
+    path: Path | str,
+    *,
+    step: Step,
+    device: str | None,
+    say: Callable[[str], None],
+) -> TrainedAgent:
+    """Find an agent and build it.
 
     Args:
-        path: the run's folder.
-        step: number of the checkpoint, the newest whole one, or the one kept as the best.
+        path: the folder of a run, of one of its checkpoints or of an exported agent, or else the name of an
+            agent that comes with the package.
+        step: of a run: number of the checkpoint, the newest whole one, or the one kept as the best.
         device: where the agent goes; None: where it was trained.
         say: told of every damaged checkpoint that is passed over.
 
     Raises:
-        UsageError: this is no run folder, it has no such checkpoint, or the device is not there.
+        UsageError: there is no such agent, the run has no such checkpoint, or the device is not there.
         CheckpointError: there is no whole checkpoint, or it does not fit the configuration.
     """
-    run = open_run_folder(path)
-    config = run.load_config()
+    run, source, config, checkpoint = _find(path, step, say)
     config = replace(config, device=config.device if device is None else device)
     check_device(config.device)
-    set_threads(config)
-    checkpoint = _find_checkpoint(run, step, say)
     agent = build_agent(config, checkpoint).to(config.device)
-    return TrainedAgent(run=run, config=config, agent=agent, step=checkpoint.step, state=checkpoint.state)
+    return TrainedAgent(
+        run=run, source=source, config=config, agent=agent, step=checkpoint.step, state=checkpoint.state
+    )
 
 
-def _find_checkpoint(
-    run: RunFolder, step: int | Literal["newest", "best"], say: Callable[[str], None]
-) -> Checkpoint:
+def list_bundled() -> list[str]:
+    """Names of the agents that come with the package."""
+    return sorted(path.name for path in BUNDLED.iterdir() if is_exported(path)) if BUNDLED.is_dir() else []
+
+
+def _find(
+    path: Path | str, step: Step, say: Callable[[str], None]
+) -> tuple[RunFolder, Path, Config, Checkpoint]:
+    """The run's folder, the agent's folder, the configuration and the checkpoint."""
+    folder = Path(path)
+    if not folder.exists():
+        if str(path) not in list_bundled():
+            raise UsageError(_unknown(path))
+        return (RunFolder(Path("runs") / folder), BUNDLED / folder, *read_exported(BUNDLED / folder))
+    if is_exported(folder):
+        return (RunFolder(folder), folder, *read_exported(folder))
+    if (folder / MANIFEST_FILE).is_file():
+        return (RunFolder(folder.resolve().parent.parent), folder, *_read_one(folder))
+    run = open_run_folder(folder)
+    return run, run.path, run.load_config(), _find_checkpoint(run, step, say)
+
+
+def _unknown(path: Path | str) -> str:
+    there = ", ".join(list_bundled()) or "none"
+    return (
+        f"there is no agent {str(path)!r}: wanted the folder of a run, of a checkpoint or of an exported"
+        f" agent, or the name of one that comes with the package ({there})"
+    )
+
+
+def _read_one(folder: Path) -> tuple[Config, Checkpoint]:
+    """A checkpoint by its own folder, with the configuration that it holds a copy of."""
+    number = re.search(r"-([0-9]{1,18})$", folder.resolve().name)
+    checkpoint = read_checkpoint(folder, int(number[1]) if number else 0)
+    if checkpoint.config is None:
+        raise UsageError(f"{folder} holds no configuration; name the folder of its run")
+    return parse_config(checkpoint.config, folder), checkpoint
+
+
+def _find_checkpoint(run: RunFolder, step: Step, say: Callable[[str], None]) -> Checkpoint:
     if step == "newest":
         return _load_newest(run, say)
     if step == "best":

@@ -70,7 +70,11 @@ class Trainer:
     ) -> None:
         self._config = config
         self._run = run
-        self._action_names = parts.envs.action_names
+        self._game = {
+            "num_actions": parts.envs.num_actions,
+            "action_names": parts.envs.action_names,
+            "sees": parts.envs.sees,
+        }
         self._progress = progress
         self._stop = stop
         self._is_new = checkpoint is None
@@ -336,8 +340,7 @@ class Trainer:
         state.replay.flush()
         self._metrics.sync()
         more = {
-            "num_actions": state.env.num_actions,
-            "action_names": self._action_names,
+            **self._game,
             "metric_lines": self._metrics.num_lines,
             "seconds": self._metrics.seconds,
             "cpu_seconds": self._metrics.cpu_seconds,

@@ -1,0 +1,1 @@
+"""A trained agent put to work: load it, let it act, and dream in its world model."""

@@ -1,0 +1,153 @@
+"""An exported agent: a small folder with all that playing and dreaming need, and nothing of its training.
+
+========================  ===============================================================
+file                      content
+========================  ===============================================================
+``agent.json``            configuration, action names, figures, and a digest of each file
+``model.safetensors``     the weights
+``starts.npz``            real frames to begin dreams at
+``README.md``             the model card
+========================  ===============================================================
+
+It is written last of all that its digests are there: a folder with ``agent.json`` is whole, and nothing in it
+is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from rem_atari.config import Config
+from rem_atari.errors import UsageError
+from rem_atari.replay.starts import Starts, starts_from_bytes, starts_to_bytes
+from rem_atari.runs.checkpoint import (
+    MODEL_FILE,
+    Checkpoint,
+    CheckpointError,
+    check_size,
+    portable,
+    read_checked,
+)
+from rem_atari.runs.durable import replace_file
+
+FORMAT = "rem-atari-agent-1"
+AGENT_FILE, STARTS_FILE, CARD_FILE = "agent.json", "starts.npz", "README.md"
+NOTED = ("epoch", "env_steps", "num_actions", "action_names", "sees")
+"""What of a checkpoint's state an exported agent keeps."""
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `folder` is that of an exported agent."""
+    return (folder / AGENT_FILE).is_file()
+
+
+def write_exported(
+    folder: Path,
+    config: Config,
+    checkpoint: Checkpoint,
+    starts: Starts,
+    *,
+    card: str,
+    figures: Mapping[str, Any],
+) -> None:
+    """Write an agent into a folder, which is made if it is not there.
+
+    Args:
+        folder: where to; an agent that is there already is replaced.
+        config: the configuration of its run.
+        checkpoint: its weights, and what was noted of its game.
+        starts: real frames to begin dreams at.
+        card: the model card, Markdown.
+        figures: what was measured of it, JSON data.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / AGENT_FILE).unlink(missing_ok=True)
+    files = {
+        MODEL_FILE: safetensors.torch.save(portable(checkpoint.model)),
+        STARTS_FILE: starts_to_bytes(starts),
+        CARD_FILE: card.encode(),
+    }
+    for name, data in files.items():
+        replace_file(folder / name, data)
+    about = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "state": {name: checkpoint.state[name] for name in NOTED if name in checkpoint.state},
+        "figures": dict(figures),
+        "config": _elsewhere(config).to_dict(),
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+            if name != CARD_FILE
+        },
+    }
+    replace_file(folder / AGENT_FILE, (json.dumps(about, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_exported(folder: Path) -> tuple[Config, Checkpoint]:
+    """The configuration of an exported agent, and its weights as a checkpoint without optimisers.
+
+    Raises:
+        UsageError: this is no exported agent.
+        CheckpointError: a file is missing, cut short or altered.
+    """
+    about = read_about(folder)
+    try:
+        model = safetensors.torch.load(read_checked(folder / MODEL_FILE, about["files"][MODEL_FILE]))
+    except (KeyError, OSError, ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+    checkpoint = Checkpoint(step=about["step"], model=model, optimizer={}, state=about["state"])
+    return Config.from_dict(about["config"]), checkpoint
+
+
+def read_exported_starts(folder: Path) -> Starts:
+    """The starts of an exported agent.
+
+    Raises:
+        UsageError: this is no exported agent.
+        CheckpointError: their file is missing, cut short or altered.
+    """
+    about = read_about(folder)
+    try:
+        data = read_checked(folder / STARTS_FILE, about["files"][STARTS_FILE])
+    except (KeyError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+    return starts_from_bytes(data, Config.from_dict(about["config"]).env.frame_size)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What the folder of an exported agent says about it.
+
+    Raises:
+        UsageError: it says nothing, or something else.
+    """
+    path = folder / AGENT_FILE
+    try:
+        check_size(path)
+        about = json.loads(path.read_bytes())
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise ValueError(f"it is not in the format {FORMAT}")
+        for name, kind in (("step", int), ("state", dict), ("figures", dict), ("files", dict)):
+            if not isinstance(about.get(name), kind):
+                raise ValueError(f"its {name} is {about.get(name)!r}")
+        Config.from_dict(about.get("config", {}))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not that of an exported agent: {error}") from error
+    return about
+
+
+def _elsewhere(config: Config) -> Config:
+    """The configuration without what belongs to the machine that it was trained on."""
+    tokenizer = replace(config.tokenizer, lpips_weights=None)
+    return replace(config, device="cpu", compile=False, tokenizer=tokenizer)
