@@ -121,13 +121,16 @@ def sequence_positions(start: Tensor | None, length: int, device: torch.device) 
     return steps.unsqueeze(0) if start is None else start.unsqueeze(1) + steps
 
 
-def packed_positions(start: Tensor | None, cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Positions of packed tokens, and of the token after each sequence.
+def packed_positions(
+    start: Tensor | None, cu_seqlens: Tensor, length: int, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Positions of packed tokens, and of the token after each sequence, counted from the last reset.
 
     Args:
         start: (S,), int64, tokens that each sequence has seen before; None: none.
         cu_seqlens: (S + 1,), boundaries of the sequences in the row.
         length: T, tokens in the row.
+        reset: (1, T), bool: the tokens at position 0; None: no token.
 
     Returns:
         positions (1, T) and the positions after (S,), int64.
@@ -135,8 +138,15 @@ def packed_positions(start: Tensor | None, cu_seqlens: Tensor, length: int) -> t
     bounds = cu_seqlens.to(torch.int64)
     first, lengths = bounds[:-1], bounds.diff()
     start = torch.zeros_like(first) if start is None else start
-    shift = torch.repeat_interleave(start - first, lengths, output_size=length)
-    return (torch.arange(length, device=bounds.device) + shift).unsqueeze(0), start + lengths
+    tokens = torch.arange(length, device=bounds.device)
+    positions = tokens + torch.repeat_interleave(start - first, lengths, output_size=length)
+    if reset is None:
+        return positions.unsqueeze(0), start + lengths
+    last_reset = torch.where(reset[0], tokens, -1).cummax(dim=0).values
+    is_own = last_reset >= torch.repeat_interleave(first, lengths, output_size=length)
+    positions = torch.where(is_own, tokens - last_reset, positions)
+    after = torch.nn.functional.pad(positions + 1, (1, 0))[bounds[1:]]
+    return positions.unsqueeze(0), torch.where(lengths > 0, after, start)
 
 
 def boundary_positions(

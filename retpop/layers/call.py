@@ -79,7 +79,7 @@ class SequenceCall(AnyCall):
     Attributes:
         powers: the decays, and the powers of γ as they are needed.
         mode, chunk_size: as in `retpop.retention`.
-        packing: the packed sequences, or None.
+        packing: the packed sequences and the resets, or None.
     """
 
     powers: DecayPowers
@@ -91,6 +91,11 @@ class SequenceCall(AnyCall):
     def tokens_apart(self) -> int | None:
         """See `AnyCall.tokens_apart`; parallel mode is one product over all tokens."""
         return None if self.mode == "parallel" or self.packing is not None else self.chunk_size or 1
+
+    def of_rows(self, rows: slice) -> Self:
+        """The call of some rows of the batch."""
+        packing = None if self.packing is None else self.packing.of_rows(rows)
+        return replace(super().of_rows(rows), packing=packing)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """The part of the last layer's output that the caller gets."""

@@ -172,7 +172,9 @@ class RetNetDecoder(nn.Module):
         Args:
             x: (B, T, E); T may be 0.
             state: carried from what came before; None for the start of a sequence.
-            x_pred, block_size, offset, reset, main_out: see `pop`; without x_pred none of them is allowed.
+            x_pred, block_size, offset, main_out: see `pop`; without x_pred none of them is allowed.
+            reset: (B, T), bool: where reset[:, t], state and position are 0 before token t, see
+                `retpop.retention`; with x_pred (B, N), see `pop`.
             mode, backend: as in `retpop.retention`.
             chunk_size: as there; None: ``cfg.chunk_size``.
             cu_seqlens: (S + 1,), boundaries of S packed sequences; B is then 1 and the state has S rows.

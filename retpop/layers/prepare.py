@@ -136,10 +136,9 @@ def prepare(
             "without x_pred",
             block_size=(block_size, None),
             offset=(offset, 0),
-            reset=(reset, None),
             main_out=(main_out, "all"),
         )
-        return x, *_sequence(owner, x, state, mode, chunk_size, cu_seqlens, backend)
+        return x, *_sequence(owner, x, state, mode, chunk_size, cu_seqlens, reset, backend)
     _check_left_out(
         owner.where,
         "with x_pred",
@@ -169,23 +168,28 @@ def _sequence(
     mode: str,
     chunk_size: int | None,
     cu_seqlens: Tensor | None,
+    reset: Tensor | None,
     backend: str,
 ) -> tuple[SequenceCall, Tensor]:
     chunk_size = checks.check_mode(owner.where, mode, chunk_size)
     chosen = _choose(owner, x, backend)
-    packing = None
-    rows = x.shape[0]
+    rows, length = x.shape[:2]
     if cu_seqlens is not None:
         checks.check_cu_seqlens(owner.where, cu_seqlens, "x", x)
-        packing = Packing(owner.where, cu_seqlens, x.shape[1])
         rows = cu_seqlens.shape[0] - 1
+    checks.check_reset(owner.where, reset, "x", x)
+    cut = cu_seqlens is not None or reset is not None
+    packing = Packing(owner.where, cu_seqlens, length, reset) if cut else None
     _check_state(owner, x, state, rows)
     start = None if state is None else state.position
-    if cu_seqlens is None:
-        positions = sequence_positions(start, x.shape[1], x.device)
-        after = _after(start, rows, x.shape[1], x.device)
+    if cu_seqlens is not None:
+        positions, after = packed_positions(start, cu_seqlens, length, reset)
+    elif reset is not None:
+        boundaries = boundary_positions(start, length, 1, reset, x.device)
+        positions, after = boundaries[:, :-1], boundaries[:, -1].expand(rows).clone()
     else:
-        positions, after = packed_positions(start, cu_seqlens, x.shape[1])
+        positions = sequence_positions(start, length, x.device)
+        after = _after(start, rows, length, x.device)
     if mode == "chunkwise" and chunk_size is None:
         chunk_size = owner.constants.cfg.chunk_size
     call = SequenceCall(

@@ -111,7 +111,9 @@ class MultiScaleRetention(nn.Module):
             x: (B, T, E); T may be 0.
             state: carried from what came before, with layers = 1; None for the start of a sequence. (Inside a
                 decoder: the layer's state with the prepared call; the result has the same form.)
-            x_pred, block_size, offset, reset, main_out: see `pop`; without x_pred none of them is allowed.
+            x_pred, block_size, offset, main_out: see `pop`; without x_pred none of them is allowed.
+            reset: (B, T), bool: where reset[:, t], state and position are 0 before token t, see
+                `retpop.retention`; with x_pred (B, N), see `pop`.
             mode, backend: as in `retpop.retention`.
             chunk_size: as there; None: ``cfg.chunk_size``.
             cu_seqlens: (S + 1,), boundaries of S packed sequences; B is then 1 and the state has S rows.

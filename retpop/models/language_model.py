@@ -71,6 +71,7 @@ class RetNetLM(nn.Module):
         mode: str = "chunkwise",
         chunk_size: int | None = None,
         cu_seqlens: Tensor | None = None,
+        reset: Tensor | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, RetNetState]:
         """Logits of the tokens that follow, or their loss.
@@ -81,7 +82,7 @@ class RetNetLM(nn.Module):
             targets: (B, T), int64: the token that follows each token, -100 where none counts. The loss is
                 computed some tokens at a time and never holds all logits.
             logits: the tokens whose logits are wanted: "all", or "last", the last one of each sequence.
-            mode, chunk_size, cu_seqlens, backend: as in `RetNetDecoder`.
+            mode, chunk_size, cu_seqlens, reset, backend: as in `RetNetDecoder`.
 
         Returns:
             logits (B, T, V), or (B, V) with ``logits="last"`` ((S, V) for S packed sequences), or, with
@@ -98,6 +99,7 @@ class RetNetLM(nn.Module):
             mode=mode,
             chunk_size=chunk_size,
             cu_seqlens=cu_seqlens,
+            reset=reset,
             backend=backend,
         )
         if targets is not None:

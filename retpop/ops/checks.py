@@ -46,10 +46,11 @@ def check_retention(
     scale: float | None,
     chunk_size: int | None,
     cu_seqlens: Tensor | None,
+    reset: Tensor | None,
 ) -> list[float] | None:
     """Check the arguments of `retention`; return the log-decays' values if reading them is free."""
     where = "retention()"
-    plain = scale is None and chunk_size is None and cu_seqlens is None and mode in MODES
+    plain = scale is chunk_size is cu_seqlens is reset is None and mode in MODES
     # One quick test accepts valid arguments, because a single token is fast; the steps below find the fault.
     if not (plain and _fit(q, k, v, log_decay, state)):
         check_inputs(where, Named("q", q), Named("k", k), Named("v", v), "BTHD")
@@ -60,6 +61,7 @@ def check_retention(
         if cu_seqlens is not None:
             check_cu_seqlens(where, cu_seqlens, "q", q)
             rows = cu_seqlens.shape[0] - 1
+        check_reset(where, reset, "q", q)
         check_state(where, state, q, (rows, q.shape[2], q.shape[3], v.shape[3]))
     return check_decay_values(where, log_decay)
 
@@ -269,16 +271,19 @@ def check_main_out(where: str, main_out: str) -> None:
         raise ValueError(f"{where}: main_out is {main_out!r}; it must be one of {MAIN_OUT}.")
 
 
-def check_reset(where: str, reset: Tensor | None, name: str, x: Tensor, block_size: int) -> None:
-    """Check the mask of blocks that start a new episode: (B, N), bool."""
+def check_reset(
+    where: str, reset: Tensor | None, name: str, x: Tensor, block_size: int | None = None
+) -> None:
+    """Check the mask of tokens, (B, T), or of blocks, (B, N), that start a new episode: bool."""
     if reset is None:
         return
     check_tensor(where, "reset", reset)
     if reset.dtype != torch.bool:
         raise TypeError(f"{where}: reset is {reset.dtype}; it must be bool.")
-    wanted = (x.shape[0], x.shape[1] // block_size)
+    layout, length = ("(B, T)", x.shape[1]) if block_size is None else ("(B, N)", x.shape[1] // block_size)
+    wanted = (x.shape[0], length)
     if tuple(reset.shape) != wanted:
-        raise ValueError(f"{where}: reset has shape {_shape(reset)}; it must be (B, N) = {wanted}.")
+        raise ValueError(f"{where}: reset has shape {_shape(reset)}; it must be {layout} = {wanted}.")
     if reset.device != x.device:
         raise ValueError(f"{where}: reset is on {reset.device} but {name} is on {x.device}.")
 

@@ -44,7 +44,7 @@ class Backend(Protocol):
         packing: Packing | None,
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Retention of (B, T, H, D); with ``packing`` of (1, T, H, D), and states (S, H, Dk, Dv).
+        """Retention of (B, T, H, D); of packed sequences (1, T, H, D), with states (S, H, Dk, Dv).
 
         The outputs are in ``out_dtype``; None: the values'.
         """

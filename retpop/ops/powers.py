@@ -144,6 +144,12 @@ def advance(state: Tensor, across: Across, added: Tensor) -> Tensor:
     return change + state if across.whole is None else torch.addcmul(change, state, across.whole)
 
 
+def restart(state: Tensor, reset: Tensor) -> Tensor:
+    """States (n, H, Dk, Dv), or gradients of them, set to 0 where ``reset`` (n,) starts an episode."""
+    # Not a product: 0 * NaN would carry a NaN into the next episode.
+    return torch.where(reset[:, None, None, None], torch.zeros_like(state), state)
+
+
 def advance_in_place(state: Tensor, across: Across, added: Tensor) -> Tensor:
     """`advance` in place of ``added``, which has no other reader; fresh memory costs more than the sums."""
     if is_transformed():

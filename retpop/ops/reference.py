@@ -26,17 +26,21 @@ def retention(
     state: Tensor | None,
     scale: float,
     bounds: list[int] | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Retention of (B, T, H, D) inputs, token by token; with ``bounds``, packed sequence by sequence."""
+    """Retention of (B, T, H, D) inputs, token by token; with ``bounds``, packed sequence by sequence.
+
+    Where ``reset`` (B, T), the state is 0 before the token.
+    """
     if bounds is None:
-        return _one_sequence(q, k, v, log_decay, _initial_state(q, v, state, q.shape[0]), scale)
+        return _one_sequence(q, k, v, log_decay, _initial_state(q, v, state, q.shape[0]), scale, reset)
     state = _initial_state(q, v, state, len(bounds) - 1)
     outs, states = [v[:, :0]], [state[:0]]
     for s in range(len(bounds) - 1):
         tokens = slice(bounds[s], bounds[s + 1])
-        out, last = _one_sequence(
-            q[:, tokens], k[:, tokens], v[:, tokens], log_decay, state[s : s + 1], scale
-        )
+        own = (x[:, tokens] for x in (q, k, v))
+        own_reset = None if reset is None else reset[:, tokens]
+        out, last = _one_sequence(*own, log_decay, state[s : s + 1], scale, own_reset)
         outs.append(out)
         states.append(last)
     return torch.cat(outs, dim=1), torch.cat(states)
@@ -64,7 +68,7 @@ def pop_retention(
     outs, preds = [v[:, :0]], [v_pred[:, :0]]
     for n in range(num_blocks + 1):
         if reset is not None and n < num_blocks:
-            current = torch.where(reset[:, n, None, None, None], torch.zeros_like(current), current)
+            current = _restarted(current, reset[:, n])
         if offset <= n < offset + num_predictions:
             p = n - offset
             # A prediction reads the state and does not change it.
@@ -78,17 +82,30 @@ def pop_retention(
 
 
 def _one_sequence(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    scale: float,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     gamma = log_decay.to(state.dtype).exp()[:, None, None]
     outs = []
     for t in range(q.shape[1]):
         q_t, k_t, v_t = (x[:, t].to(state.dtype) for x in (q, k, v))  # (B, H, D)
+        if reset is not None:
+            state = _restarted(state, reset[:, t])
         state = gamma * state + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
         outs.append(scale * (q_t.unsqueeze(-2) @ state).squeeze(-2))
     if not outs:
         return v.clone(), state
     return torch.stack(outs, dim=1).to(v.dtype), state
+
+
+def _restarted(state: Tensor, reset: Tensor) -> Tensor:
+    """The state (B, H, Dk, Dv), or 0 in the rows of ``reset`` (B,)."""
+    return torch.where(reset[:, None, None, None], torch.zeros_like(state), state)
 
 
 def _initial_state(q: Tensor, v: Tensor, state: Tensor | None, rows: int) -> Tensor:

@@ -31,9 +31,12 @@ def retention(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Retention token by token, in every mode."""
-    bounds = None if packing is None else packing.bounds
+    bounds = None if packing is None or packing.cu_seqlens is None else packing.bounds
+    reset = None if packing is None else packing.reset
     q, k, v = (x.to(out_dtype or x.dtype) for x in (q, k, v))  # it computes in float32 anyway
-    return reference.retention(q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds)
+    return reference.retention(
+        q, k, v, powers.log_decay, state=state, scale=powers.scale, bounds=bounds, reset=reset
+    )
 
 
 def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:

@@ -22,6 +22,7 @@ def retention(
     scale: float | None = None,
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Retention: a linear recurrence with a fixed decay per head.
@@ -42,6 +43,8 @@ def retention(
             Triton backend ignores it: its kernels choose their chunks by the GPU.
         cu_seqlens: boundaries of S sequences packed into one row, (S + 1,), int32 or int64, from 0 to T. B is
             then 1 and states are (S, H, Dk, Dv); an empty sequence's state passes through.
+        reset: (B, T), bool: where reset[:, t], the state is set to 0 before token t, as if the sequence
+            were cut there; reset[:, 0] drops the given state.
         backend: "auto", "torch", "triton" or "reference"; see `retpop.explain_backend`.
 
     Returns:
@@ -65,7 +68,9 @@ def retention(
         scale=scale,
         chunk_size=chunk_size,
         cu_seqlens=cu_seqlens,
+        reset=reset,
     )
+    cut = cu_seqlens is not None or reset is not None
     inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
     chosen, _ = choose_backend("retention()", backend, inputs)
     with without_autocast(q.device):
@@ -77,5 +82,5 @@ def retention(
             mode=mode,
             state=state,
             chunk_size=None if chunk_size is None else int(chunk_size),
-            packing=None if cu_seqlens is None else Packing("retention()", cu_seqlens, q.shape[1]),
+            packing=Packing("retention()", cu_seqlens, q.shape[1], reset) if cut else None,
         )

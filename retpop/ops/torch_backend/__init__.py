@@ -25,8 +25,7 @@ from retpop.arguments import (
 )
 from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec
-from retpop.ops.torch_backend import eager, packed, plain
-from retpop.ops.torch_backend.exported import chunkwise
+from retpop.ops.torch_backend import eager, exported, packed, plain
 from retpop.ops.torch_backend.plain import DEFAULT_CHUNK_SIZE
 from retpop.position import Rotation
 
@@ -71,9 +70,24 @@ def retention(
     """Retention of inputs (B, T, H, D) in one of the three modes; returns outputs and final state."""
     out_dtype = out_dtype or v.dtype
     chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
+    if packing is not None and packing.is_step:
+        state, packing = packing.restart(state), None
     form: Form
     if packing is not None:
         state = zero_state(q, v, packing.num_sequences) if state is None else state
+        if torch.compiler.is_compiling():
+            return exported.packed(
+                q,
+                k,
+                v,
+                state,
+                powers.log_decay,
+                packing.cu_seqlens,
+                packing.reset,
+                powers.scale,
+                chunk_size,
+                out_dtype,
+            )
         if mode != "chunkwise" or packing.longest < 2:
             return packed.retention(
                 q, k, v, powers, mode=mode, state=state, packing=packing, out_dtype=out_dtype
@@ -81,7 +95,7 @@ def retention(
         form = packed.Chunks(powers, packing.plan(chunk_size), out_dtype)
     elif mode != "parallel" and is_exporting_length(q.shape[1]):
         state = zero_state(q, v, q.shape[0]) if state is None else state
-        return chunkwise(q, k, v, powers.log_decay, state, powers.scale, chunk_size, out_dtype)
+        return exported.chunkwise(q, k, v, powers.log_decay, state, powers.scale, chunk_size, out_dtype)
     elif mode != "chunkwise" or q.shape[1] < 2:
         return plain.retention(
             q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, out_dtype=out_dtype

@@ -1,14 +1,16 @@
-"""Retention of sequences of different lengths packed into one row.
+"""Retention of sequences that are not whole rows: packed into one row, or cut by resets.
 
 `cu_seqlens` follows flash-attention's convention: sequence s is the tokens cu_seqlens[s] .. cu_seqlens[s+1].
-Chunkwise mode cuts every sequence into chunks and computes the chunks of all sequences at once, with
-gradients by the formulas of `eager`. Recurrent mode steps all sequences that have a token left. Parallel mode
-takes the sequences one by one, so its quadratic cost depends on each sequence's own length.
+Resets cut a sequence into episodes; each starts from a state of zeros. Chunkwise mode cuts every episode into
+chunks and computes the chunks of all sequences at once, with gradients by the formulas of `eager`. No chunk
+holds tokens of two episodes, so a NaN stays in its own. Recurrent mode steps all sequences that have a token
+left. Parallel mode takes the episodes one by one, so its quadratic cost depends on each one's own length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple
@@ -19,77 +21,126 @@ from torch import Tensor
 
 from retpop.arguments import values_are_free
 from retpop.ops.checks import check_bounds
-from retpop.ops.powers import Across, BlockPowers, DecayPowers, advance, advance_in_place
+from retpop.ops.powers import Across, BlockPowers, DecayPowers, advance, advance_in_place, restart
 from retpop.ops.torch_backend import plain
 from retpop.ops.torch_backend.eager import Blocks, Kept, scaled
 
 
 class ChunkPlan(NamedTuple):
-    """The cut of packed sequences into chunks of at most C tokens.
+    """The cut of sequences into chunks of at most C tokens, at every reset and boundary at least.
 
-    Chunks are numbered in the order of their tokens. In the j-th step of a scan over chunks, the sequences
-    that have a j-th chunk come first when sequences are ordered by length, longest first.
+    Tokens are numbered row after row, and chunks in the order of their tokens. In the j-th step of a scan
+    over chunks, the sequences that have a j-th chunk come first when they are ordered by their number of
+    chunks, most first.
 
     Attributes:
         tokens: (chunks, C), the index of each place's token; places past a chunk's end repeat its last token.
         lengths: (chunks,), tokens in each chunk.
         filled: (chunks, C), whether a place holds a token.
-        order: (S,), the sequences, longest first.
+        places: each token's chunk and its place there, (B, T) both.
+        order: (S,), the sequences, most chunks first.
         steps: for each step j, the j-th chunk of every sequence that has one, in that order.
+        fresh: (chunks,), whether a chunk begins at a reset; None if there is no reset.
     """
 
     tokens: Tensor
     lengths: Tensor
     filled: Tensor
+    places: tuple[Tensor, Tensor]
     order: Tensor
     steps: list[Tensor]
+    fresh: Tensor | None
+
+    def restart(self, states: Tensor, chunks: Tensor) -> Tensor:
+        """States (n, H, Dk, Dv) before n chunks, or gradients of them: 0 where a chunk begins at a reset."""
+        return states if self.fresh is None else restart(states, self.fresh[chunks])
 
 
 class Packing:
-    """The boundaries of packed sequences, and the plans for them that the torch backend makes on the host.
+    """Where sequences and episodes begin, and the plans for them that the torch backend makes on the host.
 
-    A decoder makes one per call for all of its layers. Reading the boundaries waits for a GPU; the Triton
-    backend's kernels read them on the device.
+    A decoder makes one per call for all of its layers. Reading boundaries and resets waits for a GPU; the
+    Triton backend's kernels read them on the device.
     """
 
-    def __init__(self, where: str, cu_seqlens: Tensor, length: int) -> None:
-        """Take the boundaries of sequences that fill ``length`` tokens; ``where`` begins messages.
+    def __init__(
+        self, where: str, cu_seqlens: Tensor | None, length: int, reset: Tensor | None = None
+    ) -> None:
+        """Take the boundaries of sequences packed into one row, or resets (B, T), or both; T is ``length``.
 
-        They are read and checked at once if that costs nothing, else when a backend needs them.
+        Boundaries are read and checked at once if that costs nothing, else when a backend needs them;
+        ``where`` begins messages.
         """
-        self.cu_seqlens = cu_seqlens
+        self.cu_seqlens, self.reset = cu_seqlens, reset
         self._where, self._length = where, length
         self._bounds: list[int] | None = None
+        self._resets: list[int] | None = None
         self._plans: dict[int, ChunkPlan] = {}
-        if values_are_free(cu_seqlens):
+        if cu_seqlens is not None and values_are_free(cu_seqlens):
             self._read()
 
+    def of_rows(self, rows: slice) -> Packing:
+        """The resets of some rows of the batch."""
+        return self if self.reset is None else Packing(self._where, None, self._length, self.reset[rows])
+
     @property
-    def bounds(self) -> list[int]:
-        """The boundaries on the host; ValueError if they do not fit the tokens."""
-        return self._read() if self._bounds is None else self._bounds
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        given = self.reset if self.cu_seqlens is None else self.cu_seqlens
+        assert given is not None  # the one or the other
+        return given.device
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return 1 if self.reset is None else self.reset.shape[0]
 
     @property
     def num_sequences(self) -> int:
         """S."""
-        return self.cu_seqlens.shape[0] - 1
+        return self.num_rows if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def is_step(self) -> bool:
+        """Whether each sequence is one token, so that `restart` is all that there is to do."""
+        return self.cu_seqlens is None and self._length == 1
+
+    def restart(self, state: Tensor | None) -> Tensor | None:
+        """The state (B, H, Dk, Dv) before the first token, 0 where a reset drops it."""
+        return state if state is None or self.reset is None else restart(state, self.reset[:, 0])
+
+    @property
+    def bounds(self) -> list[int]:
+        """The sequences' boundaries on the host, rows in line; ValueError if they do not fit the tokens."""
+        return self._read() if self._bounds is None else self._bounds
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max((end - start for start, end in pairwise(self.bounds)), default=0)
 
+    def episodes(self, sequence: int) -> Iterator[tuple[int, int]]:
+        """First token and end of each episode of a sequence; the first one may be empty."""
+        if self._resets is None:
+            found = [] if self.reset is None else self.reset.flatten().nonzero().squeeze(1).tolist()
+            self._resets = found
+        start, end = self.bounds[sequence : sequence + 2]
+        inside = self._resets[bisect_left(self._resets, start) : bisect_left(self._resets, end)]
+        return pairwise([start, *inside, end])
+
     def plan(self, chunk_size: int) -> ChunkPlan:
         """How the sequences are cut into chunks of at most ``chunk_size`` tokens."""
         if chunk_size not in self._plans:
-            self._plans[chunk_size] = _plan(self.bounds, chunk_size, self.cu_seqlens.device)
+            self._plans[chunk_size] = _plan(self, chunk_size)
         return self._plans[chunk_size]
 
     def _read(self) -> list[int]:
-        bounds: list[int] = self.cu_seqlens.tolist()
-        check_bounds(self._where, bounds, self._length)
-        self._bounds = bounds
-        return bounds
+        if self.cu_seqlens is None:
+            self._bounds = [row * self._length for row in range(self.num_rows + 1)]
+        else:
+            self._bounds = self.cu_seqlens.tolist()
+            check_bounds(self._where, self._bounds, self._length)
+        return self._bounds
 
 
 def retention(
@@ -103,20 +154,23 @@ def retention(
     packing: Packing,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Parallel or recurrent retention of packed inputs (1, T, H, D); or of single tokens, in any mode."""
+    """Parallel or recurrent retention of inputs (B, T, H, D); or of single tokens, in any mode."""
     if packing.longest == 0:
         return v.to(out_dtype, copy=True), state.clone()
+    tokens = [x.flatten(0, 1) for x in (q, k, v)]
     if mode == "parallel":
-        return _one_by_one(q, k, v, powers, state, packing.bounds, out_dtype)
-    return _recurrent(q, k, v, powers, state, packing.plan(1), out_dtype)
+        out, state = _one_by_one(tokens, powers, state, packing)
+    else:
+        out, state = _recurrent(tokens, powers, state, packing.plan(1))
+    return out.to(out_dtype).view(v.shape), state
 
 
 class Chunks(NamedTuple):
-    """Chunkwise retention of packed sequences.
+    """Chunkwise retention of sequences and episodes.
 
     Attributes:
         powers: the decays, with the scale c.
-        plan: how the sequences are cut into chunks.
+        plan: how they are cut into chunks.
         out_dtype: of the outputs.
     """
 
@@ -174,15 +228,15 @@ class Chunks(NamedTuple):
         return [self._taken(q, dtype), self._taken(k, dtype, with_zeros=True), self._taken(v, dtype)]
 
     def _taken(self, x: Tensor, dtype: torch.dtype, with_zeros: bool = False) -> Tensor:
-        """The chunks of (1, T, H, D) by head, (chunks, H, C, D)."""
-        x = x[0, self.plan.tokens]
+        """The chunks of (B, T, H, D) by head, (chunks, H, C, D)."""
+        x = x.flatten(0, 1)[self.plan.tokens]
         if with_zeros:
             x = x.masked_fill_(~self.plan.filled[:, :, None, None], 0)
         return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
     def _put_back(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tokens (1, T, H, D) of chunks by head."""
-        return x.transpose(1, 2)[None, self.plan.filled].to(dtype)  # no view, so that it can be written over
+        """The tokens (B, T, H, D) of chunks by head."""
+        return x.transpose(1, 2)[self.plan.places].to(dtype)  # no view, so that it can be written over
 
     def _powers(self) -> BlockPowers:
         """The powers of a full chunk, except that each token decays until the end of its own chunk."""
@@ -202,7 +256,7 @@ class Chunks(NamedTuple):
         state = state[plan.order]
         before = []
         for chunks in plan.steps:
-            active = state[: chunks.shape[0]]
+            active = plan.restart(state[: chunks.shape[0]], chunks)
             before.append(active)
             after = advance(active, across.each(itemgetter(chunks)), added[chunks])
             state = torch.cat((after, state[chunks.shape[0] :]))
@@ -216,23 +270,26 @@ class Chunks(NamedTuple):
         for chunks in reversed(plan.steps):
             active = grad[: chunks.shape[0]]
             ends.append(active)
-            before = advance(active, across.each(itemgetter(chunks)), added[chunks])
+            before = plan.restart(advance(active, across.each(itemgetter(chunks)), added[chunks]), chunks)
             grad = torch.cat((before, grad[chunks.shape[0] :]))
         return torch.cat(ends)[torch.cat(plan.steps[::-1]).argsort()], grad[plan.order.argsort()]
 
 
-def _plan(bounds: list[int], chunk_size: int, device: torch.device) -> ChunkPlan:
-    num_sequences = len(bounds) - 1
+def _plan(packing: Packing, chunk_size: int) -> ChunkPlan:
     chunk_starts: list[int] = []
     chunk_lengths: list[int] = []
+    fresh: list[bool] = []
     first_chunk: list[int] = []
-    chunks_in: list[int] = []
-    for start, end in pairwise(bounds):
+    for sequence in range(packing.num_sequences):
         first_chunk.append(len(chunk_starts))
-        chunk_starts.extend(range(start, end, chunk_size))
-        chunk_lengths.extend(min(chunk_size, end - at) for at in range(start, end, chunk_size))
-        chunks_in.append(len(chunk_starts) - first_chunk[-1])
-    order = sorted(range(num_sequences), key=lambda s: -chunks_in[s])
+        for episode, (start, end) in enumerate(packing.episodes(sequence)):
+            starts = range(start, end, chunk_size)
+            chunk_starts.extend(starts)
+            chunk_lengths.extend(min(chunk_size, end - at) for at in starts)
+            fresh.extend(episode > 0 and at == start for at in starts)
+    chunks_in = [last - first for first, last in pairwise([*first_chunk, len(chunk_starts)])]
+    order = sorted(range(packing.num_sequences), key=lambda s: -chunks_in[s])
+    device = packing.device
     steps = [
         torch.tensor([first_chunk[s] + j for s in order if chunks_in[s] > j], device=device)
         for j in range(max(chunks_in))
@@ -240,55 +297,52 @@ def _plan(bounds: list[int], chunk_size: int, device: torch.device) -> ChunkPlan
     starts, lengths = (torch.tensor(x, device=device) for x in (chunk_starts, chunk_lengths))
     width = min(chunk_size, max(chunk_lengths))
     places, lasts = torch.arange(width, device=device), lengths[:, None] - 1
-    tokens = starts[:, None] + torch.minimum(places, lasts)
-    return ChunkPlan(tokens, lengths, places <= lasts, torch.tensor(order, device=device), steps)
+    filled = places <= lasts
+    chunk_of, place_of = (x.view(packing.num_rows, -1) for x in filled.nonzero(as_tuple=True))
+    return ChunkPlan(
+        tokens=starts[:, None] + torch.minimum(places, lasts),
+        lengths=lengths,
+        filled=filled,
+        places=(chunk_of, place_of),
+        order=torch.tensor(order, device=device),
+        steps=steps,
+        fresh=torch.tensor(fresh, device=device) if any(fresh) else None,
+    )
 
 
 def _one_by_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    powers: DecayPowers,
-    state: Tensor,
-    bounds: list[int],
-    out_dtype: torch.dtype,
+    tokens: Sequence[Tensor], powers: DecayPowers, state: Tensor, packing: Packing
 ) -> tuple[Tensor, Tensor]:
+    """Outputs (B·T, H, Dv) of tokens (B·T, H, D), and the final states."""
     outs, states = [], []
-    for s, (start, end) in enumerate(pairwise(bounds)):
-        tokens = slice(start, end)
-        out, last = plain.retention(
-            q[:, tokens],
-            k[:, tokens],
-            v[:, tokens],
-            powers,
-            mode="parallel",
-            state=state[s : s + 1],
-            chunk_size=plain.DEFAULT_CHUNK_SIZE,
-            out_dtype=out_dtype,
-        )
-        outs.append(out)
+    for sequence in range(packing.num_sequences):
+        last = state[sequence : sequence + 1]
+        for episode, (start, end) in enumerate(packing.episodes(sequence)):
+            out, last = plain.retention(
+                *(x[None, start:end] for x in tokens),
+                powers,
+                mode="parallel",
+                state=None if episode else last,
+                chunk_size=plain.DEFAULT_CHUNK_SIZE,
+                out_dtype=state.dtype,
+            )
+            outs.append(out)
         states.append(last)
-    return torch.cat(outs, dim=1), torch.cat(states)
+    return torch.cat(outs, dim=1).squeeze(0), torch.cat(states)
 
 
 def _recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    powers: DecayPowers,
-    state: Tensor,
-    plan: ChunkPlan,
-    out_dtype: torch.dtype,
+    tokens: Sequence[Tensor], powers: DecayPowers, state: Tensor, plan: ChunkPlan
 ) -> tuple[Tensor, Tensor]:
+    """Outputs (B·T, H, Dv) of tokens (B·T, H, D), and the final states; a chunk of the plan is a token."""
     across = powers.across_token()
-    q, k, v = plain.widen(q, k, v)
+    q, k, v = plain.widen(*tokens)
     state = state[plan.order]
     outs = []
-    for tokens in plan.steps:
-        rows = tokens.shape[0]
-        added = k[0, tokens].unsqueeze(-1) * v[0, tokens].unsqueeze(-2)
-        new = advance_in_place(state[:rows], across, added)
-        outs.append(plain.read(q[0, tokens], new, powers.scale))
+    for step in plan.steps:
+        rows = step.shape[0]
+        added = k[step].unsqueeze(-1) * v[step].unsqueeze(-2)
+        new = advance_in_place(plan.restart(state[:rows], step), across, added)
+        outs.append(plain.read(q[step], new, powers.scale))
         state = torch.cat((new, state[rows:]))
-    out = torch.cat(outs)[torch.cat(plan.steps).argsort()]
-    return out.unsqueeze(0).to(out_dtype), state[plan.order.argsort()]
+    return torch.cat(outs)[torch.cat(plan.steps).argsort()], state[plan.order.argsort()]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from retpop.arguments import is_transformed, state_dtype, zero_state
-from retpop.ops.powers import BlockPowers, DecayPowers, advance, advance_in_place
+from retpop.ops.powers import BlockPowers, DecayPowers, advance, advance_in_place, restart
 from retpop.ops.rows import PopSpec, join_row, split_row
 
 DEFAULT_CHUNK_SIZE = 64
@@ -98,8 +98,7 @@ def block_states(
     before, after = [], []
     for n, added_by_block in enumerate(added.unbind(1)):
         if reset is not None:
-            # `where`, not a product: 0 * NaN would carry a NaN into the next episode.
-            state = torch.where(reset[:, n, None, None, None], torch.zeros_like(state), state)
+            state = restart(state, reset[:, n])
         before.append(state)
         state = advance(state, tables.across, added_by_block)
         after.append(state)
