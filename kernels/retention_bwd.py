@@ -25,6 +25,7 @@ chooses.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def retention_bwd_kernel(
     p_log_decay,
     p_after,
     p_bounds,
+    p_reset,
     p_before,
     scale,
     H,
@@ -103,7 +105,7 @@ def retention_bwd_kernel(
 
     chunk by chunk from the last; what has no pointer (dk, dv, E before the stretch) is not found. Strides of
     token tensors are counted in UNIT elements; token strides of None are another's (`launch.token_strides`).
-    TRANSPOSED: so lie the states.
+    TRANSPOSED: so lie the states. Where p_reset is set, a chunk begins, and E before it is 0.
     """
     stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
     stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)
@@ -143,8 +145,14 @@ def retention_bwd_kernel(
     b_within = tl.trans(tiles.decay_within(log_decay, scale, ROWS))
     b_from_start = tiles.decay_from_start(log_decay, scale, ROWS)
     num_chunks = tl.cdiv(end - start, ROWS)
+    if p_reset is not None:
+        p_reset += i_row * T
+        num_chunks += split.count_resets(p_reset, start, end)  # each may cut a chunk in two
     for i in range(num_chunks):
-        i_t = start + (num_chunks - 1 - i) * ROWS
+        if p_reset is None:
+            i_t = start + (num_chunks - 1 - i) * ROWS
+        else:
+            i_t = split.start_of_chunk(p_reset, start, end, ROWS)
         length = tl.minimum(end - i_t, ROWS)
         whole, rest = tiles.decay_across(log_decay, length)
         b_grad = tiles.pull_tile(
@@ -159,6 +167,9 @@ def retention_bwd_kernel(
             PRECISION,
             SCALE_V,
         )
+        if p_reset is not None:
+            b_grad = tl.where(split.is_reset(p_reset, i_t, end), 0.0, b_grad)
+            end = i_t
     if p_before is not None:
         p_before += i_nh.to(tl.int64) * (DK * DV)
         tiles.store_state(p_before, b_grad, strides, first_col, COLS_K, COLS_V, rows, DV)
@@ -175,6 +186,7 @@ def plan_retention_bwd(
     grad_out: Tensor | None,
     grad_state: Tensor | None,
     *,
+    reset: Tensor | None = None,
     needs: Sequence[bool] = (True, True, True, True),
     config: RetentionBwdConfig | None = None,
     architecture: str | None = None,
@@ -204,6 +216,8 @@ def plan_retention_bwd(
             architecture=architecture,
             multiprocessors=multiprocessors_of(q.device),
         )
+    if reset is not None:
+        config = replace(config, stretch=None)
     launches: list[Launch] = []
     if grad_out is None:
         zero(dq)
@@ -211,13 +225,16 @@ def plan_retention_bwd(
     elif dq is not None:
         before = None if state is None else state.mT
         launches, (dq, _) = plan_retention_fwd(
-            grad_out, v, k, log_decay, before, scale, cu_seqlens, with_final=False, architecture=architecture
+            *(grad_out, v, k, log_decay, before, scale, cu_seqlens, reset),
+            with_final=False,
+            architecture=architecture,
         )
     tokens = {"q": q, "k": k, "v": v, "g": grad_out}
     tokens = {role: with_contiguous_rows(x) for role, x in tokens.items()}
     shared = {
         **{"p_log_decay": log_decay.contiguous(), "scale": scale, "PRECISION": precision},
         **{"p_bounds": None if cu_seqlens is None else cu_seqlens.contiguous()},
+        **{"p_reset": None if reset is None else reset.contiguous()},
         **{"H": H, "T": T, "num_sequences": sequences},
     }
     after = None if grad_state is None else grad_state.contiguous()
@@ -290,13 +307,14 @@ def retention_bwd(
     grad_out: Tensor | None,
     grad_state: Tensor | None,
     *,
+    reset: Tensor | None = None,
     needs: Sequence[bool] = (True, True, True, True),
     config: RetentionBwdConfig | None = None,
 ) -> list[Tensor | None]:
     """Gradients of `retention_fwd`.
 
     Args:
-        q, k, v, log_decay, state, scale, cu_seqlens: as in `retention_fwd`.
+        q, k, v, log_decay, state, scale, cu_seqlens, reset: as in `retention_fwd`.
         grad_out, grad_state: of its results, in their shapes, any strides; None for zeros. The first in the
             tokens' dtype or in float32, the second in float32.
         needs: which gradients to find: of q, k, v, state.
@@ -310,7 +328,10 @@ def retention_bwd(
         ValueError: a head dim is larger than the kernels hold.
     """
     launches, grads = plan_retention_bwd(
-        q, k, v, log_decay, state, scale, cu_seqlens, grad_out, grad_state, needs=needs, config=config
+        *(q, k, v, log_decay, state, scale, cu_seqlens, grad_out, grad_state),
+        reset=reset,
+        needs=needs,
+        config=config,
     )
     run(launches, q.device)
     return grads

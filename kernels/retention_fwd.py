@@ -21,6 +21,8 @@ Grid: (stretches · H · slices of Dv,), slices next to each other, because they
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -49,6 +51,7 @@ def retention_fwd_kernel(
     p_log_decay,
     p_state,
     p_bounds,
+    p_reset,
     p_out,
     p_final,
     scale,
@@ -87,7 +90,7 @@ def retention_fwd_kernel(
         o_i = c γ^(i+1) q_i S + Σ_{j<=i} c γ^(i-j) (q_i · k_j) v_j,   S <- γ^n S + Σ_j γ^(n-1-j) k_jᵀ v_j
 
     chunk by chunk; the stretch that ends a sequence leaves S in p_final (None: nowhere). Strides of token
-    tensors are counted in UNIT elements.
+    tensors are counted in UNIT elements. Where p_reset is set, a chunk begins, and S before it is 0.
     """
     stride_q_t = tiles.token_stride(stride_q_t, None, UNIT)
     stride_k_t = tiles.token_stride(stride_k_t, None, UNIT)
@@ -120,15 +123,27 @@ def retention_fwd_kernel(
     log_decay = tiles.load_log_decay(p_log_decay, i_h)
     b_within = tiles.decay_within(log_decay, scale, ROWS)
     b_from_start = tiles.decay_from_start(log_decay, scale, ROWS)
-    for i_t in range(start, end, ROWS):
-        b_q = tiles.load_tile(p_q, stride_q_t, end, 0, ROWS, COLS_K, DK, i_t)
-        b_k = tiles.load_tile(p_k, stride_k_t, end, 0, ROWS, COLS_K, DK, i_t)
-        b_v = tiles.load_tile(p_v, stride_v_t, end, first_col, ROWS, COLS_V, DV, i_t)
+    last = end
+    if p_reset is not None:
+        p_reset += i_row.to(tl.int64) * T
+        last += split.count_resets(p_reset, start, end) * ROWS  # each may cut a chunk in two
+    stop = start
+    for i in range(start, last, ROWS):
+        if p_reset is None:
+            i_t = i
+            stop = end
+        else:
+            i_t = stop
+            stop = split.end_of_chunk(p_reset, i_t, end, ROWS)
+            b_state = tl.where(split.is_reset(p_reset, i_t, end), 0.0, b_state)
+        b_q = tiles.load_tile(p_q, stride_q_t, stop, 0, ROWS, COLS_K, DK, i_t)
+        b_k = tiles.load_tile(p_k, stride_k_t, stop, 0, ROWS, COLS_K, DK, i_t)
+        b_v = tiles.load_tile(p_v, stride_v_t, stop, first_col, ROWS, COLS_V, DV, i_t)
         b_q, grow_q = tiles.as_operand(b_q, b_k.dtype, tiles.LARGEST_TOKEN)
         b_operand, grow = tiles.as_operand(b_state, b_k.dtype)
         b_out = tiles.chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
-        tiles.store_tile(p_out, b_out * grow_q, stride_out_t, end, first_col, ROWS, COLS_V, DV, i_t)
-        length = tl.minimum(end - i_t, ROWS)
+        tiles.store_tile(p_out, b_out * grow_q, stride_out_t, stop, first_col, ROWS, COLS_V, DV, i_t)
+        length = tl.minimum(stop - i_t, ROWS)
         b_to_end = tiles.decay_to_end(log_decay, length, ROWS)
         whole, rest = tiles.decay_across(log_decay, length)
         b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
@@ -145,6 +160,7 @@ def plan_retention_fwd(
     state: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
     with_final: bool = True,
@@ -155,7 +171,7 @@ def plan_retention_fwd(
 
     Queries may be wider than keys and values: those of the backward are gradients of outputs.
     """
-    if q.shape[1] == 1 and cu_seqlens is None and config is None:
+    if q.shape[1] == 1 and cu_seqlens is None and reset is None and config is None:
         step = (x.squeeze(1) for x in (q, k, v))
         launches, (out, final) = plan_retention_step(
             *step, log_decay, state, scale, out_dtype=out_dtype, with_final=with_final
@@ -181,6 +197,8 @@ def plan_retention_fwd(
             architecture=architecture,
             multiprocessors=multiprocessors_of(q.device),
         )
+    if reset is not None:
+        config = replace(config, stretch=None)
     q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
     shared = {
         **{"p_log_decay": log_decay.contiguous(), "H": H, "T": T, "num_sequences": sequences},
@@ -205,7 +223,8 @@ def plan_retention_fwd(
         arguments={
             **shared,
             **{f"p_{name}": x for name, x in tokens.items()},
-            **{"p_state": before, "p_final": final if with_final else None, "scale": scale},
+            **{"p_reset": None if reset is None else reset.contiguous(), "p_state": before},
+            **{"p_final": final if with_final else None, "scale": scale},
             **{"DK": Dk, "DV": Dv, "ROWS": config.rows, "COLS_K": config.cols_k, "COLS_V": config.cols_v},
             **{"PRECISION": precision, "SCALE_V": config.scale_v},
             **token_strides(tokens, shared=False),
@@ -225,6 +244,7 @@ def retention_fwd(
     state: Tensor | None,
     scale: float,
     cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
     config: RetentionConfig | None = None,
@@ -239,6 +259,8 @@ def retention_fwd(
         scale: c.
         cu_seqlens: bounds of S sequences packed into one row, (S + 1,), int32 or int64, on the device; states
             are then (S, H, Dk, Dv), and that of an empty sequence passes through.
+        reset: (B, T), bool: where set, the state is 0 before the token; None: nowhere. Sequences then go in
+            one sweep.
         out_dtype: of out, None for v's; float32 holds what float16 cannot, the sums of a slow decay.
         config: tiles and schedule; None: `configs.retention_config` chooses, or for one token the kernel of
             `retention_step` runs.
@@ -247,7 +269,7 @@ def retention_fwd(
         out (B, T, H, Dv), and the state after the last token, float32. Both are new.
     """
     launches, outputs = plan_retention_fwd(
-        q, k, v, log_decay, state, scale, cu_seqlens, out_dtype=out_dtype, config=config
+        q, k, v, log_decay, state, scale, cu_seqlens, reset, out_dtype=out_dtype, config=config
     )
     run(launches, q.device)
     return outputs

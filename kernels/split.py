@@ -74,6 +74,38 @@ def find_stretch(i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENC
     return i_s, i_row, start, start + length, here & (start + length == last)
 
 
+@triton.jit
+def count_resets(p_reset, start, end):
+    """The number of resets among tokens start.. below end."""
+    count = 0
+    for i_t in range(start, end, 1024):
+        o_t = i_t + tl.arange(0, 1024)
+        count += tl.sum(tl.load(p_reset + o_t, mask=o_t < end, other=0).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def is_reset(p_reset, i_t, end):
+    """Whether token i_t starts an episode; end is no token."""
+    return tl.load(p_reset + i_t, mask=i_t < end, other=0) != 0
+
+
+@triton.jit
+def end_of_chunk(p_reset, i_t, end, ROWS: tl.constexpr):
+    """The end of the chunk that token i_t begins: ROWS tokens on, at the next reset, or at end."""
+    o_t = i_t + 1 + tl.arange(0, ROWS)
+    m_reset = tl.load(p_reset + o_t, mask=o_t < end, other=1) != 0
+    return tl.min(tl.where(m_reset, tl.minimum(o_t, end), i_t + ROWS), 0)
+
+
+@triton.jit
+def start_of_chunk(p_reset, start, i_t, ROWS: tl.constexpr):
+    """The first token of the chunk that ends before token i_t: ROWS tokens back, the last reset, or start."""
+    o_t = i_t - ROWS + tl.arange(0, ROWS)
+    m_reset = tl.load(p_reset + o_t, mask=o_t >= start, other=0) != 0
+    return tl.max(tl.where(m_reset, o_t, tl.maximum(i_t - ROWS, start)), 0)
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def added_states_kernel(
     p_k,

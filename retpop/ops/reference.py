@@ -38,9 +38,15 @@ def retention(
     outs, states = [v[:, :0]], [state[:0]]
     for s in range(len(bounds) - 1):
         tokens = slice(bounds[s], bounds[s + 1])
-        own = (x[:, tokens] for x in (q, k, v))
-        own_reset = None if reset is None else reset[:, tokens]
-        out, last = _one_sequence(*own, log_decay, state[s : s + 1], scale, own_reset)
+        out, last = _one_sequence(
+            q[:, tokens],
+            k[:, tokens],
+            v[:, tokens],
+            log_decay,
+            state[s : s + 1],
+            scale,
+            None if reset is None else reset[:, tokens],
+        )
         outs.append(out)
         states.append(last)
     return torch.cat(outs, dim=1), torch.cat(states)

@@ -69,9 +69,10 @@ def run(
     cu_seqlens: Tensor | None = None,
     config: RetentionBwdConfig | None = None,
     needs: Sequence[bool] = ALL,
+    reset: Tensor | None = None,
 ) -> list[Tensor | None]:
     """`retention_bwd` of a case; it must leave its inputs as they are, and its accesses are audited."""
-    tensors = [case.q, case.k, case.v, case.log_decay, case.state, cu_seqlens, *grads]
+    tensors = [case.q, case.k, case.v, case.log_decay, case.state, cu_seqlens, reset, *grads]
     before = [None if tensor is None else tensor.clone() for tensor in tensors]
     scale = case.q.shape[-1] ** -0.5
     with audit():
@@ -84,6 +85,7 @@ def run(
             scale,
             cu_seqlens,
             *grads,
+            reset=reset,
             needs=needs,
             config=config,
         )
@@ -96,10 +98,12 @@ def run(
     return found
 
 
-def expected(case: RetentionCase, grads: Grads, cu_seqlens: Tensor | None = None) -> list[Tensor | None]:
+def expected(
+    case: RetentionCase, grads: Grads, cu_seqlens: Tensor | None = None, reset: Tensor | None = None
+) -> list[Tensor | None]:
     """Gradients of q, k, v and the state in float64; zeros where there is no influence."""
     leaves = case.double().for_gradients()
-    results = leaves.run(backend="reference", cu_seqlens=cu_seqlens)
+    results = leaves.run(backend="reference", cu_seqlens=cu_seqlens, reset=reset)
     total = sum((r * g.double()).sum() for r, g in zip(results, grads, strict=True) if g is not None)
     inputs = [leaves.q, leaves.k, leaves.v, leaves.state]
     wanted = [x for x in inputs if x is not None]
@@ -124,12 +128,14 @@ def check(
     *,
     grads: Grads | None = None,
     needs: Sequence[bool] = ALL,
+    reset: Tensor | None = None,
     limit: float = LIMIT,
 ) -> None:
     """Compare with autograd of the reference in float64."""
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     grads = grads_for(case, sequences) if grads is None else grads
-    assert_same(run(case, grads, cu_seqlens, config, needs), expected(case, grads, cu_seqlens), limit)
+    found = run(case, grads, cu_seqlens, config, needs, reset)
+    assert_same(found, expected(case, grads, cu_seqlens, reset), limit)
 
 
 def with_gammas(case: RetentionCase, gammas: list[float]) -> RetentionCase:
@@ -322,6 +328,41 @@ def test_wrong_bounds_lead_nowhere(bounds: list[int], schedule: str) -> None:
     right = run(case, grads, torch.tensor([0, 20, 40]), config)
     for a, e in zip(run(case, grads, torch.tensor(bounds), config), right, strict=True):
         assert torch.equal(a, e)
+
+
+def resets_at(T: int, *rows: Sequence[int]) -> Tensor:
+    """A mask (B, T) with resets at some tokens of each row."""
+    return torch.stack([torch.isin(torch.arange(T), torch.tensor(tokens)) for tokens in rows])
+
+
+@two_schedules
+def test_resets(schedule: str) -> None:
+    """At the first and the last token, in a row, where a chunk begins anyway, nowhere; never in a split."""
+    case = RetentionCase.make(3, 50, 1, 24, 20, dtype=torch.float32)
+    reset = resets_at(50, [0, 1, 2, 18, 19], [17, 33, 34, 49], [])
+    check(case, config=tiles_for(case, schedule), reset=reset)
+
+
+def test_resets_of_packed_sequences() -> None:
+    case = RetentionCase.make(1, 40, 1, 8, 8, dtype=torch.float32, sequences=4)
+    bounds = torch.tensor([0, 5, 5, 33, 40])
+    check(case, bounds, tiles_for(case, "both"), reset=resets_at(40, [2, 5, 33, 39]))
+
+
+def test_nothing_passes_a_reset() -> None:
+    """A NaN before it or after it, in tokens and in gradients of outputs, stays there."""
+    case = RetentionCase.make(2, 40, 1, 8, 8, dtype=torch.float32)
+    grad_out, grad_state = grads_for(case)
+    lost = torch.zeros(2, 40, dtype=torch.bool)
+    lost[0, :21] = lost[1, 21:] = True
+    broken = {
+        name: getattr(case, name).masked_fill(lost[..., None, None], torch.nan) for name in ("q", "k", "v")
+    }
+    grads = grad_out.masked_fill(lost[..., None, None], torch.nan), grad_state
+    reset = resets_at(40, [21], [21])
+    *found, of_state = run(replace(case, **broken), grads, config=tiles_for(case, "both"), reset=reset)
+    *wanted, state = expected(case, (grads[0].nan_to_num(0.0), grad_state), reset=reset)
+    assert_same([*(x[~lost] for x in found), of_state[1:]], [*(x[~lost] for x in wanted), state[1:]])
 
 
 def test_bounds_that_rise_and_fall_do_not_outgrow_the_scan() -> None:

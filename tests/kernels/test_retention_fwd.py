@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -36,15 +37,18 @@ def tiles_for(case: RetentionCase, stretch: int | None = None, **changes: int) -
 
 
 def run(
-    case: RetentionCase, cu_seqlens: Tensor | None = None, config: RetentionConfig | None = None
+    case: RetentionCase,
+    cu_seqlens: Tensor | None = None,
+    config: RetentionConfig | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`retention_fwd` of a case; it must leave its inputs as they are, and its accesses are audited."""
-    tensors = [case.q, case.k, case.v, case.log_decay, case.state, cu_seqlens]
+    tensors = [case.q, case.k, case.v, case.log_decay, case.state, cu_seqlens, reset]
     before = [None if tensor is None else tensor.clone() for tensor in tensors]
     scale = case.q.shape[-1] ** -0.5
     with audit():
         out, state = retention_fwd(
-            case.q, case.k, case.v, case.log_decay, case.state, scale, cu_seqlens, config=config
+            case.q, case.k, case.v, case.log_decay, case.state, scale, cu_seqlens, reset, config=config
         )
     for tensor, copy in zip(tensors, before, strict=True):
         assert tensor is None or torch.equal(tensor.nan_to_num(7.0), copy.nan_to_num(7.0))
@@ -59,10 +63,16 @@ def check(
     cu_seqlens: Tensor | None = None,
     config: RetentionConfig | None = None,
     limits: tuple[float, float] = (LIMIT, LIMIT),
+    reset: Tensor | None = None,
 ) -> None:
     """Compare with the reference in float64."""
-    expected = case.double().run(backend="reference", cu_seqlens=cu_seqlens)
-    assert_same_results(run(case, cu_seqlens, config), expected, *limits)
+    expected = case.double().run(backend="reference", cu_seqlens=cu_seqlens, reset=reset)
+    assert_same_results(run(case, cu_seqlens, config, reset), expected, *limits)
+
+
+def resets_at(T: int, *rows: Sequence[int]) -> Tensor:
+    """A mask (B, T) with resets at some tokens of each row."""
+    return torch.stack([torch.isin(torch.arange(T), torch.tensor(tokens)) for tokens in rows])
 
 
 def with_gammas(case: RetentionCase, gammas: list[float]) -> RetentionCase:
@@ -280,6 +290,37 @@ def test_an_output_that_outgrows_float16(T: int) -> None:
     assert results[0].dtype is torch.float32
     assert results[0].abs().max() > 65504
     assert_same_results(results, case.double().run(backend="reference"), 5e-4, 3.5e-4)
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_resets(rows: int) -> None:
+    """At the first and the last token, in a row, where a chunk ends anyway, nowhere; never in a split."""
+    case = RetentionCase.make(3, 70, 2, 24, 20, dtype=torch.float32)
+    reset = resets_at(70, [0, 1, 2, rows + 2, rows + 3], [rows - 1, 2 * rows - 1, 69], [])
+    check(case, config=tiles_for(case, rows=rows, stretch=32), reset=reset)
+
+
+def test_a_reset_after_more_tokens_than_are_counted_at_once() -> None:
+    case = RetentionCase.make(1, 1100, 1, 8, 8, dtype=torch.float32, with_state=False)
+    check(case, config=tiles_for(case, rows=64), reset=resets_at(1100, [7, 1023, 1024, 1030]))
+
+
+def test_resets_of_packed_sequences() -> None:
+    """Sequences of no token, too; what comes after a sequence is another's."""
+    case = RetentionCase.make(1, 40, 1, 8, 8, dtype=torch.float32, sequences=4)
+    bounds = torch.tensor([0, 5, 5, 33, 40])
+    check(case, bounds, tiles_for(case, rows=16), reset=resets_at(40, [2, 5, 33, 39]))
+
+
+def test_nothing_passes_a_reset() -> None:
+    case = RetentionCase.make(1, 40, 1, 8, 8, dtype=torch.float32)
+    reset = resets_at(40, [21])
+    expected = run(case.part(21, 40, None))
+    for name in ("q", "k", "v"):
+        getattr(case, name)[:, :21] = torch.nan
+    out, state = run(replace(case, state=torch.full_like(case.state, torch.inf)), reset=reset)
+    assert out[:, :21].isnan().all()
+    assert_same_results((out[:, 21:], state), expected, LIMIT)
 
 
 def test_one_token_takes_the_kernel_of_steps() -> None:

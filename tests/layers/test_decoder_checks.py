@@ -61,6 +61,8 @@ BAD_SEQUENCES = {
     "mode": ({"mode": "serial"}, ["mode", "serial", "parallel"]),
     "chunk_size": ({"chunk_size": 20}, ["chunk_size", "20", "power of two"]),
     "chunk_size in parallel": ({"chunk_size": 16, "mode": "parallel"}, ["chunk_size", "parallel"]),
+    "reset of blocks": ({"reset": torch.zeros(2, 3, dtype=torch.bool)}, ["reset", "(2, 3)", "(2, 12)"]),
+    "reset dtype": ({"reset": torch.zeros(2, 12)}, ["reset", "float32", "bool"]),
     "cu_seqlens with rows": ({"cu_seqlens": torch.tensor([0, 12])}, ["cu_seqlens", "2"]),
     "cu_seqlens end": (
         {"x": tokens(1, 12, 12), "cu_seqlens": torch.tensor([0, 11])},

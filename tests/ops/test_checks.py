@@ -98,6 +98,11 @@ BAD_RETENTION = {
     "chunk_size float": ({"chunk_size": 64.0}, ["chunk_size", "64.0", "int"]),
     "chunk_size in parallel": ({"chunk_size": 64, "mode": "parallel"}, ["chunk_size", "64", "parallel"]),
     "chunk_size in recurrent": ({"chunk_size": 64, "mode": "recurrent"}, ["chunk_size", "64", "recurrent"]),
+    "reset length": ({"reset": zeros(2, 39, dtype=torch.bool)}, ["reset", "(2, 39)", "(B, T) = (2, 40)"]),
+    "reset of one row": ({"reset": zeros(1, 40, dtype=torch.bool)}, ["reset", "(1, 40)", "(2, 40)"]),
+    "reset of integers": ({"reset": zeros(2, 40, dtype=torch.int64)}, ["reset", "int64", "bool"]),
+    "reset device": ({"reset": zeros(2, 40, dtype=torch.bool, device="meta")}, ["reset", "meta", "cpu"]),
+    "reset not a tensor": ({"reset": [7, 12]}, ["reset", "list"]),
 }
 
 BAD_POP = {

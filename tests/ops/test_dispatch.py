@@ -213,7 +213,7 @@ try:
 except RuntimeError as error:
     print(error)
 print("triton" in sys.modules)
-out, state = torch.ops.retpop.retention_fwd(q, q, q, log_decay, None, None, 0.5)
+out, state = torch.ops.retpop.retention_fwd(q, q, q, log_decay, None, None, None, 0.5)
 expected, expected_state = retpop.retention(q, q, q, log_decay)
 assert torch.allclose(out, expected, atol=1e-5) and torch.allclose(state, expected_state, atol=1e-5)
 """

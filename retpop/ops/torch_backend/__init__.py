@@ -75,7 +75,7 @@ def retention(
     form: Form
     if packing is not None:
         state = zero_state(q, v, packing.num_sequences) if state is None else state
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or q.is_meta:
             return exported.packed(
                 q,
                 k,

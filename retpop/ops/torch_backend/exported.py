@@ -100,19 +100,19 @@ def packed_bwd(
     scale: float,
     chunk_size: int,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """The gradients of q, k, v and the states, from those of the results of `packed`."""
     form = _packed_form(q, log_decay, cu_seqlens, reset, scale, chunk_size, out_dtype)
     if form is None:
-        return *(torch.zeros_like(x) for x in (q, k, v)), grad_state.clone()
+        return [*(torch.zeros_like(x) for x in (q, k, v)), grad_state.clone()]
     _, _, states = form.forward((q, k, v), state, keep=True)
-    dq, dk, dv, dstate = form.gradients((q, k, v), (grad_out, grad_state), states, [True] * 4)
-    return dq, dk, dv, dstate
+    found = form.gradients((q, k, v), (grad_out, grad_state), states, [True] * 4)
+    return [x for x in found if x is not None]  # all of them
 
 
 @packed_bwd.register_fake
-def _fake_packed_bwd(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, state))
+def _fake_packed_bwd(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *arguments: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, state)]
 
 
 def _packed_form(

@@ -283,10 +283,10 @@ def _plan(packing: Packing, chunk_size: int) -> ChunkPlan:
     for sequence in range(packing.num_sequences):
         first_chunk.append(len(chunk_starts))
         for episode, (start, end) in enumerate(packing.episodes(sequence)):
-            starts = range(start, end, chunk_size)
-            chunk_starts.extend(starts)
-            chunk_lengths.extend(min(chunk_size, end - at) for at in starts)
-            fresh.extend(episode > 0 and at == start for at in starts)
+            chunks = range(start, end, chunk_size)
+            chunk_starts.extend(chunks)
+            chunk_lengths.extend(min(chunk_size, end - at) for at in chunks)
+            fresh.extend(episode > 0 and at == start for at in chunks)
     chunks_in = [last - first for first, last in pairwise([*first_chunk, len(chunk_starts)])]
     order = sorted(range(packing.num_sequences), key=lambda s: -chunks_in[s])
     device = packing.device
@@ -318,8 +318,11 @@ def _one_by_one(
     for sequence in range(packing.num_sequences):
         last = state[sequence : sequence + 1]
         for episode, (start, end) in enumerate(packing.episodes(sequence)):
+            q, k, v = (x[None, start:end] for x in tokens)
             out, last = plain.retention(
-                *(x[None, start:end] for x in tokens),
+                q,
+                k,
+                v,
                 powers,
                 mode="parallel",
                 state=None if episode else last,

@@ -42,8 +42,12 @@ def retention(
 ) -> Results:
     """Retention of (B, T, H, D), by the same kernels in every mode; they choose their own chunks."""
     refuse_transforms(q, k, v, powers.log_decay, state)
-    cu_seqlens = None if packing is None else packing.cu_seqlens
-    return retention_fwd(q, k, v, powers.log_decay, state, cu_seqlens, powers.scale, out_dtype)
+    cu_seqlens = reset = None
+    if packing is not None and packing.is_step:
+        state = packing.restart(state)
+    elif packing is not None:
+        cu_seqlens, reset = packing.cu_seqlens, packing.reset
+    return retention_fwd(q, k, v, powers.log_decay, state, cu_seqlens, reset, powers.scale, out_dtype)
 
 
 def _launch(
@@ -53,11 +57,12 @@ def _launch(
     log_decay: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    reset: Tensor | None,
     scale: float,
     out_dtype: torch.dtype | None = None,
 ) -> Results:
     launch = kernels("retention_fwd").retention_fwd
-    return launch(q, k, v, log_decay, state, scale, cu_seqlens, out_dtype=out_dtype)
+    return launch(q, k, v, log_decay, state, scale, cu_seqlens, reset, out_dtype=out_dtype)
 
 
 def _compute(
@@ -67,9 +72,11 @@ def _compute(
     log_decay: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    reset: Tensor | None,
     scale: float,
     out_dtype: torch.dtype | None = None,
 ) -> Results:
+    cut = cu_seqlens is not None or reset is not None
     out, final = torch_backend.retention(
         q,
         k,
@@ -78,7 +85,7 @@ def _compute(
         mode="chunkwise",
         state=state,
         chunk_size=None,
-        packing=None if cu_seqlens is None else Packing("retpop::retention_fwd", cu_seqlens, q.shape[1]),
+        packing=Packing("retpop::retention_fwd", cu_seqlens, q.shape[1], reset) if cut else None,
         out_dtype=out_dtype,
     )
     return own(out), own(final)
@@ -91,6 +98,7 @@ def _fake(
     log_decay: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    reset: Tensor | None,
     scale: float,
     out_dtype: torch.dtype | None = None,
 ) -> Results:
@@ -99,13 +107,17 @@ def _fake(
     if cu_seqlens is not None:
         check(rows == 1, lambda: f"packed q has B={rows}; it must have 1")
         rows = cu_seqlens.shape[0] - 1
+    check(
+        reset is None or reset.shape == q.shape[:2],
+        lambda: f"reset is {None if reset is None else tuple(reset.shape)}; it must be {tuple(q.shape[:2])}",
+    )
     return v.new_empty(v.shape, dtype=out_dtype), final_state(q, v, rows, log_decay, state)
 
 
 retention_fwd = kernel_op(
     "retention_fwd",
-    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, float scale, "
-    "ScalarType? out_dtype=None) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, Tensor? reset, "
+    "float scale, ScalarType? out_dtype=None) -> (Tensor, Tensor)",
     launch=_launch,
     compute=_compute,
     fake=_fake,
@@ -119,6 +131,7 @@ def _launch_gradients(
     log_decay: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    reset: Tensor | None,
     grads: Sequence[Tensor | None],
     scale: float,
     out_dtype: torch.dtype | None,
@@ -126,7 +139,7 @@ def _launch_gradients(
 ) -> Gradients:
     launch = kernels("retention_bwd").retention_bwd
     wanted = [needs[i] for i in (0, 1, 2, 4)]
-    return launch(q, k, v, log_decay, state, scale, cu_seqlens, *grads, needs=wanted)
+    return launch(q, k, v, log_decay, state, scale, cu_seqlens, *grads, reset=reset, needs=wanted)
 
 
 def _compute_gradients(
@@ -136,6 +149,7 @@ def _compute_gradients(
     log_decay: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    reset: Tensor | None,
     grads: Sequence[Tensor | None],
     scale: float,
     out_dtype: torch.dtype | None,
@@ -144,8 +158,8 @@ def _compute_gradients(
     powers = DecayPowers(log_decay, scale, state_dtype(q.dtype))
     form: torch_backend.Form = eager.Chunks(powers, DEFAULT_CHUNK_SIZE, out_dtype or v.dtype)
     rows = q.shape[0]
-    if cu_seqlens is not None:
-        packing = Packing("retpop::retention_bwd", cu_seqlens, q.shape[1])
+    if cu_seqlens is not None or reset is not None:
+        packing = Packing("retpop::retention_bwd", cu_seqlens, q.shape[1], reset)
         rows = packing.num_sequences
         if packing.longest:
             form = Chunks(powers, packing.plan(DEFAULT_CHUNK_SIZE), out_dtype or v.dtype)
@@ -156,9 +170,9 @@ def _compute_gradients(
 add_gradient(
     retention_fwd,
     "retention_bwd",
-    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, Tensor?[] grads, "
-    "float scale, ScalarType? out_dtype, bool[] needs) -> Tensor[]",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, Tensor? reset, "
+    "Tensor?[] grads, float scale, ScalarType? out_dtype, bool[] needs) -> Tensor[]",
     launch=_launch_gradients,
     compute=_compute_gradients,
-    num_tensors=6,
+    num_tensors=7,
 )
