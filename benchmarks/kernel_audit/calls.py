@@ -238,13 +238,14 @@ class Pop(Call):
 
 @dataclass(frozen=True, kw_only=True)
 class Retention(Call):
-    """B sequences of T tokens, or packed ones of ``lengths`` (B is 1); ``state`` as in `Pop`."""
+    """B sequences of T tokens, or packed ones of ``lengths`` (B is 1); ``state``, ``reset`` as in `Pop`."""
 
     names: ClassVar = ("retention_fwd", "retention_bwd")
 
     T: int
     Dv: int | None = None
     state: bool = False
+    reset: bool = False
     lengths: tuple[int, ...] = ()
 
     @property
@@ -257,8 +258,8 @@ class Retention(Call):
 
     def forward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
         inputs = self._inputs(dtype, device, rows)
-        bounds = self._bounds(device)
-        return [*inputs, bounds], launcher("retention_fwd")(*inputs, self.D**-0.5, bounds)
+        given = [self._bounds(device), self._resets(device, rows)]
+        return [*inputs, *given], launcher("retention_fwd")(*inputs, self.D**-0.5, *given)
 
     def backward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
         inputs = self._inputs(dtype, device, rows)
@@ -267,8 +268,9 @@ class Retention(Call):
             tokens(device, dtype, rows, self.T, self.H, self.dims[1]),
             self._state(device, rows),
         ]
-        grads = launcher("retention_bwd")(*inputs, self.D**-0.5, *given)
-        return [*inputs, *given], [x for x in grads if x is not None]
+        resets = self._resets(device, rows)
+        grads = launcher("retention_bwd")(*inputs, self.D**-0.5, *given, reset=resets)
+        return [*inputs, *given, resets], [x for x in grads if x is not None]
 
     def _inputs(self, dtype: torch.dtype, device: torch.device, rows: int) -> list[Tensor | None]:
         qkv = [tokens(device, dtype, rows, self.T, self.H, width) for width in (self.D, *self.dims)]
@@ -277,6 +279,9 @@ class Retention(Call):
     def _bounds(self, device: torch.device) -> Tensor | None:
         ends = list(itertools.accumulate(self.lengths, initial=0))
         return torch.tensor(ends, device=device) if self.lengths else None
+
+    def _resets(self, device: torch.device, rows: int) -> Tensor | None:
+        return torch.zeros(rows, self.T, dtype=torch.bool, device=device) if self.reset else None
 
     def _state(self, device: torch.device, rows: int) -> Tensor | None:
         sequences = len(self.lengths) or rows

@@ -37,6 +37,7 @@ _TRAINED = replace(_REM, packed=True, state=True, reset=True)
 _IMAGINED = replace(_REM, N=1, P=1, offset=1, state=True)
 _LONG = Retention(B=8, T=4096, H=16, D=64)
 _PACKED = Retention(B=1, T=1000, H=64, D=64, state=True, lengths=(130, 0, 65, 1, 804))
+_RESETS = replace(_LONG, state=True, reset=True)
 _BLOCK = Retention(B=64, T=65, H=4, D=64, state=True)
 _ROW = Retention(B=1, T=4096, H=4, D=64, state=True)
 _TOKENS = {"B": 64, "T": 1290, "H": 4, "D": 64}
@@ -68,6 +69,9 @@ _BOTH: list[tuple[torch.dtype, str, Call]] = [
     (BF16, "D 60", replace(_LONG, D=60)),
     (BF16, "D 100", replace(_LONG, D=100)),
     (BF16, "Dk 64, Dv 128", replace(_LONG, Dv=128, state=True)),
+    (BF16, "resets, D 64", _RESETS),
+    (BF16, "resets, D 128", replace(_RESETS, D=128)),
+    (FP32, "resets, D 64", _RESETS),
     (BF16, "rem block", _BLOCK),
     (BF16, "one long row, D 64", _ROW),
     (BF16, "packed, D 64", _PACKED),
@@ -115,6 +119,7 @@ _COUNTED_BOTH: list[tuple[torch.dtype, str, Call]] = [
     (BF16, "D 128", replace(_SHORT, D=128)),
     (BF16, "D 256", replace(_SHORT, D=256, state=True)),
     (BF16, "D 100", replace(_SHORT, D=100)),
+    (BF16, "resets, D 64", replace(_SHORT, state=True, reset=True)),
     (BF16, "rem block", _BLOCK),
     (BF16, "one long row, D 64", replace(_ROW, H=1)),
     (BF16, "packed, D 64", replace(_PACKED, H=1)),
@@ -139,6 +144,8 @@ _HUGE_BOTH: list[tuple[torch.dtype, str, Call]] = [
     (BF16, "large batch", Retention(B=2**20, T=65, H=4, D=64, state=True)),
     (BF16, "long", Retention(B=1, T=2**24, H=4, D=64, state=True)),
     (BF16, "large heads", Retention(B=1, T=65, H=2**20, D=64)),
+    (BF16, "large batch, resets", Retention(B=2**20, T=2**12, H=4, D=64, reset=True)),
+    (BF16, "long, resets", Retention(B=2, T=2**24, H=4, D=64, reset=True)),
     (BF16, "long, packed", Retention(B=1, T=2**24, H=4, D=64, state=True, lengths=(2**23, 2**23))),
     (BF16, "large batch", NormGate(B=2**20, T=1290, H=4, D=64, kind="rmsnorm")),
     (BF16, "long", NormGate(B=1, T=2**24, H=4, D=64, kind="groupnorm")),

@@ -11,7 +11,7 @@ from retention_cases import MODES, assert_same_gradients, gradients, normal
 from torch import Tensor
 
 from retpop import MultiScaleRetention, RetNetConfig, RetNetDecoder, RetNetState
-from retpop.layers import microbatch
+from retpop.layers import call
 from retpop.models import RetNetLM, RetNetLMConfig
 
 POSITIONS = ("retnet", "rope", None)
@@ -97,7 +97,7 @@ def test_parts_of_a_large_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(position="retnet")
     x, state = normal(3, 20, 12, seed=0), random_state(decoder, 3)
     expected, after = decoder(x, state, reset=RESET)
-    monkeypatch.setattr(microbatch, "ELEMENTS_AT_ONCE", 56 * 25)
+    monkeypatch.setattr(call, "ELEMENTS_AT_ONCE", 56 * 25)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     with torch.no_grad():
         out, last = decoder(x, state, reset=RESET)
