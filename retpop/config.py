@@ -24,7 +24,7 @@ VERSION = 1
 """Version of what `RetNetConfig.to_dict` writes; it changes when a field changes its meaning."""
 
 _POSITIVE_INTS = ("embed_dim", "num_heads", "num_layers", "ffn_dim", "key_dim", "value_dim")
-_BOOLS = ("head_norm_affine", "bias", "norm_first", "final_norm")
+_BOOLS = ("learn_decay", "head_norm_affine", "bias", "norm_first", "final_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class RetNetConfig:
         value_dim: width of values and gate over all heads; None: embed_dim. Divisible by num_heads.
         decay: "retnet" (γ = 1 - 2^(-5-h)), "log_spaced" (time scales from 32 to 512 tokens), num_heads
             log-decays, each at most 0, or num_layers tuples of them, one for each layer.
+        learn_decay: whether each layer learns its log-decays, from those of ``decay`` on, which must then be
+            finite and below 0.
         position: rotary positions, "retnet" or "rope" (see `retpop.position`), or None.
         scale: factor on the retention output; None: (key_dim / num_heads)^-0.5.
         head_norm: normalisation of each head's output: "groupnorm" (mean and variance) or "rmsnorm".
@@ -68,6 +70,7 @@ class RetNetConfig:
     key_dim: int | None = None
     value_dim: int | None = None
     decay: Literal["retnet", "log_spaced"] | tuple[float, ...] | tuple[tuple[float, ...], ...] = "retnet"
+    learn_decay: bool = False
     position: Literal["retnet", "rope"] | None = "retnet"
     scale: float | None = None
     head_norm: Literal["groupnorm", "rmsnorm"] = "groupnorm"
@@ -93,6 +96,7 @@ class RetNetConfig:
         self._check_choices()
         if not isinstance(self.decay, str):
             self._take_decay()
+            self._check_learned()
 
     @property
     def head_key_dim(self) -> int:
@@ -202,6 +206,16 @@ class RetNetConfig:
             )
         sets = [check_log_decays("RetNetConfig", "decay", own, self.num_heads) for own in given]
         self._set("decay", tuple(sets))
+
+    def _check_learned(self) -> None:
+        """γ of 0 and 1 are out of reach of a decay that learns, and it cannot start there."""
+        for layer in range(self.num_layers if self.learn_decay else 0):
+            for value in self.log_decays(layer):
+                if not -math.inf < value < 0:
+                    raise ValueError(
+                        f"RetNetConfig: decay holds {value}; with learn_decay=True log-decays must be finite "
+                        "and below 0."
+                    )
 
     def describe(self) -> str:
         """The fields that differ from their defaults, as ``name=value`` pairs."""

@@ -47,6 +47,7 @@ MODEL: Table = {"embedding.weight": {"embeddings.weight": "NE"}, "head.weight": 
 
 FIXED: dict[str, Any] = {
     "decay": "retnet",
+    "learn_decay": False,
     "position": "rope",
     "scale": None,
     "head_norm": "rmsnorm",

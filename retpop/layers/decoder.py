@@ -13,6 +13,7 @@ from retpop._torch import is_plain
 from retpop.arguments import check_tensor
 from retpop.config import RetNetConfig
 from retpop.layers.call import Call, Carry, run_in_parts, tokens_at_once
+from retpop.layers.decay import LearnedDecay
 from retpop.layers.dropout import dropout
 from retpop.layers.norm import HeadNorm, residual_norm
 from retpop.layers.prepare import Constants, Owner, prepare
@@ -104,7 +105,7 @@ class RetNetBlock(nn.Module):
 
 
 PLAIN_PARTS = {
-    *(RetNetBlock, MultiScaleRetention, HeadNorm, FeedForward),
+    *(RetNetBlock, MultiScaleRetention, LearnedDecay, HeadNorm, FeedForward),
     *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.ModuleList),
 }
 

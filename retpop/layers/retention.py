@@ -13,6 +13,7 @@ from retpop.arguments import INPUT_DTYPES, as_int, check_tensor, state_dtype
 from retpop.config import RetNetConfig
 from retpop.decay import check_log_decays
 from retpop.layers.call import Call, Carry
+from retpop.layers.decay import LearnedDecay
 from retpop.layers.dropout import dropout
 from retpop.layers.norm import HeadNorm
 from retpop.layers.prepare import Constants, Owner, prepare, with_log_decays
@@ -31,7 +32,8 @@ class MultiScaleRetention(nn.Module):
     Args:
         cfg: the configuration; a layer ignores ``num_layers`` and the fields of the feed-forward and the
             residual stream.
-        device, dtype: of the weights. The decay keeps double precision when the module is cast.
+        device, dtype: of the weights. The decay keeps double precision when the module is cast; a learned one
+            is a float32 parameter, or a float64 one in a float64 layer.
         layer: index of the layer, if ``cfg.decay`` has one entry per layer.
 
     Source: RetNet, arXiv 2307.08621, section 2.2, equation 8.
@@ -55,6 +57,7 @@ class MultiScaleRetention(nn.Module):
         self.out_proj = nn.Linear(value_dim, cfg.embed_dim, bias=cfg.bias, device=device, dtype=dtype)
         self._constants = Constants(cfg)
         self._log_decays = cfg.log_decays(layer)
+        self.decay = LearnedDecay(self._log_decays, device, dtype) if cfg.learn_decay else None
         self._shown: Tensor | None = None  # the tensor that `log_decay` returned, which its reader may change
         self.reset_parameters()
 
@@ -67,15 +70,19 @@ class MultiScaleRetention(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         self.head_norm.reset_parameters()
+        if self.decay is not None:
+            self.decay.reset_parameters()
 
     @property
     def log_decay(self) -> Tensor:
         """ln γ of each head, (H,), on the CPU; float64 in a float64 layer, else float32.
 
         Assign a tensor to it, or write into it, to give the layer its own decay: each at most 0, -inf
-        allowed.
+        allowed. A learned decay is returned as a copy and can be assigned: finite and below 0.
         """
         dtype = parameter_kind(self)[1]
+        if self.decay is not None:
+            return self.decay().detach().to("cpu", dtype)
         if self._shown is None or self._shown.dtype != dtype:
             self._shown = torch.tensor(self._current_log_decays(), dtype=dtype, device="cpu")
         return self._shown
@@ -85,9 +92,14 @@ class MultiScaleRetention(nn.Module):
         check_tensor("MultiScaleRetention", "log_decay", value)
         if value.requires_grad:
             raise ValueError(
-                "MultiScaleRetention: log_decay requires a gradient; a layer's decay is constant."
+                "MultiScaleRetention: log_decay requires a gradient; assign numbers (learn_decay=True of "
+                "RetNetConfig makes a decay that learns)."
             )
-        self._log_decays = self._checked(value.tolist())
+        log_decays = self._checked(value.tolist())
+        if self.decay is not None:
+            self.decay.start(log_decays)
+            return
+        self._log_decays = log_decays
         self._shown = None
 
     def forward(
@@ -234,7 +246,9 @@ class MultiScaleRetention(nn.Module):
         return self.cfg.describe()
 
     def _current_log_decays(self) -> tuple[float, ...] | Tensor:
-        """The layer's log-decays, with changes written into `log_decay`; when compiled, that tensor."""
+        """The layer's log-decays, with changes written into `log_decay`; learned or compiled: a tensor."""
+        if self.decay is not None:
+            return self.decay()
         if self._shown is None:
             return self._log_decays
         if torch.compiler.is_compiling():

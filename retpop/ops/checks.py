@@ -144,7 +144,7 @@ def check_inputs(where: str, q: Named, k: Named, v: Named, layout: str) -> None:
 
 
 def check_log_decay(where: str, log_decay: Tensor, q: Tensor) -> None:
-    """Check ln γ except its values: (H,), float32 or float64, without gradient."""
+    """Check ln γ except its values: (H,), float32 or float64."""
     check_tensor(where, "log_decay", log_decay)
     num_heads = q.shape[-2]
     if log_decay.shape != (num_heads,):
@@ -158,8 +158,6 @@ def check_log_decay(where: str, log_decay: Tensor, q: Tensor) -> None:
         )
     if log_decay.device != q.device:
         raise ValueError(f"{where}: log_decay is on {log_decay.device} but q is on {q.device}.")
-    if log_decay.requires_grad:
-        raise ValueError(f"{where}: log_decay requires grad, but gradients to the decay are not supported.")
 
 
 def check_decay_values(where: str, log_decay: Tensor) -> list[float] | None:
@@ -306,7 +304,6 @@ def _fit(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | Non
         and isinstance(log_decay, Tensor)
         and log_decay.shape == (heads,)
         and log_decay.dtype in DECAY_DTYPES
-        and not log_decay.requires_grad
         and device == k.device == v.device == log_decay.device
         and (
             state is None

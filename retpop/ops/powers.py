@@ -82,14 +82,17 @@ class DecayPowers:
         self._blocks: list[tuple[int, BlockPowers]] = []
         self._token: list[Across] = []
 
+    def of(self, log_decay: Tensor) -> DecayPowers:
+        """The same for log-decays of equal values that belong to another graph, or to none."""
+        return DecayPowers(log_decay, self.scale, log_decay.dtype, self.values)
+
     def block(self, length: int) -> BlockPowers:
         """The powers for a block of ``length`` tokens."""
         for known, powers in self._blocks:
             if known == length:
                 return powers
         powers = self._powers(length)
-        # A compiler merges equal computations itself; a checkpointed layer must not write to an outer list.
-        if not torch.compiler.is_compiling():
+        if self._may_be_kept():
             self._blocks.append((length, powers))
         return powers
 
@@ -99,9 +102,17 @@ class DecayPowers:
             return self._token[0]
         exponents = self.log_decay.view(-1, 1, 1)
         across = Across(None, exponents.expm1()) if self._keeps_half else _across(exponents)
-        if not torch.compiler.is_compiling():
+        if self._may_be_kept():
             self._token.append(across)
         return across
+
+    def _may_be_kept(self) -> bool:
+        """Whether a later call may use the same tensors.
+
+        A compiler merges equal computations itself, and a checkpointed layer must not write to an outer list.
+        Powers that were computed without a graph have no gradient for a learned decay.
+        """
+        return not (torch.compiler.is_compiling() or self.log_decay.requires_grad)
 
     def _powers(self, length: int) -> BlockPowers:
         steps = torch.arange(length, device=self.log_decay.device)

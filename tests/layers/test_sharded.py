@@ -65,7 +65,8 @@ FLOAT32_OUT = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torc
 
 def make_decoder() -> RetNetDecoder:
     torch.manual_seed(0)
-    return RetNetDecoder(RetNetConfig(embed_dim=16, num_heads=2, num_layers=2, head_norm_affine=True))
+    cfg = RetNetConfig(embed_dim=16, num_heads=2, num_layers=2, head_norm_affine=True, learn_decay=True)
+    return RetNetDecoder(cfg)
 
 
 def sharded(decoder: RetNetDecoder, how: str, policy: MixedPrecisionPolicy) -> nn.Module:

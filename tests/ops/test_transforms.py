@@ -121,7 +121,7 @@ def test_double_backward_of_pop() -> None:
 @pytest.mark.parametrize(("mode", "T"), [("parallel", 18), ("chunkwise", 18), ("recurrent", 3)])
 def test_compiled_without_a_graph_break(mode: str, T: int) -> None:
     """Forward and backward in one graph each."""
-    case = RetentionCase.make(2, T, 2, 3, 4).for_gradients()
+    case = RetentionCase.make(2, T, 2, 3, 4).for_gradients(decay=True)
     run = as_function(case, PAIRS, **mode_options(mode))
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     actual, expected = (function(*inputs_of(case, PAIRS)) for function in (compiled, run))
@@ -163,7 +163,7 @@ def test_the_parallel_form_compiles_once_for_all_lengths_but_the_first() -> None
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_pop_compiled_without_a_graph_break() -> None:
-    case = PopCase.make(2, 2, 3, 3, 2, 2, 3, 4, with_reset=True).for_gradients()
+    case = PopCase.make(2, 2, 3, 3, 2, 2, 3, 4, with_reset=True).for_gradients(decay=True)
     run = as_function(case, POP_PAIRS)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     actual, expected = (function(*inputs_of(case, POP_PAIRS)) for function in (compiled, run))

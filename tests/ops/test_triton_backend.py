@@ -79,7 +79,11 @@ SUBSETS = [names for size in range(5) for names in itertools.combinations(TOKENS
 
 
 @pytest.mark.parametrize(
-    ("names", "T"), [*((names, 5) for names in SUBSETS), (("q",), 1), (("k", "state"), 1), (TOKENS, 1)]
+    ("names", "T"),
+    [
+        *((names, 5) for names in (*SUBSETS, ("log_decay",))),
+        *((names, 1) for names in (("q",), ("k", "state"), (*TOKENS, "log_decay"))),
+    ],
 )
 def test_gradients_of_any_subset(names: tuple[str, ...], T: int) -> None:
     """None of the four to all of them; one token goes through an op of its own."""
@@ -93,7 +97,11 @@ def test_gradients_of_any_subset(names: tuple[str, ...], T: int) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [*SUBSETS, ("q_pred",), ("v_pred",), ("k_pred", "v"), ("k_pred", "v_pred"), POP_TOKENS],
+    [
+        *SUBSETS,
+        *(("q_pred",), ("v_pred",), ("k_pred", "v"), ("k_pred", "v_pred"), ("log_decay",)),
+        (*POP_TOKENS, "log_decay"),
+    ],
     ids="+".join,
 )
 def test_gradients_of_pop(names: tuple[str, ...]) -> None:
@@ -106,8 +114,9 @@ def test_gradients_of_pop(names: tuple[str, ...]) -> None:
 def test_gradients_of_packed_sequences() -> None:
     cu_seqlens = torch.tensor([0, 3, 3, 20])
     made = RetentionCase.make(1, 20, 3, 4, 6, dtype=torch.float32, sequences=3)
-    case, leaves = only(made, TOKENS)
-    exact, exact_leaves = only(made.double(), TOKENS)
+    names = (*TOKENS, "log_decay")
+    case, leaves = only(made, names)
+    exact, exact_leaves = only(made.double(), names)
     expected = gradients(exact.run(cu_seqlens=cu_seqlens, backend="reference"), exact_leaves)
     actual = gradients(case.run(cu_seqlens=cu_seqlens, backend="triton"), leaves)
     assert_same_gradients(actual, expected, GRADIENTS)

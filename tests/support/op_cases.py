@@ -128,7 +128,7 @@ def backward_of(case: str, num_tensors: int) -> Callable[[str], Arguments]:
         if kind == "packed or odd" and len(grads) > 1:
             grads[-1] = None
         inputs = flat(given[:num_tensors])
-        needs = [isinstance(x, Tensor) and x.is_floating_point() and x is not LOG_DECAY for x in inputs]
+        needs = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
         needs[1] = needs[1] and kind != "plain"
         return *given[:num_tensors], grads, *given[num_tensors:], needs
 

@@ -95,11 +95,11 @@ class RetentionCase:
 
     def leaves(self) -> list[Tensor]:
         """The tensors that receive gradients."""
-        return [tensor for tensor in (self.q, self.k, self.v, self.state) if tensor is not None]
+        return _leaves(self.log_decay, self.q, self.k, self.v, self.state)
 
-    def for_gradients(self) -> RetentionCase:
-        """A copy whose data are fresh leaves that require gradients."""
-        return _with_fresh_leaves(self)
+    def for_gradients(self, *, decay: bool = False) -> RetentionCase:
+        """A copy whose data are fresh leaves that require gradients; with `decay`, the log-decays too."""
+        return _with_fresh_leaves(self, decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +197,12 @@ class PopCase:
 
     def leaves(self) -> list[Tensor]:
         """The tensors that receive gradients."""
-        data = (self.q, self.k, self.v, self.q_pred, self.k_pred, self.v_pred, self.state)
-        return [tensor for tensor in data if tensor is not None]
+        predictions = (self.q_pred, self.k_pred, self.v_pred)
+        return _leaves(self.log_decay, self.q, self.k, self.v, *predictions, self.state)
 
-    def for_gradients(self) -> PopCase:
-        """A copy whose data are fresh leaves that require gradients."""
-        return _with_fresh_leaves(self)
+    def for_gradients(self, *, decay: bool = False) -> PopCase:
+        """A copy whose data are fresh leaves that require gradients; with `decay`, the log-decays too."""
+        return _with_fresh_leaves(self, decay)
 
 
 def _map(case, change):
@@ -214,17 +214,24 @@ def _map(case, change):
     return replace(case, **changed)
 
 
-def _with_fresh_leaves(case):
+def _leaves(log_decay: Tensor, *data: Tensor | None) -> list[Tensor]:
+    given = [tensor for tensor in data if tensor is not None]
+    return [*given, log_decay] if log_decay.requires_grad else given
+
+
+def _with_fresh_leaves(case, decay):
     fresh = _map(case, lambda tensor: tensor.detach().clone().requires_grad_())
-    return replace(fresh, log_decay=case.log_decay)
+    return fresh if decay else replace(fresh, log_decay=case.log_decay)
 
 
-def gradients(results: tuple[Tensor, ...], leaves: list[Tensor], *, seed: int = 7) -> list[Tensor]:
+def gradients(
+    results: tuple[Tensor, ...], leaves: list[Tensor], *, seed: int = 7, create_graph: bool = False
+) -> list[Tensor]:
     """Gradients of random weights of all results in all leaves; zeros where a leaf has no influence."""
     total = sum((normal(*r.shape, seed=seed + i, dtype=r.dtype) * r).sum() for i, r in enumerate(results))
     if not total.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    found = torch.autograd.grad(total, leaves, allow_unused=True, create_graph=create_graph)
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
 
 

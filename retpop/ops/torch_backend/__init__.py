@@ -38,8 +38,15 @@ class Form(Protocol):
     """An operation on tokens and a state, in plain operations and by formulas with explicit gradients."""
 
     @property
+    def powers(self) -> DecayPowers:
+        """The decays, with the scale c."""
+
+    @property
     def reset(self) -> Tensor | None:
         """The mask that the formulas read beside their inputs, if any."""
+
+    def with_powers(self, powers: DecayPowers) -> Form:
+        """The same form with other powers."""
 
     def plain(self, tokens: Sequence[Tensor], state: Tensor) -> tuple[Tensor, ...]:
         """The outputs, one for every three tensors of tokens, and the final state."""
@@ -52,7 +59,7 @@ class Form(Protocol):
     def gradients(
         self, tokens: Sequence[Tensor], grads: Sequence[Tensor], states: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """The needed gradients of tokens and state, from those of the results of `plain`."""
+        """The needed gradients of tokens, ln γ and state, from those of the results of `plain`."""
 
 
 def retention(
@@ -120,7 +127,7 @@ def gradients(
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The needed gradients of a form's tokens and state, from those of its results; None for zeros."""
+    """The needed gradients of a form's tokens, ln γ and state, from those of its results; None for zeros."""
     outs, final, states = form.forward(tokens, state, keep=True)
     above = [torch.zeros_like(x) if g is None else g for x, g in zip((*outs, final), grads, strict=True)]
     return form.gradients(tokens, above, states, needs)
@@ -175,8 +182,9 @@ def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | 
 def _run(form: Form, tokens: Sequence[Tensor], state: Tensor) -> tuple[Tensor, ...]:
     if torch.compiler.is_compiling() or _is_watched():
         return form.plain(tokens, state)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, state)):
-        results: tuple[Tensor, ...] = _ByFormula.apply(form, *tokens, state)
+    inputs = *tokens, form.powers.log_decay, state
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        results: tuple[Tensor, ...] = _ByFormula.apply(_without_graph(form), *inputs)
         return results
     outs, final, _ = form.forward(tokens, state, keep=False)
     return *outs, final
@@ -187,17 +195,22 @@ def _is_watched() -> bool:
     return is_transformed() or torch.jit.is_tracing()
 
 
+def _without_graph(form: Form) -> Form:
+    powers = form.powers
+    return form.with_powers(powers.of(powers.log_decay.detach())) if powers.log_decay.requires_grad else form
+
+
 class _ByFormula(torch.autograd.Function):
     """A form with its gradients; it keeps its inputs and the states between blocks."""
 
     @staticmethod
     def forward(ctx: Any, form: Form, *inputs: Tensor) -> tuple[Tensor, ...]:
-        *tokens, state = inputs
+        *tokens, _, state = inputs
         outs, final, states = form.forward(tokens, state, keep=True)
         ctx.form = form
         ctx.save_for_backward(*inputs, states, form.reset)  # so that later writes into them are noticed
         needs = ctx.needs_input_grad[1:]
-        carried = needs[1] or needs[2] or needs[-1]  # keys, values and state
+        carried = needs[1] or needs[2] or any(needs[-2:])  # keys, values, ln γ and state
         own = [any(needs[3 * i : 3 * i + 3]) for i in range(len(outs))]
         results = zip((*outs, final), (*own, False), strict=True)
         ctx.mark_non_differentiable(*(x for x, needed in results if not (needed or carried)))
@@ -211,7 +224,7 @@ class _ByFormula(torch.autograd.Function):
             if torch.is_grad_enabled() or _is_watched() or are_batched(grads):
                 found = _plain_gradients(ctx.form, inputs, grads)
             else:
-                found = ctx.form.gradients(inputs[:-1], grads, states, ctx.needs_input_grad[1:])
+                found = ctx.form.gradients(inputs[:-2], grads, states, ctx.needs_input_grad[1:])
         return None, *found
 
 
@@ -219,8 +232,8 @@ def _plain_gradients(
     form: Form, inputs: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     with torch.enable_grad():
-        *tokens, state = inputs = [x.view_as(x) for x in inputs]  # one gradient each, even of the same tensor
-        results = form.plain(tokens, state)
+        *tokens, log_decay, state = inputs = [x.view_as(x) for x in inputs]  # even of one tensor twice
+        results = form.with_powers(form.powers.of(log_decay)).plain(tokens, state)
         pairs = [pair for pair in zip(results, grads, strict=True) if pair[0].requires_grad]
     if not pairs:  # for example with no tokens
         return [None] * len(inputs)

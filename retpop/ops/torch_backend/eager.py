@@ -13,13 +13,21 @@ g_i the gradient of output o_i, the gradients are
     dS   = γ^L G + Σ_i c γ^(i+1) q_i g_iᵀ
 
 The last line runs backwards over the blocks, as the states run forwards; the others take blocks at once.
+
+ln γ needs no products of its own. With S_n the state after token n of a block and G_n its gradient, token n
+adds d_n = ⟨G_n, γ S_{n-1}⟩ to the gradient of ln γ, and the recurrences of S and G give
+
+    d_n = q_n · dq_n - k_n · dk_n + d_{n+1},    d_{L+1} = ⟨G, S_L⟩
+    Σ_n d_n = Σ_n n (q_n · dq_n - k_n · dk_n) + L ⟨G, S_L⟩    (n = 1 .. L)
+
+A block begins with its own exact d_{L+1}, so rounding errors do not add up over a long sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -126,7 +134,7 @@ class Blocks(NamedTuple):
         starts: Tensor,
         ends: Tensor | None,
         powers: BlockPowers,
-        needs: Sequence[bool] = (True, True, True),
+        needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """dq, dk and dv, laid out as the blocks; None where they are not needed.
 
@@ -136,14 +144,15 @@ class Blocks(NamedTuple):
             starts: the states before the blocks, (N, B, H, Dk, Dv).
             ends: the gradients of the states after them, likewise; None if nothing follows.
             powers: of γ for L tokens.
-            needs: which of the three are needed.
+            needs: which of the three are needed, and whether `add_decay_gradient` needs the first two.
         """
         dq = dk = dv = None
-        if needs[0] or needs[1]:
+        of_queries, of_keys = needs[0] or needs[3], needs[1] or needs[3]
+        if of_queries or of_keys:
             pairs = _scale(torch.bmm(grad, self.v.mT), powers.within)
-        if needs[0]:
+        if of_queries:
             dq = torch.bmm(pairs, self.k).baddbmm_(read, _flat(starts).mT)
-        if needs[1]:
+        if of_keys:
             dk = torch.bmm(pairs.mT, self.q)
             if ends is not None:
                 dk.baddbmm_(scaled(self.v, powers.to_end), _flat(ends).mT)
@@ -154,9 +163,28 @@ class Blocks(NamedTuple):
                 dv.baddbmm_(scaled(self.k, powers.to_end), _flat(ends))
         return [dq, dk, dv]
 
+    def add_decay_gradient(self, into: Tensor, found: Sequence[Tensor | None], after: Tensor | None) -> None:
+        """Add the blocks' part of the gradient of ln γ to ``into`` (H,).
+
+        Args:
+            into: the sum.
+            found: dq and dk, first of all.
+            after: L ⟨G, S_L⟩ of each block, (N·B·H,); None if nothing follows.
+        """
+        dq, dk = cast(Tokens, found[:2])
+        steps = torch.arange(1, self.k.shape[1] + 1, dtype=into.dtype, device=into.device)
+        read = torch.linalg.vecdot(self.q, dq) @ steps[-self.q.shape[1] :]
+        share = read - torch.linalg.vecdot(self.k, dk) @ steps
+        into += (share if after is None else share + after).view(-1, into.shape[0]).sum(0)
+
     def additions(self, powers: BlockPowers, into: Tensor) -> None:
         """What each block adds to the state after it, (N, B, H, Dk, Dv)."""
         _flat(into).baddbmm_(scaled(self.k, powers.to_end).mT, self.v, beta=0)
+
+
+def inner(grads: Tensor, states: Tensor) -> Tensor:
+    """⟨G, S⟩ of states (N, B, H, Dk, Dv), (N·B·H,)."""
+    return torch.linalg.vecdot(_flat(grads).flatten(1), _flat(states).flatten(1))
 
 
 def carry(states: Tensor, across: Across, resets: Tensor | None = None) -> None:
@@ -191,6 +219,10 @@ class Chunks(NamedTuple):
     chunk_size: int
     out_dtype: torch.dtype
     reset: None = None
+
+    def with_powers(self, powers: DecayPowers) -> Chunks:
+        """The same form with other powers."""
+        return self._replace(powers=powers)
 
     def plain(self, tokens: Tokens, state: Tensor) -> tuple[Tensor, ...]:
         """The same in plain operations: outputs and final state."""
@@ -229,9 +261,10 @@ class Chunks(NamedTuple):
     def gradients(
         self, tokens: Tokens, grads: Tokens, states: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """dq, dk, dv and that of the first state, from those of the outputs and of the final state."""
+        """dq, dk, dv, those of ln γ and of the first state, from those of the outputs and the final state."""
         grad, grad_state = grads
         found = [x.new_empty(x.shape) for x in tokens]
+        decay = torch.zeros_like(self.powers.log_decay)
         cuts = list(groups(tokens[1], self.chunk_size))
         sums = states.new_empty(1 + (cuts[0].num_blocks if cuts else 0), *grad_state.shape)
         sums[0] = grad_state
@@ -244,9 +277,13 @@ class Chunks(NamedTuple):
             if any(needs[1:]):  # all gradients except the queries' have a part from later blocks
                 _flat(window[:-1]).baddbmm_(blocks.q.mT, read, beta=0)
                 carry_back(window, powers.across)
-            starts = states[group.blocks, group.rows]
-            _put((group,) * 3, found, blocks.gradients(g, read, starts, window[1:], powers, needs))
-        return [x if need else None for x, need in zip((*found, sums[0].clone()), needs, strict=True)]
+            starts, ends = states[group.blocks, group.rows], window[1:]
+            own = blocks.gradients(g, read, starts, ends, powers, needs)
+            _put((group,) * 3, found, own)
+            if needs[3]:
+                after = group.size * inner(ends, states[1:][group.blocks, group.rows])
+                blocks.add_decay_gradient(decay, own, after)
+        return _needed((*found, decay, sums[0].clone()), needs)
 
 
 class Pop(NamedTuple):
@@ -255,9 +292,18 @@ class Pop(NamedTuple):
     spec: PopSpec
 
     @property
+    def powers(self) -> DecayPowers:
+        """The decays, with the scale c."""
+        return self.spec.powers
+
+    @property
     def reset(self) -> Tensor | None:
         """The blocks that start a new episode."""
         return self.spec.reset
+
+    def with_powers(self, powers: DecayPowers) -> Pop:
+        """The same form with other powers."""
+        return Pop(self.spec._replace(powers=powers))
 
     def plain(self, tokens: Tokens, state: Tensor) -> tuple[Tensor, ...]:
         """The same in plain operations: outputs and final state."""
@@ -292,13 +338,14 @@ class Pop(NamedTuple):
     def gradients(
         self, tokens: Tokens, grads: Tokens, states: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Gradients of ``tokens`` and the first state, from those of the outputs and the final state."""
+        """Those of ``tokens``, ln γ and the first state, from those of the outputs and the final state."""
         spec = self.spec
+        decay = torch.zeros_like(spec.powers.log_decay)
         found = [x.new_empty(x.shape) for x in tokens]
         (main, pred), ((grad,), (grad_pred,)), (into, into_pred) = (
             _parts(x, spec) for x in (tokens, grads[:-1], found)
         )
-        carried = needs[1] or needs[2] or needs[-1]  # keys, values and state: not the queries
+        carried = needs[1] or needs[2] or any(needs[-2:])  # of all but the queries
         sums = torch.zeros_like(states)
         sums[-1] = grads[-1]
         for group in _prediction_groups(pred, spec):
@@ -308,11 +355,14 @@ class Pop(NamedTuple):
             starts, grad_starts = (x[spec.offset :][group.blocks, group.rows] for x in (states, sums))
             if carried:
                 _flat(grad_starts).baddbmm_(blocks.q.mT, read)
-            _put((group,) * 3, into_pred, blocks.gradients(g, read, starts, None, powers, needs[-4:-1]))
+            own = blocks.gradients(g, read, starts, None, powers, needs[-5:-1])
+            _put((group,) * 3, into_pred, own)
+            if needs[-2]:
+                blocks.add_decay_gradient(decay, own, None)
         resets = _at_boundaries(spec.reset)
         for group in reversed(list(groups(main[1], spec.block_size))):
             at = slice(group.blocks.start, group.blocks.stop + 1), group.rows
-            window, starts = sums[at], states[group.blocks, group.rows]
+            window, starts, ends = sums[at], states[group.blocks, group.rows], sums[at][1:]
             readers, powers = _readers_of(group, spec)
             places = readers, group, group, readers
             pairs = zip(places, (*main, grad), strict=True)
@@ -321,8 +371,12 @@ class Pop(NamedTuple):
             if carried:
                 _flat(window[:-1]).baddbmm_(blocks.q.mT, read)
                 carry_back(window, powers.across, None if resets is None else resets[at])
-            _put(places[:3], into, blocks.gradients(g, read, starts, window[1:], powers, needs[:3]))
-        return [x if need else None for x, need in zip((*found, sums[0].clone()), needs, strict=True)]
+            own = blocks.gradients(g, read, starts, ends, powers, (*needs[:3], needs[-2]))
+            _put(places[:3], into, own)
+            if needs[-2]:
+                after = group.size * inner(ends, states[1:][group.blocks, group.rows])
+                blocks.add_decay_gradient(decay, own, after)
+        return _needed((*found, decay, sums[0].clone()), needs)
 
 
 def _parts(tensors: Tokens, spec: PopSpec) -> tuple[Tokens, Tokens]:
@@ -352,6 +406,10 @@ def _readers_of(group: Group, spec: PopSpec) -> tuple[Group, BlockPowers]:
     """The places of a group's queries and outputs, and the powers for them."""
     powers = spec.powers.block(group.size)
     return (group.ends(), powers.of_last_token()) if spec.main_out == "last" else (group, powers)
+
+
+def _needed(found: Iterable[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [x if need else None for x, need in zip(found, needs, strict=True)]
 
 
 def _put(places: Sequence[Group], into: Tokens, found: Sequence[Tensor | None]) -> None:

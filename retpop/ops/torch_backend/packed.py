@@ -23,7 +23,7 @@ from retpop.arguments import values_are_free
 from retpop.ops.checks import check_bounds
 from retpop.ops.powers import Across, BlockPowers, DecayPowers, advance, advance_in_place, restart
 from retpop.ops.torch_backend import plain
-from retpop.ops.torch_backend.eager import Blocks, Kept, scaled
+from retpop.ops.torch_backend.eager import Blocks, Kept, inner, scaled
 
 
 class ChunkPlan(NamedTuple):
@@ -179,6 +179,10 @@ class Chunks(NamedTuple):
     out_dtype: torch.dtype
     reset: None = None
 
+    def with_powers(self, powers: DecayPowers) -> Chunks:
+        """The same form with other powers."""
+        return self._replace(powers=powers)
+
     def plain(self, tokens: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
         """The same in plain operations: outputs and final states (S, H, Dk, Dv)."""
         q, k, v = (x.unsqueeze(0) for x in self._all_taken(tokens, state.dtype))
@@ -201,7 +205,7 @@ class Chunks(NamedTuple):
     def gradients(
         self, tokens: Sequence[Tensor], grads: Sequence[Tensor], states: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """dq, dk, dv and gradients of the first states, from those of the outputs and the final states."""
+        """dq, dk, dv, those of ln γ and the first states, from those of the outputs and the final states."""
         taken = [
             *self._all_taken(tokens, states.dtype),
             self._taken(grads[0], states.dtype, with_zeros=True),
@@ -213,10 +217,17 @@ class Chunks(NamedTuple):
         ends, grad_state = self._scan_back(added, grads[1])
         found = blocks.gradients(grad, read, states, ends, tables, needs)
         put_back = (
-            None if g is None else self._put_back(g.view(like.shape), x.dtype)
-            for g, like, x in zip(found, taken, tokens, strict=False)
+            self._put_back(g.view(like.shape), x.dtype) if g is not None and need else None
+            for g, like, x, need in zip(found, taken, tokens, needs, strict=False)
         )
-        return [*put_back, grad_state if needs[-1] else None]
+        decay = None
+        if needs[3]:
+            blocks.additions(tables, added)
+            after = inner(ends, advance(states, self._across(), added)).view(added.shape[:2])
+            after = (after * self.plan.lengths[:, None]).flatten()
+            decay = torch.zeros_like(self.powers.log_decay)
+            blocks.add_decay_gradient(decay, found, after)
+        return [*put_back, decay, grad_state if needs[-1] else None]
 
     def _all_taken(self, tokens: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Chunks of queries, keys and values; keys past a chunk's end are zero, and add nothing to states.

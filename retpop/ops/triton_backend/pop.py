@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retpop._torch import check
-from retpop.arguments import state_dtype, zero_state
+from retpop.arguments import state_dtype, without_autocast, zero_state
 from retpop.ops import torch_backend
 from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec, split_row
@@ -177,9 +177,16 @@ def _launch_gradients(
     launch = kernels("pop_bwd").pop_bwd
     options = (log_decay, state, reset)
     numbers = (block_size, offset, scale)
-    of_state = needs[len(tokens) + 1]
+    of_decay, of_state = needs[len(tokens) : len(tokens) + 2]
+    decay = None
+    if of_decay:  # no kernel computes it
+        only = [i == len(tokens) for i in range(len(needs))]
+        with without_autocast(log_decay.device):
+            arguments = (tokens, log_decay, state, reset, grads, predictions, *numbers, out_dtype)
+            decay = _compute_gradients(*arguments, only)[len(tokens)]
     if len(tokens) == 6:
-        return launch(*tokens, *options, *grads, *numbers, [*needs[:6], of_state])
+        *found, grad_state = launch(*tokens, *options, *grads, *numbers, [*needs[:6], of_state])
+        return [*found, decay, grad_state]
     rows = [
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in zip(tokens, needs, strict=False)
@@ -193,7 +200,7 @@ def _launch_gradients(
         [*needs[:3], *needs[:3], of_state],
         out=_split(rows, predictions),
     )
-    return [*rows, grad_state]
+    return [*rows, decay, grad_state]
 
 
 def _compute_gradients(
@@ -213,8 +220,7 @@ def _compute_gradients(
     powers = DecayPowers(log_decay, scale, state_dtype(q.dtype))
     spec = PopSpec(powers, predictions, block_size, offset, reset, out_dtype=out_dtype)
     state = zero_state(q, v, q.shape[0]) if state is None else state
-    wanted = [*needs[: len(tokens)], needs[len(tokens) + 1]]
-    return torch_backend.gradients(Pop(spec), tokens, state, grads, wanted)
+    return torch_backend.gradients(Pop(spec), tokens, state, grads, needs[: len(tokens) + 2])
 
 
 add_gradient(

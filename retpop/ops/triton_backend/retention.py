@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retpop._torch import check
-from retpop.arguments import state_dtype, zero_state
+from retpop.arguments import state_dtype, without_autocast, zero_state
 from retpop.ops import torch_backend
 from retpop.ops.powers import DecayPowers
 from retpop.ops.torch_backend import eager
@@ -139,7 +139,16 @@ def _launch_gradients(
 ) -> Gradients:
     launch = kernels("retention_bwd").retention_bwd
     wanted = [needs[i] for i in (0, 1, 2, 4)]
-    return launch(q, k, v, log_decay, state, scale, cu_seqlens, *grads, reset=reset, needs=wanted)
+    *found, grad_state = launch(
+        q, k, v, log_decay, state, scale, cu_seqlens, *grads, reset=reset, needs=wanted
+    )
+    decay = None
+    if needs[3]:  # no kernel computes it
+        only = [i == 3 for i in range(len(needs))]
+        with without_autocast(q.device):
+            arguments = (q, k, v, log_decay, state, cu_seqlens, reset, grads, scale, out_dtype)
+            decay = _compute_gradients(*arguments, only)[3]
+    return [*found, decay, grad_state]
 
 
 def _compute_gradients(
@@ -164,7 +173,7 @@ def _compute_gradients(
         if packing.longest:
             form = Chunks(powers, packing.plan(DEFAULT_CHUNK_SIZE), out_dtype or v.dtype)
     state = zero_state(q, v, rows) if state is None else state
-    return torch_backend.gradients(form, (q, k, v), state, grads, [needs[i] for i in (0, 1, 2, 4)])
+    return torch_backend.gradients(form, (q, k, v), state, grads, needs[:5])
 
 
 add_gradient(
