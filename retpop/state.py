@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +140,37 @@ class RetNetState:
         kv, position = (
             x.to(device=device, non_blocking=bool(non_blocking)) for x in (self.kv, self.position)
         )
+        return RetNetState(kv, position)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as named tensors, detached and contiguous, for ``torch.save`` or safetensors."""
+        return {"kv": self.kv.detach().contiguous(), "position": self.position.contiguous()}
+
+    @staticmethod
+    def from_state_dict(saved: Mapping[str, Tensor]) -> RetNetState:
+        """The state of a `state_dict`.
+
+        Raises:
+            TypeError, ValueError: saved has other names, or a tensor of another shape or kind.
+        """
+        where = "RetNetState.from_state_dict()"
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"{where}: saved is {type(saved).__name__}; it must map names to tensors.")
+        if set(saved) != {"kv", "position"}:
+            raise ValueError(f"{where}: saved has the names {sorted(saved)}; they must be kv and position.")
+        kv, position = saved["kv"], saved["position"]
+        check_tensor(where, "kv", kv)
+        check_tensor(where, "position", position)
+        if kv.dim() != 5 or kv.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{where}: kv is {tuple(kv.shape)} in {kv.dtype}; it must be (layers, B, H, Dk, Dv) in "
+                "float32 or float64."
+            )
+        if position.shape != (kv.shape[1],) or position.dtype != torch.int64:
+            raise ValueError(
+                f"{where}: position is {tuple(position.shape)} in {position.dtype}; beside kv "
+                f"{tuple(kv.shape)} it must be ({kv.shape[1]},) in torch.int64."
+            )
         return RetNetState(kv, position)
 
     @staticmethod

@@ -94,6 +94,7 @@ BAD_VALUES = {
         ("a", "b"),
         (True, -1),
     ],
+    "learn_decay": [0, None, "no"],
     "position": ["xpos", "", False, 0],
     "scale": ["1", math.nan, math.inf, True],
     "head_norm": ["layernorm", None, ""],

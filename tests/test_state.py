@@ -215,6 +215,32 @@ def test_saved_and_loaded_without_pickle_of_everything(tmp_path: Path) -> None:
     assert_equal(torch.load(tmp_path / "state.pt"), state)
 
 
+@pytest.mark.parametrize("index", [slice(None), slice(0, 3, 2)])
+def test_saved_as_plain_tensors(index: slice, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = make_state(3).select(index)
+    torch.save(state.state_dict(), tmp_path / "state.pt")
+    safetensors.save_file(state.state_dict(), tmp_path / "state.safetensors")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    for loaded in (saved, safetensors.load_file(tmp_path / "state.safetensors")):
+        assert_equal(RetNetState.from_state_dict(loaded), state)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ([], "saved is list"),
+        ({"kv": torch.zeros(1, 1, 1, 1, 1)}, r"names \['kv'\]"),
+        ({"kv": torch.zeros(1, 2), "position": torch.zeros(2, dtype=torch.int64)}, r"kv is \(1, 2\)"),
+        ({"kv": torch.zeros(1, 2, 1, 1, 1), "position": torch.zeros(2)}, "position is .*float32"),
+        ({"kv": torch.zeros(1, 2, 1, 1, 1), "position": torch.tensor([1])}, r"position is \(1,\)"),
+    ],
+)
+def test_tensors_that_are_no_state_are_refused(saved: object, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        RetNetState.from_state_dict(saved)
+
+
 def test_keys_of_the_pytree() -> None:
     leaves, _ = pytree.tree_flatten_with_path(make_state(2))
     assert [pytree.keystr(path) for path, _ in leaves] == [".kv", ".position"]

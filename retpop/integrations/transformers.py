@@ -96,7 +96,7 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: StateCache | None = None,
         labels: Tensor | None = None,
@@ -104,7 +104,7 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
-        inputs_embeds: None = None,
+        inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
@@ -119,19 +119,21 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: how many of the last tokens get logits; 0: all.
             num_items_in_batch: what the summed loss is divided by; None: the tokens that count.
             return_dict: False for a tuple.
-            inputs_embeds, output_attentions, output_hidden_states: not supported; wrappers name them.
+            inputs_embeds: (B, T, E), vectors in place of the embedding's of input_ids.
+            output_attentions, output_hidden_states: not supported; wrappers name them.
 
         Returns:
             loss, logits (B, T, V) and cache, as transformers has them.
 
         Raises:
-            ValueError: what is not supported is asked for.
+            ValueError: what is not supported is asked for, or not exactly one of input_ids and inputs_embeds.
         """
-        if inputs_embeds is not None or output_attentions or output_hidden_states:
-            raise ValueError(
-                "RetNetForCausalLM: inputs_embeds, output_attentions and output_hidden_states are not there."
-            )
-        logits, state = self._logits(input_ids, attention_mask, cache, last=logits_to_keep == 1)
+        if output_attentions or output_hidden_states:
+            raise ValueError("RetNetForCausalLM: output_attentions and output_hidden_states are not there.")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("RetNetForCausalLM: exactly one of input_ids and inputs_embeds must be given.")
+        logits, state = self._logits(tokens, attention_mask, cache, last=logits_to_keep == 1)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -160,16 +162,16 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.head = new_embeddings
 
     def _logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: StateCache | None, *, last: bool
+        self, tokens: Tensor, attention_mask: Tensor | None, cache: StateCache | None, *, last: bool
     ) -> tuple[Tensor, RetNetState]:
         """Logits (B, T, V), or (B, 1, V) of each row's last token, and the state."""
         state = None if cache is None else cache.state
         wanted = "last" if last else "all"
-        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
+        mask = None if attention_mask is None else attention_mask[:, -tokens.shape[1] :].bool()
         if mask is None or mask.all():
-            logits, state = self.model(input_ids, state, logits=wanted)
+            logits, state = self.model(tokens, state, logits=wanted)
             return logits.unsqueeze(1) if last else logits, state
-        packed = pack_padded(input_ids, mask=mask)
+        packed = pack_padded(tokens, mask=mask)
         logits, state = self.model(packed.data, state, cu_seqlens=packed.cu_seqlens, logits=wanted)
         return logits.unsqueeze(1) if last else pad_packed(packed.replace(logits)), state
 

@@ -46,7 +46,7 @@ class RetNetLMConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, ready for JSON, with ``model_type`` to recognise it by."""
-        return {"model_type": MODEL_TYPE, **asdict(self)}
+        return {"model_type": MODEL_TYPE, **asdict(self), "decoder": self.decoder.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RetNetLMConfig:
@@ -65,7 +65,4 @@ class RetNetLMConfig:
             raise ValueError(
                 f"RetNetLMConfig: unknown keys: {unknown or 'none'}; missing: {missing or 'none'}."
             )
-        decoder = dict(values.pop("decoder"))
-        if isinstance(decoder.get("decay"), list):  # JSON has no tuples
-            decoder["decay"] = tuple(decoder["decay"])
-        return cls(decoder=RetNetConfig(**decoder), **values)
+        return cls(decoder=RetNetConfig.from_dict(values.pop("decoder")), **values)

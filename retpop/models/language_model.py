@@ -77,7 +77,7 @@ class RetNetLM(nn.Module):
         """Logits of the tokens that follow, or their loss.
 
         Args:
-            tokens: (B, T), int32 or int64.
+            tokens: (B, T), int32 or int64; or (B, T, E), vectors in place of the embedding's.
             state: carried from what came before; None for the start of a sequence.
             targets: (B, T), int64: the token that follows each token, -100 where none counts. The loss is
                 computed some tokens at a time and never holds all logits.
@@ -91,7 +91,9 @@ class RetNetLM(nn.Module):
         Raises:
             TypeError, ValueError: tokens, targets or logits do not fit; and as `RetNetDecoder`.
         """
-        check_tokens("RetNetLM()", "tokens", tokens, self.cfg.vocab_size)
+        check_tensor("RetNetLM()", "tokens", tokens)
+        if not tokens.is_floating_point():  # the decoder checks vectors
+            check_tokens("RetNetLM()", "tokens", tokens, self.cfg.vocab_size)
         self._check_call(tokens, targets, logits, cu_seqlens)
         hidden, state = self.decoder(
             self._embed(tokens),
@@ -119,7 +121,7 @@ class RetNetLM(nn.Module):
         return f"tie_embeddings={self.cfg.tie_embeddings}, scale_embeddings={self.cfg.scale_embeddings}"
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        embedded = self.embedding(tokens)
+        embedded = tokens if tokens.is_floating_point() else self.embedding(tokens)
         return embedded * math.sqrt(self.cfg.decoder.embed_dim) if self.cfg.scale_embeddings else embedded
 
     def _check_call(
@@ -138,10 +140,10 @@ class RetNetLM(nn.Module):
                 raise ValueError('RetNetLM(): logits is "last" but a sequence has no tokens.')
         if targets is not None:
             check_tokens("RetNetLM()", "targets", targets, self.cfg.vocab_size, IGNORED)
-            if targets.shape != tokens.shape:
+            if targets.shape != tokens.shape[:2]:
                 raise ValueError(
                     f"RetNetLM(): targets has shape {tuple(targets.shape)}; "
-                    f"it must have that of tokens, {tuple(tokens.shape)}."
+                    f"it must have that of tokens, {tuple(tokens.shape[:2])}."
                 )
 
 

@@ -93,6 +93,31 @@ def test_padding_on_either_side_changes_nothing(theirs: RetNetForCausalLM, left:
         assert output.cache.state.position[row] == len(prompt)
 
 
+def test_vectors_in_place_of_the_embeddings(theirs: RetNetForCausalLM) -> None:
+    """What prompt tuning and multimodal models pass."""
+    batch = padded(left=True)
+    vectors = {**batch, "inputs_embeds": theirs.get_input_embeddings()(batch["input_ids"])}
+    del vectors["input_ids"]
+    assert torch.equal(theirs(**vectors).logits, theirs(**batch).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(theirs.generate(**vectors, **options), theirs.generate(**batch, **options)[:, -5:])
+    for wrong in ({}, {"input_ids": batch["input_ids"], "inputs_embeds": vectors["inputs_embeds"]}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            theirs(**wrong)
+
+
+def test_a_text_goes_on_from_its_cache(theirs: RetNetForCausalLM) -> None:
+    """As a chat does: what was read and written before is not read again."""
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    first = theirs.generate(torch.tensor([PROMPTS[1]]), **options)
+    longer = torch.cat((first.sequences, torch.tensor([PROMPTS[0]])), dim=1)
+    read = []
+    theirs.model.embedding.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    again = theirs.generate(longer, cache=first.cache, **options)
+    assert read[0] == len(PROMPTS[0]) + 1  # the last token written had not been read
+    assert torch.equal(again.sequences, theirs.generate(longer, **options).sequences)
+
+
 def test_beams_take_their_states_along(theirs: RetNetForCausalLM) -> None:
     options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 8, "num_return_sequences": 2}
     found = theirs.generate(**padded(left=True), **options)

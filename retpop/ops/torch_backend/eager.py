@@ -278,11 +278,11 @@ class Chunks(NamedTuple):
                 _flat(window[:-1]).baddbmm_(blocks.q.mT, read, beta=0)
                 carry_back(window, powers.across)
             starts, ends = states[group.blocks, group.rows], window[1:]
-            own = blocks.gradients(g, read, starts, ends, powers, needs)
-            _put((group,) * 3, found, own)
+            of_tokens = blocks.gradients(g, read, starts, ends, powers, needs)
+            _put((group,) * 3, found, of_tokens)
             if needs[3]:
                 after = group.size * inner(ends, states[1:][group.blocks, group.rows])
-                blocks.add_decay_gradient(decay, own, after)
+                blocks.add_decay_gradient(decay, of_tokens, after)
         return _needed((*found, decay, sums[0].clone()), needs)
 
 
@@ -355,10 +355,10 @@ class Pop(NamedTuple):
             starts, grad_starts = (x[spec.offset :][group.blocks, group.rows] for x in (states, sums))
             if carried:
                 _flat(grad_starts).baddbmm_(blocks.q.mT, read)
-            own = blocks.gradients(g, read, starts, None, powers, needs[-5:-1])
-            _put((group,) * 3, into_pred, own)
+            of_tokens = blocks.gradients(g, read, starts, None, powers, needs[-5:-1])
+            _put((group,) * 3, into_pred, of_tokens)
             if needs[-2]:
-                blocks.add_decay_gradient(decay, own, None)
+                blocks.add_decay_gradient(decay, of_tokens, None)
         resets = _at_boundaries(spec.reset)
         for group in reversed(list(groups(main[1], spec.block_size))):
             at = slice(group.blocks.start, group.blocks.stop + 1), group.rows
@@ -371,11 +371,11 @@ class Pop(NamedTuple):
             if carried:
                 _flat(window[:-1]).baddbmm_(blocks.q.mT, read)
                 carry_back(window, powers.across, None if resets is None else resets[at])
-            own = blocks.gradients(g, read, starts, ends, powers, (*needs[:3], needs[-2]))
-            _put(places[:3], into, own)
+            of_tokens = blocks.gradients(g, read, starts, ends, powers, (*needs[:3], needs[-2]))
+            _put(places[:3], into, of_tokens)
             if needs[-2]:
                 after = group.size * inner(ends, states[1:][group.blocks, group.rows])
-                blocks.add_decay_gradient(decay, own, after)
+                blocks.add_decay_gradient(decay, of_tokens, after)
         return _needed((*found, decay, sums[0].clone()), needs)
 
 
