@@ -67,9 +67,13 @@ def are_batched(grads: Iterable[Tensor | None]) -> bool:
     return not torch.compiler.is_compiling() and any(is_batched(x) for x in grads if x is not None)
 
 
-def is_exporting_length(length: int) -> bool:
-    """Whether `torch.export` (not strict) traces ``length`` as a symbol for all allowed lengths."""
-    return isinstance(length, torch.SymInt) and torch.compiler.is_exporting()
+def is_open_length(length: int) -> bool:
+    """Whether `torch.compile` or `torch.export` traces ``length`` as a symbol, for more than one length."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # sympy is slow to import
+
+    return not has_static_value(length)
 
 
 def values_are_free(x: Tensor) -> bool:

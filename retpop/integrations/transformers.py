@@ -66,6 +66,8 @@ class StateCache:
     """A `RetNetState` in the place of a cache of keys and values: of one size, however much it has read."""
 
     is_compileable = False
+    is_linear = (False,)
+    """So that transformers passes it only the tokens that it has not read: it counts those that it has."""
 
     def __init__(self, state: RetNetState) -> None:
         self.state = state

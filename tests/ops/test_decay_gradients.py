@@ -24,6 +24,7 @@ import retpop
 from retpop.ops.powers import DecayPowers
 
 BOUNDS = {"cu_seqlens": torch.tensor([0, 5, 5, 22, 39])}
+RESET = {"reset": torch.arange(2 * 37).view(2, 37) % 23 == 3}
 
 CASES: dict[str, tuple[RetentionCase | PopCase, dict[str, object]]] = {
     **{mode: (RetentionCase.make(2, 37, 6, 4, 5), mode_options(mode)) for mode in MODES},
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[RetentionCase | PopCase, dict[str, object]]] = {
         f"{mode}, packed": (RetentionCase.make(1, 39, 6, 4, 5, sequences=4), BOUNDS | mode_options(mode))
         for mode in MODES
     },
+    "resets": (RetentionCase.make(2, 37, 6, 4, 5), RESET | mode_options("chunkwise")),
     "without a state": (RetentionCase.make(2, 37, 6, 4, 5, with_state=False), mode_options("chunkwise")),
     "one token": (RetentionCase.make(2, 1, 6, 4, 5), {}),
     "no token": (RetentionCase.make(2, 0, 6, 4, 5), {}),
@@ -39,11 +41,16 @@ CASES: dict[str, tuple[RetentionCase | PopCase, dict[str, object]]] = {
 }
 
 
+def by_reference(case: RetentionCase | PopCase, options: dict[str, object]) -> tuple[Tensor, ...]:
+    cuts = {name: options[name] for name in options.keys() & {"cu_seqlens", "reset"}}
+    return case.run(backend="reference", **cuts)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_torch_backend(name: str) -> None:
     case, options = CASES[name]
     case = case.for_gradients(decay=True)
-    expected = gradients(case.run(backend="reference", **BOUNDS if "packed" in name else {}), case.leaves())
+    expected = gradients(by_reference(case, options), case.leaves())
     assert_same_gradients(gradients(case.run(**options), case.leaves()), expected, 1e-12)
 
 
@@ -57,13 +64,13 @@ def test_of_the_decay_alone(name: str) -> None:
     assert_same_gradients(gradients(case.run(**options), [case.log_decay]), [expected], 1e-12)
 
 
-@pytest.mark.parametrize("name", ["parallel", "chunkwise", "chunkwise, packed", "one token", "POP"])
+@pytest.mark.parametrize("name", ["parallel", "chunkwise", "chunkwise, packed", "resets", "one token", "POP"])
 def test_second_derivatives(name: str) -> None:
     case, options = CASES[name]
     case = case.for_gradients(decay=True)
     penalties = []
-    for own in ({"backend": "reference"} | (BOUNDS if "packed" in name else {}), options):
-        first = gradients(case.run(**own), case.leaves(), create_graph=True)
+    for results in (by_reference(case, options), case.run(**options)):
+        first = gradients(results, case.leaves(), create_graph=True)
         penalties.append(gradients([sum((x**2).sum() for x in first).view(1)], case.leaves()))
     assert_same_gradients(penalties[1], penalties[0], 1e-10)
 

@@ -214,8 +214,22 @@ def test_a_backward_that_is_compiled_alone(name: str, monkeypatch: pytest.Monkey
     assert_same_gradients([leaf.grad for leaf in case.leaves()], expected, 1e-12)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_exported_for_any_length(mode: str) -> None:
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("mode", ["chunkwise", "recurrent"])
+def test_two_graphs_serve_all_lengths(mode: str) -> None:
+    """The first length has a graph of its own; the second opens it. Gradients of the decay included."""
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(lambda case: case.run(mode=mode), backend=counter, fullgraph=True)
+    for T in (3, 50, 64, 130, 201):
+        case = RetentionCase.make(1, T, 2, 3, 4, seed=6).for_gradients(decay=True)
+        actual, expected = run(case), case.run(mode="chunkwise")
+        assert_same_results(actual, expected, 1e-12)
+        assert_same_gradients(gradients(actual, case.leaves()), gradients(expected, case.leaves()), 1e-11)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(("mode", "strict"), [*((mode, False) for mode in MODES), ("chunkwise", True)])
+def test_exported_for_any_length(mode: str, strict: bool) -> None:
     """Not unrolled: chunkwise mode is one operation of such a program, and parallel mode one product."""
     case = RetentionCase.make(2, 130, 2, 3, 4, dtype=torch.float32)
 
@@ -225,7 +239,9 @@ def test_exported_for_any_length(mode: str) -> None:
 
     length = torch.export.Dim("T", min=2, max=4096)
     dims = {name: {1: length} for name in "qkv"}
-    program = torch.export.export(Module(), (case.q, case.k, case.v), dynamic_shapes=dims).module()
+    program = torch.export.export(
+        Module(), (case.q, case.k, case.v), dynamic_shapes=dims, strict=strict
+    ).module()
     for T in (2, 64, 201):
         other = replace(RetentionCase.make(2, T, 2, 3, 4, seed=6, dtype=torch.float32), state=case.state)
         expected = other.run(mode=mode)

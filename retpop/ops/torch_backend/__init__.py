@@ -18,7 +18,7 @@ from retpop import position
 from retpop.arguments import (
     Inputs,
     are_batched,
-    is_exporting_length,
+    is_open_length,
     is_transformed,
     without_autocast,
     zero_state,
@@ -80,29 +80,21 @@ def retention(
     if packing is not None and packing.is_step:
         state, packing = packing.restart(state), None
     form: Form
+    if _is_one_operation(q, mode, packing):
+        rows, cuts = q.shape[0], (None, None)
+        if packing is not None:
+            rows, cuts = packing.num_sequences, (packing.cu_seqlens, packing.reset)
+        state = zero_state(q, v, rows) if state is None else state
+        return exported.chunkwise(
+            q, k, v, powers.log_decay, state, *cuts, powers.scale, chunk_size, out_dtype
+        )
     if packing is not None:
         state = zero_state(q, v, packing.num_sequences) if state is None else state
-        if torch.compiler.is_compiling() or q.is_meta:
-            return exported.packed(
-                q,
-                k,
-                v,
-                state,
-                powers.log_decay,
-                packing.cu_seqlens,
-                packing.reset,
-                powers.scale,
-                chunk_size,
-                out_dtype,
-            )
         if mode != "chunkwise" or packing.longest < 2:
             return packed.retention(
                 q, k, v, powers, mode=mode, state=state, packing=packing, out_dtype=out_dtype
             )
         form = packed.Chunks(powers, packing.plan(chunk_size), out_dtype)
-    elif mode != "parallel" and is_exporting_length(q.shape[1]):
-        state = zero_state(q, v, q.shape[0]) if state is None else state
-        return exported.chunkwise(q, k, v, powers.log_decay, state, powers.scale, chunk_size, out_dtype)
     elif mode != "chunkwise" or q.shape[1] < 2:
         return plain.retention(
             q, k, v, powers, mode=mode, state=state, chunk_size=chunk_size, out_dtype=out_dtype
@@ -177,6 +169,13 @@ def gated_norm(
 def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | None) -> str:
     """The form that runs, for people."""
     return f"{mode} form"
+
+
+def _is_one_operation(q: Tensor, mode: str, packing: packed.Packing | None) -> bool:
+    """Whether a graph, or a call without values, holds the whole operation (see `exported`)."""
+    if packing is not None:
+        return torch.compiler.is_compiling() or q.is_meta
+    return mode != "parallel" and is_open_length(q.shape[1]) and not is_transformed()
 
 
 def _run(form: Form, tokens: Sequence[Tensor], state: Tensor) -> tuple[Tensor, ...]:

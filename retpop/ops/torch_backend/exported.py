@@ -1,12 +1,12 @@
-"""Operations that a graph holds whole, because the number of their steps depends on the data.
+"""`retpop::chunkwise`: retention that a graph holds whole, because its number of steps depends on the data.
 
-`retpop::chunkwise` is chunkwise mode in an exported program whose length is left open: a graph cannot express
-its loop over chunks. `retpop::packed` is retention of packed sequences and of episodes in a compiled or an
-exported program: boundaries and resets decide how tokens are cut into chunks.
+A graph cannot express the loop over chunks if the length is left open, nor boundaries and resets that decide
+how tokens are cut into chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from retpop.arguments import state_dtype
 from retpop.ops.powers import DecayPowers
-from retpop.ops.torch_backend import eager
-from retpop.ops.torch_backend.packed import Chunks, Packing
+from retpop.ops.torch_backend import eager, packed
 
 
 @torch.library.custom_op("retpop::chunkwise", mutates_args=())
@@ -25,37 +24,6 @@ def chunkwise(
     v: Tensor,
     log_decay: Tensor,
     state: Tensor,
-    scale: float,
-    chunk_size: int,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Retention of (B, T, H, D) from a state: the outputs and the state after them. It has no gradient."""
-    form = eager.Chunks(DecayPowers(log_decay, scale, state_dtype(q.dtype)), chunk_size, out_dtype)
-    (out,), final, _ = form.forward((q, k, v), state, keep=False)
-    return out, final
-
-
-@chunkwise.register_fake
-def _fake_chunkwise(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    scale: float,
-    chunk_size: int,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape, dtype=out_dtype), torch.empty_like(state)
-
-
-@torch.library.custom_op("retpop::packed", mutates_args=())
-def packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    log_decay: Tensor,
     cu_seqlens: Tensor | None,
     reset: Tensor | None,
     scale: float,
@@ -63,20 +31,18 @@ def packed(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Retention of (B, T, H, D) from states (S, H, Dk, Dv): the outputs and the states after them."""
-    form = _packed_form(q, log_decay, cu_seqlens, reset, scale, chunk_size, out_dtype)
-    if form is None:
-        return torch.empty_like(v, dtype=out_dtype), state.clone()
+    form = _form(q, log_decay, cu_seqlens, reset, scale, chunk_size, out_dtype)
     (out,), final, _ = form.forward((q, k, v), state, keep=False)
     return out, final
 
 
-@packed.register_fake
-def _fake_packed(
+@chunkwise.register_fake
+def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: Tensor,
     log_decay: Tensor,
+    state: Tensor,
     cu_seqlens: Tensor | None,
     reset: Tensor | None,
     scale: float,
@@ -86,13 +52,13 @@ def _fake_packed(
     return v.new_empty(v.shape, dtype=out_dtype), torch.empty_like(state)
 
 
-@torch.library.custom_op("retpop::packed_bwd", mutates_args=())
-def packed_bwd(
+@torch.library.custom_op("retpop::chunkwise_bwd", mutates_args=())
+def chunkwise_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: Tensor,
     log_decay: Tensor,
+    state: Tensor,
     cu_seqlens: Tensor | None,
     reset: Tensor | None,
     grad_out: Tensor,
@@ -100,22 +66,22 @@ def packed_bwd(
     scale: float,
     chunk_size: int,
     out_dtype: torch.dtype,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of q, k, v and the states, from those of the results of `packed`."""
-    form = _packed_form(q, log_decay, cu_seqlens, reset, scale, chunk_size, out_dtype)
-    if form is None:
-        return [*(torch.zeros_like(x) for x in (q, k, v)), grad_state.clone()]
+    """The needed gradients of the first five, from those of the results of `chunkwise`."""
+    form = _form(q, log_decay, cu_seqlens, reset, scale, chunk_size, out_dtype)
     _, _, states = form.forward((q, k, v), state, keep=True)
-    found = form.gradients((q, k, v), (grad_out, grad_state), states, [True] * 4)
-    return [x for x in found if x is not None]  # all of them
+    found = form.gradients((q, k, v), (grad_out, grad_state), states, needs)
+    return [x for x in found if x is not None]
 
 
-@packed_bwd.register_fake
-def _fake_packed_bwd(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *arguments: Any) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (q, k, v, state)]
+@chunkwise_bwd.register_fake
+def _fake_bwd(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *rest: Any) -> list[Tensor]:
+    pairs = zip((q, k, v, log_decay, state), rest[-1], strict=True)
+    return [x.new_empty(x.shape) for x, need in pairs if need]
 
 
-def _packed_form(
+def _form(
     q: Tensor,
     log_decay: Tensor,
     cu_seqlens: Tensor | None,
@@ -123,13 +89,13 @@ def _packed_form(
     scale: float,
     chunk_size: int,
     out_dtype: torch.dtype,
-) -> Chunks | None:
-    """The form that computes; None without tokens."""
-    packing = Packing("retention()", cu_seqlens, q.shape[1], reset)
-    if packing.longest == 0:
-        return None
+) -> eager.Chunks | packed.Chunks:
     powers = DecayPowers(log_decay, scale, state_dtype(q.dtype))
-    return Chunks(powers, packing.plan(chunk_size), out_dtype)
+    if cu_seqlens is not None or reset is not None:
+        packing = packed.Packing("retention()", cu_seqlens, q.shape[1], reset)
+        if packing.longest:
+            return packed.Chunks(powers, packing.plan(chunk_size), out_dtype)
+    return eager.Chunks(powers, chunk_size, out_dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
@@ -137,9 +103,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    found = packed_bwd(*ctx.saved_tensors, grad_out, grad_state, ctx.scale, ctx.chunk_size, ctx.out_dtype)
-    return *found, *[None] * 6
+def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:5]
+    numbers = ctx.scale, ctx.chunk_size, ctx.out_dtype
+    found = iter(chunkwise_bwd(*ctx.saved_tensors, *grads, *numbers, needs))
+    return *(next(found) if need else None for need in needs), *[None] * 5
 
 
-packed.register_autograd(_differentiate, setup_context=_save)
+chunkwise.register_autograd(_differentiate, setup_context=_save)
