@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from retention_cases import (
+    CHUNK,
     MODES,
     PopCase,
     RetentionCase,
@@ -226,6 +227,25 @@ def test_two_graphs_serve_all_lengths(mode: str) -> None:
         assert_same_results(actual, expected, 1e-12)
         assert_same_gradients(gradients(actual, case.leaves()), gradients(expected, case.leaves()), 1e-11)
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "with_reset"), [(None, False), (None, True), ([0, 5, 5, 20], False), ([0, 0], False)]
+)
+def test_the_operation_that_graphs_hold(cu_seqlens: list[int] | None, with_reset: bool) -> None:
+    """Its schema, aliasing, fakes and gradient, as torch asks of an operation."""
+    T, S = (20, 2) if cu_seqlens is None else (cu_seqlens[-1], len(cu_seqlens) - 1)
+    case = RetentionCase.make(S if cu_seqlens is None else 1, T, 2, 3, 4, sequences=S).for_gradients(
+        decay=True
+    )
+    reset = torch.arange(2 * T).view(2, T) % 7 == 3 if with_reset else None
+    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    tensors = (case.q, case.k, case.v, case.log_decay, case.state, bounds, reset)
+    torch.library.opcheck(
+        torch.ops.retpop.chunkwise,
+        (*tensors, 0.5, CHUNK, torch.float64),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize(("mode", "strict"), [*((mode, False) for mode in MODES), ("chunkwise", True)])

@@ -81,9 +81,8 @@ def retention(
         state, packing = packing.restart(state), None
     form: Form
     if _is_one_operation(q, mode, packing):
-        rows, cuts = q.shape[0], (None, None)
-        if packing is not None:
-            rows, cuts = packing.num_sequences, (packing.cu_seqlens, packing.reset)
+        rows = q.shape[0] if packing is None else packing.num_sequences
+        cuts = (None, None) if packing is None else (packing.cu_seqlens, packing.reset)
         state = zero_state(q, v, rows) if state is None else state
         return exported.chunkwise(
             q, k, v, powers.log_decay, state, *cuts, powers.scale, chunk_size, out_dtype
