@@ -92,7 +92,7 @@ class RetNetLM(nn.Module):
             TypeError, ValueError: tokens, targets or logits do not fit; and as `RetNetDecoder`.
         """
         check_tensor("RetNetLM()", "tokens", tokens)
-        if not tokens.is_floating_point():  # the decoder checks vectors
+        if not (tokens.is_floating_point() and tokens.dim() == 3):  # the decoder checks vectors
             check_tokens("RetNetLM()", "tokens", tokens, self.cfg.vocab_size)
         self._check_call(tokens, targets, logits, cu_seqlens)
         hidden, state = self.decoder(
