@@ -14,6 +14,7 @@ import tyro
 from rem_atari.config import Config, EnvConfig
 from rem_atari.config.overlay import apply_settings, read_settings
 from rem_atari.config.presets import PRESETS
+from rem_atari.config.settings import MINARI
 from rem_atari.errors import UsageError
 
 DEFAULT_PRESET = "tiny"
@@ -425,7 +426,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     arguments = tyro.cli(commands, prog="rem-atari", args=argv)
     if isinstance(arguments, TrainArguments | BenchmarkArguments):
         config = replace(arguments.config, env=_choose_game(arguments.config.env, argv))
-        return replace(arguments, config=_anchor_weights(config))
+        return replace(arguments, config=_anchor_paths(config))
     if isinstance(arguments, BlindArguments):
         return replace(arguments, env=_choose_game(arguments.env, argv))
     return arguments
@@ -455,13 +456,18 @@ def _choose_game(env: EnvConfig, argv: Sequence[str]) -> EnvConfig:
     return replace(env, id=None)
 
 
-def _anchor_weights(config: Config) -> Config:
-    """The absolute path of LPIPS's weights, because the run may be resumed from another folder."""
-    path = config.tokenizer.lpips_weights
-    if path is None:
-        return config
-    absolute = str(Path(path).expanduser().absolute())
-    return replace(config, tokenizer=replace(config.tokenizer, lpips_weights=absolute))
+def _anchor_paths(config: Config) -> Config:
+    """Absolute paths of files that the run reads, because it may be resumed from another folder."""
+    weights, recorded = config.tokenizer.lpips_weights, config.schedule.recorded
+    if weights is not None:
+        config = replace(config, tokenizer=replace(config.tokenizer, lpips_weights=_absolute(weights)))
+    if recorded is not None and not recorded.startswith(MINARI):
+        config = replace(config, schedule=replace(config.schedule, recorded=_absolute(recorded)))
+    return config
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _flag_value(argv: Sequence[str], flag: str) -> str | None:

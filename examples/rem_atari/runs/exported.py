@@ -148,5 +148,11 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def movable(config: Config) -> Config:
     """The configuration without what belongs to the machine that it was trained on."""
-    tokenizer = replace(config.tokenizer, lpips_weights=None)
-    return replace(config, device="cpu", compile=False, tokenizer=tokenizer)
+    recorded = config.schedule.recorded
+    return replace(
+        config,
+        device="cpu",
+        compile=False,
+        tokenizer=replace(config.tokenizer, lpips_weights=None),
+        schedule=replace(config.schedule, recorded=None if recorded is None else Path(recorded).name),
+    )
