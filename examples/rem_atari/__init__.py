@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rem_atari.inference.agent import LoadedAgent
     from rem_atari.inference.dream import Dream
+    from rem_atari.inference.dream_env import DreamEnv, DreamVectorEnv
     from rem_atari.inference.loading import load_agent
 
-__all__ = ["Dream", "LoadedAgent", "__version__", "load_agent"]
+__all__ = ["Dream", "DreamEnv", "DreamVectorEnv", "LoadedAgent", "__version__", "load_agent"]
 
 _HOMES = {
     "Dream": "rem_atari.inference.dream",
+    "DreamEnv": "rem_atari.inference.dream_env",
+    "DreamVectorEnv": "rem_atari.inference.dream_env",
     "LoadedAgent": "rem_atari.inference.agent",
     "load_agent": "rem_atari.inference.loading",
 }

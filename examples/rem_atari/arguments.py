@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 import tyro
 
 from rem_atari.config import Config, EnvConfig
+from rem_atari.config.overlay import apply_settings, read_settings
 from rem_atari.config.presets import PRESETS
+from rem_atari.config.settings import MINARI
 from rem_atari.errors import UsageError
 
 DEFAULT_PRESET = "tiny"
@@ -20,6 +22,7 @@ DEFAULT_PRESET = "tiny"
 Debug = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Step = int | Literal["newest", "best"]
 Device = str | None
+Settings = Annotated[Path | None, tyro.conf.arg(name="config", metavar="FILE")]
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
@@ -27,14 +30,18 @@ RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 class TrainArguments:
     """Train an agent on a game, evaluate it, and write a report.
 
-    A preset sets every flag's default, and flags override it. Presets: debug (seconds, learns nothing), tiny
-    (the default: a few minutes, a real Atari game), catch (a few minutes, learns a toy game), minatar (a
-    small game in pixels) and paper (the published agent; needs a GPU).
+    A preset sets every flag's default, --config FILE overrides some of them, and flags override both.
+    Presets: debug (seconds, learns nothing), tiny (the default: a few minutes, a real Atari game), catch (a
+    few minutes, learns a toy game), minatar (a small game in pixels) and paper (the published agent; needs a
+    GPU).
 
     Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+    settings: Settings = None
+    """File with settings, TOML or JSON, nested as the flags below are: fields that it names replace the
+    preset's, and flags override both. A run's config.json is such a file."""
     run: Path | None = None
     """Folder of the run: new or empty. None: runs/<env>-<preset>-<seed>-<time>."""
     stop_after: float | None = None
@@ -150,7 +157,8 @@ class EvaluateArguments:
     """
 
     run: RunPath
-    """Folder of the run; it may still be training."""
+    """Folder of the run, which may still be training, or of an exported agent; or the name of an agent that
+    comes with the package, whose results go to runs/bundled/NAME."""
     episodes: int = 100
     """Games to play."""
     random_episodes: int = 0
@@ -223,7 +231,8 @@ class RecordArguments:
     """
 
     run: RunPath
-    """Folder of the run; it may still be training."""
+    """Folder of the run, which may still be training, or of an exported agent; or the name of an agent that
+    comes with the package, whose results go to runs/bundled/NAME."""
     steps: int = 300
     """Steps of the agent to film; 15 of them are a second of an Atari game."""
     dream_steps: int | None = None
@@ -244,6 +253,36 @@ class RecordArguments:
     """Steps per second of film. None: 15 for Atari, its real speed, and 5 for other games."""
     out: Path | None = None
     """File to write instead, .mp4 or .gif; its suffix sets the format."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write a trained agent into a small folder: weights, configuration, real frames to dream from, a card.
+
+    `rem_atari.load_agent`, `rem-atari evaluate` and `rem-atari record` take the folder in place of a run. It
+    holds nothing of the training, and no path of this machine.
+
+    Example: rem-atari export runs/pong pong-agent
+
+    Writes OUT: agent.json, model.safetensors, starts.npz, and README.md, the model card. Trust the run: the
+    game that its config.json names is imported and played.
+    """
+
+    run: RunPath
+    """Folder of the run; it may still be training."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder to write: a new or empty one, or an exported agent, which is replaced."""
+    step: Step = "newest"
+    """Which checkpoint: its number as in checkpoints/step-00000042, newest (the newest whole one), or best
+    (kept by runs with --schedule.keep-best)."""
+    starts: int = 64
+    """Moments of the run's replay that go with it, for dreams to begin at."""
+    half: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Store the weights as float16, in half the room. The figures are measured with them as stored."""
+    episodes: int = 100
+    """Games to play for the figures on the card; 0: none."""
     debug: Debug = False
     """Show the traceback of an error."""
 
@@ -293,6 +332,8 @@ class BenchmarkArguments:
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+    settings: Settings = None
+    """File with settings, as for `rem-atari train`."""
     updates: int = 10
     """Timed updates of each component."""
     warmup: int = 2
@@ -348,6 +389,7 @@ Arguments = (
     | RecordArguments
     | ReportArguments
     | DiagnoseArguments
+    | ExportArguments
     | ScoresArguments
     | BenchmarkArguments
     | WeightsArguments
@@ -364,7 +406,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         UsageError: the preset is unknown, or the game is named twice.
         SystemExit: by tyro, which has then said what is wrong (code 2) or shown a command's help (code 0).
     """
-    preset = PRESETS[_find_preset(argv)]
+    preset = _default_config(argv)
     train, benchmark = TrainArguments(config=preset), BenchmarkArguments(config=preset)
     blind = BlindArguments(env=preset.env)
     commands = (
@@ -375,6 +417,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         | Annotated[RecordArguments, tyro.conf.subcommand("record")]
         | Annotated[ReportArguments, tyro.conf.subcommand("report")]
         | Annotated[DiagnoseArguments, tyro.conf.subcommand("diagnose")]
+        | Annotated[ExportArguments, tyro.conf.subcommand("export")]
         | Annotated[ScoresArguments, tyro.conf.subcommand("scores")]
         | Annotated[BenchmarkArguments, tyro.conf.subcommand("benchmark", default=benchmark)]
         | Annotated[WeightsArguments, tyro.conf.subcommand("weights")]
@@ -383,20 +426,25 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     arguments = tyro.cli(commands, prog="rem-atari", args=argv)
     if isinstance(arguments, TrainArguments | BenchmarkArguments):
         config = replace(arguments.config, env=_choose_game(arguments.config.env, argv))
-        return replace(arguments, config=_anchor_weights(config))
+        return replace(arguments, config=_anchor_paths(config))
     if isinstance(arguments, BlindArguments):
         return replace(arguments, env=_choose_game(arguments.env, argv))
     return arguments
 
 
-def _find_preset(argv: Sequence[str]) -> str:
-    """The named preset; it is read first because it sets the defaults of the other flags."""
-    name = _flag_value(argv, "--preset") or DEFAULT_PRESET
+def _default_config(argv: Sequence[str]) -> Config:
+    """What flags override: the preset, with the settings of a file; both are read first for that reason."""
+    file = _flag_value(argv, "--config") if argv[:1] in (["train"], ["benchmark"]) else None
+    settings = {} if file is None else read_settings(Path(file))
+    name = _flag_value(argv, "--preset") or str(settings.get("preset", DEFAULT_PRESET))
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(PRESETS)}."
         raise UsageError(f"there is no preset {name!r}; {hint}")
-    return name
+    try:
+        return apply_settings(PRESETS[name], settings | {"preset": name})
+    except ValueError as error:
+        raise UsageError(f"the settings {file}: {error}") from error
 
 
 def _choose_game(env: EnvConfig, argv: Sequence[str]) -> EnvConfig:
@@ -408,13 +456,18 @@ def _choose_game(env: EnvConfig, argv: Sequence[str]) -> EnvConfig:
     return replace(env, id=None)
 
 
-def _anchor_weights(config: Config) -> Config:
-    """The absolute path of LPIPS's weights, because the run may be resumed from another folder."""
-    path = config.tokenizer.lpips_weights
-    if path is None:
-        return config
-    absolute = str(Path(path).expanduser().absolute())
-    return replace(config, tokenizer=replace(config.tokenizer, lpips_weights=absolute))
+def _anchor_paths(config: Config) -> Config:
+    """Absolute paths of files that the run reads, because it may be resumed from another folder."""
+    weights, recorded = config.tokenizer.lpips_weights, config.schedule.recorded
+    if weights is not None:
+        config = replace(config, tokenizer=replace(config.tokenizer, lpips_weights=_absolute(weights)))
+    if recorded is not None and not recorded.startswith(MINARI):
+        config = replace(config, schedule=replace(config.schedule, recorded=_absolute(recorded)))
+    return config
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _flag_value(argv: Sequence[str], flag: str) -> str | None:

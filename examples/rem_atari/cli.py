@@ -44,6 +44,7 @@ commands:
   evaluate   play whole games with a trained agent: scores and films
   blind      measure what policies that see nothing reach in a game
   record     film the game, its reconstruction and the imagination side by side
+  export     write a trained agent into a small folder, to keep and share
   report     write a run's report anew
   diagnose   say why a run does not learn, from its metrics alone
   scores     aggregate runs over games and seeds, beside the published agents

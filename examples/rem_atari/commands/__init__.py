@@ -8,6 +8,7 @@ from rem_atari.arguments import (
     BlindArguments,
     DiagnoseArguments,
     EvaluateArguments,
+    ExportArguments,
     ListArguments,
     RecordArguments,
     ReportArguments,
@@ -53,6 +54,10 @@ def run_command(arguments: Arguments) -> None:
             from rem_atari.commands.diagnose import diagnose_run
 
             diagnose_run(arguments)
+        case ExportArguments():
+            from rem_atari.commands.export import export
+
+            export(arguments)
         case ScoresArguments():
             from rem_atari.commands.scores import scores
 

@@ -32,10 +32,12 @@ def train(arguments: TrainArguments) -> None:
     import rem_atari.report
     import rem_atari.training.trainer  # noqa: F401
     from rem_atari.envs import env_name
+    from rem_atari.training.schedule import replay_capacity
     from rem_atari.training.setup import prepare_training
 
     config = arguments.config
     check_stop_after(arguments.stop_after)
+    replay_capacity(config)  # recorded episodes that cannot be read are to be found before a folder is made
     with prepare_training(config) as parts:
         path = arguments.run
         if path is None:

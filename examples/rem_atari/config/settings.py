@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from rem_atari.config.reading import from_dict
 
+MINARI = "minari:"
+"""Begins a `schedule.recorded` that is the id of a Minari dataset and no folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MinAtarConfig:
@@ -282,6 +285,9 @@ class ScheduleConfig:
     """Environment steps (all environments together) collected in an epoch."""
     random_steps: int = 0
     """Environment steps with random actions before the first epoch. 0 in the paper."""
+    recorded: str | None = None
+    """Train on recorded episodes and collect nothing: a folder of .npz files, one an episode, or minari:ID
+    for a Minari dataset on this machine. `random_steps` and `steps_per_epoch` are then not used."""
     collect_max_seconds: float | None = None
     """Bound on the wall time of an epoch's collection; None: counts alone decide."""
     checkpoint_every: int = 10
@@ -341,6 +347,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "controller.clip_ratio": 0.2,
     "controller.scale_advantages": False,
     "controller.random_repeat": 1,
+    "schedule.recorded": None,
 }
 """Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
 what those runs did."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from rem_atari.models.controller import Carry, Controller, entropy
 from rem_atari.play.exploration import Exploration
 from rem_atari.play.rollout import TokenStep, rollout
 from rem_atari.replay.buffer import Replay
+from rem_atari.replay.recorded import RecordedEpisode
 
 
 class RealEnv:
@@ -235,6 +236,35 @@ class Collection:
             metrics["smallest_reward"] = self.sizes.smallest
             metrics["largest_reward"] = self.sizes.largest
         return metrics
+
+    def take_recorded(
+        self, episodes: Iterable[RecordedEpisode], replay: Replay, after_episode: Callable[[int], None]
+    ) -> None:
+        """Store recorded episodes as if they had been played, and count them.
+
+        Args:
+            episodes: whose steps the replay has room for.
+            replay: where they go.
+            after_episode: called after each with the number of its steps.
+
+        Raises:
+            ReplayFullError: it has no room.
+        """
+        started = time.monotonic()
+        for episode in episodes:
+            last = len(episode.actions) - 1
+            for step, (frame, action, reward) in enumerate(
+                zip(episode.frames, episode.actions, episode.rewards, strict=True)
+            ):
+                ended = step == last and episode.terminated
+                cut = step == last and not episode.terminated
+                replay.append(0, frame, int(action), float(reward), ended, cut)
+            self.sizes.see(episode.rewards)
+            self.steps += last + 1
+            self.episodes += 1
+            self.games.append(GameReturn(0, float(episode.rewards.sum()), last + 1))
+            self.seconds = time.monotonic() - started
+            after_episode(last + 1)
 
     def state(self) -> dict[str, Any]:
         """Everything but the memory, plain JSON data."""

@@ -43,7 +43,9 @@ class Starts:
 
     def select(self, indices: ArrayLike) -> Starts:
         """Some of the N starts, in the order given."""
-        return Starts(*(getattr(self, column.name)[np.asarray(indices)] for column in fields(self)))
+        return Starts(
+            *(getattr(self, column.name)[np.asarray(indices, dtype=np.int64)] for column in fields(self))
+        )
 
 
 def draw_starts(replay: Path, count: int, length: int, *, seed: int = 0) -> Starts:

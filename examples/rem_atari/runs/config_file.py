@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rem_atari.config import Config
+from rem_atari.config.overlay import DIGEST
 from rem_atari.config.reading import flatten
 from rem_atari.errors import UsageError
 from rem_atari.runs.checkpoint import read_config_copy
 from rem_atari.runs.durable import replace_file
-
-DIGEST = "sha256"
-"""The entry of config.json with a digest of all settings."""
 
 MOST_CONFIG_BYTES = 1_000_000
 

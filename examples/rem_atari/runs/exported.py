@@ -9,8 +9,7 @@ file                      content
 ``README.md``             the model card
 ========================  ===============================================================
 
-It is written last of all that its digests are there: a folder with ``agent.json`` is whole, and nothing in it
-is ever executed.
+``agent.json`` is written last, so a folder that has it is whole. Nothing in the folder is ever executed.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def write_exported(
 
     Args:
         folder: where to; an agent that is there already is replaced.
-        config: the configuration of its run.
+        config: the configuration of its run, see `movable`.
         checkpoint: its weights, and what was noted of its game.
         starts: real frames to begin dreams at.
         card: the model card, Markdown.
@@ -85,7 +84,7 @@ def write_exported(
         "step": checkpoint.step,
         "state": {name: checkpoint.state[name] for name in NOTED if name in checkpoint.state},
         "figures": dict(figures),
-        "config": _elsewhere(config).to_dict(),
+        "config": config.to_dict(),
         "files": {
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for name, data in files.items()
@@ -147,7 +146,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _elsewhere(config: Config) -> Config:
+def movable(config: Config) -> Config:
     """The configuration without what belongs to the machine that it was trained on."""
-    tokenizer = replace(config.tokenizer, lpips_weights=None)
-    return replace(config, device="cpu", compile=False, tokenizer=tokenizer)
+    recorded = config.schedule.recorded
+    return replace(
+        config,
+        device="cpu",
+        compile=False,
+        tokenizer=replace(config.tokenizer, lpips_weights=None),
+        schedule=replace(config.schedule, recorded=None if recorded is None else Path(recorded).name),
+    )

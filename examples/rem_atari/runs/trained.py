@@ -142,7 +142,8 @@ def _find(
     if not folder.exists():
         if str(path) not in list_bundled():
             raise UsageError(_unknown(path))
-        return (RunFolder(Path("runs") / folder), BUNDLED / folder, *read_exported(BUNDLED / folder))
+        results = RunFolder(Path("runs") / "bundled" / folder)
+        return (results, BUNDLED / folder, *read_exported(BUNDLED / folder))
     if is_exported(folder):
         return (RunFolder(folder), folder, *read_exported(folder))
     if (folder / MANIFEST_FILE).is_file():

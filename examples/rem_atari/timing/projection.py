@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rem_atari.config import Config, OptimConfig
-from rem_atari.training.schedule import plan_run, steps_in_epoch, updates_in_epoch
+from rem_atari.training.schedule import plan_run, steps_before, steps_in_epoch, updates_in_epoch
 
 COMPONENTS = ("tokenizer", "world_model", "controller")
 
@@ -124,7 +124,7 @@ def expected_encodings(config: Config) -> float:
     Each frame drawn is encoded once until the tokenizer learns again. Of N stored frames k draws hit
     N (1 - e^(-k/N)) different ones.
     """
-    stored, known, total = float(config.schedule.random_steps), 0.0, 0.0
+    stored, known, total = float(steps_before(config)), 0.0, 0.0
     draws = {
         "world_model": config.world_model.optim.batch_size * config.world_model.sequence_blocks,
         "controller": config.controller.optim.batch_size * (config.controller.burn_in + 1),

@@ -71,7 +71,7 @@ def reopen_replay(
         The replay, and a sentence on each shard that was not whole.
     Raises:
         CheckpointError: what it says of the replay makes no sense.
-        RunError: the replay cannot be read.
+        RunError: the replay, or what it is to take in, cannot be read.
         OSError: it cannot be written.
     """
     step = -1 if checkpoint is None else checkpoint.step
@@ -85,10 +85,12 @@ def reopen_replay(
         entries, notes = recover_shards(run.replay, entries, frame_shape=shape, copies=copies)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {step} does not describe its replay: {error}") from error
+    # Recorded episodes are read once; a run that has them in its replay goes on without their files.
+    is_whole = config.schedule.recorded is not None and bool(entries)
     replay = Replay.load(
         run.replay,
         frame_shape=shape,
-        capacity=replay_capacity(config),
+        capacity=None if is_whole else replay_capacity(config),
         seed=derive_seed(config.seed, "replay"),
         entries=entries,
     )

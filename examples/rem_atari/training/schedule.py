@@ -45,13 +45,33 @@ def updates_in_epoch(optim: OptimConfig, epoch: int, *, first: bool) -> int:
     return optim.updates_per_epoch
 
 
+def steps_before(config: Config) -> int:
+    """Environment steps before the first epoch: random ones, or the recorded ones in place of all others.
+
+    Raises:
+        UsageError: the recorded ones cannot be read.
+    """
+    # Imported here because it needs the environments' packages, and most of those who plan do not.
+    from rem_atari.replay.recorded import count_recorded
+
+    recorded = config.schedule.recorded
+    return config.schedule.random_steps if recorded is None else count_recorded(recorded)
+
+
 def steps_in_epoch(config: Config, epoch: int) -> int:
     """Environment steps collected in an epoch, those before the first epoch not counted."""
-    return config.schedule.steps_per_epoch if epoch < config.schedule.collect_epochs else 0
+    collects = config.schedule.recorded is None and epoch < config.schedule.collect_epochs
+    return config.schedule.steps_per_epoch if collects else 0
 
 
 def replay_capacity(config: Config) -> int:
-    """Environment steps that a run can collect; each collection steps all environments equally often."""
+    """Environment steps that a run can collect; each collection steps all environments equally often.
+
+    Raises:
+        UsageError: recorded episodes cannot be read.
+    """
+    if config.schedule.recorded is not None:
+        return steps_before(config)
     num_envs, schedule = config.env.num_envs, config.schedule
     parts = [schedule.random_steps] + [steps_in_epoch(config, epoch) for epoch in range(schedule.epochs)]
     return sum(math.ceil(steps / num_envs) * num_envs for steps in parts)
@@ -66,11 +86,15 @@ def evaluation_episodes(config: Config, epoch: int) -> int:
 
 
 def plan_run(config: Config) -> list[Work]:
-    """Everything a run is going to do, in order; what turns out otherwise (a frozen tokenizer) is left in."""
+    """Everything a run is going to do, in order; what turns out otherwise (a frozen tokenizer) is left in.
+
+    Recorded episodes, which take no time beside it, are left out.
+    """
     schedule, evaluation = config.schedule, config.evaluation
+    random_steps = schedule.random_steps if schedule.recorded is None else 0
     work = [
         Work(0, "random", evaluation.random_episodes, evaluation.max_seconds),
-        Work(0, "collect_random", schedule.random_steps, schedule.collect_max_seconds),
+        Work(0, "collect_random", random_steps, schedule.collect_max_seconds),
     ]
     components = {
         "tokenizer": config.tokenizer.optim,

@@ -21,6 +21,7 @@ from rem_atari.errors import (
 from rem_atari.evaluation import EvaluationResult, describe_mean, evaluate, evaluate_random
 from rem_atari.play.collector import collect, collect_random
 from rem_atari.replay.buffer import Replay
+from rem_atari.replay.recorded import read_recorded
 from rem_atari.replay.shards import delete_shards
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
 from rem_atari.runs.command_line import resume_command
@@ -112,7 +113,10 @@ class Trainer:
                 if state.enter("random") and state.epoch == 0:
                     self._play_at_random()
                 if state.enter("collect_random") and state.epoch == 0:
-                    self._collect_random()
+                    if self._config.schedule.recorded is None:
+                        self._collect_random()
+                    else:
+                        self._read_recorded(self._config.schedule.recorded)
                 if state.enter("collect"):
                     self._collect()
                 if state.enter("tokenizer"):
@@ -175,6 +179,20 @@ class Trainer:
         state = self._state
         play = partial(collect_random, state.env, state.collection, generator=state.random["random steps"])
         self._collect_steps(play, self._config.schedule.random_steps)
+
+    def _read_recorded(self, source: str) -> None:
+        """Recorded episodes in place of any experience of the run's own, all at once or not at all."""
+        state = self._state
+        with self._showing(state.replay.room):
+            state.collection.take_recorded(
+                read_recorded(
+                    source, frame_size=self._config.env.frame_size, num_actions=state.env.num_actions
+                ),
+                state.replay,
+                self._progress.advance,
+            )
+        state.replay.flush()
+        self._write(state.collection.metrics())
 
     def _collect(self) -> None:
         """The agent's own experience."""

@@ -1,0 +1,156 @@
+"""`rem-atari export`: a folder that acts, dreams and is evaluated as its run, and says what it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_folders import DEBUG, add_replay, files_in, make_run
+
+from rem_atari import load_agent
+from rem_atari.cli import main
+from rem_atari.config import Config
+from rem_atari.runs.checkpoint import CheckpointError
+from rem_atari.runs.exported import read_about
+from rem_atari.runs.folder import RunFolder
+from rem_atari.runs.trained import BUNDLED, list_bundled
+
+FILES = {"agent.json", "model.safetensors", "starts.npz", "README.md"}
+
+TRAINED_ELSEWHERE = replace(
+    DEBUG, tokenizer=replace(DEBUG.tokenizer, lpips_weights="/home/somebody/lpips.safetensors")
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    run = make_run(tmp_path_factory.mktemp("export") / "run", TRAINED_ELSEWHERE)
+    add_replay(run)
+    line = {"epoch": 0, "phase": "random", "mean_return": -0.5, "episodes": 4, "returns": [-1, 0, -1, 0]}
+    run.metrics.write_text(json.dumps(line) + "\n")
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(run: RunFolder) -> Path:
+    out = run.path.parent / "agent"
+    assert main(["export", str(run.path), str(out), "--starts", "10", "--episodes", "3"]) == 0
+    return out
+
+
+def damage(folder: Path, name: str, copy: Path) -> Path:
+    """A copy of an exported agent with one bit of a file flipped."""
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            data = bytearray(path.read_bytes())
+            if path.name == name:
+                data[len(data) // 2] ^= 1
+            (copy / path.name).write_bytes(data)
+    return copy
+
+
+def test_it_is_the_agent_of_the_run(run: RunFolder, exported: Path) -> None:
+    assert files_in(exported) >= FILES
+    agent, original = load_agent(exported), load_agent(run.path)
+    for name, tensor in original.networks.state_dict().items():
+        assert torch.equal(agent.networks.state_dict()[name], tensor), name
+    assert agent.action_names == original.action_names
+    assert len(agent.starts) == 10
+    known = {frames.tobytes() for frames in original.starts.frames}
+    assert all(frames.tobytes() in known for frames in agent.starts.frames)
+    dreams = [each.imagine(each.dream(agent.starts, seed=1), 2) for each in (agent, original)]
+    assert np.array_equal(dreams[0].tokens, dreams[1].tokens)
+
+
+def test_it_says_what_it_is_and_nothing_of_the_machine(exported: Path) -> None:
+    about = read_about(exported)
+    assert about["figures"]["agent"]["episodes"] == 3
+    assert about["figures"]["random_play"]["mean"] == -0.5
+    card = (exported / "README.md").read_text()
+    for words in (
+        "plays Catch",
+        "over 3 games",
+        "random play: -0.50 ± 0.29 over 4 games",
+        "left, stay, right",
+    ):
+        assert words in card
+    assert "rem-atari train --preset debug" in card
+    assert "/home" not in card + (exported / "agent.json").read_text()
+    assert Config.from_dict(about["config"]).device == "cpu"
+
+
+def test_half_takes_half_the_room(run: RunFolder, exported: Path, tmp_path: Path) -> None:
+    words = ["export", str(run.path), str(tmp_path / "half"), "--half", "--episodes", "0"]
+    assert main(words) == main(words) == 0, "an exported agent may be replaced"
+    whole, half = ((folder / "model.safetensors").stat().st_size for folder in (exported, tmp_path / "half"))
+    assert half < 0.6 * whole
+    agent, original = load_agent(tmp_path / "half"), load_agent(exported)
+    for name, tensor in agent.networks.state_dict().items():
+        wanted = original.networks.state_dict()[name]
+        assert tensor.dtype == wanted.dtype
+        torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-4)
+    assert "It was not measured." in (tmp_path / "half" / "README.md").read_text()
+
+
+def test_evaluate_and_record_take_it(exported: Path) -> None:
+    assert main(["evaluate", str(exported), "--episodes", "2", "--no-videos"]) == 0
+    assert main(["record", str(exported), "--steps", "3", "--format", "gif"]) == 0
+    assert {"evaluation/step-00000042/summary.json", "media/play-step-00000042.gif"} <= files_in(exported)
+    assert load_agent(exported).num_actions == 3
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "starts.npz"])
+def test_damage_is_found(exported: Path, tmp_path: Path, name: str) -> None:
+    copy = damage(exported, name, tmp_path / "copy")
+    with pytest.raises(CheckpointError, match=f"is damaged: {name} does not have the sha256"):
+        _ = load_agent(copy).starts
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match="is damaged"):
+        _ = load_agent(copy).starts
+
+
+def test_what_it_says_is_not_trusted(exported: Path, tmp_path: Path) -> None:
+    copy = damage(exported, "", tmp_path / "copy")
+    for change, words in (
+        ({"format": "other"}, "not in the format"),
+        ({"files": []}, "its files is"),
+        ({"config": {}}, "missing field"),
+    ):
+        about = json.loads((exported / "agent.json").read_text()) | change
+        (copy / "agent.json").write_text(json.dumps(about))
+        with pytest.raises(ValueError, match=words):
+            load_agent(copy)
+
+
+def test_wrong_use_is_one_sentence(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    for words, answer in (
+        ([str(run.path), str(tmp_path / "taken")], "holds something else"),
+        ([str(run.path), str(tmp_path / "new"), "--starts", "0"], "--starts is 0, wanted at least 1"),
+        ([str(run.path), str(tmp_path / "new"), "--episodes", "-1"], "--episodes is -1, wanted at least 0"),
+        ([str(tmp_path), str(tmp_path / "new")], "is not a run folder"),
+    ):
+        assert main(["export", *words]) == 2
+        assert answer in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", list_bundled())
+def test_what_comes_with_the_package_is_small_and_dreams(name: str) -> None:
+    assert sum(path.stat().st_size for path in (BUNDLED / name).iterdir()) < 2_000_000
+    agent = load_agent(name)
+    dream = agent.imagine(agent.dream(agent.starts.select([0, 1])), 0)
+    assert agent.decode(dream.tokens).shape == (2, *agent.frame_shape)
+    assert read_about(BUNDLED / name)["figures"]["agent"]["episodes"] >= 100
+
+
+def test_catch_comes_with_the_package() -> None:
+    assert "catch" in list_bundled()
