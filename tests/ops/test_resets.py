@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import retpop
+from retpop.ops.torch_backend.packed import Packing
 
 FORMS = {
     "reference": {"backend": "reference"},
@@ -124,6 +125,24 @@ def test_a_nan_does_not_pass_a_reset(form: str) -> None:
     assert_same_gradients(
         *([x[rows] for x, rows in zip(grads, kept, strict=True)] for grads in (found, wanted)), 1e-12
     )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resets_at_first_tokens_drop_the_state_and_change_nothing_else(mode: str) -> None:
+    reset = resets((1, 0))
+    case = case_of(reset)
+    dropped = replace(case, state=case.state.index_fill(0, torch.tensor([1]), 0.0))
+    for a, b in zip(case.run(reset=reset, mode=mode), dropped.run(mode=mode), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(case.run(reset=resets(), mode=mode), case.run(mode=mode), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("every", "width"), [(5, 16), (50, 32), (500, 64)])
+def test_short_episodes_have_short_chunks(every: int, width: int) -> None:
+    """Most places of a longer chunk would be empty."""
+    reset = torch.arange(1000).expand(2, -1) % every == 1
+    assert Packing("here", None, 1000, reset).plan(64).tokens.shape[1] == width
 
 
 @every_form

@@ -77,7 +77,7 @@ def retention(
     """Retention of inputs (B, T, H, D) in one of the three modes; returns outputs and final state."""
     out_dtype = out_dtype or v.dtype
     chunk_size = chunk_size or DEFAULT_CHUNK_SIZE
-    if packing is not None and packing.is_step:
+    if packing is not None and not packing.cuts_rows:
         state, packing = packing.restart(state), None
     form: Form
     if _is_one_operation(q, mode, packing):

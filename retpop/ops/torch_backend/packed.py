@@ -25,6 +25,9 @@ from retpop.ops.powers import Across, BlockPowers, DecayPowers, advance, advance
 from retpop.ops.torch_backend import plain
 from retpop.ops.torch_backend.eager import Blocks, Kept, inner, scaled
 
+SHORTEST_CHUNK = 16
+"""Tokens of a chunk among short episodes; shorter ones would not outweigh their states."""
+
 
 class ChunkPlan(NamedTuple):
     """The cut of sequences into chunks of at most C tokens, at every reset and boundary at least.
@@ -102,12 +105,26 @@ class Packing:
 
     @property
     def is_step(self) -> bool:
-        """Whether each sequence is one token, so that `restart` is all that there is to do."""
+        """Whether every sequence is a row of one token, so that `restart` is all there is to do."""
         return self.cu_seqlens is None and self._length == 1
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the host can read boundaries and resets: not in a compiler, nor on the meta device."""
+        return not torch.compiler.is_compiling() and self.device.type != "meta"
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether a sequence or an episode may begin inside a row; else `restart` is all there is to do."""
+        if self.cu_seqlens is not None or not self.is_known:
+            return not self.is_step
+        return any(token % self._length for token in self.resets)
 
     def restart(self, state: Tensor | None) -> Tensor | None:
         """The state (B, H, Dk, Dv) before the first token, 0 where a reset drops it."""
-        return state if state is None or self.reset is None else restart(state, self.reset[:, 0])
+        if state is None or self.reset is None or self._length == 0:
+            return state
+        return restart(state, self.reset[:, 0])
 
     @property
     def bounds(self) -> list[int]:
@@ -119,17 +136,28 @@ class Packing:
         """Tokens of the longest sequence."""
         return max((end - start for start, end in pairwise(self.bounds)), default=0)
 
-    def episodes(self, sequence: int) -> Iterator[tuple[int, int]]:
-        """First token and end of each episode of a sequence; the first one may be empty."""
+    @property
+    def resets(self) -> list[int]:
+        """The tokens at resets on the host, numbered row after row."""
         if self._resets is None:
             found = [] if self.reset is None else self.reset.flatten().nonzero().squeeze(1).tolist()
             self._resets = found
+        return self._resets
+
+    def episodes(self, sequence: int) -> Iterator[tuple[int, int]]:
+        """First token and end of each episode of a sequence; the first one may be empty."""
         start, end = self.bounds[sequence : sequence + 2]
-        inside = self._resets[bisect_left(self._resets, start) : bisect_left(self._resets, end)]
+        inside = self.resets[bisect_left(self.resets, start) : bisect_left(self.resets, end)]
         return pairwise([start, *inside, end])
 
     def plan(self, chunk_size: int) -> ChunkPlan:
-        """How the sequences are cut into chunks of at most ``chunk_size`` tokens."""
+        """How the sequences are cut into chunks of at most ``chunk_size`` tokens.
+
+        Where resets make episodes short, so are chunks: most places of longer ones would be empty.
+        """
+        if self.resets:
+            mean = self.num_rows * self._length // (self.num_sequences + len(self.resets))
+            chunk_size = min(chunk_size, max(SHORTEST_CHUNK, 1 << mean.bit_length() >> 1))
         if chunk_size not in self._plans:
             self._plans[chunk_size] = _plan(self, chunk_size)
         return self._plans[chunk_size]
