@@ -145,45 +145,58 @@ def step() -> list[Check]:
     return checks
 
 
+def resets_of(B: int, T: int) -> Tensor:
+    """At the first and the last token, in a row, after more tokens than a chunk has; others in each row."""
+    places = torch.tensor([0, 1, 2, 19, T - 1])
+    return torch.stack([torch.isin(torch.arange(T) + row, places) for row in range(B)])
+
+
 def retention() -> list[Check]:
-    """Chunks of 16; a sweep and a split of stretches of 32, of plain and of packed sequences."""
+    """Chunks of 16; a sweep and a split of stretches of 32, of plain and of packed sequences; resets."""
     checks = []
-    for stretch, lengths, given, Dv in (
-        (None, None, True, 33),
-        (None, [5, 0, 17, 16], True, 32),
-        (32, None, False, 33),
-        (32, [0, 40, 3, 32, 0], True, 32),
-        (32, [33, 1], False, 33),
-        (32, [-7, 47, -40, 40, -40, 40], False, 16),
+    for stretch, lengths, given, Dv, resets in (
+        (None, None, True, 33, False),
+        (None, [5, 0, 17, 16], True, 32, False),
+        (32, None, False, 33, False),
+        (32, [0, 40, 3, 32, 0], True, 32, False),
+        (32, [33, 1], False, 33, False),
+        (32, [-7, 47, -40, 40, -40, 40], False, 16, False),
+        (None, None, True, 16, True),
+        (None, [0, 2, 20, 17], True, 16, True),
     ):
         bounds = list(itertools.accumulate(lengths, initial=0)) if lengths else None
         B, T = (1, bounds[-1]) if bounds else (2, 21 if stretch is None else 53)
         q, k, v = (numbers(B, T, 2, dim, seed=seed) for seed, dim in enumerate((20, 20, Dv)))
         log_decay = LOG_DECAY[1:3] if given else LOG_DECAY[[0, 3]]
         state = numbers(len(lengths) if lengths else B, 2, 20, Dv, seed=3) if given else None
+        reset = resets_of(B, T) if resets else None
         expected = None  # of boundaries that are wrong: they must only lead nowhere
         if not lengths or min(lengths) >= 0:
-            expected = reference.retention(q, k, v, log_decay, state=state, scale=SCALE, bounds=bounds)
+            expected = reference.retention(
+                q, k, v, log_decay, state=state, scale=SCALE, bounds=bounds, reset=reset
+            )
         config = RetentionConfig(
             rows=16, cols_k=32, cols_v=16, num_warps=4, num_stages=1, scale_v=given, stretch=stretch
         )
         packed = None if bounds is None else torch.tensor(bounds)
-        arguments = (q, k, v, log_decay, state, SCALE, packed)
+        arguments = (q, k, v, log_decay, state, SCALE, packed, reset)
         checks.append(Check("retention_fwd", "retention_fwd", arguments, {"config": config}, expected))
     return checks
 
 
 def retention_bwd() -> list[Check]:
-    """Tiles of 16; one launch, or stretches of 32; plain and packed; one sweep for dk and dv, or two."""
+    """Tiles of 16; one launch, or stretches of 32; plain, packed, resets; one sweep for dk and dv, or two."""
     checks = []
-    for both, stretch, lengths, given, Dv in (
-        (True, None, None, True, 24),
-        (False, None, [5, 0, 17, 16], True, 33),
-        (True, None, [18, 3], False, 16),
-        (False, 32, None, False, 33),
-        (True, 32, [0, 40, 3, 32, 0], True, 32),
-        (False, 32, [33, 1], False, 33),
-        (True, 32, [-7, 47, -40, 40, -40, 40], False, 16),
+    for both, stretch, lengths, given, Dv, resets in (
+        (True, None, None, True, 24, False),
+        (False, None, [5, 0, 17, 16], True, 33, False),
+        (True, None, [18, 3], False, 16, False),
+        (False, 32, None, False, 33, False),
+        (True, 32, [0, 40, 3, 32, 0], True, 32, False),
+        (False, 32, [33, 1], False, 33, False),
+        (True, 32, [-7, 47, -40, 40, -40, 40], False, 16, False),
+        (True, None, None, True, 16, True),
+        (True, None, [0, 2, 20, 17], True, 16, True),
     ):
         bounds = list(itertools.accumulate(lengths, initial=0)) if lengths else None
         B, T = (1, bounds[-1]) if bounds else (2, 21 if stretch is None else 53)
@@ -193,11 +206,17 @@ def retention_bwd() -> list[Check]:
         state = numbers(sequences, 2, 20, Dv, seed=3) if given else None
         grad_out = numbers(B, T, 2, Dv, seed=4)
         grad_state = numbers(sequences, 2, 20, Dv, seed=5) if given or both else None
+        reset = resets_of(B, T) if resets else None
         expected = None  # of boundaries that are wrong: they must only lead nowhere
         if not lengths or min(lengths) >= 0:
             leaves = [None if x is None else x.double().requires_grad_() for x in (q, k, v, state)]
             results = reference.retention(
-                *leaves[:3], log_decay.double(), state=leaves[3], scale=SCALE, bounds=bounds
+                *leaves[:3],
+                log_decay.double(),
+                state=leaves[3],
+                scale=SCALE,
+                bounds=bounds,
+                reset=reset,
             )
             pairs = zip(results, (grad_out, grad_state), strict=True)
             total = sum((result * grad).sum() for result, grad in pairs if grad is not None)
@@ -211,7 +230,8 @@ def retention_bwd() -> list[Check]:
         )
         packed = None if bounds is None else torch.tensor(bounds)
         arguments = (q, k, v, log_decay, state, SCALE, packed, grad_out, grad_state)
-        checks.append(Check("retention_bwd", "retention_bwd", arguments, {"config": config}, expected))
+        options = {"config": config, "reset": reset}
+        checks.append(Check("retention_bwd", "retention_bwd", arguments, options, expected))
     return checks
 
 
@@ -345,6 +365,7 @@ SUITES: dict[str, Callable[[], list[Check]]] = {
         pop(steps=False, split=True)
         + retention()[1:]
         + [check for check in retention_bwd() if check.options["config"].stretch]
+        + retention_bwd()[-2:]
         + pop_bwd(split=True)
     ),
     "tiles": lambda: (
