@@ -71,12 +71,16 @@ BOUNDARIES = [0, 9, 9, 23] if REHEARSAL else [0, 65, 65, 66, 130, 400, 463]
 
 
 @dtypes
-def test_packed_retention(dtype: torch.dtype, device: torch.device, record_property: Record) -> None:
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_packed_retention(
+    with_reset: bool, dtype: torch.dtype, device: torch.device, record_property: Record
+) -> None:
     dim = 16 if REHEARSAL else 64
     sequences, tokens = len(BOUNDARIES) - 1, BOUNDARIES[-1]
     case = RetentionCase.make(1, tokens, 2, dim, dim, dtype=dtype, sequences=sequences)
     bounds = torch.tensor(BOUNDARIES, dtype=torch.int32, device=device)
-    check_case(on(case, device), dtype, record_property, cu_seqlens=bounds)
+    reset = (torch.arange(tokens, device=device) % 11 == 3).unsqueeze(0) if with_reset else None
+    check_case(on(case, device), dtype, record_property, cu_seqlens=bounds, reset=reset)
 
 
 @pytest.mark.skipif(REHEARSAL, reason="long")

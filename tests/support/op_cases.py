@@ -40,13 +40,18 @@ def tokens(make: Maker, *shape: int, Dk: int = 4, Dv: int = 6) -> tuple[Tensor, 
     return make(*shape, 3, Dk), make(*shape, 3, Dk), make(*shape, 3, Dv)
 
 
+def resets(rows: int, length: int) -> Tensor:
+    return torch.arange(rows * length).view(rows, length) % 7 == 3
+
+
 def retention_fwd(kind: str) -> Arguments:
     make = Maker(kind)
     if kind == "packed or odd":
         bounds = torch.tensor([0, 5, 5, 23], dtype=torch.int32)
-        return *tokens(make, 1, 23), LOG_DECAY, make.state(3, 4, 6), bounds, 0.7, None
+        return *tokens(make, 1, 23), LOG_DECAY, make.state(3, 4, 6), bounds, resets(1, 23), 0.7, None
     length = 0 if kind == "empty" else 18
-    return *tokens(make, 2, length), LOG_DECAY, make.state(2, 4, 6), None, 0.5, None
+    reset = None if kind in ("plain", "without a state") else resets(2, length)
+    return *tokens(make, 2, length), LOG_DECAY, make.state(2, 4, 6), None, reset, 0.5, None
 
 
 def token(kind: str) -> Arguments:
@@ -54,7 +59,7 @@ def token(kind: str) -> Arguments:
     make = Maker(kind)
     rows = 0 if kind == "empty" else 2
     Dk, Dv = (5, 1) if kind == "packed or odd" else (4, 6)
-    return *tokens(make, rows, 1, Dk=Dk, Dv=Dv), LOG_DECAY, make.state(rows, Dk, Dv), None, 0.5, None
+    return *tokens(make, rows, 1, Dk=Dk, Dv=Dv), LOG_DECAY, make.state(rows, Dk, Dv), None, None, 0.5, None
 
 
 def _pop_sizes(kind: str) -> tuple[int, int, int, int, int]:
@@ -136,8 +141,8 @@ def backward_of(case: str, num_tensors: int) -> Callable[[str], Arguments]:
 
 
 BACKWARD: dict[str, Case] = {
-    "retention, backward": ("retention_bwd", backward_of("retention", 6)),
-    "token, backward": ("retention_bwd", backward_of("token", 6)),
+    "retention, backward": ("retention_bwd", backward_of("retention", 7)),
+    "token, backward": ("retention_bwd", backward_of("token", 7)),
     "pop, backward": ("pop_bwd", backward_of("pop", 4)),
     "pop of rows, backward": ("pop_bwd", backward_of("pop of rows", 4)),
     "norm and gate, backward": ("norm_gate_bwd", backward_of("norm and gate", 4)),

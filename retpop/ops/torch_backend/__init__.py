@@ -173,7 +173,7 @@ def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | 
 def _is_one_operation(q: Tensor, mode: str, packing: packed.Packing | None) -> bool:
     """Whether a graph, or a call without values, holds the whole operation (see `exported`)."""
     if packing is not None:
-        return torch.compiler.is_compiling() or q.is_meta
+        return not packing.is_known
     return mode != "parallel" and is_open_length(q.shape[1]) and not is_transformed()
 
 

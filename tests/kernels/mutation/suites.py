@@ -146,8 +146,11 @@ def step() -> list[Check]:
 
 
 def resets_of(B: int, T: int) -> Tensor:
-    """At the first and the last token, in a row, after more tokens than a chunk has; others in each row."""
-    places = torch.tensor([0, 1, 2, 19, T - 1])
+    """After a token, two, more than a chunk has; a row down each is one token earlier, and the last is one.
+
+    Each of the first row's adds a chunk, so that no fewer may be counted.
+    """
+    places = torch.tensor([1, 2, 19, T])
     return torch.stack([torch.isin(torch.arange(T) + row, places) for row in range(B)])
 
 
