@@ -354,7 +354,7 @@ class BenchmarkArguments:
 
 @dataclass(frozen=True)
 class ListArguments:
-    """List the games that can be played and the presets.
+    """List the games that can be played, the presets, and the agents that come with the package.
 
     Example: rem-atari list games | grep Pong
     """

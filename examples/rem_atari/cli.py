@@ -50,7 +50,7 @@ commands:
   scores     aggregate runs over games and seeds, beside the published agents
   benchmark  measure this machine: how long would a run take?
   weights    fetch the weights of the perceptual loss, once
-  list       list the games and the presets
+  list       list the games, the presets and the agents of the package
 
 `rem-atari COMMAND --help` shows a command's flags, an example, and what it writes;
 `rem-atari --version` the version.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from rem_atari.arguments import ExportArguments
 from rem_atari.commands.counting import counting, tell
 from rem_atari.errors import RunError, UsageError, describe_os_error
-from rem_atari.evaluation import evaluate, playing_conditions
+from rem_atari.evaluation import evaluate, make_test_envs, playing_conditions
 from rem_atari.inference.loading import load_starts
 from rem_atari.report.history import Returns, returns_of
 from rem_atari.runs.checkpoint import Checkpoint
@@ -63,7 +65,15 @@ def _checkpoint_of(trained: TrainedAgent, *, half: bool) -> Checkpoint:
     if half:
         floats = {name for name, tensor in weights.items() if tensor.dtype == torch.float32}
         weights = {name: tensor.half() if name in floats else tensor for name, tensor in weights.items()}
-    return Checkpoint(step=trained.step, model=weights, optimizer={}, state=trained.state)
+    return Checkpoint(step=trained.step, model=weights, optimizer={}, state=_state_of(trained))
+
+
+def _state_of(trained: TrainedAgent) -> Mapping[str, Any]:
+    """What was noted of the agent; runs of earlier versions did not note what it sees."""
+    if trained.sees is not None:
+        return trained.state
+    with closing(make_test_envs(trained.config, 1, seed=0)) as envs:
+        return {**trained.state, "sees": envs.sees}
 
 
 def _measure(trained: TrainedAgent, episodes: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``rem-atari list``: the games and the presets."""
+"""``rem-atari list``: the games, the presets and the agents that come with the package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PURPOSES = {
 
 
 def list_everything(arguments: ListArguments) -> None:
-    """Print the presets, the games, or both."""
+    """Print the presets, the games, or everything."""
     if arguments.what == "presets":
         print("\n".join(PRESETS))
     elif arguments.what == "games":
@@ -47,6 +47,7 @@ def _ids() -> list[str]:
 
 def _overview() -> str:
     from rem_atari import envs
+    from rem_atari.runs.trained import list_bundled
 
     rows = [[name, _default_game(config), *PURPOSES[name]] for name, config in PRESETS.items()]
     presets = format_table(["preset", "game", "time on 2 cores", "what for"], rows, text_columns=4)
@@ -56,6 +57,7 @@ def _overview() -> str:
         "" if find_spec("minatar") else "\n  (MinAtar's games are not here: pip install 'retpop[minatar]')"
     )
     ids = "\n".join(f"  {name}" for name in _ids())
+    agents = "\n".join(f"  {name}" for name in list_bundled())
     return (
         "Presets (rem-atari train --preset NAME; rem-atari benchmark --preset NAME says how long it takes"
         " on this machine):\n\n"
@@ -63,7 +65,10 @@ def _overview() -> str:
         f"Atari games (--env.game NAME; * is one of Atari 100K's 26, which rem-atari scores compares):\n\n"
         f"{_columns(games)}\n\n"
         "Other games (--env.id ID; any gymnasium game with pixels and discrete actions will do):\n\n"
-        f"{ids}{minatar}"
+        f"{ids}{minatar}\n\n"
+        "Trained agents that come with the package (rem-atari evaluate NAME; in Python"
+        " rem_atari.load_agent(NAME)):\n\n"
+        f"{agents}"
     )
 
 

@@ -46,6 +46,21 @@ def is_picture_space(space: gymnasium.Space) -> bool:
     )
 
 
+DARKEST_PICTURE = 16
+"""Symbols, such as the kinds and colours of a grid world's cells, are numbers no larger than this."""
+
+
+def doubt_pictures(frames: np.ndarray) -> str | None:
+    """A sentence where a game's first frames, uint8, may be symbols in the shape of a picture; or None."""
+    brightest = int(frames.max())
+    if brightest == 0 or brightest > DARKEST_PICTURE:
+        return None
+    return (
+        f"no pixel of the first frames is above {brightest} of 255; if these are symbols and no pictures,"
+        " --env.render shows the agent what the game renders"
+    )
+
+
 def to_rgb(picture: np.ndarray, source: str) -> np.ndarray:
     """An image as RGB, uint8 (H, W, 3): gray becomes three equal channels, and an alpha channel is dropped.
 

@@ -24,7 +24,9 @@ from rem_atari.report.text import section, size, table
 from rem_atari.runs.command_line import named_modules
 from rem_atari.runs.config_file import describe_edits
 from rem_atari.runs.durable import replace_file
+from rem_atari.runs.reading import is_number
 from rem_atari.runs.session import short_commit
+from rem_atari.runs.tensorboard import show_pictures
 
 PURPOSES = {
     "config.json": "the resolved configuration",
@@ -46,6 +48,8 @@ PURPOSES = {
 
 def write_report(run: Path) -> Path:
     """Write a run's report.html, its measurements as quality.json, and the pictures in it as files in media/.
+
+    TensorBoard shows the same pictures and films, at the last epoch.
 
     Whatever the run lacks (a run stopped early, no held-out frames, a part that never trained) is said in the
     page instead of shown. Earlier reports are replaced.
@@ -70,10 +74,19 @@ def write_report(run: Path) -> Path:
         ("imagination.gif", _save_imagination),
     ):
         attempt(f"media/{picture}", data.notes, partial(save, media / picture, report))
+    shown = [media / name for name in ("reconstructions.png", "imagination.gif")]
+    show = partial(show_pictures, run / "tensorboard", shown, _epoch(report))
+    attempt("TensorBoard's pictures", data.notes, show)
     replace_file(run / QUALITY_FILE, quality_json(report).encode())
     page = run / "report.html"
     replace_file(page, render(report, list_files(run)).encode())
     return page
+
+
+def _epoch(report: Report) -> int:
+    """The epoch of the last line of metrics, 0 without any."""
+    epochs = [line["epoch"] for line in report.lines if is_number(line.get("epoch"))]
+    return int(epochs[-1]) if epochs else 0
 
 
 def _save_curves(path: Path, report: Report) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from rem_atari.config import Config
+from rem_atari.envs.frames import doubt_pictures
 from rem_atari.errors import (
     EnvironmentAnswerError,
     EnvironmentDiedError,
@@ -109,6 +110,9 @@ class Trainer:
         with self._saving_where_it_stops():
             if self._is_new:
                 state.env.reset()
+                doubt = doubt_pictures(state.env.frames)
+                if doubt is not None:
+                    self._progress.say(f"warning: {doubt}")
             while state.epoch < self._config.schedule.epochs:
                 if state.enter("random") and state.epoch == 0:
                     self._play_at_random()

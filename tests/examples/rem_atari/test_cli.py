@@ -38,7 +38,7 @@ from rem_atari.training import trainer
 
 COMMANDS = (
     "blind",
-    *("train", "resume", "evaluate", "record", "report", "diagnose"),
+    *("train", "resume", "evaluate", "record", "export", "report", "diagnose"),
     *("scores", "benchmark", "weights", "list"),
 )
 

@@ -60,6 +60,7 @@ def test_it_is_the_agent_of_the_run(run: RunFolder, exported: Path) -> None:
     for name, tensor in original.networks.state_dict().items():
         assert torch.equal(agent.networks.state_dict()[name], tensor), name
     assert agent.action_names == original.action_names
+    assert agent.sees == "the game's images, 24 x 24, as 24 x 24 pixels"
     assert len(agent.starts) == 10
     known = {frames.tobytes() for frames in original.starts.frames}
     assert all(frames.tobytes() in known for frames in agent.starts.frames)

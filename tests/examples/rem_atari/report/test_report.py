@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from run_folders import RIVALS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rem_atari.agent import Agent
 from rem_atari.arguments import TrainArguments, parse_arguments
@@ -274,6 +275,9 @@ def test_pictures_are_written(run: RunFolder) -> None:
     for name in ("curves.png", "reconstructions.png"):
         with Image.open(media / name) as picture:
             assert picture.width > 300
+    events = EventAccumulator(str(run.tensorboard / "pictures")).Reload()
+    assert set(events.Tags()["images"]) == {"reconstructions", "imagination"}
+    assert events.Images("imagination")[0].encoded_image_string == (media / "imagination.gif").read_bytes()
 
 
 def test_writing_again_gives_the_same_page(run: RunFolder, page: str) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from short_runs import Point, run_part
+from sides_env import SIDES_ID, Sides
 from torch import nn
 
 from rem_atari.agent import Agent
@@ -98,6 +100,22 @@ def test_a_run_that_was_stopped_has_held_out_games_of_its_last_evaluation(tmp_pa
     assert quality.frames is not None
     assert quality.predictions is not None
     assert quality.horizon is not None
+
+
+@pytest.mark.parametrize(("brightest", "is_told"), [(0, False), (10, True), (200, False)])
+def test_symbols_in_the_shape_of_a_picture_are_doubted(
+    brightest: int, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = np.full((24, 24, 3), brightest, np.uint8)
+
+    def reset(self: Sides, *, seed: int | None = None, options: object = None) -> tuple[np.ndarray, dict]:
+        self._side, self._step = 1, 0
+        return frame, {}
+
+    monkeypatch.setattr(Sides, "reset", reset)
+    config = replace(DEBUG, env=replace(DEBUG.env, id=SIDES_ID))
+    outcome = run_part(tmp_path / "run", config, until=Point(0, "random", 0))
+    assert ("no pixel of the first frames is above 10 of 255" in outcome.shown) == is_told
 
 
 def test_each_phase_of_each_epoch_has_a_line_of_metrics(trained: tuple[Path, Agent, str]) -> None:
