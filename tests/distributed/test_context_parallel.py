@@ -329,7 +329,7 @@ def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
 
 
 def check_compiled() -> None:
-    decoder, own, x = small_decoder(), own_slice(CUTS), normal(2, 37, 8, seed=1)
+    decoder, own, x = small_decoder(num_layers=1), own_slice(CUTS), normal(2, 37, 8, seed=1)
     results = []
     for call in (decoder, torch.compile(decoder, backend="aot_eager", fullgraph=True)):
         out, state = call(x[:, own], context_parallel=dist.group.WORLD)

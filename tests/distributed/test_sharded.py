@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 ROWS = 2  # of each rank
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "language_model"
 WEIGHTS = torch.linspace(-1, 1, 16)  # makes the loss depend on every output
 
 Run = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, RetNetState]]
@@ -100,6 +103,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         yield ranks
 
 
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with ranks_of(1, tmp_path_factory.mktemp("rank")) as ranks:
+        yield ranks
+
+
 def check_gradients(cases: list[tuple[str, MixedPrecisionPolicy, float]]) -> None:
     world, own = dist.get_world_size(), slice(ROWS * dist.get_rank(), ROWS * dist.get_rank() + ROWS)
     decoder = make_decoder()
@@ -126,13 +135,12 @@ def test_gradients_are_those_of_one_model(two_ranks: Ranks) -> None:
     two_ranks.run(check_gradients, [*cases, ("ddp", exact, 1e-4)])
 
 
-def test_mixed_precision_casts_no_state(tmp_path: Path) -> None:
+def test_mixed_precision_casts_no_state(one_rank: Ranks) -> None:
     """On one rank, where the layers alone may be sharded: all parameters of a decoder are in them."""
-    with ranks_of(1, tmp_path) as ranks:
-        ranks.run(
-            check_gradients,
-            [("layers, root", BFLOAT16_OUT, 0.1), ("root", FLOAT32_OUT, 0.1), ("layers", BFLOAT16, 0.1)],
-        )
+    one_rank.run(
+        check_gradients,
+        [("layers, root", BFLOAT16_OUT, 0.1), ("root", FLOAT32_OUT, 0.1), ("layers", BFLOAT16, 0.1)],
+    )
 
 
 def make_language_model() -> RetNetLM:
@@ -208,3 +216,27 @@ def test_training_steps_and_a_checkpoint_for_another_number_of_ranks(
     assert_same_weights(model, trained_alone(1))
     train_step(model, optimizer, text(1)[:, :-1], text(1)[:, 1:])
     assert_same_weights(model, trained_alone(2))
+
+
+def run_example(folder: str, *words: str) -> float:
+    """The last loss of examples/language_model/train_sharded.py, run on the ranks that there are."""
+    sys.path.insert(0, str(EXAMPLES))
+    import train_sharded
+
+    sizes = ["--rows", "2", "--length", "32", "--width", "16", "--layers", "1", "--save-every", "2"]
+    return train_sharded.Trainer(train_sharded.arguments([*sizes, "--folder", folder, *words]), "cpu").run()
+
+
+def go_on_alone(folder: str) -> None:
+    resumed = run_example(folder, "--steps", "5")
+    assert resumed == pytest.approx(run_example(folder + "-alone", "--steps", "5"), abs=1e-4)
+
+
+def test_the_example_goes_on_with_another_number_of_ranks(
+    two_ranks: Ranks, one_rank: Ranks, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "run")
+    two_ranks.run(run_example, folder, "--steps", "2", "--context-ranks", "2")
+    two_ranks.run(run_example, folder, "--steps", "4")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-00000002", "step-00000004"]
+    one_rank.run(go_on_alone, folder)

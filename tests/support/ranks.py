@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-SECONDS = 120
+SECONDS = 300
 """Until a rank that waits for another one, or a test that waits for its ranks, gives up."""
 
 Function = Callable[..., None]
