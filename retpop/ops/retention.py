@@ -76,11 +76,11 @@ def retention(
         cu_seqlens=cu_seqlens,
         reset=reset,
     )
-    cut = cu_seqlens is not None or reset is not None
     check_whole_if_packed("retention()", context_parallel, cu_seqlens)
     inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
     chosen, _ = choose_backend("retention()", backend, inputs)
     powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype), decays)
+    cut = cu_seqlens is not None or reset is not None
     run = partial(
         chosen.retention,
         q,

@@ -91,23 +91,26 @@ def check_cut(
     assert_same(list(found), list(wanted), " ".join(f"gradient_{i}" for i in range(len(found))))
 
 
-def check_retention(mode: str, with_state: bool) -> None:
+def check_retention(mode: str, given: str) -> None:
+    own, reset = own_slice(CUTS), torch.zeros(2, 37, dtype=torch.bool)
+    reset[0, 7] = reset[0, 20] = reset[1, 33] = True
+
     def run(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Results:
         *state, group = rest
         options = {"state": state[0] if state else None, "context_parallel": group, **mode_options(mode)}
+        if "reset" in given:
+            options["reset"] = reset if group is None else reset[:, own]
         return list(retpop.retention(q, k, v, log_decays(4), **options))
 
-    own = own_slice(CUTS)
-    tokens = [normal(2, 37, 4, D, seed=D) for D in (4, 5, 6)]
-    tokens[1] = normal(2, 37, 4, 4, seed=1)
-    state = [normal(2, 4, 4, 6, seed=3)] if with_state else []
+    tokens = [normal(2, 37, 4, D, seed=seed) for seed, D in enumerate((4, 4, 6))]
+    state = [normal(2, 4, 4, 6, seed=3)] if "state" in given else []
     check_cut(run, tokens, state, [own] * 3, [own])
 
 
-@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("given", ["nothing", "state", "state and reset"])
 @pytest.mark.parametrize("mode", MODES)
-def test_retention(ranks: Ranks, mode: str, with_state: bool) -> None:
-    ranks.run(check_retention, mode, with_state)
+def test_retention(ranks: Ranks, mode: str, given: str) -> None:
+    ranks.run(check_retention, mode, given)
 
 
 def check_pop(offset: int) -> None:
@@ -158,6 +161,8 @@ def check_module(kind: str) -> None:
     names = [name for name, _ in module.named_parameters()]
     reset = torch.zeros(2, 6, dtype=torch.bool)
     reset[0, 2] = reset[1, 5] = True
+    resets = torch.zeros(2, 18, dtype=torch.bool)
+    resets[0, 2] = resets[0, 9] = True
 
     def run(x: Tensor, more: Tensor, x_pred: Tensor, kv: Tensor, *rest: object) -> Results:
         *weights, group = rest
@@ -168,7 +173,8 @@ def check_module(kind: str) -> None:
             pop = {"x_pred": x_pred, "block_size": 3, "main_out": "last", "reset": own_reset}
             out, pred, state = call(module, weights, (x, RetNetState(kv, position)), pop | options)
         else:
-            out, state = call(module, weights, (x, RetNetState(kv, position)), options)
+            own_resets = {"reset": resets if group is None else resets[:, tokens]}
+            out, state = call(module, weights, (x, RetNetState(kv, position)), options | own_resets)
             pred = x_pred.sin()
         out_2, end = call(module, weights, (more, state), options)
         return [out, out_2, pred, end.kv, state.position.double(), end.position.double()]

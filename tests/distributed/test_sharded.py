@@ -204,6 +204,7 @@ def check_steps(folder: str) -> None:
         assert_same_weights(model, expected[1])
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_training_steps_and_a_checkpoint_for_another_number_of_ranks(
     two_ranks: Ranks, tmp_path: Path
 ) -> None:
