@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     "retpop.kernels",
+    "retpop.distributed",
     "retpop.ops",
     "retpop.layers",
     "retpop.models",

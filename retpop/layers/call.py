@@ -23,6 +23,7 @@ from retpop.config import RetNetConfig
 from retpop.ops.dispatch import Backend
 from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec, split_row
+from retpop.ops.slices import Slices
 from retpop.ops.torch_backend.packed import Packing
 from retpop.position import Rotation
 from retpop.state import Uncast
@@ -35,10 +36,12 @@ class AnyCall:
     Attributes:
         rotation: of every token, or None without rotary positions.
         backend: the chosen backend.
+        slices: those of the ranks, of which this call takes one; None: the sequences are whole.
     """
 
     rotation: Rotation | None
     backend: Backend
+    slices: Slices | None = None
 
     def for_inner_layers(self) -> Self:
         """The call for a layer that another layer follows, so that all of its tokens come out."""
@@ -103,16 +106,26 @@ class SequenceCall(AnyCall):
 
     def retention(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Retention of (B, T, H, D): outputs (B, T, H, Dv) and the state after them."""
-        run = partial(
-            self.backend.retention,
-            powers=self.powers,
-            mode=self.mode,
-            state=state,
-            chunk_size=self.chunk_size,
-            packing=self.packing,
-            out_dtype=_out_dtype(v),
-        )
-        return outside_autocast(run, q, k, v)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+            operation = partial(
+                self.backend.retention,
+                q,
+                k,
+                v,
+                self.powers,
+                mode=self.mode,
+                chunk_size=self.chunk_size,
+                packing=self.packing,
+                out_dtype=out_dtype,
+            )
+            if self.slices is None:
+                return operation(state=state)
+            return self.slices.run(operation, k, v, state, self.powers)
+
+        out_dtype = _out_dtype(v)
+        out, state = outside_autocast(run, q, k, v)
+        return out, state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +171,13 @@ class PopCall(AnyCall):
         """POP of rows (B, T + P·M, H, D): the readers' outputs and the state after the sequence."""
 
         def run(*rows: Tensor) -> tuple[Tensor, ...]:
-            return self.backend.pop(rows, state, self.spec._replace(out_dtype=_out_dtype(v)))
+            operation = partial(self.backend.pop, rows, spec=spec)
+            if self.slices is None:
+                return operation(state=state)
+            k, v = (split_row(row, spec.predictions)[0] for row in rows[1:])
+            return self.slices.run(operation, k, v, state, self.powers)
 
+        spec = self.spec._replace(out_dtype=_out_dtype(v))
         out, state = outside_autocast(run, q, k, v)
         return out, state
 

@@ -17,6 +17,7 @@ from retpop.ops import checks
 from retpop.ops.dispatch import Backend, choose_backend
 from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.rows import PopSpec, join_row
+from retpop.ops.slices import Slices
 from retpop.ops.torch_backend.packed import Packing
 from retpop.position import (
     Rotation,
@@ -123,6 +124,7 @@ def prepare(
     mode: str,
     chunk_size: int | None,
     cu_seqlens: Tensor | None,
+    context_parallel: object,
     backend: str,
 ) -> tuple[Tensor, Call, Tensor]:
     """The tokens for the layers, the call, and the positions (B,) after it.
@@ -138,7 +140,7 @@ def prepare(
             offset=(offset, 0),
             main_out=(main_out, "all"),
         )
-        return x, *_sequence(owner, x, state, mode, chunk_size, cu_seqlens, reset, backend)
+        return x, *_sequence(owner, x, state, mode, chunk_size, cu_seqlens, reset, context_parallel, backend)
     _check_left_out(
         owner.where,
         "with x_pred",
@@ -158,7 +160,7 @@ def prepare(
     checks.check_main_out(owner.where, main_out)
     powers = owner.constants.powers(owner.log_decays, x)
     spec = PopSpec(powers, (x_pred.shape[1], x_pred.shape[2]), block_size, offset, reset, main_out)
-    return join_row(x, x_pred), *_pop(owner, x, state, spec, backend)
+    return join_row(x, x_pred), *_pop(owner, x, state, spec, context_parallel, backend)
 
 
 def _sequence(
@@ -169,9 +171,11 @@ def _sequence(
     chunk_size: int | None,
     cu_seqlens: Tensor | None,
     reset: Tensor | None,
+    context_parallel: object,
     backend: str,
 ) -> tuple[SequenceCall, Tensor]:
     chunk_size = checks.check_mode(owner.where, mode, chunk_size)
+    checks.check_whole_if_packed(owner.where, context_parallel, cu_seqlens)
     chosen = _choose(owner, x, backend)
     rows, length = x.shape[:2]
     if cu_seqlens is not None:
@@ -182,14 +186,20 @@ def _sequence(
     packing = Packing(owner.where, cu_seqlens, length, reset) if cut else None
     _check_state(owner, x, state, rows)
     start = None if state is None else state.position
+    slices, own_start = None, start
+    if context_parallel is not None:
+        slices = Slices.of(owner.where, context_parallel, x, _facts(owner, state), reset)
+        own_start = slices.start(start)
     if cu_seqlens is not None:
         positions, after = packed_positions(start, cu_seqlens, length, reset)
     elif reset is not None:
-        boundaries = boundary_positions(start, length, 1, reset, x.device)
+        boundaries = boundary_positions(own_start, length, 1, reset, x.device)
         positions, after = boundaries[:, :-1], boundaries[:, -1].expand(rows).clone()
     else:
-        positions = sequence_positions(start, length, x.device)
-        after = _after(start, rows, length, x.device)
+        positions = sequence_positions(own_start, length, x.device)
+        after = _after(own_start, rows, length, x.device)
+    if slices is not None:
+        after = slices.end(start).expand(rows).clone()
     if mode == "chunkwise" and chunk_size is None:
         chunk_size = owner.constants.cfg.chunk_size
     call = SequenceCall(
@@ -199,27 +209,46 @@ def _sequence(
         chunk_size=chunk_size,
         packing=packing,
         backend=chosen,
+        slices=slices,
     )
     return call, after
 
 
 def _pop(
-    owner: Owner, x: Tensor, state: RetNetState | None, spec: PopSpec, backend: str
+    owner: Owner,
+    x: Tensor,
+    state: RetNetState | None,
+    spec: PopSpec,
+    context_parallel: object,
+    backend: str,
 ) -> tuple[PopCall, Tensor]:
     batch, length = x.shape[:2]
     _check_state(owner, x, state, batch)
     start = None if state is None else state.position
     size = spec.block_size
-    boundaries = boundary_positions(start, length // size, size, spec.reset, x.device)
+    slices, own_start = None, start
+    if context_parallel is not None:
+        slices = Slices.of(owner.where, context_parallel, x, _facts(owner, state), spec.reset, size)
+        own_start = slices.start(start)
+    boundaries = boundary_positions(own_start, length // size, size, spec.reset, x.device)
     num_predictions, pred_size = spec.predictions
     main = boundaries[:, :-1, None] + torch.arange(size, device=x.device)
     first = boundaries[:, spec.offset : spec.offset + num_predictions, None]
     pred = first + torch.arange(pred_size, device=x.device)
     positions = torch.cat((main.flatten(1), pred.flatten(1)), dim=1)
     call = PopCall(
-        spec=spec, rotation=owner.constants.rotation(positions), backend=_choose(owner, x, backend)
+        spec=spec,
+        rotation=owner.constants.rotation(positions),
+        backend=_choose(owner, x, backend),
+        slices=slices,
     )
-    return call, boundaries[:, -1].expand(batch).clone()
+    after = boundaries[:, -1] if slices is None else slices.end(start)
+    return call, after.expand(batch).clone()
+
+
+def _facts(owner: Owner, state: RetNetState | None) -> dict[str, int]:
+    """What all ranks' calls must agree in, see `Slices.of`."""
+    return {"layers": len(owner.layers), "state": int(state is not None)}
 
 
 def _choose(owner: Owner, x: Tensor, backend: str) -> Backend:

@@ -115,6 +115,7 @@ class MultiScaleRetention(nn.Module):
         mode: str = "chunkwise",
         chunk_size: int | None = None,
         cu_seqlens: Tensor | None = None,
+        context_parallel: object = None,
         backend: str = "auto",
     ) -> tuple[Any, ...]:
         """Run a sequence, or with ``x_pred`` the same as `pop`.
@@ -126,7 +127,7 @@ class MultiScaleRetention(nn.Module):
             x_pred, block_size, offset, main_out: see `pop`; without x_pred none of them is allowed.
             reset: (B, T), bool: where reset[:, t], state and position are 0 before token t, see
                 `retpop.retention`; with x_pred (B, N), see `pop`.
-            mode, backend: as in `retpop.retention`.
+            mode, context_parallel, backend: as in `retpop.retention`.
             chunk_size: as there; None: ``cfg.chunk_size``.
             cu_seqlens: (S + 1,), boundaries of S packed sequences; B is then 1 and the state has S rows.
 
@@ -152,6 +153,7 @@ class MultiScaleRetention(nn.Module):
             mode=mode,
             chunk_size=chunk_size,
             cu_seqlens=cu_seqlens,
+            context_parallel=context_parallel,
             backend=backend,
         )
         out, kv = self._run(tokens, None if state is None else state.kv[0], call)
@@ -167,6 +169,7 @@ class MultiScaleRetention(nn.Module):
         offset: int = 0,
         reset: Tensor | None = None,
         main_out: str = "all",
+        context_parallel: object = None,
         backend: str = "auto",
     ) -> tuple[Tensor, Tensor, RetNetState]:
         """Run a sequence of blocks, and prediction blocks that branch off at their boundaries.
@@ -175,8 +178,8 @@ class MultiScaleRetention(nn.Module):
             x: (B, T, E), N = T / block_size blocks.
             x_pred: (B, P, M, E).
             state: carried from what came before, with layers = 1; None for the start of a sequence.
-            block_size, offset, reset, backend: as in `retpop.pop_retention`. Positions start over at 0
-                where ``reset`` does.
+            block_size, offset, reset, context_parallel, backend: as in `retpop.pop_retention`. Positions
+                start over at 0 where ``reset`` does.
             main_out: which tokens of the sequence to return, see `RetNetDecoder.pop`.
 
         Returns:
@@ -197,6 +200,7 @@ class MultiScaleRetention(nn.Module):
             offset=offset,
             reset=reset,
             main_out=main_out,
+            context_parallel=context_parallel,
             backend=backend,
         )
 

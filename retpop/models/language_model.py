@@ -72,6 +72,7 @@ class RetNetLM(nn.Module):
         chunk_size: int | None = None,
         cu_seqlens: Tensor | None = None,
         reset: Tensor | None = None,
+        context_parallel: object = None,
         backend: str = "auto",
     ) -> tuple[Tensor, RetNetState]:
         """Logits of the tokens that follow, or their loss.
@@ -82,7 +83,8 @@ class RetNetLM(nn.Module):
             targets: (B, T), int64: the token that follows each token, -100 where none counts. The loss is
                 computed some tokens at a time and never holds all logits.
             logits: the tokens whose logits are wanted: "all", or "last", the last one of each sequence.
-            mode, chunk_size, cu_seqlens, reset, backend: as in `RetNetDecoder`.
+            mode, chunk_size, cu_seqlens, reset, context_parallel, backend: as in `RetNetDecoder`.
+                With context_parallel, logits and loss are those of this rank's slice.
 
         Returns:
             logits (B, T, V), or (B, V) with ``logits="last"`` ((S, V) for S packed sequences), or, with
@@ -102,6 +104,7 @@ class RetNetLM(nn.Module):
             chunk_size=chunk_size,
             cu_seqlens=cu_seqlens,
             reset=reset,
+            context_parallel=context_parallel,
             backend=backend,
         )
         if targets is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from retpop.arguments import Inputs, cast_inputs, state_dtype, without_autocast
@@ -9,6 +11,7 @@ from retpop.ops.checks import check_pop
 from retpop.ops.dispatch import choose_backend
 from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.rows import PopSpec
+from retpop.ops.slices import Slices, op_facts
 
 
 def pop_retention(
@@ -25,6 +28,7 @@ def pop_retention(
     state: Tensor | None = None,
     scale: float | None = None,
     reset: Tensor | None = None,
+    context_parallel: object = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parallel observation prediction: retention over blocks, and prediction blocks that branch off from it.
@@ -50,6 +54,8 @@ def pop_retention(
         scale: c; None: Dk^-0.5.
         reset: (B, N), bool: blocks that start a new episode. Where reset[:, n], B_n is set to 0 before block
             n and its prediction read it. reset[:, 0] drops the given state; B_N is never reset.
+        context_parallel: a process group whose ranks hold whole blocks of the sequences, in rank order, each
+            with the predictions that start from its own blocks; see `retpop.distributed.context_parallel`.
         backend: "auto", "torch", "triton" or "reference"; see `retpop.explain_backend`.
 
     Returns:
@@ -82,6 +88,12 @@ def pop_retention(
     chosen, _ = choose_backend("pop_retention()", backend, inputs)
     powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype))
     spec = PopSpec(powers, (q_pred.shape[1], q_pred.shape[2]), block_size, offset, reset)
+    run = partial(chosen.pop, (q, k, v, q_pred, k_pred, v_pred), spec=spec)
     with without_autocast(q.device):
-        out, pred, final = chosen.pop((q, k, v, q_pred, k_pred, v_pred), state, spec)
+        if context_parallel is None:
+            out, pred, final = run(state=state)
+        else:
+            facts = op_facts(k, v, state)
+            slices = Slices.of("pop_retention()", context_parallel, q, facts, reset, block_size)
+            out, pred, final = slices.run(run, k, v, state, powers)
     return out, pred, final

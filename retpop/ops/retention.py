@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from retpop.arguments import Inputs, cast_inputs, state_dtype, without_autocast
-from retpop.ops.checks import check_retention
+from retpop.ops.checks import check_retention, check_whole_if_packed
 from retpop.ops.dispatch import choose_backend
 from retpop.ops.powers import DecayPowers, default_scale
+from retpop.ops.slices import Slices, op_facts
 from retpop.ops.torch_backend.packed import Packing
 
 
@@ -23,6 +26,7 @@ def retention(
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     reset: Tensor | None = None,
+    context_parallel: object = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Retention: a linear recurrence with a fixed decay per head.
@@ -45,6 +49,8 @@ def retention(
             then 1 and states are (S, H, Dk, Dv); an empty sequence's state passes through.
         reset: (B, T), bool: where reset[:, t], the state is set to 0 before token t, as if the sequence
             were cut there; reset[:, 0] drops the given state.
+        context_parallel: a process group whose ranks hold slices of the sequences, in rank order; see
+            `retpop.distributed.context_parallel`. Not with cu_seqlens.
         backend: "auto", "torch", "triton" or "reference"; see `retpop.explain_backend`.
 
     Returns:
@@ -70,17 +76,24 @@ def retention(
         cu_seqlens=cu_seqlens,
         reset=reset,
     )
-    cut = cu_seqlens is not None or reset is not None
+    check_whole_if_packed("retention()", context_parallel, cu_seqlens)
     inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
     chosen, _ = choose_backend("retention()", backend, inputs)
+    powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype), decays)
+    cut = cu_seqlens is not None or reset is not None
+    run = partial(
+        chosen.retention,
+        q,
+        k,
+        v,
+        powers,
+        mode=mode,
+        chunk_size=None if chunk_size is None else int(chunk_size),
+        packing=Packing("retention()", cu_seqlens, q.shape[1], reset) if cut else None,
+    )
     with without_autocast(q.device):
-        return chosen.retention(
-            q,
-            k,
-            v,
-            DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype), decays),
-            mode=mode,
-            state=state,
-            chunk_size=None if chunk_size is None else int(chunk_size),
-            packing=Packing("retention()", cu_seqlens, q.shape[1], reset) if cut else None,
-        )
+        if context_parallel is None:
+            return run(state=state)
+        slices = Slices.of("retention()", context_parallel, q, op_facts(k, v, state), reset)
+        out, final = slices.run(run, k, v, state, powers)
+    return out, final
