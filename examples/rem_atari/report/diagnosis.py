@@ -268,7 +268,7 @@ def check_value_scale(lines: Sequence[MetricLine], config: Config) -> Finding:
 
 
 def check_reward_sizes(lines: Sequence[MetricLine], config: Config) -> Finding:
-    """Whether rewards differ in size, of which the world model learns nothing."""
+    """Whether rewards differ in size, of which a world model that learns signs learns nothing."""
     found = _finding("reward_sizes", "Rewards of different sizes")
     sizes = reward_sizes(lines)
     if sizes is None:
@@ -277,15 +277,15 @@ def check_reward_sizes(lines: Sequence[MetricLine], config: Config) -> Finding:
     figures = {"smallest": smallest, "largest": largest}
     if largest <= SAME_SIZE * smallest:
         return found(False, f"Every reward that is not 0 has the size {number(largest)}.", "", figures)
-    says = (
-        f"Those that are not 0 are from {number(smallest)} to {number(largest)} in size, and the world model"
-        " learns their signs alone."
-    )
+    says = f"Those that are not 0 are from {number(smallest)} to {number(largest)} in size"
+    if config.world_model.reward_bins > 0:
+        return found(False, f"{says}, and the world model learns their sizes.", "", figures)
     advice = (
         "The agent takes the smallest reward for as good as the largest, and may prefer what pays little but"
-        " surely. A wrapper (env.wrapper) can give rewards of one size, for what really counts."
+        " surely. Let the world model learn sizes (world_model.reward_bins and controller.value_bins 255), or"
+        " give rewards of one size for what really counts by a wrapper (env.wrapper)."
     )
-    return found(True, says, advice, figures)
+    return found(True, f"{says}, and the world model learns their signs alone.", advice, figures)
 
 
 CHECKS: tuple[Callable[[Sequence[MetricLine], Config], Finding], ...] = (

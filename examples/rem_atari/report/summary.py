@@ -130,7 +130,8 @@ def warnings_of(report: Report) -> list[str]:
             f" {limit:g} or less and trained on."
         )
     sizes = reward_sizes(report.lines)
-    if sizes is not None and sizes != (1.0, 1.0):
+    learns_signs = report.config.world_model.reward_bins == 0
+    if learns_signs and sizes is not None and sizes != (1.0, 1.0):
         found.append(
             f"The game's rewards are from {number(sizes[0])} to {number(sizes[1])} in size; the world model"
             " learns only their signs, so that to the agent each is worth −1, 0 or +1."

@@ -323,11 +323,13 @@ class Trainer:
     def _after_collected(self, units: int) -> None:
         """Say once, and as soon as it is seen, what the world model does not learn of the game's rewards."""
         sizes = self._state.collection.sizes
-        if not sizes.are_signs and not self._told_of_rewards:
+        learns_signs = self._config.world_model.reward_bins == 0
+        if learns_signs and not sizes.are_signs and not self._told_of_rewards:
             self._told_of_rewards = True
             self._progress.say(
                 f"warning: the game gives a reward of size {sizes.largest:g}, and the world model learns only"
-                " the signs of rewards: to the agent each is worth -1, 0 or +1"
+                " the signs of rewards: to the agent each is worth -1, 0 or +1. --world-model.reward-bins 255"
+                " teaches their sizes"
             )
         self._advance(units)
 

@@ -148,6 +148,15 @@ def test_each_sign_is_seen_alone_with_its_figures_and_advice(
     assert {name: finding.figures[name] for name in figures} == pytest.approx(figures)
 
 
+def test_rewards_of_different_sizes_are_no_sign_where_sizes_are_learned() -> None:
+    curves = healthy()
+    unequal(curves)
+    config = replace(CONFIG, world_model=replace(CONFIG.world_model, reward_bins=41))
+    found = only("reward_sizes", curves, config)
+    assert found.sign is False
+    assert found.says.endswith("and the world model learns their sizes.")
+
+
 def only(check: str, curves: dict[str, dict[str, list[float]]], config: Config = CONFIG) -> Finding:
     return next(finding for finding in diagnose(lines_of(curves), config) if finding.check == check)
 

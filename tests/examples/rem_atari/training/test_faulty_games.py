@@ -132,3 +132,11 @@ def test_rewards_that_are_no_signs_are_told_of_as_soon_as_they_are_seen(
     assert "rewards are from 1 to 5 in size" in page.replace("1.00", "1").replace("5.00", "5")
     assert "reward +5" in page, "in the films of what really happened"
     assert "Rewards of different sizes" in page
+
+
+def test_nobody_is_told_of_sizes_that_are_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FAULTS["reward"] = 5.0
+    run = tmp_path / "run"
+    assert train(run, "--world-model.reward-bins", "41") == 0
+    assert "the game gives a reward" not in capsys.readouterr().err
+    assert "learns only their signs" not in (run / "report.html").read_text()
