@@ -14,7 +14,7 @@ PURPOSES = {
     "debug": ("seconds", "runs every part at toy sizes; learns nothing"),
     "tiny": ("4 minutes", "the whole agent on a real Atari game, as much as a CPU bears; learns little"),
     "catch": ("4 minutes", "learns a small game from nothing to nearly perfect"),
-    "minatar": ("15 minutes", "learns MinAtar's Breakout, a larger small game"),
+    "minatar": ("half an hour", "learns MinAtar's small games; Breakout unless env.id says otherwise"),
     "paper": ("days on a CPU", "the published agent; wants a GPU, and `rem-atari weights` once before it"),
 }
 """Approximate time of each preset on two CPU cores, and its purpose."""

@@ -6,7 +6,7 @@ name     time, 2 CPU cores   what for
 debug    seconds             runs every phase on Catch at toy sizes; learns nothing
 tiny     at most 4 minutes   the whole agent on a real Atari game at a size a CPU bears; learns little
 catch    about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
-minatar  a quarter hour      learns MinAtar's Breakout (extra: minatar) to 9 times random play and more
+minatar  half an hour        learns MinAtar's games (extra: minatar); what each gave: docs, Results
 paper    days; wants a GPU   the published agent
 =======  ==================  ==============================================================================
 """
@@ -108,43 +108,46 @@ MINATAR = Config(
     threads=1,
     # Two by two cells to a token. A game that is played well has no end of its own.
     env=EnvConfig(id=MINATAR_ID, frame_size=40, max_raw_frames=2_500, eval_max_raw_frames=2_500, num_envs=8),
-    tokenizer=replace(
-        _SMALL_TOKENIZER,
-        codebook_size=64,
-        # While the tokens change their meaning the world model loses the ball, and what it knows of it.
-        freeze_epoch=15,
-        optim=OptimConfig(
-            lr=2e-3, weight_decay=0.01, clip_norm=10.0, batch_size=32, updates_per_epoch=25, first_updates=300
-        ),
-    ),
+    # Nothing trains: a game shows some hundred kinds of patches, Seaquest most.
+    tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=768),
     world_model=replace(
         _SMALL_WORLD_MODEL,
-        sequence_blocks=10,
+        # Two heads as wide as there are places, so that a head can tell them apart.
+        num_heads=2,
+        # What imagination reads and dreams: context_frames and horizon.
+        sequence_blocks=16,
+        local_frames=5,
+        local_outcomes=True,
+        reward_weight=3.0,
+        end_weight=3.0,
+        event_share=0.3,
         optim=OptimConfig(
-            # Twice as many updates on half the sequences: in the same time the loss falls much further.
-            lr=3e-3,
+            lr=2e-3,
             weight_decay=0.05,
             clip_norm=100.0,
-            batch_size=8,
-            updates_per_epoch=100,
-            first_updates=500,
+            average=0.98,
+            batch_size=6,
+            updates_per_epoch=80,
+            first_updates=1_500,
         ),
     ),
     controller=replace(
         _SMALL_CONTROLLER,
         channels=(32, 32),
         burn_in=6,
-        horizon=10,
-        gamma=0.98,
-        entropy_weight=0.01,
-        optim=OptimConfig(
-            lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=64, updates_per_epoch=25, start_epoch=3
-        ),
+        context_frames=5,
+        reward_start_share=0.3,
+        horizon=11,
+        gamma=0.97,
+        entropy_weight=0.02,
+        scale_advantages=True,
+        random_repeat=6,
+        optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=64, updates_per_epoch=40),
     ),
     schedule=ScheduleConfig(
-        epochs=55, collect_epochs=55, steps_per_epoch=512, random_steps=1_600, checkpoint_every=10
+        epochs=35, collect_epochs=35, steps_per_epoch=2_000, random_steps=30_000, checkpoint_every=5
     ),
-    evaluation=EvaluationConfig(every=10, episodes=50, final_episodes=100, random_episodes=400),
+    evaluation=EvaluationConfig(every=5, episodes=20, final_episodes=100, random_episodes=100),
 )
 
 TINY = Config(

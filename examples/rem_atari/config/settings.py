@@ -79,6 +79,9 @@ class OptimConfig:
     """AdamW's decoupled weight decay."""
     clip_norm: float
     """Gradients are clipped to this global norm."""
+    average: float = 0.0
+    """Decay of a running mean of the weights over an epoch's updates, which replaces them at their end: what
+    rare events teach comes in jumps, which it evens out. 0 (paper): none."""
     batch_size: int
     """Frames (tokenizer), sequences (world model) or segments (controller) in an update."""
     updates_per_epoch: int
@@ -171,6 +174,13 @@ class WorldModelConfig:
     """One prediction token for all places of an observation, not one each. An ablation of the paper."""
     position_in_block: bool = False
     """Add a learned embedding of a token's place in its block. Off in the paper."""
+    local_frames: int = 0
+    """With `pop`: predict a next frame's tokens from what stood around their places in so many last frames,
+    by a short convolution, besides the memory: what moves, and when (5 show it in MinAtar's games).
+    0 (paper): from the memory alone."""
+    local_outcomes: bool = False
+    """With `pop`, but not with `draw` refine: read rewards and ends off the predictions of the next frame,
+    the loudest of all places, besides the action token. Off in the paper."""
     event_share: float = 0.0
     """Share of a batch's sequences, below 1, that is drawn from those with a reward or an end. Weights make
     the loss that of uniform draws on average, so that chances are learned as they are. 0 in the paper."""
@@ -331,6 +341,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "tokenizer.fsq_levels": (8, 8, 8),
     "tokenizer.patch_threshold": 0.0,
     "tokenizer.patchwise": False,
+    "world_model.local_frames": 0,
+    "world_model.local_outcomes": False,
     "world_model.event_share": 0.0,
     "world_model.priority_share": 0.0,
     "world_model.draw": "independent",
@@ -339,6 +351,9 @@ ADDED_FIELDS: dict[str, Any] = {
     "world_model.end_weight": 1.0,
     "world_model.reward_bins": 0,
     "world_model.freeze_at_init": False,
+    "tokenizer.optim.average": 0.0,
+    "world_model.optim.average": 0.0,
+    "controller.optim.average": 0.0,
     "controller.context_frames": 1,
     "controller.value_bins": 0,
     "controller.reward_start_share": 0.0,
@@ -402,13 +417,15 @@ class Config:
 
 def _with_added_fields(data: Any) -> Any:
     """JSON data with `ADDED_FIELDS` where they are missing; what is no configuration stays as it is."""
+    for path, value in ADDED_FIELDS.items():
+        data = _with_added_field(data, path, value)
+    return data
+
+
+def _with_added_field(data: Any, path: str, value: Any) -> Any:
+    head, _, rest = path.partition(".")
     if not isinstance(data, dict):
         return data
-    filled = dict(data)
-    for path, value in ADDED_FIELDS.items():
-        part, _, name = path.rpartition(".")
-        inner = filled if not part else filled.get(part)
-        if isinstance(inner, dict):
-            with_it = {name: value, **inner}
-            filled = with_it if not part else {**filled, part: with_it}
-    return filled
+    if not rest:
+        return {head: value, **data}
+    return {**data, head: _with_added_field(data[head], rest, value)} if head in data else data

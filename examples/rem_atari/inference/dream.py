@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from rem_atari.models.memory import Memory
 from rem_atari.models.rewards import RewardCode
 from rem_atari.models.world_model import Imagined
-from retpop import RetNetState
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +43,10 @@ class Dream:
     end_chances: np.ndarray
     steps: int
     seed: int
-    state: RetNetState
+    state: Memory
 
     @classmethod
-    def at(cls, tokens: np.ndarray, state: RetNetState, seed: int) -> Dream:
+    def at(cls, tokens: np.ndarray, state: Memory, seed: int) -> Dream:
         """The first moment of n dreams, at tokens (n, K)."""
         count = len(tokens)
         nothing = np.zeros(count, dtype=np.float32)
@@ -105,7 +105,7 @@ class Dream:
         if not dreams:
             raise ValueError("Dream.cat(): dreams is empty; wanted at least one.")
         columns = {name: np.concatenate([getattr(dream, name) for dream in dreams]) for name in ARRAYS}
-        return replace(dreams[0], **columns, state=RetNetState.cat(dream.state for dream in dreams))
+        return replace(dreams[0], **columns, state=Memory.cat(dream.state for dream in dreams))
 
 
 ARRAYS = tuple(column.name for column in fields(Dream) if column.name not in ("steps", "seed", "state"))

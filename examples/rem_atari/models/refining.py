@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from rem_atari.config import WorldModelConfig
 from rem_atari.models.controller import entropy
 from rem_atari.models.sampling import sample_categorical
 from rem_atari.models.sequence_loss import SequenceLogits
@@ -30,8 +31,19 @@ class RefiningWorldModel(WorldModel):
     Args:
         cfg, num_tokens, code_dim, codebook_size, num_actions: as `WorldModel`.
 
+    Raises:
+        ValueError: as `WorldModel`, or `local_outcomes` is on.
+
     Source: MaskGIT, arXiv 2202.04200, with the entropy for its confidence.
     """
+
+    def __init__(self, cfg: WorldModelConfig, **sizes: int) -> None:
+        if cfg.local_outcomes:
+            raise ValueError(
+                "world_model.local_outcomes is on with world_model.draw refine; in training the predictions"
+                " read parts of what the action led to, and would give rewards and ends away."
+            )
+        super().__init__(cfg, **sizes)
 
     def forward(
         self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
@@ -40,8 +52,9 @@ class RefiningWorldModel(WorldModel):
         if not self.training:
             return super().forward(tokens, actions, codebook, skip_blocks=skip_blocks)
         known = _some(tokens)
-        predicting = self._with_hints(tokens, known, codebook)
-        logits = self._predict_blocks(tokens, actions, codebook, predicting, skip_blocks)
+        plain = self._sequence_prediction_tokens(tokens, actions, codebook, skip_blocks)
+        stream = self._with_hints(plain, tokens[:, skip_blocks:], known[:, skip_blocks:], codebook)
+        logits = self._predict_blocks(tokens, actions, codebook, stream, skip_blocks)
         return logits._replace(unknown=~known[:, skip_blocks:])
 
     def _draw_tokens(
@@ -70,20 +83,18 @@ class RefiningWorldModel(WorldModel):
         self, tokens: Tensor, known: Tensor, codebook: Tensor, step: WorldModelStep
     ) -> Tensor:
         """Logits (B, K, V) of the observation after `step`, given its known tokens (B, K)."""
-        predicting = self._with_hints(tokens[:, None], known[:, None], codebook)
-        nothing = predicting.new_empty(predicting.shape[0], 0, predicting.shape[-1])
-        _, predicted, _ = self.decoder.pop(nothing, predicting, step.state, block_size=self.block_size)
+        stream = self._with_hints(step.prediction_tokens, tokens[:, None], known[:, None], codebook)
+        nothing = stream.new_empty(stream.shape[0], 0, stream.shape[-1])
+        _, predicted, _ = self.decoder.pop(nothing, stream, step.state.decoder, block_size=self.block_size)
         return self._token_logits(predicted[:, 0], codebook)
 
-    def _with_hints(self, tokens: Tensor, known: Tensor, codebook: Tensor) -> Tensor:
+    def _with_hints(self, plain: Tensor, tokens: Tensor, known: Tensor, codebook: Tensor) -> Tensor:
         """The prediction stream's input, given some of the tokens (B, N, K): (B, N, 2 K, width)."""
-        plain = super()._prediction_tokens(*tokens.shape[:2])
         hints = plain + self._embed_tokens(tokens, codebook) * known[..., None]
         return torch.cat((hints, plain), dim=2)
 
-    def _prediction_tokens(self, batch_size: int, blocks: int) -> Tensor:
-        plain = super()._prediction_tokens(batch_size, blocks)
-        return torch.cat((plain, plain), dim=2)
+    def _stream(self, prediction_tokens: Tensor) -> Tensor:
+        return torch.cat((prediction_tokens, prediction_tokens), dim=2)
 
     def _token_logits(self, predicted: Tensor, codebook: Tensor) -> Tensor:
         return super()._token_logits(predicted[..., self.num_tokens :, :], codebook)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.memory import Memory
 from rem_atari.models.sampling import sample_categorical
 from rem_atari.models.world_model import BaseWorldModel, Imagined, SequenceLogits
-from retpop import RetNetState
 
 
 class TokenByTokenWorldModel(BaseWorldModel):
@@ -70,17 +70,17 @@ class TokenByTokenWorldModel(BaseWorldModel):
             ends=self.end_head(at_action),
         )
 
-    def begin(self, tokens: Tensor, codebook: Tensor, state: RetNetState) -> RetNetState:
+    def begin(self, tokens: Tensor, codebook: Tensor, state: Memory) -> Memory:
         """The memory after all but the last token of the observations (B, K)."""
-        _, state = self.decoder(self._place(self._embed_tokens(tokens[:, :-1], codebook), 0), state)
-        return state
+        _, memory = self.decoder(self._place(self._embed_tokens(tokens[:, :-1], codebook), 0), state.decoder)
+        return state._replace(decoder=memory)
 
     def imagine(
         self,
         tokens: Tensor,
         actions: Tensor,
         codebook: Tensor,
-        state: RetNetState,
+        state: Memory,
         generator: torch.Generator,
         *,
         temperature: float = 1.0,
@@ -88,7 +88,8 @@ class TokenByTokenWorldModel(BaseWorldModel):
         """Draw what follows observations and actions: reward and end, then token by token."""
         last = self._embed_tokens(tokens[:, -1:], codebook)
         action = self.action_embedding(actions)[:, None]
-        out, state = self.decoder(self._place(torch.cat((last, action), dim=1), self.num_tokens - 1), state)
+        block = self._place(torch.cat((last, action), dim=1), self.num_tokens - 1)
+        out, memory = self.decoder(block, state.decoder)
         at_action = out[:, -1]
         reward_logits, end_logits = self.reward_head(at_action), self.end_head(at_action)
         rewards = self.reward_code.draw(reward_logits, generator, temperature=temperature)
@@ -97,6 +98,7 @@ class TokenByTokenWorldModel(BaseWorldModel):
         drawn = [draw(self._token_logits(at_action, codebook))]
         for place in range(self.num_tokens - 1):
             embedded = self._embed_tokens(drawn[-1][:, None], codebook)
-            out, state = self.decoder(self._place(embedded, place), state)
+            out, memory = self.decoder(self._place(embedded, place), memory)
             drawn.append(draw(self._token_logits(out[:, -1], codebook)))
+        state = state._replace(decoder=memory)
         return Imagined(rewards, ended, torch.stack(drawn, dim=1), state, reward_logits, end_logits)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.local_past import LocalPast
+from rem_atari.models.memory import Memory
 from rem_atari.models.rewards import RewardCode
 from rem_atari.models.sampling import sample_categorical, sample_coupled
 from rem_atari.models.sequence_loss import SequenceLogits, WorldModelLoss, sequence_loss
 from rem_atari.models.sequence_tokens import SequenceTokens
-from retpop import RetNetConfig, RetNetDecoder, RetNetState
+from retpop import RetNetConfig, RetNetDecoder
 
 
 class WorldModelStep(NamedTuple):
@@ -29,12 +31,14 @@ class WorldModelStep(NamedTuple):
         end_logits: of the episode going on (0) or ending (1), (B, 2).
         token_logits: of the next observation's tokens, each place for itself, (B, K, V).
         state: the memory after observation and action.
+        prediction_tokens: what the next observation's tokens were predicted from, (B, 1, K, width).
     """
 
     reward_logits: Tensor
     end_logits: Tensor
     token_logits: Tensor
-    state: RetNetState
+    state: Memory
+    prediction_tokens: Tensor
 
 
 class Imagined(NamedTuple):
@@ -52,7 +56,7 @@ class Imagined(NamedTuple):
     rewards: Tensor
     ended: Tensor
     tokens: Tensor
-    state: RetNetState
+    state: Memory
     reward_logits: Tensor
     end_logits: Tensor
 
@@ -92,6 +96,7 @@ class BaseWorldModel(nn.Module, ABC):
         self.num_tokens = num_tokens
         self.block_size = num_tokens + 1
         self.context_blocks = cfg.context_blocks
+        self.local_past = self._make_local_past(cfg)
         self.token_embedding = nn.Embedding(codebook_size, width) if cfg.own_token_embedding else None
         self.action_embedding = nn.Embedding(num_actions, width)
         self.prediction_embedding = self._make_prediction_embedding(cfg)
@@ -129,7 +134,7 @@ class BaseWorldModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def begin(self, tokens: Tensor, codebook: Tensor, state: RetNetState) -> RetNetState:
+    def begin(self, tokens: Tensor, codebook: Tensor, state: Memory) -> Memory:
         """The memory that `imagine` wants at observations (B, K), from the one before them."""
 
     @abstractmethod
@@ -138,7 +143,7 @@ class BaseWorldModel(nn.Module, ABC):
         tokens: Tensor,
         actions: Tensor,
         codebook: Tensor,
-        state: RetNetState,
+        state: Memory,
         generator: torch.Generator,
         *,
         temperature: float = 1.0,
@@ -154,10 +159,14 @@ class BaseWorldModel(nn.Module, ABC):
             temperature: temperature of the draws; 0: always the most likely.
         """
 
-    def init_state(self, batch_size: int) -> RetNetState:
+    def init_state(self, batch_size: int) -> Memory:
         """The memory before `batch_size` sequences have begun."""
         weight = self.action_embedding.weight
-        return self.decoder.init_state(batch_size, device=weight.device, dtype=weight.dtype)
+        memory = self.decoder.init_state(batch_size, device=weight.device, dtype=weight.dtype)
+        kept = (0, 0)
+        if self.local_past is not None:
+            kept = (self.local_past.frames - 1, self.num_tokens, weight.shape[1])
+        return Memory(memory, weight.new_zeros(batch_size, *kept))
 
     def loss(self, batch: SequenceTokens, codebook: Tensor, weights: Tensor | None = None) -> WorldModelLoss:
         """The training loss: the weighted sum of the cross-entropies of tokens, rewards and ends.
@@ -187,10 +196,10 @@ class BaseWorldModel(nn.Module, ABC):
         tokens: Tensor,
         actions: Tensor,
         codebook: Tensor,
-        state: RetNetState | None = None,
+        state: Memory | None = None,
         *,
         mask: Tensor | None = None,
-    ) -> RetNetState:
+    ) -> Memory:
         """The memory after reading blocks, without predicting anything.
 
         Args:
@@ -201,22 +210,50 @@ class BaseWorldModel(nn.Module, ABC):
             mask: (B, N) bool, False where a block is padding, which comes before all real blocks and leaves
                 an empty memory; None: all are real.
         """
+        before = self.init_state(tokens.shape[0]) if state is None else state
+        seen = self._see(tokens, actions, codebook)
         blocks = self._embed_blocks(tokens, actions, codebook)
         if mask is None:
-            return self.decoder(blocks, state)[1]
+            return Memory(self.decoder(blocks, before.decoder)[1], self._keep(before, seen))
+        real = mask.view(*mask.shape, *(1,) * (seen.dim() - 2))
+        recent = self._keep(before, seen * real)
         if mask.shape[1] == 1:
-            _, state = self.decoder(blocks, state)
+            _, memory = self.decoder(blocks, before.decoder)
         else:
             # Memory starts anew at the first real block.
             is_first = functional.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
             no_predictions = blocks.new_empty(blocks.shape[0], 0, self.num_tokens, blocks.shape[-1])
-            _, _, state = self.decoder.pop(
-                blocks, no_predictions, state, block_size=self.block_size, reset=is_first, main_out="last"
+            _, _, memory = self.decoder.pop(
+                blocks,
+                no_predictions,
+                before.decoder,
+                block_size=self.block_size,
+                reset=is_first,
+                main_out="last",
             )
-        return state.reset(~mask[:, -1])
+        return Memory(memory.reset(~mask[:, -1]), recent)
+
+    def _see(self, tokens: Tensor, actions: Tensor, codebook: Tensor) -> Tensor:
+        """What `LocalPast` is shown of frames (B, N, K) and the actions (B, N) taken on them.
+
+        (B, N, K, width), or without one nothing, (B, N, 0).
+        """
+        embedded = self._embed_tokens(tokens, codebook)
+        if self.local_past is None:
+            return embedded.new_empty(*actions.shape, 0)
+        return embedded + self.action_embedding(actions)[:, :, None]
+
+    def _keep(self, before: Memory, seen: Tensor) -> Tensor:
+        """The last of the frames that the memory holds and of those `seen` after them."""
+        together = torch.cat((before.recent, seen), dim=1)
+        return together[:, together.shape[1] - before.recent.shape[1] :]
 
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding | None:
         """Prediction tokens, where the model has any."""
+        return None
+
+    def _make_local_past(self, cfg: WorldModelConfig) -> LocalPast | None:
+        """What looks at the last frames, where the model has it."""
         return None
 
     def _embed_blocks(self, tokens: Tensor, actions: Tensor, codebook: Tensor) -> Tensor:
@@ -258,28 +295,42 @@ class WorldModel(BaseWorldModel):
         self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
     ) -> SequenceLogits:
         """See `BaseWorldModel.forward`."""
-        predicting = self._prediction_tokens(tokens.shape[0], tokens.shape[1])
-        return self._predict_blocks(tokens, actions, codebook, predicting, skip_blocks)
+        prediction_tokens = self._sequence_prediction_tokens(tokens, actions, codebook, skip_blocks)
+        return self._predict_blocks(tokens, actions, codebook, self._stream(prediction_tokens), skip_blocks)
+
+    def _sequence_prediction_tokens(
+        self, tokens: Tensor, actions: Tensor, codebook: Tensor, skip_blocks: int
+    ) -> Tensor:
+        """What a sequence's observations are predicted from besides the memory, (B, N', K, width).
+
+        They are those of the blocks that are not skipped, and with `local_outcomes` the one after the last.
+        """
+        frames = 1 if self.local_past is None else self.local_past.frames
+        seen = self._see(tokens, actions, codebook)
+        nothing = seen.new_zeros(seen.shape[0], frames, *seen.shape[2:])
+        last = tokens.shape[1] + frames if self.cfg.local_outcomes else -1
+        return self._prediction_tokens(torch.cat((nothing, seen), dim=1)[:, skip_blocks:last])
 
     def _predict_blocks(
-        self, tokens: Tensor, actions: Tensor, codebook: Tensor, predicting: Tensor, skip_blocks: int
+        self, tokens: Tensor, actions: Tensor, codebook: Tensor, stream: Tensor, skip_blocks: int
     ) -> SequenceLogits:
-        """`forward`, given the prediction stream's input, (B, N, M, width)."""
+        """`forward`, given the prediction stream's input, (B, N', M, width)."""
         at_action, predicted, _ = self.decoder.pop(
             self._embed_blocks(tokens, actions, codebook),
-            predicting[:, skip_blocks:],
+            stream,
             block_size=self.block_size,
             offset=skip_blocks,
             main_out="last",
         )
         at_action = at_action[:, skip_blocks:]
+        blocks = at_action.shape[1]
         return SequenceLogits(
-            tokens=self._token_logits(predicted, codebook),
-            rewards=self.reward_head(at_action),
-            ends=self.end_head(at_action),
+            tokens=self._token_logits(predicted[:, :blocks], codebook),
+            rewards=self._outcome(self.reward_head, at_action, predicted[:, -blocks:]),
+            ends=self._outcome(self.end_head, at_action, predicted[:, -blocks:]),
         )
 
-    def begin(self, tokens: Tensor, codebook: Tensor, state: RetNetState) -> RetNetState:
+    def begin(self, tokens: Tensor, codebook: Tensor, state: Memory) -> Memory:
         """The memory before the observations, as it is: `imagine` reads them with their actions."""
         return state
 
@@ -288,7 +339,7 @@ class WorldModel(BaseWorldModel):
         tokens: Tensor,
         actions: Tensor,
         codebook: Tensor,
-        state: RetNetState,
+        state: Memory,
         generator: torch.Generator,
         *,
         temperature: float = 1.0,
@@ -304,7 +355,7 @@ class WorldModel(BaseWorldModel):
             end_logits=step.end_logits,
         )
 
-    def step(self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: RetNetState) -> WorldModelStep:
+    def step(self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: Memory) -> WorldModelStep:
         """Read one block and predict what follows it, in one pass of the decoder.
 
         Args:
@@ -313,20 +364,24 @@ class WorldModel(BaseWorldModel):
             codebook: the tokenizer's codes, (V, E).
             state: the memory before the block.
         """
-        at_action, predicted, state = self.decoder.pop(
-            self._embed_blocks(tokens[:, None], actions[:, None], codebook),
-            self._prediction_tokens(tokens.shape[0], 1),
-            state,
+        block = tokens[:, None], actions[:, None], codebook
+        seen = self._see(*block)
+        prediction_tokens = self._prediction_tokens(torch.cat((state.recent, seen), dim=1))
+        at_action, predicted, memory = self.decoder.pop(
+            self._embed_blocks(*block),
+            self._stream(prediction_tokens),
+            state.decoder,
             block_size=self.block_size,
             offset=1,
             main_out="last",
         )
-        at_action = at_action[:, 0]
+        at_action, predicted = at_action[:, 0], predicted[:, 0]
         return WorldModelStep(
-            reward_logits=self.reward_head(at_action),
-            end_logits=self.end_head(at_action),
-            token_logits=self._token_logits(predicted[:, 0], codebook),
-            state=state,
+            reward_logits=self._outcome(self.reward_head, at_action, predicted),
+            end_logits=self._outcome(self.end_head, at_action, predicted),
+            token_logits=self._token_logits(predicted, codebook),
+            state=Memory(memory, self._keep(state, seen)),
+            prediction_tokens=prediction_tokens,
         )
 
     def _draw_tokens(
@@ -342,13 +397,42 @@ class WorldModel(BaseWorldModel):
             return sample_coupled(step.token_logits, before, generator, temperature=temperature)
         return sample_categorical(step.token_logits, generator, temperature=temperature)
 
+    def _make_local_past(self, cfg: WorldModelConfig) -> LocalPast | None:
+        if cfg.local_frames == 0:
+            return None
+        return LocalPast(cfg.embed_dim, cfg.local_frames, self.num_tokens)
+
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding:
         return nn.Embedding(1 if cfg.shared_prediction_token else self.num_tokens, cfg.embed_dim)
 
-    def _prediction_tokens(self, batch_size: int, blocks: int) -> Tensor:
-        """The prediction stream's input, the same for every block: (B, blocks, M, width), M being K."""
-        weight = self.prediction_embedding.weight
-        return weight.expand(batch_size, blocks, self.num_tokens, weight.shape[-1])
+    def _outcome(self, head: nn.Sequential, at_action: Tensor, led_to: Tensor) -> Tensor:
+        """Logits (..., C) of the reward or the end.
+
+        Args:
+            head: what gives them.
+            at_action: the outputs at the action tokens, (..., width).
+            led_to: those at the predictions of the observations that follow, (..., M, width).
+        """
+        if not self.cfg.local_outcomes:
+            return head(at_action)
+        # What happens does so in one place: each has its say, and the loudest is heard.
+        said = head[:-1](torch.cat((at_action[..., None, :], led_to), dim=-2))
+        return head[-1](said.amax(dim=-2))
+
+    def _prediction_tokens(self, seen: Tensor) -> Tensor:
+        """What N observations are predicted from besides the memory, (B, N, K, width).
+
+        Args:
+            seen: the N observations before them, and the F - 1 before those, as `_see` shows them.
+        """
+        learned = self.prediction_embedding.weight
+        if self.local_past is None:
+            return learned.expand(*seen.shape[:2], self.num_tokens, learned.shape[-1])
+        return learned + self.local_past(seen)
+
+    def _stream(self, prediction_tokens: Tensor) -> Tensor:
+        """The prediction stream, (B, N, M, width), M being K, of prediction tokens (B, N, K, width)."""
+        return prediction_tokens
 
 
 def _head(width: int, classes: int) -> nn.Sequential:

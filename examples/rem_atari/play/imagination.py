@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 
 from rem_atari.models.base_tokenizer import BaseTokenizer
+from rem_atari.models.memory import Memory
 from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.play.rollout import TokenStep
-from retpop import RetNetState
 
 Context = tuple[Tensor, Tensor, Tensor | None]
 """The N real observations before a start, (B, N, K) int64, the actions taken on them, (B, N) int64, and a
 mask, (B, N) bool, False where a step is padding, on the left; None: all are real."""
 
 
-def state_at(
-    world_model: BaseWorldModel, codes: Tensor, tokens: Tensor, context: Context | None
-) -> RetNetState:
+def state_at(world_model: BaseWorldModel, codes: Tensor, tokens: Tensor, context: Context | None) -> Memory:
     """The memory that `world_model.imagine` wants at observations `tokens` (B, K), after a context if any."""
     if context is None:
         state = world_model.init_state(tokens.shape[0])
@@ -65,7 +63,7 @@ class ImaginedEnv:
         self._tokenizer = tokenizer
         self._generator = generator
         self._show = tokenizer.embed if show is None else show
-        self._state: RetNetState | None = None
+        self._state: Memory | None = None
         self._tokens: Tensor | None = None
 
     @property

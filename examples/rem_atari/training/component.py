@@ -78,7 +78,25 @@ class Component:
             )
         self.optimizer.step()
         self.updates += 1
+        if self.config.average > 0:
+            self._follow(parameters)
         return {**metrics, "grad_norm": norm}
+
+    @torch.no_grad()
+    def _follow(self, parameters: list[Tensor]) -> None:
+        """Move the running means towards the weights; the optimiser keeps them, and checkpoints with it."""
+        slots = [self.optimizer.state[parameter] for parameter in parameters]
+        for parameter, slot in zip(parameters, slots, strict=True):
+            slot.setdefault("average", parameter.detach().clone())
+        means = [slot["average"] for slot in slots]
+        torch._foreach_lerp_(means, parameters, 1 - self.config.average)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """At the end of an epoch's updates: go on from the running means of the weights, if there are any."""
+        for parameter, slot in self.optimizer.state.items():
+            if "average" in slot:
+                parameter.copy_(slot.pop("average"))
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's tensors by name: ``<component>.<parameter number>.<slot>``."""

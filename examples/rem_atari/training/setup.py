@@ -172,6 +172,10 @@ def check_config(config: Config) -> None:
             f"controller.context_frames is {config.controller.context_frames}, wanted at most"
             f" controller.burn_in, which is {config.controller.burn_in}"
         )
+    for component in ("tokenizer", "world_model", "controller"):
+        average = getattr(config, component).optim.average
+        if average >= 1:
+            raise UsageError(f"{component}.optim.average is {average}, wanted less than 1")
     if config.world_model.event_share >= 1:
         raise UsageError(f"world_model.event_share is {config.world_model.event_share}, wanted less than 1")
     check_device(config.device)

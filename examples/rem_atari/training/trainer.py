@@ -244,6 +244,7 @@ class Trainer:
                 max_seconds=component.config.max_seconds,
                 after_update=self._advance,
             )
+        component.settle()
         component.module.eval()
         means = state.updates.means()
         self._write(means | phase.more_metrics(means))

@@ -99,11 +99,11 @@ def test_a_missing_field_is_named() -> None:
 @pytest.mark.parametrize("path", ADDED_FIELDS)
 def test_a_run_folder_of_before_a_field_was_added_is_still_read(path: str) -> None:
     data = as_json(Config())
-    part, _, name = path.rpartition(".")
-    del (data[part] if part else data)[name]
+    *parts, name = path.split(".")
+    del reduce(dict.__getitem__, parts, data)[name]
     before = json.dumps(data)
     filled = Config.from_dict(data).to_dict()
-    assert (filled[part] if part else filled)[name] == ADDED_FIELDS[path]
+    assert reduce(dict.__getitem__, parts, filled)[name] == ADDED_FIELDS[path]
     assert json.dumps(data) == before
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,9 +26,9 @@ CFG = WorldModelConfig(
 )
 
 
-def make(kind: type[WorldModel]) -> WorldModel:
+def make(kind: type[WorldModel], **changes) -> WorldModel:
     torch.manual_seed(0)
-    return kind(CFG, num_tokens=K, code_dim=WIDTH, codebook_size=CODES, num_actions=2)
+    return kind(replace(CFG, **changes), num_tokens=K, code_dim=WIDTH, codebook_size=CODES, num_actions=2)
 
 
 def coins(batch: int, seed: int) -> SequenceTokens:
@@ -91,13 +93,20 @@ def test_it_has_the_parameters_of_the_model_that_draws_at_once():
     assert ours == theirs
 
 
-def test_a_step_predicts_what_the_sequence_does():
-    model, batch, codes = make(RefiningWorldModel).eval(), coins(5, seed=0), torch.zeros(CODES, WIDTH)
+@pytest.mark.parametrize("local_frames", [0, 2])
+def test_a_step_predicts_what_the_sequence_does(local_frames):
+    model = make(RefiningWorldModel, local_frames=local_frames).eval()
+    batch, codes = coins(5, seed=0), torch.zeros(CODES, WIDTH)
     with torch.no_grad():
         taught = model(batch.tokens, batch.actions, codes, skip_blocks=1)
         step = model.step(batch.tokens[:, 0], batch.actions[:, 0], codes, model.init_state(5))
     assert taught.unknown is None
     torch.testing.assert_close(step.token_logits, taught.tokens[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_outcomes_cannot_be_read_off_predictions_that_have_seen_a_part_of_them():
+    with pytest.raises(ValueError, match=r"world_model\.local_outcomes is on with world_model\.draw refine"):
+        make(RefiningWorldModel, local_outcomes=True)
 
 
 def test_known_tokens_are_read_and_carry_no_loss(monkeypatch):

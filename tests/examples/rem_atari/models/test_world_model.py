@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.local_past import LocalPast
+from rem_atari.models.memory import Memory
 from rem_atari.models.parameter_groups import parameter_groups
 from rem_atari.models.rewards import reward_classes
 from rem_atari.models.sequence_tokens import SequenceTokens
@@ -19,6 +21,7 @@ SMALL = WorldModelConfig(
     embed_dim=WIDTH, num_layers=2, num_heads=2, ffn_dim=24, dropout=0.0, sequence_blocks=5, context_blocks=2
 )
 OPTIONS = [{}, {"own_token_embedding": True, "position_in_block": True}]
+LOCAL = [{"local_frames": 3}, {"local_outcomes": True}, {"local_frames": 1, "local_outcomes": True}]
 
 
 def small_world_model(**changes) -> WorldModel:
@@ -55,23 +58,23 @@ def test_the_published_size_has_the_published_number_of_parameters():
 
 def predict_next(model: WorldModel, state: RetNetState) -> torch.Tensor:
     """Logits (B, K, V) of the observation that follows a memory, by a pass of the prediction tokens alone."""
-    batch_size = state.position.shape[0]
+    batch_size = state.decoder.position.shape[0]
     predicting = model.prediction_embedding.weight.expand(batch_size, 1, model.num_tokens, -1)
     nothing = torch.empty(batch_size, 0, WIDTH)
-    _, predicted, _ = model.decoder.pop(nothing, predicting, state, block_size=model.block_size)
+    _, predicted, _ = model.decoder.pop(nothing, predicting, state.decoder, block_size=model.block_size)
     return model.token_head(predicted[:, 0])
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS + LOCAL)
 def test_imagination_computes_what_training_taught(options):
     """A sequence at once gives the logits that reading context and stepping block by block gives."""
     model = small_world_model(**options).eval()
     batch, codebook = some_sequences(), a_codebook()
+    expected = []
     with torch.no_grad():
         taught = model(batch.tokens, batch.actions, codebook)
-        state = model.take_in(batch.tokens[:, :2], batch.actions[:, :2], codebook)
-        expected = [predict_next(model, state)]
-        for block in range(2, 5):
+        state = model.take_in(batch.tokens[:, :1], batch.actions[:, :1], codebook)
+        for block in range(1, 5):
             step = model.step(batch.tokens[:, block], batch.actions[:, block], codebook, state)
             torch.testing.assert_close(step.reward_logits, taught.rewards[:, block], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(step.end_logits, taught.ends[:, block], atol=1e-5, rtol=1e-5)
@@ -80,6 +83,55 @@ def test_imagination_computes_what_training_taught(options):
     for block in range(2, 5):
         torch.testing.assert_close(expected[block - 2], taught.tokens[:, block], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(taught.tokens[:, 2], taught.tokens[:, 3], atol=1e-3)
+
+
+@pytest.mark.parametrize("options", OPTIONS + LOCAL)
+def test_padding_before_the_first_real_block_leaves_no_trace(options):
+    model = small_world_model(**options).eval()
+    batch, codebook = some_sequences(), a_codebook()
+    mask = torch.tensor([[False, False, True, True]]).expand(3, -1)
+    with torch.no_grad():
+        padded = model.take_in(batch.tokens[:, :4], batch.actions[:, :4], codebook, mask=mask)
+        alone = model.take_in(batch.tokens[:, 2:4], batch.actions[:, 2:4], codebook)
+    torch.testing.assert_close(padded.decoder.kv, alone.decoder.kv, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded.recent, alone.recent)
+
+
+def test_memories_of_games_are_taken_apart_and_put_together():
+    model = small_world_model(local_frames=3).eval()
+    batch = some_sequences()
+    with torch.no_grad():
+        memory = model.take_in(batch.tokens, batch.actions, a_codebook())
+    again = Memory.cat([memory.select(slice(0, 1)), memory.select(torch.tensor([1, 2]))])
+    assert memory.recent.shape == (3, 2, K, WIDTH)
+    assert torch.equal(again.recent, memory.recent)
+    assert torch.equal(again.decoder.kv, memory.decoder.kv)
+
+
+def test_predictions_see_the_last_frames_around_their_place_and_nothing_else_directly():
+    past = LocalPast(WIDTH, frames=3, num_tokens=16)
+    seen = torch.zeros(1, 3 + 2, 16, WIDTH)
+    before = past(seen)
+    seen[0, 1, 0] = 1.0
+    moved = (past(seen) - before).abs().amax(dim=-1)[0] > 1e-6
+    near = torch.zeros(16, dtype=torch.bool)
+    near[[0, 1, 4, 5]] = True
+    assert torch.equal(moved[0], near)
+    assert torch.equal(moved[1], near)
+    assert not moved[2].any()
+
+
+def test_what_one_place_leads_to_is_heard_in_the_outcome():
+    """Where nothing is said of a place, its prediction changes neither reward nor end."""
+    batch, codebook = some_sequences(), a_codebook()
+    for local in (False, True):
+        model = small_world_model(local_outcomes=local).eval()
+        with torch.no_grad():
+            before = model(batch.tokens, batch.actions, codebook)
+            model.prediction_embedding.weight[2] *= -5
+            after = model(batch.tokens, batch.actions, codebook)
+        for name in ("rewards", "ends"):
+            assert torch.allclose(getattr(before, name), getattr(after, name), atol=1e-4) is not local
 
 
 def test_predictions_that_are_left_out_change_none_of_the_others():
@@ -108,18 +160,18 @@ def test_one_pass_is_two_passes(options):
         step = model.step(batch.tokens[:, 3], batch.actions[:, 3], codebook, before)
         after = model.take_in(batch.tokens[:, 3:4], batch.actions[:, 3:4], codebook, before)
         torch.testing.assert_close(step.token_logits, predict_next(model, after), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(step.state.kv, after.kv, atol=1e-5, rtol=1e-5)
-    assert torch.equal(step.state.position, after.position)
-    assert step.state.position.tolist() == [4 * (K + 1)] * 3
+    torch.testing.assert_close(step.state.decoder.kv, after.decoder.kv, atol=1e-5, rtol=1e-5)
+    assert torch.equal(step.state.decoder.position, after.decoder.position)
+    assert step.state.decoder.position.tolist() == [4 * (K + 1)] * 3
 
 
 def test_stepping_leaves_the_memory_it_was_given_alone():
     model = small_world_model().eval()
     batch = some_sequences()
     state = model.take_in(batch.tokens[:, :1], batch.actions[:, :1], a_codebook())
-    before = state.kv.clone()
+    before = state.decoder.kv.clone()
     model.step(batch.tokens[:, 1], batch.actions[:, 1], a_codebook(), state)
-    assert torch.equal(state.kv, before)
+    assert torch.equal(state.decoder.kv, before)
 
 
 def test_no_memory_is_the_initial_memory():
@@ -127,7 +179,10 @@ def test_no_memory_is_the_initial_memory():
     batch = some_sequences()
     arguments = batch.tokens[:, :2], batch.actions[:, :2], a_codebook()
     torch.testing.assert_close(
-        model.take_in(*arguments).kv, model.take_in(*arguments, model.init_state(3)).kv, rtol=0, atol=0
+        model.take_in(*arguments).decoder.kv,
+        model.take_in(*arguments, model.init_state(3)).decoder.kv,
+        rtol=0,
+        atol=0,
     )
 
 
@@ -389,6 +444,36 @@ def test_with_bins_the_model_learns_and_imagines_the_size_of_rewards():
         loss.backward()
         optimizer.step()
     torch.testing.assert_close(imagined(), rewards[:, 0], atol=0.15, rtol=0.05)
+
+
+@pytest.mark.parametrize(("bins", "sure", "gamble"), [(41, 0.1, 2.195), (0, 1.0, -0.1)])
+def test_a_gamble_is_worth_its_mean_with_bins_and_its_odds_with_signs(bins, sure, gamble):
+    """One action pays 0.1, the other 5 in 9 of 20 games and -0.1 in 11: by signs the small one is better."""
+    model = small_world_model(reward_bins=bins, context_blocks=0, sequence_blocks=1)
+    actions = torch.tensor([[0]] * 20 + [[1]] * 20)
+    paid = torch.tensor([[0.1]] * 20 + [[5.0]] * 9 + [[-0.1]] * 11)
+    never = torch.zeros(40, 1, dtype=torch.bool)
+    batch = SequenceTokens(
+        tokens=torch.zeros(40, 1, K, dtype=torch.int64),
+        actions=actions,
+        rewards=paid,
+        ended=never,
+        truncated=never,
+        mask=~never,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss, _, _ = model.loss(batch, a_codebook())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    games, generator = 4_000, torch.Generator().manual_seed(0)
+    tokens, chosen = batch.tokens[0].expand(games, K), torch.arange(games) % 2
+    with torch.no_grad():
+        state = model.eval().init_state(games)
+        rewards = model.imagine(tokens, chosen, a_codebook(), state, generator).rewards
+    torch.testing.assert_close(rewards[chosen == 0].mean(), torch.tensor(sure), atol=0.05, rtol=0)
+    torch.testing.assert_close(rewards[chosen == 1].mean(), torch.tensor(gamble), atol=0.08, rtol=0)
 
 
 def test_the_loss_of_a_sequence_by_itself_is_that_of_a_batch_of_it_alone():

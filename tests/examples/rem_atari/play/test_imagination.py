@@ -52,6 +52,9 @@ def small_agent(kind: str = "vq", world_model: dict | None = None, **controller)
     agent = Agent.from_config(cfg, ACTIONS)
     if kind == "vq":
         torch.nn.init.normal_(agent.tokenizer.codebook.weight)
+    else:
+        side = CONFIG.env.frame_size
+        agent.tokenizer.grow(torch.randint(256, (CODES, side, side, 3), dtype=torch.uint8))
     return agent.eval()
 
 
@@ -162,9 +165,9 @@ def test_a_padded_context_is_no_context():
         env = env_of(agent)
         env.reset(segments.tokens[:, -1], *context)
         states.append(env._state)
-    assert torch.equal(states[0].kv[:, ~mask], states[1].kv[:, ~mask])
-    assert states[0].position.tolist() == [K + 1, 0, K + 1, 0]
-    assert states[0].kv[:, mask].any()
+    assert torch.equal(states[0].decoder.kv[:, ~mask], states[1].decoder.kv[:, ~mask])
+    assert states[0].decoder.position.tolist() == [K + 1, 0, K + 1, 0]
+    assert states[0].decoder.kv[:, mask].any()
 
 
 def test_misuse_is_named():
@@ -189,7 +192,7 @@ def test_segments_prepare_the_controller_and_the_world_model():
     state = agent.world_model.take_in(
         segments.tokens[:, 2:3], segments.actions[:, 2:3], agent.tokenizer.codes
     )
-    torch.testing.assert_close(env._state.kv, state.kv)
+    torch.testing.assert_close(env._state.decoder.kv, state.decoder.kv)
 
 
 def test_the_world_model_reads_the_real_frames_of_the_context_and_no_padding():
@@ -198,22 +201,24 @@ def test_the_world_model_reads_the_real_frames_of_the_context_and_no_padding():
     mask[1, :1], mask[2, :2], mask[3, :3] = False, False, False
     env = env_of(agent)
     start_imagination(env, agent, replace(segments, mask=mask), 3)
-    assert env._state.position.tolist() == [3 * (K + 1), 2 * (K + 1), K + 1, 0]
+    assert env._state.decoder.position.tolist() == [3 * (K + 1), 2 * (K + 1), K + 1, 0]
     for row, real in enumerate((3, 2, 1)):
         tokens, actions = (
             segments.tokens[row : row + 1, 3 - real : 3],
             segments.actions[row : row + 1, 3 - real : 3],
         )
         alone = agent.world_model.take_in(tokens, actions, agent.tokenizer.codes)
-        torch.testing.assert_close(env._state.kv[:, row : row + 1], alone.kv, atol=1e-6, rtol=1e-5)
-    assert (env._state.kv[:, 3] == 0).all()
+        torch.testing.assert_close(
+            env._state.decoder.kv[:, row : row + 1], alone.decoder.kv, atol=1e-6, rtol=1e-5
+        )
+    assert (env._state.decoder.kv[:, 3] == 0).all()
 
 
 def test_without_context_the_memory_is_empty():
     agent, segments = small_agent(), some_segments()
     env = env_of(agent)
     start_imagination(env, agent, segments, 0)
-    assert (env._state.kv == 0).all()
+    assert (env._state.decoder.kv == 0).all()
 
 
 def test_a_segment_of_one_real_frame_gives_the_world_model_no_context():
@@ -222,7 +227,7 @@ def test_a_segment_of_one_real_frame_gives_the_world_model_no_context():
     mask[1, :3] = False
     env = env_of(agent)
     start_imagination(env, agent, replace(segments, mask=mask), 1)
-    assert env._state.position.tolist() == [K + 1, 0, K + 1, K + 1]
+    assert env._state.decoder.position.tolist() == [K + 1, 0, K + 1, K + 1]
 
 
 def test_the_last_observation_is_judged_but_not_acted_on(monkeypatch):
@@ -434,6 +439,7 @@ class Operations(TorchDispatchMode):
         {"kind": "patches", "world_model": {"draw": "coupled", "reward_bins": 5}},
         {"kind": "patches", "space": "pixels", "pixel_channels": (4,)},
         {"world_model": {"draw": "refine"}},
+        {"context_frames": 3, "world_model": {"local_frames": 3, "local_outcomes": True}},
     ],
 )
 def test_imagination_can_be_captured(options):
