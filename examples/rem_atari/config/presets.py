@@ -127,8 +127,8 @@ MINATAR = Config(
             clip_norm=100.0,
             average=0.98,
             batch_size=6,
-            updates_per_epoch=80,
-            first_updates=1_500,
+            updates_per_epoch=90,
+            first_updates=1_000,
         ),
     ),
     controller=replace(
@@ -139,13 +139,15 @@ MINATAR = Config(
         reward_start_share=0.3,
         horizon=11,
         gamma=0.97,
-        entropy_weight=0.02,
+        entropy_weight=0.05,
+        uses=4,
         scale_advantages=True,
         random_repeat=6,
-        optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=64, updates_per_epoch=40),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=64, updates_per_epoch=30),
     ),
+    # Little random play: its games are short, and dreams that begin in them teach how games begin.
     schedule=ScheduleConfig(
-        epochs=35, collect_epochs=35, steps_per_epoch=2_000, random_steps=30_000, checkpoint_every=5
+        epochs=34, collect_epochs=34, steps_per_epoch=2_500, random_steps=10_000, checkpoint_every=5
     ),
     evaluation=EvaluationConfig(every=5, episodes=20, final_episodes=100, random_episodes=100),
 )
