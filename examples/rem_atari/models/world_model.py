@@ -213,25 +213,23 @@ class BaseWorldModel(nn.Module, ABC):
         before = self.init_state(tokens.shape[0]) if state is None else state
         seen = self._see(tokens, actions, codebook)
         blocks = self._embed_blocks(tokens, actions, codebook)
-        if mask is None:
-            return Memory(self.decoder(blocks, before.decoder)[1], self._keep(before, seen))
-        real = mask.view(*mask.shape, *(1,) * (seen.dim() - 2))
-        recent = self._keep(before, seen * real)
-        if mask.shape[1] == 1:
-            _, memory = self.decoder(blocks, before.decoder)
-        else:
-            # Memory starts anew at the first real block.
+        is_first = None
+        if mask is not None and mask.shape[1] > 1:  # memory starts anew at the first real block
             is_first = functional.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
-            no_predictions = blocks.new_empty(blocks.shape[0], 0, self.num_tokens, blocks.shape[-1])
-            _, _, memory = self.decoder.pop(
-                blocks,
-                no_predictions,
-                before.decoder,
-                block_size=self.block_size,
-                reset=is_first,
-                main_out="last",
-            )
-        return Memory(memory.reset(~mask[:, -1]), recent)
+        if mask is not None:
+            seen = seen * mask.view(*mask.shape, *(1,) * (seen.dim() - 2))
+        no_predictions = blocks.new_empty(blocks.shape[0], 0, self.num_tokens, blocks.shape[-1])
+        _, _, memory = self.decoder.pop(
+            blocks,
+            no_predictions,
+            before.decoder,
+            block_size=self.block_size,
+            reset=is_first,
+            main_out="last",
+        )
+        if mask is not None:
+            memory = memory.reset(~mask[:, -1])
+        return Memory(memory, self._keep(before, seen))
 
     def _see(self, tokens: Tensor, actions: Tensor, codebook: Tensor) -> Tensor:
         """What `LocalPast` is shown of frames (B, N, K) and the actions (B, N) taken on them.

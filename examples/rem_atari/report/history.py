@@ -45,6 +45,7 @@ class PhaseThroughput:
         unit: what a unit of work is.
         rate: units a second over the phase's whole time, or None.
         frames_per_second: imagined frames a second (controller) over its whole time, or None.
+        imagined_per_env_step: imagined frames for a step of the real game (controller), or None.
     """
 
     phase: str
@@ -54,6 +55,7 @@ class PhaseThroughput:
     unit: str
     rate: float | None
     frames_per_second: float | None = None
+    imagined_per_env_step: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,7 @@ def throughput(lines: Sequence[MetricLine]) -> list[PhaseThroughput]:
         if spent[phase] == 0:
             continue
         amount = sum(values_of(lines, phase, unit).y) or None
+        per_step = values_of(lines, phase, "imagined_per_env_step").y
         rows.append(
             PhaseThroughput(
                 phase=phase,
@@ -144,6 +147,7 @@ def throughput(lines: Sequence[MetricLine]) -> list[PhaseThroughput]:
                 unit=unit,
                 rate=None if amount is None else amount / spent[phase],
                 frames_per_second=_rate(lines, phase, "frames_per_second"),
+                imagined_per_env_step=next(iter(per_step[-1:]), None),
             )
         )
     rest = total - sum(spent.values())

@@ -232,6 +232,8 @@ def _throughput_row(row: PhaseThroughput) -> str:
     rate = "–" if row.rate is None else f"{number(row.rate)} {row.unit}/s"
     if row.frames_per_second is not None:
         rate += f'<br><span class="faint small">{number(row.frames_per_second)} imagined frames/s</span>'
+    if row.imagined_per_env_step is not None:
+        rate += f'<br><span class="faint small">{number(row.imagined_per_env_step)} for each real step</span>'
     amount = "–" if row.amount is None else f"{row.amount:,.0f} {row.unit}"
     cells = "".join(
         f'<td class="number">{cell}</td>'

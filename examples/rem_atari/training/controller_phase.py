@@ -117,6 +117,10 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         return imagination
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Imagined frames a second."""
+        """Imagined frames a second, and how many there have been in all for a step of the real game."""
         frames = self._config.optim.batch_size * (self._config.horizon - 1)
-        return {"frames_per_second": means["rate"] * frames}
+        imagined = self.component.updates / self._config.uses * frames
+        return {
+            "frames_per_second": means["rate"] * frames,
+            "imagined_per_env_step": imagined / max(1, self._replay.num_steps),
+        }

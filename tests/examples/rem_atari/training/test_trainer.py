@@ -132,13 +132,16 @@ def test_each_phase_of_each_epoch_has_a_line_of_metrics(trained: tuple[Path, Age
         "collect": {"episodes", "steps", "entropy", "rate"},
         "tokenizer": {"loss", "reconstruction", "foreground_error", "codes_used", "grad_norm", "frozen"},
         "world_model": {"loss", "tokens", "reward", "end", "token_accuracy", "grad_norm", "updates"},
-        "controller": {"loss", "policy", "value", "entropy", "imagined_return", "frames_per_second"},
+        "controller": {"loss", "policy", "value", "entropy", "imagined_return", "imagined_per_env_step"},
         "evaluate": {"mean_return", "median_return", "episodes", "unfinished", "final", "returns"},
         "random": {"mean_return", "episodes", "returns"},
     }
     for line in lines:
         assert wanted[line["phase"]] | {"seconds", "env_steps", "phase_seconds"} <= line.keys()
     assert [line["updates"] for line in lines if line["phase"] == "tokenizer"] == [4, 2]
+    # Two updates on 4 episodes of 2 imagined steps in each epoch, for 64 + 32 real steps and 32 more.
+    imagined = [line["imagined_per_env_step"] for line in lines if line["phase"] == "controller"]
+    assert imagined == pytest.approx([16 / 96, 32 / 128])
     evaluations = [line for line in lines if line["phase"] == "evaluate"]
     assert [(line["episodes"], line["final"]) for line in evaluations] == [(3, 0), (5, 1)]
     collections = [line for line in lines if line["phase"].startswith("collect")]
