@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import venv
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import Distribution, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ for name in names:
             missing[name] = error.name
 print(json.dumps([len(names), missing]))
 """
+
+INSIDE_TRANSFORMERS = """
+import retpop.integrations.transformers
+from transformers import AutoModelForCausalLM
+theirs = AutoModelForCausalLM.from_pretrained("my-model")
+assert torch.equal(theirs(text).logits, model(text)[0])
+assert theirs.generate(text, max_new_tokens=2, num_beams=2).shape[1] == text.shape[1] + 2
+"""
+"""What that page shows of transformers, after the model and the folder of its other examples."""
 
 OF_THE_SCORES = {"rem_atari.commands.scores", "rem_atari.scores.plots", "rem_atari.scores.aggregates"}
 """Modules that need the extra `scores`; `rem-atari scores` alone imports them."""
@@ -101,8 +111,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
 @pytest.fixture(scope="module")
 def with_extra(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
     """What ``pip install 'retpop[atari]'`` gives."""
-    asked_for = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["atari"]]
-    return make_environment(tmp_path_factory.mktemp("extra"), wheel, asked_for)
+    return make_environment(tmp_path_factory.mktemp("extra"), wheel, asked_for_with("atari"))
+
+
+def asked_for_with(extra: str) -> list[str]:
+    """What ``pip install 'retpop[extra]'`` asks for; an extra may name another one."""
+    asked_for = list(PROJECT["dependencies"])
+    for text in PROJECT["optional-dependencies"][extra]:
+        requirement = Requirement(text)
+        own = requirement.name == PROJECT["name"]
+        asked_for += [x for inner in requirement.extras for x in asked_for_with(inner)] if own else [text]
+    return asked_for
 
 
 def make_environment(folder: Path, wheel: Path, asked_for: Iterable[str]) -> Environment:
@@ -179,6 +198,21 @@ def test_the_extra_holds_all_that_the_agent_needs(with_extra: Environment) -> No
     assert set(missing) <= OF_THE_SCORES
     assert set(missing.values()) <= {"rliable", "pandas"}
     assert "--env.game" in with_extra.prints("rem-atari", "train", "--help")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("extra", "more"), [("hub", ""), ("transformers", INSIDE_TRANSFORMERS)])
+def test_the_examples_run_with_the_one_extra_that_they_name(
+    extra: str, more: str, wheel: Path, tmp_path: Path
+) -> None:
+    """As a reader runs those of the language model: from the wheel, outside of the checkout."""
+    try:
+        environment = make_environment(tmp_path, wheel, asked_for_with(extra))
+    except PackageNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
+    page = (CHECKOUT / "docs" / "language_model.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    environment.prints("python", "-c", "\n".join((*blocks, more)))
 
 
 def test_the_wheel_holds_every_file_of_the_sources(wheel: Path) -> None:

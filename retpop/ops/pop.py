@@ -47,7 +47,7 @@ def pop_retention(
         q_pred, k_pred: queries and keys of the predictions, (B, P, M, H, Dk); P and M may be 0.
         v_pred: their values, (B, P, M, H, Dv).
         log_decay: ln γ per head, (H,), float32 or float64, at most 0; -inf is γ = 0. It is used in the
-            state's dtype, so pass it in float64 with float64 inputs.
+            state's dtype, so pass it in float64 with float64 inputs. It may require a gradient.
         block_size: L, at least 1; divides T.
         offset: the block boundary at which prediction 0 starts, 0 <= offset <= N; P <= N + 1 - offset.
         state: B_0, (B, H, Dk, Dv), float32 (float64 with float64 inputs), or None for zeros.

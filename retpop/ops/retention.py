@@ -37,7 +37,7 @@ def retention(
         q, k: queries and keys, (B, T, H, Dk), float64, float32, float16 or bfloat16; T may be 0.
         v: values, (B, T, H, Dv), of the same dtype.
         log_decay: ln γ per head, (H,), float32 or float64, at most 0; -inf is γ = 0. It is used in the
-            state's dtype, so pass it in float64 with float64 inputs.
+            state's dtype, so pass it in float64 with float64 inputs. It may require a gradient.
         mode: "parallel" (quadratic in T, one matrix product), "chunkwise" (linear in T) or "recurrent" (a
             loop over T). All give the same outputs and the same state.
         state: (B, H, Dk, Dv), float32 (float64 with float64 inputs), carried from what came before, or None

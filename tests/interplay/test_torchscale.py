@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from importlib.metadata import version
 from types import ModuleType
 
 import pytest
@@ -34,6 +36,7 @@ pytest.importorskip("torchscale")
 
 from torchscale.architecture.config import RetNetConfig as TheirConfig  # noqa: E402
 from torchscale.architecture.retnet import RetNetDecoder as TheirDecoder  # noqa: E402
+from torchscale.component.multiscale_retention import MultiScaleRetention  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +170,14 @@ def test_other_constants_are_refused() -> None:
     weights["retnet_rel_pos.decay"] = weights["retnet_rel_pos.decay"] * 2
     with pytest.raises(ValueError, match=r"'retnet_rel_pos.decay' is not RetNet's own"):
         load_torchscale(weights)
+
+
+def test_what_readme_says_of_it() -> None:
+    """No state goes into a pass over a sequence, no resets, no boundaries, one decay, no text."""
+    assert version("torchscale") == "0.3.0"
+    own = inspect.signature(MultiScaleRetention.chunk_recurrent_forward).parameters
+    assert set(own) == {"self", "qr", "kr", "v", "inner_mask"}
+    assert not hasattr(TheirDecoder, "generate")
 
 
 def test_buffers_of_low_precision_are_recognised() -> None:

@@ -247,7 +247,7 @@ def test_what_training_keeps_is_its_inputs_and_the_states(packed: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         case.run(chunk_size=CHUNK, **options)
     states = 21 * case.state[0].nbytes
-    assert sum(kept.values()) == states + sum(x.nbytes for x in case.leaves())
+    assert sum(kept.values()) == states + sum(x.nbytes for x in (*case.leaves(), case.log_decay))
 
 
 @pytest.mark.filterwarnings(

@@ -85,11 +85,14 @@ class Errors:
 
 
 def check_case(case: RetentionCase | PopCase, dtype: torch.dtype, record: Record, **options: object) -> None:
-    """Outputs, state and every gradient of the Triton backend, against float64 on the same numbers."""
+    """Outputs, state and every gradient of the Triton backend, against float64 on the same numbers.
+
+    Gradients of the decay where the reference is the loop: PyTorch's operations compute them on a GPU too.
+    """
     is_pop = isinstance(case, PopCase)
-    actual, expected = case.for_gradients(), case.double().for_gradients()
-    results = actual.run(backend="triton", **options)
     loop = case.q.shape[1] <= LONGEST_LOOP
+    actual, expected = case.for_gradients(decay=loop), case.double().for_gradients(decay=loop)
+    results = actual.run(backend="triton", **options)
     wanted = expected.run(backend="reference" if loop else "torch", **options)
     errors = Errors(dtype, record)
     names = ("out", "pred", "state") if is_pop else ("out", "state")
@@ -99,6 +102,9 @@ def check_case(case: RetentionCase | PopCase, dtype: torch.dtype, record: Record
     weights = weights_like(results)
     found = gradients_of(results, actual.leaves(), weights)
     right = gradients_of(wanted, expected.leaves(), weights)
+    if loop:
+        decays = (gradients.pop().view(1, -1, 1, 1) for gradients in (found, right))
+        errors.compare("grad log_decay", "grad", *decays, None)
     leaf_dims = (1, 1, 1, 2, 2, 2, None) if is_pop else (1, 1, 1, None)
     leaf_names = (
         ("q", "k", "v", "q_pred", "k_pred", "v_pred", "state") if is_pop else ("q", "k", "v", "state")
