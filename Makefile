@@ -17,7 +17,7 @@ setup: $(INSTALLED)  ## make the virtual environment (.venv) with everything tha
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("retpop needs Python 3.11 or newer; %s is %s. Try: make PYTHON=python3.11 ..." % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[atari,minatar,scores,test,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[atari,minatar,play,scores,test,dev]'
 	@touch $@
 
 setup-interplay: $(INSTALLED)  ## add the packages of others that tests/interplay runs with (transformers, PEFT, ...)

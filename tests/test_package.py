@@ -68,6 +68,9 @@ assert theirs.generate(text, max_new_tokens=2, num_beams=2).shape[1] == text.sha
 OF_THE_SCORES = {"rem_atari.commands.scores", "rem_atari.scores.plots", "rem_atari.scores.aggregates"}
 """Modules that need the extra `scores`; `rem-atari scores` alone imports them."""
 
+OF_THE_PAGE = {"rem_atari.commands.play", "rem_atari.playground.server"}
+"""Modules that need the extra `play`; `rem-atari play` alone imports them."""
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -195,8 +198,8 @@ def test_the_command_answers_where_its_extra_is_not_installed(plain: Environment
 def test_the_extra_holds_all_that_the_agent_needs(with_extra: Environment) -> None:
     found, missing = json.loads(with_extra.prints("python", "-c", IMPORT_THE_AGENT))
     assert found > 50
-    assert set(missing) <= OF_THE_SCORES
-    assert set(missing.values()) <= {"rliable", "pandas"}
+    assert set(missing) <= OF_THE_SCORES | OF_THE_PAGE
+    assert set(missing.values()) <= {"rliable", "pandas", "anyio", "starlette", "uvicorn"}
     assert "--env.game" in with_extra.prints("rem-atari", "train", "--help")
 
 

@@ -108,6 +108,35 @@ class ResumeArguments:
 
 
 @dataclass(frozen=True)
+class PlayArguments:
+    """Play in the agent's dream beside the real game, on a page in the browser.
+
+    Keys, touch or the agent act, in the game and in the dream alike. Go back to any moment and try another
+    future; compare the two. The page is served from this machine until Ctrl-C.
+
+    Example: rem-atari play catch
+    """
+
+    run: RunPath
+    """Folder of the run, which may still be training, or of an exported agent; or the name of an agent that
+    comes with the package, such as catch."""
+    host: str = "127.0.0.1"
+    """Name or address to listen at. Any other than the default lets other machines play too."""
+    port: int | None = None
+    """Port to listen at; 0: any free one. None: 8420, or any free one if that is taken."""
+    browser: bool = True
+    """Open the page in the browser."""
+    step: Step = "newest"
+    """Checkpoint: a number, newest or best."""
+    device: Device = None
+    """Device of the agent: cpu, cuda. None: where it was trained."""
+    seed: int = 0
+    """Seed of games, actions and dreams."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
 class ReportArguments:
     """Write a run's report.html again: curves, pictures, and measurements on held-out frames.
 
@@ -387,6 +416,7 @@ Arguments = (
     | EvaluateArguments
     | BlindArguments
     | RecordArguments
+    | PlayArguments
     | ReportArguments
     | DiagnoseArguments
     | ExportArguments
@@ -415,6 +445,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         | Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")]
         | Annotated[BlindArguments, tyro.conf.subcommand("blind", default=blind)]
         | Annotated[RecordArguments, tyro.conf.subcommand("record")]
+        | Annotated[PlayArguments, tyro.conf.subcommand("play")]
         | Annotated[ReportArguments, tyro.conf.subcommand("report")]
         | Annotated[DiagnoseArguments, tyro.conf.subcommand("diagnose")]
         | Annotated[ExportArguments, tyro.conf.subcommand("export")]

@@ -45,6 +45,7 @@ commands:
   blind      measure what policies that see nothing reach in a game
   record     film the game, its reconstruction and the imagination side by side
   export     write a trained agent into a small folder, to keep and share
+  play       play in the agent's dream, beside the real game, in the browser
   report     write a run's report anew
   diagnose   say why a run does not learn, from its metrics alone
   scores     aggregate runs over games and seeds, beside the published agents
@@ -87,6 +88,12 @@ EXTRAS = {
         "safetensors": "safetensors",
         "tensorboard": "tensorboard",
         "tyro": "tyro",
+    },
+    "play": {
+        "anyio": "anyio",
+        "starlette": "starlette",
+        "uvicorn": "uvicorn",
+        "websockets": "websockets",
     },
     "scores": {
         "pandas": "pandas",

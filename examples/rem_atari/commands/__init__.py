@@ -10,6 +10,7 @@ from rem_atari.arguments import (
     EvaluateArguments,
     ExportArguments,
     ListArguments,
+    PlayArguments,
     RecordArguments,
     ReportArguments,
     ResumeArguments,
@@ -46,6 +47,10 @@ def run_command(arguments: Arguments) -> None:
             from rem_atari.commands.record import record
 
             record(arguments)
+        case PlayArguments():
+            from rem_atari.commands.play import play
+
+            play(arguments)
         case ReportArguments():
             from rem_atari.commands.report import report
 

@@ -9,23 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config
 from rem_atari.evaluation import make_test_envs
-from rem_atari.films.pictures import FAINT, FONT, GAP, INK, PAPER
-from rem_atari.films.video import enlarge
+from rem_atari.films.panels import Panel, draw_panels
 from rem_atari.play.collector import RealEnv
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import rollout
 from rem_atari.training.seeding import derive_seed
-
-PANEL_PIXELS = 256
-"""Side of each of the three pictures at least."""
-
-HEADING, CAPTION = 24, 44
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,28 +206,6 @@ def play(agent: Agent, config: Config, *, steps: int, dream_steps: int, seed: in
 
 def draw(moment: Moment, dream_steps: int) -> np.ndarray:
     """The moment as one picture (H, W, 3): three panels, a title above each, a caption below."""
-    imagined = np.asarray(moment.imagined)
-    if moment.dream_over:
-        imagined = (imagined.astype(np.uint16) + 3 * np.array(PAPER)) // 4
-    panels = [
-        enlarge(frame.astype(np.uint8), PANEL_PIXELS) for frame in (moment.frame, moment.decoded, imagined)
-    ]
-    side = panels[0].shape[0]
-    picture = Image.new("RGB", (3 * (side + GAP) + GAP, HEADING + side + CAPTION), PAPER)
-    pen = ImageDraw.Draw(picture)
-    title, small = ImageFont.truetype(FONT, 13), ImageFont.truetype(FONT, 12)
-    captions = _captions(moment, dream_steps)
-    for place, (panel, (heading, first, second)) in enumerate(zip(panels, captions, strict=True)):
-        left = GAP + place * (side + GAP)
-        pen.text((left, 5), heading, fill=INK, font=title)
-        picture.paste(Image.fromarray(panel), (left, HEADING))
-        pen.text((left, HEADING + side + 4), first, fill=INK, font=small)
-        pen.text((left, HEADING + side + 22), second, fill=FAINT, font=small)
-    return np.asarray(picture)
-
-
-def _captions(moment: Moment, dream_steps: int) -> list[tuple[str, str, str]]:
-    """For each panel its title and the two lines below it."""
     happened, real, latest = f"step {moment.step}", "", moment.latest
     if latest is not None:
         happened += f": {latest.action}"
@@ -248,8 +219,10 @@ def _captions(moment: Moment, dream_steps: int) -> list[tuple[str, str, str]]:
     believed = f"imagined reward {moment.imagined_reward:+g}" if moment.imagined_reward else ""
     if moment.dream_over:
         believed = "the imagined episode is over"
-    return [
-        ("the game", happened, real.replace("-", "−")),
-        ("decoded from its tokens", "", ""),
-        ("imagined", state, believed.replace("-", "−")),
-    ]
+    return draw_panels(
+        [
+            Panel(moment.frame, "the game", happened, real),
+            Panel(moment.decoded, "decoded from its tokens"),
+            Panel(moment.imagined, "imagined", state, believed, faded=moment.dream_over),
+        ]
+    )

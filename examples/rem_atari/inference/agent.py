@@ -59,12 +59,14 @@ class Judgement:
     """What the agent makes of n observations.
 
     Attributes:
+        tokens: the observations, int64 (n, K).
         policy: chances of the actions, float32 (n, A), before any temperature.
         values: what the agent expects of the discounted rewards from here on, float32 (n,).
         logits: logarithms of the chances up to a constant, tensor (n, A).
         memory: the memory after the observations; `LoadedAgent.observe_action` comes next.
     """
 
+    tokens: np.ndarray
     policy: np.ndarray
     values: np.ndarray
     logits: Tensor
@@ -162,6 +164,7 @@ class LoadedAgent:
             )
         decision = self.networks.controller(self.networks.show(tokens), memory.carry)
         return Judgement(
+            tokens=tokens.cpu().numpy(),
             policy=decision.logits.softmax(dim=-1).cpu().numpy(),
             values=decision.value.cpu().numpy(),
             logits=decision.logits,
@@ -191,13 +194,21 @@ class LoadedAgent:
         Raises:
             ValueError: as `judge`, or the temperature is below 0.
         """
-        temperature = self.config.evaluation.temperature if temperature is None else temperature
         judged = self.judge(seen, memory)
-        generator = self._generator(memory.seed, "action", memory.steps)
-        chosen = choose_actions(judged.logits, generator, temperature=temperature).cpu().numpy()
+        chosen = self.choose(judged, temperature=temperature)
         memory = self.observe_action(chosen, judged.memory)
         is_single = not isinstance(seen, Dream) and np.ndim(seen) == 3
         return (int(chosen[0]) if is_single else chosen), memory
+
+    def choose(self, judged: Judgement, *, temperature: float | None = None) -> np.ndarray:
+        """Choose an action for each of n observations, int64 (n,); nothing takes it in.
+
+        Raises:
+            ValueError: the temperature is below 0.
+        """
+        temperature = self.config.evaluation.temperature if temperature is None else temperature
+        generator = self._generator(judged.memory.seed, "action", judged.memory.steps)
+        return choose_actions(judged.logits, generator, temperature=temperature).cpu().numpy()
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
         """Tokens of a frame, int64 (K,), or of n frames, (n, K).

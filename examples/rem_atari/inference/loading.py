@@ -6,6 +6,7 @@ import warnings
 from os import PathLike, fspath
 from pathlib import Path
 
+from rem_atari.config import Config
 from rem_atari.errors import RunWarning
 from rem_atari.inference.agent import LoadedAgent
 from rem_atari.replay.starts import Starts, draw_starts
@@ -46,8 +47,12 @@ def load_starts(trained: TrainedAgent, count: int) -> Starts:
     """
     if is_exported(trained.source):
         return read_exported_starts(trained.source)
-    length = max(trained.config.controller.burn_in, trained.config.controller.context_frames) + 1
-    return draw_starts(Path(trained.source) / "replay", count, length)
+    return draw_starts(Path(trained.source) / "replay", count, start_length(trained.config))
+
+
+def start_length(config: Config) -> int:
+    """Frames of a start: the one that a dream begins at, and those that the agent reads before it."""
+    return max(config.controller.burn_in, config.controller.context_frames) + 1
 
 
 def _warn(message: str) -> None:

@@ -271,6 +271,18 @@ class Replay:
         rows = start + np.flatnonzero(self._place[start : self._size] != NONE)
         return torch.from_numpy(self._rows.frames[rows])
 
+    def frames_at(self, rows: np.ndarray) -> Tensor:
+        """Copies of the frames of rows (n,): (n, S, S, 3) uint8."""
+        return torch.from_numpy(self._rows.frames[rows])
+
+    def rows_by_episode(self) -> np.ndarray:
+        """All rows but lost ones, episode after episode, each in the order of its steps: (n,) int64."""
+        first = np.arange(self._size)
+        for row in np.flatnonzero(self._place[: self._size] > 0):
+            first[row] = first[self._before[row]]
+        rows = np.flatnonzero(self._place[: self._size] != NONE)
+        return rows[np.lexsort((rows, first[rows]))]
+
     def sample_sequences(self, n: int, length: int, *, min_real: int) -> SequenceBatch:
         """n sequences of `length` steps, uniform over their first steps, padded on the right.
 

@@ -47,6 +47,22 @@ class Starts:
             *(getattr(self, column.name)[np.asarray(indices, dtype=np.int64)] for column in fields(self))
         )
 
+    def after(self, actions: ArrayLike, frames: np.ndarray, length: int) -> Starts:
+        """The moments one step on.
+
+        Args:
+            actions: what was done at the last frames, (N,).
+            frames: what followed, uint8 (N, S, S, 3).
+            length: T of the result, at most.
+        """
+        done = np.concatenate([self.actions[:, :-1], np.reshape(actions, (-1, 1))], axis=1)
+        grown = (
+            np.concatenate([self.frames, frames[:, None]], axis=1),
+            np.pad(done, ((0, 0), (0, 1))),
+            np.pad(self.mask, ((0, 0), (0, 1)), constant_values=True),
+        )
+        return Starts(*(column[:, -length:] for column in grown))
+
 
 def draw_starts(replay: Path, count: int, length: int, *, seed: int = 0) -> Starts:
     """Starts from a replay, each moment of it at most once.

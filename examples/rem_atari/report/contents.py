@@ -28,6 +28,7 @@ from rem_atari.report.measure import imagine_scenes, look_at_frames, look_at_hor
 from rem_atari.report.quality import Comparison, Quality
 from rem_atari.report.rivals import Rivals, read_rivals
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from rem_atari.runs.command_line import command_line
 from rem_atari.runs.folder import RunFolder, open_run_folder
 from rem_atari.runs.reading import newest_summary
 from rem_atari.runs.session import read_sessions, recorded_edits, train_command
@@ -152,6 +153,7 @@ class Report:
         lines: lines of metrics.jsonl.
         sessions: lines of sessions.jsonl.
         command: the command that starts such a run again.
+        play: the command that lets a person play in its dream; empty without weights.
         notes: sentences on what is missing or unusual, shown at the top.
         step: number of the checkpoint whose weights were looked at, or None.
         quality: what was measured on held-out frames.
@@ -174,6 +176,7 @@ class Report:
     evaluation: Mapping[str, Any] | None = None
     rivals: Rivals | None = None
     sessions: Sequence[Mapping[str, Any]] = ()
+    play: str = ""
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -219,6 +222,7 @@ def gather(data: RunData) -> Report:
         evaluation=newest_summary(data.folder),
         rivals=read_rivals(data.folder.blind),
         sessions=read_sessions(data.folder.sessions),
+        play="" if data.agent is None else command_line(config.env, ["play", str(data.folder.path)]),
     )
 
 

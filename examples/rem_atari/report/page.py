@@ -19,7 +19,7 @@ from rem_atari.report import sections
 from rem_atari.report.charts import charts_of, save_curves
 from rem_atari.report.contents import Report, RunFile, attempt, gather, load_run, quality_json
 from rem_atari.report.quality import QUALITY_FILE
-from rem_atari.report.summary import header
+from rem_atari.report.summary import header, the_run
 from rem_atari.report.text import section, size, table
 from rem_atari.runs.command_line import named_modules
 from rem_atari.runs.config_file import describe_edits
@@ -127,6 +127,7 @@ def render(report: Report, run_files: Sequence[RunFile]) -> str:
     from_top_to_bottom = (
         header,
         sections.imagination,
+        the_run,
         sections.reconstructions,
         sections.horizon,
         sections.measures,

@@ -80,15 +80,9 @@ def imagination(report: Report) -> str:
     if not report.scenes:
         return section("Imagination", "<p>There were no held-out frames from which to imagine.</p>")
     length = max(scene.length for scene in report.scenes)
-    trained = report.config.world_model.sequence_blocks
     lead = (
-        "<p>From each held-out start the world model imagines on, one network pass a step, all tokens of a"
-        " frame drawn at once. Beside the real continuation: what it imagines with the same actions, and with"
-        " the actions that the controller chooses. Starts that a reward or an end follows come first. Below"
-        " each frame the reward (of an imagined one its sign) and the end of the episode, with the chance"
-        f" that the model gave them. It was trained on sequences of {trained} steps; in what lies beyond it"
-        " has no practice."
-        f"{_what_ends(report.config)}</p>"
+        "<p>The real game, and what the world model dreams from the same frame: with the same actions, and"
+        " with those that the agent chooses in the dream.</p>"
     )
     player = (
         '<div class="player"><button type="button">Play</button>'
@@ -101,7 +95,19 @@ def imagination(report: Report) -> str:
         "</noscript>"
     )
     scenes = "".join(map(_scene, report.scenes))
-    return section("Imagination", f'{lead}{key}{player}<div class="scenes">{scenes}</div>')
+    explained = f'<p class="small faint">{_how_it_imagines(report.config)}</p>'
+    return section("Imagination", f'{lead}{player}<div class="scenes">{scenes}</div>{key}{explained}')
+
+
+def _how_it_imagines(config: Config) -> str:
+    """What the films show, and what they are to be judged by."""
+    return (
+        "The starts are held out, those that a reward or an end follows come first. From each the world model"
+        " imagines on, one network pass a step, all tokens of a frame drawn at once. Below each frame the"
+        " reward (of an imagined one its sign) and the end of the episode, with the chance that the model"
+        f" gave them. It was trained on sequences of {config.world_model.sequence_blocks} steps; in what lies"
+        f" beyond it has no practice.{_what_ends(config)}"
+    )
 
 
 def _what_ends(config: Config) -> str:

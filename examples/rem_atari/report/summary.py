@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from rem_atari.evaluation import describe_mean
 from rem_atari.report.contents import Report
 from rem_atari.report.history import (
     Returns,
@@ -16,7 +17,7 @@ from rem_atari.report.history import (
     was_trained,
 )
 from rem_atari.report.rivals import learned_sentence
-from rem_atari.report.text import PHASE_NAMES, count, duration, number
+from rem_atari.report.text import PHASE_NAMES, count, duration, number, section
 from rem_atari.runs.reading import is_number
 
 PAPER_EPOCHS, PAPER_STEPS = 600, 100_000
@@ -26,9 +27,9 @@ MISSES_NAMED = 3
 TRAINED_PHASES = ("tokenizer", "world_model", "controller")
 
 VERDICTS = {
-    "above": "The agent plays better than random.",
-    "below": "The agent plays worse than random.",
-    "unclear": "No clear difference from random play.",
+    "above": "The agent has learned to play better than random",
+    "below": "The agent plays worse than random",
+    "unclear": "The agent does not clearly differ from random play",
 }
 
 
@@ -54,24 +55,30 @@ def what_ran(report: Report) -> str:
     return text
 
 
-def returns_sentence(report: Report) -> str:
-    """The agent's returns beside random play's and those of policies that see nothing."""
-    agent, random = returns_of(report.lines, "evaluate"), returns_of(report.lines, "random")
+def agent_sentence(agent: Returns | None, random: Returns | None) -> str:
+    """Whether the agent learned, in one sentence: its mean return beside random play's."""
     if agent is None:
-        return "The run holds no evaluation, so nothing is known about how well the agent plays."
-    text = f"Mean return {returns_text(agent)}"
+        return "How well the agent plays was not measured."
     if random is None:
-        text = f"{text}; random play was not measured."
-    else:
-        text = f"{text}; random play {returns_text(random)}. {VERDICTS[verdict(agent, random)]}"
-    return text if report.rivals is None else f"{text} {learned_sentence(agent, report.rivals)}"
+        return f"Mean return {returns_text(agent)}; random play was not measured."
+    learned = VERDICTS[verdict(agent, random)]
+    return f"{learned}: mean return {returns_text(agent)}; random play {returns_text(random)}."
 
 
 def returns_text(returns: Returns) -> str:
-    """A mean return with its standard error, and how many episodes it rests on."""
-    error = "" if returns.standard_error is None else f" ± {number(returns.standard_error, 2)}"
+    """A mean return with its standard error, and how many games it rests on."""
+    mean = describe_mean(returns.mean, returns.standard_error).replace("-", "−")
     unfinished = f", {returns.unfinished} of them cut off by the clock" if returns.unfinished else ""
-    return f"{number(returns.mean)}{error} ({count(returns.episodes, 'episode')}{unfinished})"
+    return f"{mean} over {count(returns.episodes, 'game')}{unfinished}"
+
+
+def learned(report: Report) -> str:
+    """Whether the agent learned: its returns beside random play's and those of policies that see nothing."""
+    agent, random = returns_of(report.lines, "evaluate"), returns_of(report.lines, "random")
+    text = agent_sentence(agent, random)
+    if agent is None or report.rivals is None:
+        return text
+    return f"{text} {learned_sentence(agent, report.rivals)}"
 
 
 def evaluation_sentence(report: Report) -> str:
@@ -147,19 +154,27 @@ def _freeze_was_due(report: Report) -> bool:
 
 
 def header(report: Report) -> str:
-    """Title, warnings, the summary and the key figures."""
+    """Title, whether the agent learned, warnings, and how to play in its dream."""
     config = report.config
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in warnings_of(report))
+    play = f"<p>Play in its dream: <code>{escape(report.play)}</code></p>" if report.play else ""
     return f"""<header>
 <h1>REM on {escape(report.game)}</h1>
 <p class="faint">preset {escape(config.preset)} · seed {config.seed} · {escape(versions)}</p>
-<p class="lede">{escape(what_ran(report))}</p>
-<p>{escape(returns_sentence(report))} {escape(evaluation_sentence(report))}
-{escape(comparisons_sentence(report))}</p>
-{notes}
-<dl class="figures">{_key_figures(report)}</dl>
+<p class="lede">{escape(learned(report))}</p>
+{notes}{play}
 </header>"""
+
+
+def the_run(report: Report) -> str:
+    """How large the run was, and its key figures."""
+    return section(
+        "The run",
+        f"<p>{escape(what_ran(report))} {escape(evaluation_sentence(report))}"
+        f" {escape(comparisons_sentence(report))}</p>"
+        f'<dl class="figures">{_key_figures(report)}</dl>',
+    )
 
 
 def _key_figures(report: Report) -> str:

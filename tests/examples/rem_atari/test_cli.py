@@ -38,7 +38,7 @@ from rem_atari.training import trainer
 
 COMMANDS = (
     "blind",
-    *("train", "resume", "evaluate", "record", "export", "report", "diagnose"),
+    *("train", "resume", "evaluate", "record", "export", "play", "report", "diagnose"),
     *("scores", "benchmark", "weights", "list"),
 )
 
@@ -358,12 +358,19 @@ def test_an_extra_is_that_of_the_package(extra: str) -> None:
     }
 
 
-def test_a_missing_package_names_its_extra(capsys: pytest.CaptureFixture[str]) -> None:
-    with without("rliable"):
+@pytest.mark.parametrize(
+    ("package", "words", "extra"),
+    [("rliable", ["scores"], "scores"), ("uvicorn", ["play", "runs/catch"], "play")],
+)
+@pytest.mark.filterwarnings("ignore:.*Overriding environment")  # the games are registered once more
+def test_a_missing_package_names_its_extra(
+    capsys: pytest.CaptureFixture[str], package: str, words: list[str], extra: str
+) -> None:
+    with without(package):
         fresh = importlib.import_module("rem_atari.cli")
-        assert fresh.main(["scores"]) == 1
+        assert fresh.main(words) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("the package rliable is needed and not installed: pip install 'retpop[scores]'")
+    assert line.endswith(f"the package {package} is needed and not installed: pip install 'retpop[{extra}]'")
 
 
 def test_list_shows_presets_and_games(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,9 @@ from rem_atari.commands.record import default_dream_steps
 from rem_atari.envs.catch import BALL, PADDLE
 from rem_atari.errors import RunError
 from rem_atari.films import side_by_side
-from rem_atari.films.side_by_side import GAP, HEADING, Moment, RealStep, draw, play
+from rem_atari.films.panels import HEADING
+from rem_atari.films.pictures import GAP
+from rem_atari.films.side_by_side import Moment, RealStep, draw, play
 from rem_atari.films.video import save_video
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.runs.trained import TrainedAgent, load_trained

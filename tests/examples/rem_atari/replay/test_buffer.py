@@ -163,6 +163,14 @@ def test_samples_are_whole_stretches_of_one_episode(
         assert len(rows) >= min_real
 
 
+def test_rows_come_episode_by_episode() -> None:
+    events = [(0, False, False), (1, False, False), (0, False, True), (1, True, False), (0, False, False)]
+    replay = replay_of([*events, (1, False, False), (0, False, False)])
+    rows = replay.rows_by_episode()
+    assert rows.tolist() == [0, 2, 1, 3, 4, 6, 5]
+    assert replay.frames_at(rows[1:3])[:, 0, 0, 0].tolist() == [2, 1]
+
+
 def test_padding_is_on_the_right_of_sequences_and_on_the_left_of_segments() -> None:
     # Rows from 1, so that no real step looks like padding.
     replay = replay_of(episode(1, 1) + episode(0, 3))

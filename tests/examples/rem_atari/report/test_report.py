@@ -51,6 +51,7 @@ ACTIONS, SIDE, EPISODE = 3, 24, 6
 NAMES = ("left", "stay", "right")
 SECTIONS = (
     "Imagination",
+    "The run",
     "Frames and reconstructions",
     "Imagination against the game, step by step",
     "Measured on held-out frames",
@@ -186,7 +187,14 @@ def test_page_has_every_section_and_the_run_in_its_title(page: str) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", page) == list(SECTIONS)
     assert "<title>REM on Catch: debug, seed 0</title>" in page
     assert "shows plumbing, not play" in page
-    assert "Mean return 0.500 ± 0.50 (4 episodes); random play −0.600 ± 0.40 (4 episodes)" in page
+    assert "mean return 0.50 ± 0.50 over 4 games; random play −0.60 ± 0.40 over 4 games" in page
+
+
+def test_the_first_screen_says_whether_the_agent_learned_and_how_to_play(page: str, run: RunFolder) -> None:
+    first = page[page.index("<header>") : page.index("</header>")]
+    assert first.count('<p class="lede">The agent does not clearly differ from random play: mean') == 1
+    assert f"<code>rem-atari play {run.path}</code>" in first
+    assert page.index("</header>") < page.index("<h2>Imagination</h2>") < page.index("<h2>The run</h2>")
 
 
 def test_page_shows_frames_enlarged_by_whole_pixels(page: str) -> None:
@@ -295,7 +303,7 @@ def test_run_stopped_early_says_what_it_lacks(tmp_path: Path) -> None:
     assert "This run did not finish: it began 1 of 2 epochs." in page
     assert "There are no held-out frames" in page
     assert "1 of 6 lines of metrics.jsonl cannot be read: line " in page
-    assert "The run holds no evaluation" in page
+    assert "How well the agent plays was not measured." in page
     assert re.findall(r"<h2>(.*?)</h2>", page) == list(SECTIONS)
 
 
