@@ -14,8 +14,8 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """One promise.
+class AuditTarget:
+    """One promise of the audit.
 
     Attributes:
         name: what is promised.
@@ -37,7 +37,7 @@ class Target:
 class Verdict:
     """A target, the worst figure that stands for it and where, and whether it is met."""
 
-    target: Target
+    target: AuditTarget
     worst: float
     where: str
     met: bool
@@ -59,7 +59,7 @@ def judge(rows: Iterable[Row]) -> list[Verdict]:
     return verdicts
 
 
-def _judged_by(target: Target, row: Row) -> bool:
+def _judged_by(target: AuditTarget, row: Row) -> bool:
     """A case that failed has no figures: only the target without a part, which counts failures, covers it."""
     if not target.part:
         return target.covers(row)
@@ -117,7 +117,7 @@ _DOTS = ("pop_fwd", "retention_fwd", "pop_bwd", "retention_bwd")
 _SWEPT = ("pop_bwd", "retention_bwd")
 
 TARGETS = [
-    Target(
+    AuditTarget(
         name="cases that do not compile or run, faulty accesses included",
         part="",
         covers=lambda row: True,
@@ -125,7 +125,7 @@ TARGETS = [
         limit=0,
     ),
     *(
-        Target(
+        AuditTarget(
             name=f"POP forward, {shape}: {what}",
             part="traffic",
             covers=_both(_is("pop_fwd", architecture="sm_90", dtype="bfloat16"), _named(shape)),
@@ -138,14 +138,14 @@ TARGETS = [
             ("flops over the yardstick", _ratio("flops", "yardstick_flops"), 1.3),
         )
     ),
-    Target(
+    AuditTarget(
         name="POP backward, rem training: bytes over the floor",
         part="traffic",
         covers=_both(_is("pop_bwd", architecture="sm_90", dtype="bfloat16"), _named("rem training")),
         figure=_ratio("bytes", "floor_bytes"),
         limit=1.45,
     ),
-    Target(
+    AuditTarget(
         name="backward, D above 64: sweeps",
         part="traffic",
         covers=_both(_is(op=_SWEPT), _large),
@@ -154,7 +154,7 @@ TARGETS = [
         at_least=True,
     ),
     *(
-        Target(
+        AuditTarget(
             name=f"stack bytes, {heads}, bfloat16, {architecture}",
             part="compile",
             covers=_both(_is(architecture=architecture, dtype="bfloat16"), covers),
@@ -164,21 +164,21 @@ TARGETS = [
         for architecture, limit in (("sm_90", 0), ("sm_80", 64))
         for heads, covers in (("D <= 64", _small), ("D above 64", _large))
     ),
-    Target(
+    AuditTarget(
         name="POP forward, REM's shapes, sm_90: KiB of shared memory",
         part="compile",
         covers=_both(_is("pop_fwd", architecture="sm_90", dtype="bfloat16"), _rem),
         figure=lambda row: row["shared"] / 1024,
         limit=113,
     ),
-    Target(
+    AuditTarget(
         name="POP forward, REM's shapes, sm_90: warps",
         part="compile",
         covers=_both(_is("pop_fwd", architecture="sm_90", dtype="bfloat16"), _rem),
         figure=lambda row: row["num_warps"],
         limit=4,
     ),
-    Target(
+    AuditTarget(
         name="POP forward, REM's shapes, sm_90: async copies in the block loop",
         part="compile",
         covers=_both(_is("pop_fwd", architecture="sm_90", dtype="bfloat16"), _rem),
@@ -186,7 +186,7 @@ TARGETS = [
         limit=1,
         at_least=True,
     ),
-    Target(
+    AuditTarget(
         name="retention forward, D 24, 60 and 100, sm_90: async copies in the loop over chunks",
         part="compile",
         covers=_is("retention_fwd", architecture="sm_90", dtype="bfloat16", shape=("D 24", "D 60", "D 100")),
@@ -195,7 +195,7 @@ TARGETS = [
         at_least=True,
     ),
     *(
-        Target(
+        AuditTarget(
             name=f"shared memory over the limit, {architecture}",
             part="compile",
             covers=_is(architecture=architecture),
@@ -204,21 +204,21 @@ TARGETS = [
         )
         for architecture in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
     ),
-    Target(
+    AuditTarget(
         name="sm_90: products that public reports tie to wrong results",
         part="compile",
         covers=_is(architecture="sm_90"),
         figure=lambda row: len(row["hazards"]),
         limit=0,
     ),
-    Target(
+    AuditTarget(
         name="float32 without tf32: tensor-core products on NVIDIA",
         part="compile",
         covers=_both(_is(dtype="float32"), lambda row: str(row["architecture"]).startswith("sm_")),
         figure=lambda row: row["hgmma"] + row["hmma"],
         limit=0,
     ),
-    Target(
+    AuditTarget(
         name="16-bit dtypes: tensor-core products, in the loop if there is one",
         part="compile",
         covers=_both(_is(dtype=_LOW_PRECISION, op=_DOTS), _multiplies),
@@ -226,14 +226,14 @@ TARGETS = [
         limit=1,
         at_least=True,
     ),
-    Target(
+    AuditTarget(
         name="offsets that leave 32 bits, above 2^31 elements",
         part="huge",
         covers=lambda row: True,
         figure=lambda row: len(row["overflows"]),
         limit=0,
     ),
-    Target(
+    AuditTarget(
         name="grids that CUDA does not launch, above 2^31 elements",
         part="huge",
         covers=lambda row: True,
