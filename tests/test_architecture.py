@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,10 +61,16 @@ def package_of(module: str, path: Path) -> str:
     return module if path.name == "__init__.py" else module.rpartition(".")[0]
 
 
-def imports_of(module: str, path: Path) -> set[str]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports_of(module: str, path: Path) -> frozenset[str]:
     """Dotted names that a module imports anywhere, relative ones resolved; `from a import b` is a.b."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -72,7 +79,7 @@ def imports_of(module: str, path: Path) -> set[str]:
                 parents = package_of(module, path).split(".")
                 base = ".".join(parents[: len(parents) - node.level + 1] + ([base] if base else []))
             names.update(f"{base}.{alias.name}" for alias in node.names)
-    return names
+    return frozenset(names)
 
 
 def inside(name: str, package: str) -> bool:
@@ -108,7 +115,7 @@ def test_imports_flow_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if inside(m, "retpop.kernels")))
 def test_kernels_import_nothing_of_ours_but_each_other(module: str) -> None:
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    tree = parsed(MODULES[module])
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             assert not any(inside(alias.name, "retpop") for alias in node.names)
@@ -136,7 +143,7 @@ def test_the_reference_imports_no_triton_and_nothing_of_the_faster_forms() -> No
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if inside(m, "retpop")))
 def test_backends_are_told_apart_in_one_place(module: str) -> None:
     """Everybody else calls the backend's functions. A comparison with a backend's name is a second choice."""
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(MODULES[module])):
         parts = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
         parts += [node.value] if isinstance(node, ast.MatchValue) else []
         parts += [x for part in parts for x in getattr(part, "elts", ())]
@@ -151,7 +158,7 @@ def is_private(name: str) -> bool:
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if inside(m, "retpop")))
 def test_private_names_of_torch_stand_in_one_module(module: str) -> None:
     """Imported, reached through a module of torch, or read from its objects (a module's hooks, say)."""
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    tree = parsed(MODULES[module])
     found = [n for n in imports_of(module, MODULES[module]) if n.startswith("torch.")]
     found = [name for name in found if any(map(is_private, name.split(".")))]
     of_torch = {

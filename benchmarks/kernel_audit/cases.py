@@ -167,7 +167,6 @@ PARTS = {"compile": CASES, "huge": HUGE, "traffic": COUNTED}
 CORE = {
     "compile": {
         "pop_fwd, rem training, packed, state and reset, bfloat16",
-        "pop_fwd, rem imagination, bfloat16",
         "pop_bwd, rem training, packed, state and reset, bfloat16",
         "retention_fwd, D 64, bfloat16",
         "retention_fwd, D 64, float32",

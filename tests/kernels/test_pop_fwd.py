@@ -86,32 +86,52 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ONE_PASS)
 @pytest.mark.parametrize("use", USES)
 def test_uses(use: str, form: str) -> None:
+    """In one form with blocks that start an episode, in the other without."""
     N, L, P, M, offset = USES[use]
     seed = len(use)
-    if form in ONE_PASS:
-        check(make(1, N, L, P, M, 2, 8, 12, offset=offset, seed=seed, with_state=seed % 2 == 0), FORMS[form])
+    if (form == "line") == (seed % 2 == 0):
+        check(make(1, N, L, P, M, 2, 8, 12, offset=offset, seed=seed, with_state=seed % 3 > 0), FORMS[form])
+    else:
+        check_with_starts(use, form)
+
+
+def check_with_starts(use: str, form: str) -> None:
+    N, L, P, M, offset = USES[use]
+    seed = len(use)
     starts = make(2, N, L, P, M, 1, 8, 12, offset=offset, seed=seed + 2, with_reset=True)
     check(replace(starts, reset=~starts.reset if seed % 3 == 0 else starts.reset), FORMS[form])
 
 
+@pytest.mark.parametrize("use", USES)
+def test_uses_of_a_split(use: str) -> None:
+    check_with_starts(use, "line, split" if len(use) % 2 else "steps, split")
+
+
 @pytest.mark.parametrize("form", ONE_PASS)
-@pytest.mark.parametrize("M", [4, 20])
-def test_predictions_alone(M: int, form: str) -> None:
-    check(make(2, 0, 5, 1, M, 2, 8, 12), FORMS[form])
-    check(make(1, 0, 5, 1, M, 2, 8, 12, with_state=False, with_reset=True), FORMS[form])
+def test_predictions_alone(form: str) -> None:
+    check(make(2, 0, 5, 1, 20, 2, 8, 12), FORMS[form])
+    check(make(1, 0, 5, 1, 4, 2, 8, 12, with_state=False, with_reset=True), FORMS[form])
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("Dk", "Dv"), [(8, 100), (24, 60), (60, 24), (100, 33), (128, 16)])
-def test_head_dims(Dk: int, Dv: int, form: str) -> None:
-    check(make(1, 2, 5, 3, 4, 1, Dk, Dv, seed=Dk), FORMS[form])
+@pytest.mark.parametrize(
+    ("Dk", "Dv", "forms"),
+    [
+        (8, 100, ("line", "steps, split")),
+        (24, 60, ("steps", "line, split")),
+        (60, 24, ("line", "steps, split")),
+        (100, 33, ("steps", "line, split")),
+        (128, 16, ("line", "steps, split")),
+    ],
+)
+def test_head_dims(Dk: int, Dv: int, forms: tuple[str, str]) -> None:
+    for form in forms:
+        check(make(1, 2, 5, 3, 4, 1, Dk, Dv, seed=Dk), FORMS[form])
 
 
-@pytest.mark.parametrize("tile", [32, 64])
-@pytest.mark.parametrize("form", ONE_PASS)
+@pytest.mark.parametrize(("form", "tile"), [("line", 64), ("steps", 32)])
 def test_rem_lengths_in_larger_tiles(form: str, tile: int) -> None:
     check(make(1, 2, 65, 3, 64, 1, 16, 16, with_reset=True), replace(FORMS[form], tile=tile, cols_v=16))
 
@@ -180,7 +200,7 @@ def test_strides(form: str) -> None:
     check(strange, FORMS[form])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["line", "steps, split"])
 def test_outputs_do_not_depend_on_their_memory(form: str) -> None:
     """The fixture fills new memory with NaN; twice the same call is bitwise the same."""
     case = make(1, 2, 17, 2, 18, 1, 12, 20)
@@ -197,9 +217,16 @@ def with_reset_at(case: PopCase, *blocks: int) -> PopCase:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("offset", "poison"), [(0, math.nan), (1, math.inf)])
-def test_nothing_crosses_a_reset(offset: int, poison: float, form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "offset", "poison"),
+    [
+        ("line", 0, math.nan),
+        ("steps", 1, math.inf),
+        ("line, split", 1, math.inf),
+        ("steps, split", 0, math.nan),
+    ],
+)
+def test_nothing_crosses_a_reset(form: str, offset: int, poison: float) -> None:
     """Neither a broken given state nor broken blocks: a state is replaced, not multiplied by 0."""
     L, M = 18, 5
     case = with_reset_at(make(1, 4, L, 3, M, 1, 8, 8, offset=offset), 0, 2)
@@ -213,8 +240,9 @@ def test_nothing_crosses_a_reset(offset: int, poison: float, form: str) -> None:
     assert not torch.isfinite(out[:, L : 2 * L]).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("M", [5, 18])
+@pytest.mark.parametrize(
+    ("form", "M"), [("line", 5), ("steps", 18), ("line, split", 18), ("steps, split", 5)]
+)
 def test_a_broken_prediction_leaves_no_trace(form: str, M: int) -> None:
     case = make(1, 3, 4, 3, M, 1, 8, 8)
     expected = case.double().run(backend="reference")

@@ -143,18 +143,26 @@ def with_gammas(case: RetentionCase, gammas: list[float]) -> RetentionCase:
     return replace(case, log_decay=torch.tensor(logs, dtype=torch.float64).float())
 
 
-@every_schedule
 @pytest.mark.parametrize(
-    ("T", "Dk", "Dv"), [(1, 8, 8), (7, 24, 60), (16, 16, 16), (33, 60, 100), (65, 8, 24)]
+    ("T", "Dk", "Dv", "schedules"),
+    [
+        (1, 8, 8, ("both", "each, split")),
+        (7, 24, 60, ("each", "both, split")),
+        (16, 16, 16, ("both", "each, split")),
+        (33, 60, 100, tuple(SCHEDULES)),
+        (65, 8, 24, ("each", "both, split", "each, split")),
+    ],
 )
-def test_lengths_and_head_dims(T: int, Dk: int, Dv: int, schedule: str) -> None:
-    B, H = (2, 3) if T < 33 else (1, 1)
+def test_lengths_and_head_dims(T: int, Dk: int, Dv: int, schedules: Sequence[str]) -> None:
+    B, H = (2, 2) if T < 33 else (1, 1)
     case = RetentionCase.make(B, T, H, Dk, Dv, dtype=torch.float32, seed=T, with_state=T != 65)
-    check(case, config=tiles_for(case, schedule))
+    for schedule in schedules:
+        check(case, config=tiles_for(case, schedule))
 
 
-@two_schedules
-@pytest.mark.parametrize("tile", [16, 32, 64])
+@pytest.mark.parametrize(
+    ("tile", "schedule"), [(16, "both"), (32, "both"), (32, "each, split"), (64, "each, split")]
+)
 def test_every_size_of_a_tile(tile: int, schedule: str) -> None:
     case = RetentionCase.make(1, 98, 1, 24, 24, dtype=torch.float32, seed=tile)
     config = tiles_for(case, schedule, tile=tile, cols=16, scale_v=tile == 32)
@@ -175,13 +183,14 @@ def test_any_decay_with_a_partial_chunk(T: int, schedule: str) -> None:
 
 
 @two_schedules
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
-def test_every_subset_of_gradients(needs: tuple[bool, ...], schedule: str) -> None:
-    case = RetentionCase.make(1, 35, 1, 8, 8, dtype=torch.float32)
-    config = tiles_for(case, schedule)
+def test_every_subset_of_gradients(schedule: str) -> None:
+    """Of k, v and the state, whose kernels leave out what is not needed; that of q is a launch of its own."""
+    case = RetentionCase.make(1, 18, 1, 8, 8, dtype=torch.float32)
+    config = tiles_for(case, schedule, **({"stretch": 16} if "split" in schedule else {}))
     grads = grads_for(case)
-    found = run(case, grads, config=config, needs=needs)
-    assert_same(found, expected(case, grads))
+    wanted = expected(case, grads)
+    for needs in itertools.product([False, True], repeat=3):
+        assert_same(run(case, grads, config=config, needs=(not any(needs), *needs)), wanted)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
@@ -206,9 +215,15 @@ def test_nothing_is_launched_that_is_not_needed(needs: tuple[bool, ...]) -> None
                 assert reverse == max(counts[dk + 2 * dv], dstate)
 
 
-@two_schedules
-@pytest.mark.parametrize("given", [(True, False), (False, True)])
-@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize(
+    ("with_state", "given", "schedule"),
+    [
+        (True, (True, False), "both"),
+        (True, (False, True), "each, split"),
+        (False, (True, False), "each, split"),
+        (False, (False, True), "both"),
+    ],
+)
 def test_a_gradient_that_is_not_given_is_zero(
     with_state: bool, given: tuple[bool, bool], schedule: str
 ) -> None:
@@ -252,11 +267,16 @@ def layouts(case: RetentionCase) -> dict[str, RetentionCase]:
     }
 
 
-@two_schedules
 @pytest.mark.parametrize("layout", list(layouts(RetentionCase.make(2, 3, 2, 8, 8))))
-def test_layouts(layout: str, schedule: str) -> None:
+def test_layouts(layout: str) -> None:
     case = layouts(RetentionCase.make(2, 18, 2, 8, 8, dtype=torch.float32))[layout]
-    check(case, config=tiles_for(case, schedule))
+    check(case, config=tiles_for(case, "both"))
+
+
+@pytest.mark.parametrize("layout", ["one projection", "last dim strided", "state expanded"])
+def test_layouts_of_split_sequences(layout: str) -> None:
+    case = layouts(RetentionCase.make(2, 18, 2, 8, 8, dtype=torch.float32))[layout]
+    check(case, config=tiles_for(case, "each, split", stretch=16))
 
 
 @two_schedules
@@ -318,8 +338,9 @@ def test_no_packed_tokens(schedule: str) -> None:
     assert torch.equal(state, grads[1])
 
 
-@two_schedules
-@pytest.mark.parametrize("bounds", [[0, 20, 10_000_000], [-10_000_000, 20, 40]])
+@pytest.mark.parametrize(
+    ("bounds", "schedule"), [([0, 20, 10_000_000], "each, split"), ([-10_000_000, 20, 40], "both")]
+)
 def test_wrong_bounds_lead_nowhere(bounds: list[int], schedule: str) -> None:
     """On a GPU nobody checks their values; outside the tokens nothing is read or written."""
     case = RetentionCase.make(1, 40, 1, 8, 8, dtype=torch.float32, sequences=2)
@@ -385,8 +406,7 @@ def test_bounds_that_rise_and_fall_do_not_outgrow_the_scan() -> None:
     assert (arguments["p_states"][7:] == 5.0).all()
 
 
-@two_schedules
-@pytest.mark.parametrize("cut", [1, 33])
+@pytest.mark.parametrize(("cut", "schedule"), [(1, "both"), (33, "each, split")])
 def test_a_cut_sequence_with_carried_gradients_is_the_whole(cut: int, schedule: str) -> None:
     case = RetentionCase.make(1, 50, 1, 8, 24, dtype=torch.float32)
     config = tiles_for(case, schedule)
@@ -398,8 +418,7 @@ def test_a_cut_sequence_with_carried_gradients_is_the_whole(cut: int, schedule: 
     assert_same([*joined, earlier[3]], run(case, (out, state), config=config))
 
 
-@two_schedules
-@pytest.mark.parametrize("at", [0, 17])
+@pytest.mark.parametrize(("at", "schedule"), [(0, "each, split"), (17, "both"), (17, "each, split")])
 def test_an_earlier_output_gives_nothing_to_later_tokens(at: int, schedule: str) -> None:
     case = RetentionCase.make(1, 50, 1, 8, 8, dtype=torch.float32)
     config = tiles_for(case, schedule)
@@ -466,7 +485,7 @@ def test_a_gradient_in_float32_of_float16_tokens_alone(T: int) -> None:
     check(case, grads=(None, state), limit=FLOAT16)
 
 
-@pytest.mark.parametrize("stretch", [None, 256])
+@pytest.mark.parametrize("stretch", [None, pytest.param(256, marks=pytest.mark.slow)])
 def test_a_long_lived_gradient_gathers_no_bias(stretch: int | None) -> None:
     """The first state's gradient after 4,096 tokens at a time scale of 30,000."""
     T = 4096

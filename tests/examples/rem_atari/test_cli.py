@@ -278,8 +278,9 @@ def unread() -> Iterator[int]:
     os.close(writer)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["list"], ["train", "--help"]])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "unbuffered"), [(["--help"], "1"), (["list"], ""), (["train", "--help"], "1")]
+)
 def test_output_that_nobody_reads_ends_the_command_quietly(
     unread: int, words: list[str], unbuffered: str
 ) -> None:

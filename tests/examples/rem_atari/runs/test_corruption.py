@@ -90,7 +90,13 @@ def damage_and_load(checkpoints: Path, times: int, damage: Callable[[Path, rando
     assert_is_step(load_checkpoint(checkpoints), 3)
 
 
-@pytest.mark.parametrize(("times", "damage"), [(1000, flip), (200, cut)])
+@pytest.mark.parametrize(
+    ("times", "damage"),
+    [
+        *((100, flip), (50, cut)),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1000, flip), (200, cut))),
+    ],
+)
 def test_damage_to_a_checkpoint_is_found_and_the_one_before_is_used(
     tmp_path: Path, before: Path, times: int, damage: Callable[[Path, random.Random], int]
 ) -> None:

@@ -357,26 +357,13 @@ def test_a_checkpoint_of_an_earlier_version_that_names_the_next_phase_is_gone_on
 @pytest.mark.parametrize(
     "forge",
     [
-        lambda saved: edit(saved, phase="exec"),
-        lambda saved: edit(saved, epoch="1; rm -rf"),
         lambda saved: edit(saved, epoch=None),
         lambda saved: edit(saved, updates={}),
         lambda saved: edit(saved, environments=[None]),
-        lambda saved: edit(
-            saved, environments=[{"env": {"layers": []}, "return": 0, "length": 0, "deaths": 0}] * 2
-        ),
-        lambda saved: edit(saved, collection={"steps": 1, "surprise": 2}),
-        lambda saved: edit(
-            saved, shards=[{"name": "../../secret", "num_bytes": 1, "sha256": "0", "num_rows": 1}]
-        ),
         lambda saved: edit(saved, shards=[{"name": "shard-00000000.safetensors"}]),
-        lambda saved: edit(saved, random={}),
         lambda saved: edit(saved, metric_lines="many"),
-        lambda saved: replace(saved, model={}),
         lambda saved: replace(saved, optimizer={"tokenizer.0.exp_avg": torch.zeros(3)}),
         lambda saved: replace(saved, optimizer={"tokenizer.9999.exp_avg": torch.zeros(3)}),
-        lambda saved: replace(saved, optimizer={"what": torch.zeros(3)}),
-        lambda saved: replace(saved, training={}),
         lambda saved: replace(saved, training={**saved.training, "frames": torch.zeros(2, 8, 8, 3)}),
         lambda saved: replace(saved, training={**saved.training, "carry/0": torch.zeros(2, 3)}),
         lambda saved: replace(saved, training={**saved.training, "random/torch": torch.zeros(3)}),
@@ -388,7 +375,7 @@ def test_a_checkpoint_that_does_not_fit_fails_with_one_sentence(
     capsys: pytest.CaptureFixture[str],
     forge: Callable[[Checkpoint], Checkpoint],
 ) -> None:
-    """Whole by its digests, but of another configuration, or from somebody who means harm."""
+    """Whole by its digests, but of another configuration; `runs/test_hostile_files.py` has worse ones."""
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     put_back(folder, forge(newest(folder)))
