@@ -57,7 +57,7 @@ class BestAndWorst:
             self._ended[game.env_index] = frames_of_game + ([] if last is None else [_compress(last)])
 
     def count(self, game: GameReturn) -> None:
-        """Take a game that counts; one that is still open is taken as far as it has come."""
+        """Take a game that counts, an open one up to its latest frame."""
         frames = self._ended.pop(game.env_index, None)
         if frames is None:
             frames = self._open.pop(game.env_index, [])

@@ -79,7 +79,7 @@ class _Dream:
 
     @property
     def tokens(self) -> Tensor:
-        """What it believes to see, (1, K)."""
+        """The tokens of the imagined observation, (1, K)."""
         return self._env.tokens
 
     def begin(self, tokens: Tensor) -> None:
@@ -101,7 +101,7 @@ class _Dream:
         return reward
 
     def forget(self) -> None:
-        """Another episode begins."""
+        """Forget the episode, because another begins."""
         self._past.clear()
 
 

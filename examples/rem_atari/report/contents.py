@@ -185,7 +185,7 @@ class Report:
 
 
 def attempt(part: str, notes: list[str], make: Callable[[], T]) -> T | None:
-    """What `make` gives; None and a note where it fails: one part must not cost the report of a whole run.
+    """The result of `make`; if it fails, None and a note, so that one part does not cost the whole report.
 
     Raises:
         OSError: the disk refused; that is no fault of the part.
@@ -257,7 +257,7 @@ def without_nan(value: Any) -> Any:
 
 
 def measure_quality(data: RunData) -> Quality:
-    """Show the networks held-out frames, as far as there are any of both."""
+    """Measure the networks on held-out frames, as far as there are both."""
     agent, heldout, training = data.agent, data.heldout, data.training
     if agent is None or heldout is None:
         return Quality(steps=0 if heldout is None else heldout.num_steps)

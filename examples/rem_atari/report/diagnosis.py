@@ -71,7 +71,7 @@ class Finding:
 
 
 def diagnose(lines: Sequence[MetricLine], config: Config) -> list[Finding]:
-    """Make every check, in the order in which to heed them.
+    """Run every check, in the order in which to act on them.
 
     Args:
         lines: lines of metrics.jsonl, of a run that may still go on.
@@ -81,7 +81,7 @@ def diagnose(lines: Sequence[MetricLine], config: Config) -> list[Finding]:
 
 
 def first_sign(findings: Sequence[Finding]) -> Finding | None:
-    """The first check that sees its sign: where to begin."""
+    """The first check that found its sign; begin there."""
     return next((finding for finding in findings if finding.sign), None)
 
 
@@ -134,7 +134,7 @@ def _check_patches(found: Callable[..., Finding], lines: Sequence[MetricLine], c
 
 
 def check_reward_loss(lines: Sequence[MetricLine], config: Config) -> Finding:
-    """Whether the world model foretells rewards better than their base rate does."""
+    """Whether the world model predicts rewards better than their base rate does."""
     found = _finding("reward_loss", "Reward loss stuck high")
     loss, base = values_of(lines, "world_model", "reward"), values_of(lines, "world_model", "reward_base")
     if len(loss.y) < 2 or len(base.y) < 2:
@@ -196,7 +196,7 @@ def check_entropy(lines: Sequence[MetricLine], config: Config) -> Finding:
 
 
 def check_world_model_loss(lines: Sequence[MetricLine], config: Config) -> Finding:
-    """Whether the world model runs after tokens that change their meaning."""
+    """Whether the world model chases tokens whose meaning changes."""
     found = _finding("world_model_loss", "World-model loss rising")
     loss = values_of(lines, "world_model", "tokens")
     means = [statistics.fmean(loss.y[at : at + WINDOW]) for at in range(len(loss.y) - WINDOW + 1)]
@@ -225,7 +225,7 @@ def check_world_model_loss(lines: Sequence[MetricLine], config: Config) -> Findi
 
 
 def check_codebook(lines: Sequence[MetricLine], config: Config) -> Finding:
-    """Whether few codes carry all frames."""
+    """Whether a few codes encode all frames."""
     found = _finding("codebook", "Codebook use")
     used = values_of(lines, "tokenizer", "codes_used")
     if config.tokenizer.kind == "patches":
@@ -243,7 +243,7 @@ def check_codebook(lines: Sequence[MetricLine], config: Config) -> Finding:
 
 
 def check_value_scale(lines: Sequence[MetricLine], config: Config) -> Finding:
-    """Whether the critic's errors drown what the policy is to learn."""
+    """Whether the critic's errors drown the policy's signal."""
     found = _finding("value_scale", "Value scale")
     value, norm = (values_of(lines, "controller", name) for name in ("value", "grad_norm"))
     if len(value.y) < 2 or not norm.y:
@@ -268,7 +268,7 @@ def check_value_scale(lines: Sequence[MetricLine], config: Config) -> Finding:
 
 
 def check_reward_sizes(lines: Sequence[MetricLine], config: Config) -> Finding:
-    """Whether rewards differ in size, of which a world model that learns signs learns nothing."""
+    """Whether rewards differ in size, which a world model of reward signs does not learn."""
     found = _finding("reward_sizes", "Rewards of different sizes")
     sizes = reward_sizes(lines)
     if sizes is None:

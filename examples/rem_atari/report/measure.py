@@ -172,7 +172,7 @@ def _choose(batch: SequenceBatch, context: int) -> SequenceBatch:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Predictions beside what came.
+    """Predictions beside the outcomes.
 
     Attributes:
         predictions: the world model's, (N, K).
@@ -187,7 +187,7 @@ class Evidence:
     previous_chance: NDArray[np.float64]
 
     def score(self, predictions: TokenPredictions) -> TokenScores:
-        """How well these predictions, the world model's or another's, meet what came."""
+        """Scores of these predictions, the world model's or another's."""
         return score_tokens(predictions, self.target, self.previous)
 
 
@@ -201,7 +201,7 @@ def token_pairs(batch: SequenceTokens) -> tuple[NDArray[np.int64], NDArray[np.in
 def predict_sequences(
     world_model: BaseWorldModel, codebook: Tensor, batch: SequenceTokens, *, first: int
 ) -> tuple[Evidence, Evidence, Evidence]:
-    """What the world model, given the real past, says of next frames, of rewards and of ends.
+    """The world model's predictions of next frames, rewards and ends, given the real past.
 
     Args:
         world_model: in eval mode.

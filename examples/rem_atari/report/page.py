@@ -107,7 +107,7 @@ def _save_imagination(path: Path, report: Report) -> None:
 
 
 def list_files(run: Path) -> list[RunFile]:
-    """What the folder holds of the files a run may have, with sizes in bytes."""
+    """The files of a run that the folder holds, with sizes in bytes."""
     return [
         RunFile(name, purpose, _size_of(run / name))
         for name, purpose in PURPOSES.items()
@@ -149,7 +149,7 @@ def render(report: Report, run_files: Sequence[RunFile]) -> str:
 
 
 def _make(make: Callable[[Report], str], report: Report) -> str:
-    """A section of the page; one that fails says so in its place, and the others are there."""
+    """A section of the page; a sentence takes the place of one that fails."""
     try:
         return make(report)
     except Exception as error:
@@ -191,7 +191,7 @@ def _setting_row(path: str, value: object, paper: object) -> str:
 
 
 def file_table(run_files: Sequence[RunFile]) -> str:
-    """What lies in the run's folder."""
+    """A table of the files in the run's folder."""
     rows = "".join(
         f"<tr><td><code>{escape(file.name)}</code></td><td>{escape(file.purpose)}</td>"
         f'<td class="number">{size(file.size)}</td></tr>'
@@ -226,7 +226,7 @@ def reproduce(report: Report) -> str:
 
 
 def _sessions(report: Report) -> str:
-    """When, with which code and on what the run was started and resumed."""
+    """A table of the run's starts and resumptions: time, code and machine."""
     if not report.sessions:
         return ""
     rows = "".join(map(_session_row, report.sessions))

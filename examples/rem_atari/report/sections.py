@@ -50,7 +50,7 @@ def chart_figure(chart: Chart) -> str:
 
 
 def reconstructions(report: Report) -> str:
-    """Real frames, what is left of them after the tokenizer, and the difference."""
+    """Real frames, the tokenizer's reconstructions, and the difference."""
     if report.quality.frames is None:
         return section("Frames and reconstructions", "<p>There are no held-out frames to show.</p>")
     shown = report.quality.frames.redrawn
@@ -192,7 +192,7 @@ def rivals(report: Report) -> str:
 
 
 def signs(report: Report) -> str:
-    """What `rem-atari diagnose` says."""
+    """The findings of `rem-atari diagnose`."""
     title = "Signs that it does not learn"
     findings = diagnose(report.lines, report.config)
     first = first_sign(findings)
@@ -280,7 +280,7 @@ def _comparison_row(row: Comparison) -> str:
 
 
 def _events(report: Report) -> str:
-    """How often the world model sees coming what matters most, and happens least."""
+    """How often the world model predicts the events that matter most and are rarest."""
     predictions = report.quality.predictions
     if predictions is None:
         return ""

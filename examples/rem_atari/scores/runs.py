@@ -91,7 +91,7 @@ def read_run_score(path: Path) -> RunScore:
 
 
 def _read_evaluation(run: RunFolder) -> _Found | None:
-    """What `rem-atari evaluate` found out about the newest checkpoint that it was asked about, or None."""
+    """The result of `rem-atari evaluate` for the newest checkpoint that it evaluated, or None."""
     summary = newest_summary(run)
     if summary is None:
         return None
@@ -105,7 +105,7 @@ def _read_evaluation(run: RunFolder) -> _Found | None:
 
 
 def _read_training(run: RunFolder, config: Config) -> _Found | None:
-    """The evaluation at the end of the training, or None if it has not come to it."""
+    """The evaluation at the end of the training, or None before that."""
     for line in reversed(read_lines(run.metrics, [])):
         if line.get("phase") == "evaluate" and line.get("final") == 1 and is_number(line.get("mean_return")):
             notes = []

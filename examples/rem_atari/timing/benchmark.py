@@ -137,7 +137,7 @@ _Repeat = Callable[..., Timing]
 
 
 def _time_parts(config: Config, state: RunState, repeat: _Repeat) -> Iterator[Timing]:
-    """Time part after part, each on what those before it left."""
+    """Time the parts in order; each starts from the state that the one before left."""
     yield _time_random_play(config, state)
     yield _time_collection(config, state)
     tokenizer = state.phases["tokenizer"]
@@ -211,7 +211,7 @@ def _time_phase(phase: TrainingPhase, config: Config, repeat: _Repeat) -> Timing
 
 
 def _time_imagination(config: Config, state: RunState, phase: ControllerPhase, repeat: _Repeat) -> Timing:
-    """All that an update of the controller computes before its gradient, on frames not seen before."""
+    """Everything that a controller update computes before its gradient, on new frames."""
     batch, steps = config.controller.optim.batch_size, config.controller.horizon - 1
 
     def imagine(lap: Lap) -> None:
@@ -271,12 +271,12 @@ class _Laps:
         self._last = 0.0
 
     def start(self) -> None:
-        """The first part begins."""
+        """Begin the first part."""
         _wait(self._device)
         self._last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
-        """A part ends, and the next one begins."""
+        """End a part and begin the next one."""
         _wait(self._device)
         now = time.perf_counter()
         self.seconds[part].append(now - self._last)
@@ -309,7 +309,7 @@ def _matrix_rate(config: Config) -> float:
 
 
 def _wait(device: str) -> None:
-    """Until the device has done what it was told."""
+    """Wait until the device has finished its work."""
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize(device)
@@ -349,6 +349,6 @@ def _explaining_memory() -> Iterator[None]:
 
 
 def _process_memory() -> int:
-    """Bytes of memory that the process had at most."""
+    """The process's peak memory in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

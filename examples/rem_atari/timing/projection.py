@@ -148,12 +148,12 @@ def _updates(config: Config, name: str, epoch: int) -> int:
 
 
 def _is_resting(config: Config, name: str, epoch: int) -> bool:
-    """Whether it is the tokenizer, frozen when its freeze is due, as it is hoped to be, or never training."""
+    """Whether it is the tokenizer, at rest: one of patches always is, another once its freeze is due."""
     freeze = config.tokenizer.freeze_epoch
     frozen = freeze is not None and epoch >= freeze
     return name == "tokenizer" and (frozen or config.tokenizer.kind == "patches")
 
 
 def optims_of(config: Config) -> dict[str, OptimConfig]:
-    """How each component learns, by its name."""
+    """Each component's optimiser settings, by its name."""
     return {name: getattr(config, name).optim for name in COMPONENTS}

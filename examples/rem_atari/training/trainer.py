@@ -322,7 +322,7 @@ class Trainer:
         return self._progress.phase(self._state.epoch, self._state.phase, units, done=done)
 
     def _after_collected(self, units: int) -> None:
-        """Say once, and as soon as it is seen, what the world model does not learn of the game's rewards."""
+        """Warn once, at first sight, of reward sizes that the world model does not learn."""
         sizes = self._state.collection.sizes
         learns_signs = self._config.world_model.reward_bins == 0
         if learns_signs and not sizes.are_signs and not self._told_of_rewards:
@@ -335,7 +335,7 @@ class Trainer:
         self._advance(units)
 
     def _advance(self, units: int = 1) -> None:
-        """The running phase has done so much more; between two of its steps a signal may stop the run."""
+        """Note progress of the running phase; a signal may stop the run here, between two steps."""
         self._progress.advance(units)
         self._stop.check()
 
