@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import webbrowser
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,10 +53,9 @@ def play(arguments: PlayArguments) -> None:
             tell("warning: other machines can reach this page and play")
         if arguments.browser:
             threading.Thread(target=_open_page, args=(address,), daemon=True).start()
-        try:
+        with suppress(KeyboardInterrupt):
             make_server(stage, arguments.host).run(sockets=[listening])
-        except KeyboardInterrupt:
-            print("ended")
+    print("ended")
 
 
 def make_stage(trained: TrainedAgent, *, name: str, seed: int) -> Stage:
