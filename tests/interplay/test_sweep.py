@@ -29,7 +29,7 @@ from rem_atari.runs.folder import LOCK_FILE, hold_run_folder
 from rem_atari.runs.session import read_sessions
 
 DEBUG = PRESETS["debug"]
-SECONDS = 300
+SECONDS = 600
 NAME = "rem_atari_Catch_v0"
 
 

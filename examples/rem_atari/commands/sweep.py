@@ -40,6 +40,10 @@ SAVING_SECONDS = 60.0
 """Time that runs get to save after a signal."""
 
 
+ATTEMPTS = 4
+"""To start Ray, whose processes wait for each other for a few seconds only, too short on a busy machine."""
+
+
 @dataclass
 class SweptRun:
     """A run of the sweep.
@@ -197,13 +201,16 @@ def _ray(address: str | None) -> Iterator[Any]:
     import ray
 
     local = {} if address is not None else {"include_dashboard": False}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
-    except ConnectionError as error:
-        raise UsageError(f"--address {address}: there is no Ray cluster: {error}") from error
-    except Exception as error:  # Ray gives up after half a minute, also on a machine that is only busy
-        ray.shutdown()
-        raise RunError(f"Ray did not start: {explain(error)}") from error
+    for attempt in range(ATTEMPTS):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+            break
+        except ConnectionError as error:
+            raise UsageError(f"--address {address}: there is no Ray cluster: {error}") from error
+        except Exception as error:
+            ray.shutdown()
+            if attempt == ATTEMPTS - 1:
+                raise RunError(f"Ray did not start: {explain(error)}") from error
     try:
         yield ray
     finally:
