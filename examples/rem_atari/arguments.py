@@ -347,6 +347,41 @@ class ScoresArguments:
 
 
 @dataclass(frozen=True)
+class SweepArguments:
+    """Train a run for each game and seed, side by side, on Ray: one machine or a cluster.
+
+    Every run is what `rem-atari train` makes of the same settings, to the last bit. A run whose process dies
+    resumes from its checkpoint; a run that fails is reported, and the others go on. A sweep that was stopped
+    or killed goes on when the same command is given again. At the end come the scores.
+
+    Example: rem-atari sweep --games Pong Boxing --seeds 0 1 2 --preset paper --device cuda --gpus 0.5
+
+    Writes the runs' folders OUT/GAME-SEED, which all machines of a cluster must see, and OUT/logs/. Exit
+    codes: 0 all done, 1 runs failed, 2 wrong use, 3 stopped by a signal.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    settings: Settings = None
+    """File with settings, as for `rem-atari train`."""
+    games: tuple[str, ...] = ()
+    """Atari games; all26: those of Atari 100K; gymnasium ids, with / or :, too. None: the preset's game."""
+    seeds: tuple[int, ...] = ()
+    """A run of each game for each seed. None: --seed alone."""
+    out: Path = Path("runs/sweep")
+    """Folder of the runs' folders."""
+    address: str | None = None
+    """Ray cluster: auto, or HOST:PORT. None: Ray is started on this machine."""
+    cpus: float = 1.0
+    """CPUs of each run, which decide how many run at once; also its --threads, unless those are given."""
+    gpus: float | None = None
+    """GPUs of each run; with 0.25 four share one. None: 1 on --device cuda, else 0."""
+    retries: int = 3
+    """How often a run whose process died is started again."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
 class BenchmarkArguments:
     """Measure how long a run would take on this machine, part by part, without training.
 
@@ -421,6 +456,7 @@ Arguments = (
     | DiagnoseArguments
     | ExportArguments
     | ScoresArguments
+    | SweepArguments
     | BenchmarkArguments
     | WeightsArguments
     | ListArguments
@@ -438,6 +474,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """
     preset = _default_config(argv)
     train, benchmark = TrainArguments(config=preset), BenchmarkArguments(config=preset)
+    sweep = SweepArguments(config=preset)
     blind = BlindArguments(env=preset.env)
     commands = (
         Annotated[TrainArguments, tyro.conf.subcommand("train", default=train)]
@@ -450,12 +487,15 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         | Annotated[DiagnoseArguments, tyro.conf.subcommand("diagnose")]
         | Annotated[ExportArguments, tyro.conf.subcommand("export")]
         | Annotated[ScoresArguments, tyro.conf.subcommand("scores")]
+        | Annotated[SweepArguments, tyro.conf.subcommand("sweep", default=sweep)]
         | Annotated[BenchmarkArguments, tyro.conf.subcommand("benchmark", default=benchmark)]
         | Annotated[WeightsArguments, tyro.conf.subcommand("weights")]
         | Annotated[ListArguments, tyro.conf.subcommand("list")]
     )
     arguments = tyro.cli(commands, prog="rem-atari", args=argv)
-    if isinstance(arguments, TrainArguments | BenchmarkArguments):
+    if isinstance(arguments, SweepArguments):
+        _check_named_once(argv)
+    if isinstance(arguments, TrainArguments | SweepArguments | BenchmarkArguments):
         config = replace(arguments.config, env=_choose_game(arguments.config.env, argv))
         return replace(arguments, config=_anchor_paths(config))
     if isinstance(arguments, BlindArguments):
@@ -465,7 +505,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 def _default_config(argv: Sequence[str]) -> Config:
     """What flags override: the preset, with the settings of a file; both are read first for that reason."""
-    file = _flag_value(argv, "--config") if argv[:1] in (["train"], ["benchmark"]) else None
+    file = _flag_value(argv, "--config") if argv[:1] in (["train"], ["sweep"], ["benchmark"]) else None
     settings = {} if file is None else read_settings(Path(file))
     name = _flag_value(argv, "--preset") or str(settings.get("preset", DEFAULT_PRESET))
     if name not in PRESETS:
@@ -476,6 +516,14 @@ def _default_config(argv: Sequence[str]) -> Config:
         return apply_settings(PRESETS[name], settings | {"preset": name})
     except ValueError as error:
         raise UsageError(f"the settings {file}: {error}") from error
+
+
+def _check_named_once(argv: Sequence[str]) -> None:
+    """A sweep's games and seeds are named by its own flags or by those of a run, not by both."""
+    for many, ones in (("--games", ("--env.game", "--env.id")), ("--seeds", ("--seed",))):
+        for one in ones:
+            if _flag_value(argv, many) is not None and _flag_value(argv, one) is not None:
+                raise UsageError(f"{many} and {one} are both given; give one")
 
 
 def _choose_game(env: EnvConfig, argv: Sequence[str]) -> EnvConfig:

@@ -49,6 +49,7 @@ commands:
   report     write a run's report anew
   diagnose   say why a run does not learn, from its metrics alone
   scores     aggregate runs over games and seeds, beside the published agents
+  sweep      train a run for each of many games and seeds, on Ray
   benchmark  measure this machine: how long would a run take?
   weights    fetch the weights of the perceptual loss, once
   list       list the games, the presets and the agents of the package
@@ -98,6 +99,9 @@ EXTRAS = {
     "scores": {
         "pandas": "pandas",
         "rliable": "rliable",
+    },
+    "sweep": {
+        "ray": "ray",
     },
 }
 """Packages of the extras, by the names that they are imported by."""

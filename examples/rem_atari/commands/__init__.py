@@ -15,6 +15,7 @@ from rem_atari.arguments import (
     ReportArguments,
     ResumeArguments,
     ScoresArguments,
+    SweepArguments,
     TrainArguments,
     WeightsArguments,
 )
@@ -67,6 +68,10 @@ def run_command(arguments: Arguments) -> None:
             from rem_atari.commands.scores import scores
 
             scores(arguments)
+        case SweepArguments():
+            from rem_atari.commands.sweep import sweep
+
+            sweep(arguments)
         case BenchmarkArguments():
             from rem_atari.commands.benchmark import benchmark
 

@@ -181,6 +181,12 @@ def _explain(error: OSError, failed: str) -> RunError:
     return UsageError(f"{failed}: {error.strerror or error}")
 
 
+def is_run_folder(path: Path) -> bool:
+    """Whether a run was begun in the folder."""
+    run = RunFolder(path)
+    return run.config.is_file() or read_config_copy(run.checkpoints) is not None
+
+
 def open_run_folder(path: Path) -> RunFolder:
     """The folder of a run that was started before.
 
@@ -191,7 +197,7 @@ def open_run_folder(path: Path) -> RunFolder:
         UsageError: there is no run in it, or it holds links.
     """
     run = RunFolder(path)
-    if not run.config.is_file() and read_config_copy(run.checkpoints) is None:
+    if not is_run_folder(path):
         raise UsageError(f"{os.fspath(path)} is not a run folder: it has no {run.config.name}")
     for part in (
         run.config,

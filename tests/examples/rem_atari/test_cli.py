@@ -354,6 +354,8 @@ def test_an_extra_is_that_of_the_package(extra: str) -> None:
     names.discard("retpop")  # "retpop[atari]" is another extra
     assert sorted(EXTRAS[extra].values()) == sorted(names)
     distributions = packages_distributions()
+    if not EXTRAS[extra].keys() <= distributions.keys():
+        pytest.skip(f"the extra {extra} is not installed")
     assert {name: {each.lower() for each in distributions[name]} for name in EXTRAS[extra]} == {
         name: {package} for name, package in EXTRAS[extra].items()
     }
