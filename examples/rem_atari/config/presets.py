@@ -128,7 +128,7 @@ MINATAR = Config(
             average=0.98,
             batch_size=6,
             updates_per_epoch=90,
-            first_updates=1_000,
+            first_updates=1_500,
         ),
     ),
     controller=replace(
@@ -145,9 +145,9 @@ MINATAR = Config(
         random_repeat=16,
         optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=64, updates_per_epoch=30),
     ),
-    # Little random play: its games are short, and dreams that begin in them teach how games begin.
+    # Steps cost next to nothing here, and rewards are what the world model sees too few of.
     schedule=ScheduleConfig(
-        epochs=34, collect_epochs=34, steps_per_epoch=2_500, random_steps=10_000, checkpoint_every=5
+        epochs=30, collect_epochs=30, steps_per_epoch=5_000, random_steps=30_000, checkpoint_every=5
     ),
     evaluation=EvaluationConfig(every=5, episodes=20, final_episodes=100, random_episodes=100),
 )
