@@ -108,8 +108,8 @@ MINATAR = Config(
     threads=1,
     # Two by two cells to a token. A game that is played well has no end of its own.
     env=EnvConfig(id=MINATAR_ID, frame_size=40, max_raw_frames=2_500, eval_max_raw_frames=2_500, num_envs=8),
-    # Nothing trains: a game shows some hundred kinds of patches, Seaquest most.
-    tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=768),
+    # Nothing trains. A game shows some hundred kinds of patches, Freeway and Seaquest most.
+    tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=1_024),
     world_model=replace(
         _SMALL_WORLD_MODEL,
         # Two heads as wide as there are places, so that a head can tell them apart.
