@@ -108,8 +108,8 @@ MINATAR = Config(
     threads=1,
     # Two by two cells to a token. A game that is played well has no end of its own.
     env=EnvConfig(id=MINATAR_ID, frame_size=40, max_raw_frames=2_500, eval_max_raw_frames=2_500, num_envs=8),
-    # Nothing trains: a game shows some hundred kinds of patches, Seaquest most.
-    tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=768),
+    # Nothing trains. A game shows some hundred kinds of patches, Freeway and Seaquest most.
+    tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=1_024),
     world_model=replace(
         _SMALL_WORLD_MODEL,
         # Two heads as wide as there are places, so that a head can tell them apart.
@@ -128,7 +128,7 @@ MINATAR = Config(
             average=0.98,
             batch_size=6,
             updates_per_epoch=90,
-            first_updates=1_000,
+            first_updates=1_500,
         ),
     ),
     controller=replace(
@@ -136,18 +136,18 @@ MINATAR = Config(
         channels=(32, 32),
         burn_in=6,
         context_frames=5,
-        reward_start_share=0.3,
+        reward_start_share=0.5,
         horizon=11,
         gamma=0.97,
         entropy_weight=0.05,
         uses=4,
         scale_advantages=True,
-        random_repeat=6,
+        random_repeat=16,
         optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=64, updates_per_epoch=30),
     ),
-    # Little random play: its games are short, and dreams that begin in them teach how games begin.
+    # Steps cost next to nothing here, and rewards are what the world model sees too few of.
     schedule=ScheduleConfig(
-        epochs=34, collect_epochs=34, steps_per_epoch=2_500, random_steps=10_000, checkpoint_every=5
+        epochs=30, collect_epochs=30, steps_per_epoch=5_000, random_steps=30_000, checkpoint_every=5
     ),
     evaluation=EvaluationConfig(every=5, episodes=20, final_episodes=100, random_episodes=100),
 )

@@ -12,8 +12,8 @@ from rem_atari.runs.metrics import read_metrics
 
 pytest.importorskip("minatar", reason="the extra minatar is not installed")
 
-EPOCHS = "30"
-"""Of the preset's 55: about eight minutes of an idle core, where a quarter of an hour is allowed."""
+EPOCHS = "6"
+"""Of the preset's 30: about six minutes of an idle core, where a quarter of an hour is allowed."""
 
 
 @pytest.mark.slow
@@ -24,7 +24,7 @@ def test_minatar_breakout_is_learnt(tmp_path: Path) -> None:
     lines = read_metrics(open_run_folder(run).metrics)
     random = next(line for line in lines if line["phase"] == "random")
     final = next(line for line in lines if line["phase"] == "evaluate" and line["final"])
-    assert random["episodes"] == 400
-    assert 0.25 < random["mean_return"] < 0.55
+    assert random["episodes"] == 100
+    assert 0.2 < random["mean_return"] < 0.55
     assert (final["episodes"], final["unfinished"]) == (50, 0)
     assert final["mean_return"] >= 4 * random["mean_return"]
