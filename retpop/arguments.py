@@ -5,7 +5,7 @@ Autocast casts token inputs and nothing inside the operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import NamedTuple, TypeVar, cast
@@ -27,11 +27,24 @@ def check_tensor(where: str, name: str, value: object) -> None:
         raise TypeError(f"{where}: {name} is {type(value).__name__}; it must be a torch.Tensor.")
 
 
+def check_mapping(where: str, name: str, value: object) -> None:
+    """Raise unless ``value`` is a mapping; ``where`` begins the message."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where}: {name} is {type(value).__name__}; it must map names to values.")
+
+
 def as_int(where: str, name: str, value: object) -> int:
     """``value`` as an int if it is an integer, NumPy's and traced sizes included; a bool is not."""
     if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt):
         raise TypeError(f"{where}: {name} is {value!r} ({type(value).__name__}); it must be an int.")
     return cast(int, value) if isinstance(value, torch.SymInt) else int(value)
+
+
+def as_ints(where: str, name: str, values: object) -> list[int]:
+    """``values`` as a list of ints if they are integers as `as_int` takes them."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{where}: {name} is {values!r}; it must hold ints.")
+    return [as_int(where, f"a value in {name}", value) for value in values]
 
 
 def as_float(where: str, name: str, value: object) -> float:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from retpop.arguments import as_float, as_int, check_chunk_size
+from retpop.arguments import as_float, as_int, check_chunk_size, check_mapping
 from retpop.decay import SCHEDULES, check_log_decays, log_spaced_decay, retnet_decay
 from retpop.position import KINDS
 
@@ -127,6 +127,7 @@ class RetNetConfig:
         Raises:
             TypeError, ValueError: another version wrote it, or a field is unknown or out of range.
         """
+        check_mapping("RetNetConfig.from_dict()", "saved", saved)
         values = dict(saved)
         version = values.pop("version", VERSION)
         if version != VERSION:

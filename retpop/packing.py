@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from retpop._torch import pytree
-from retpop.arguments import check_tensor, values_are_free
+from retpop.arguments import as_ints, check_tensor, values_are_free
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +93,12 @@ def pad_packed(packed: Packed, padding_value: float = 0.0) -> Tensor:
         (B, T, ...), in the dtype of ``packed.data``.
 
     Raises:
-        TypeError: packed is something else.
+        TypeError: packed is something else, or padding_value no number.
     """
     if not isinstance(packed, Packed):
         raise TypeError(f"pad_packed(): packed is {type(packed).__name__}; it must come from pack_padded().")
+    if not isinstance(padding_value, Real):
+        raise TypeError(f"pad_packed(): padding_value is {padding_value!r}; it must be a number.")
     rows, length = packed.shape
     padded = packed.data.new_full((rows * length, *packed.data.shape[2:]), padding_value)
     return padded.index_copy(0, packed.index, packed.data.squeeze(0)).unflatten(0, packed.shape)
@@ -104,9 +107,7 @@ def pad_packed(packed: Packed, padding_value: float = 0.0) -> Tensor:
 def _right_padding(where: str, x: Tensor, lengths: Tensor | Sequence[int]) -> Tensor:
     """The mask (B, T) of rows whose first ``lengths`` tokens count."""
     if not isinstance(lengths, Tensor):
-        if not all(isinstance(length, int) for length in lengths):
-            raise TypeError(f"{where}: lengths is {lengths!r}; it must hold ints.")
-        lengths = torch.tensor(lengths, dtype=torch.int64, device=x.device)
+        lengths = torch.tensor(as_ints(where, "lengths", lengths), dtype=torch.int64, device=x.device)
     if lengths.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{where}: lengths is {lengths.dtype}; it must be int32 or int64.")
     if lengths.shape != x.shape[:1]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retpop._torch import pytree
-from retpop.arguments import check_tensor, values_are_free
+from retpop.arguments import check_mapping, check_tensor, values_are_free
 
 
 class Uncast:
@@ -154,8 +154,7 @@ class RetNetState:
             TypeError, ValueError: saved has other names, or a tensor of another shape or kind.
         """
         where = "RetNetState.from_state_dict()"
-        if not isinstance(saved, Mapping):
-            raise TypeError(f"{where}: saved is {type(saved).__name__}; it must map names to tensors.")
+        check_mapping(where, "saved", saved)
         if set(saved) != {"kv", "position"}:
             raise ValueError(f"{where}: saved has the names {sorted(saved)}; they must be kv and position.")
         kv, position = saved["kv"], saved["position"]

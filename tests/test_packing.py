@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,9 +32,9 @@ def test_lengths_cut_every_row_at_its_end() -> None:
     assert torch.equal(packed.data[0], torch.cat([x[row, :length] for row, length in enumerate(LENGTHS)]))
 
 
-@pytest.mark.parametrize("dtype", [None, torch.int32, torch.int64])
-def test_lengths_are_a_mask_of_right_padding(dtype: torch.dtype | None) -> None:
-    lengths = LENGTHS if dtype is None else torch.tensor(LENGTHS, dtype=dtype)
+@pytest.mark.parametrize("make", [list, np.array, torch.IntTensor, torch.LongTensor])
+def test_lengths_are_a_mask_of_right_padding(make: Callable[[list[int]], Any]) -> None:
+    lengths = make(LENGTHS)
     packed, expected = pack_padded(padded(), lengths), pack_padded(padded(), mask=right_padding())
     for one, other in zip(pytree.tree_leaves(packed), pytree.tree_leaves(expected), strict=True):
         assert torch.equal(one, other)
@@ -114,7 +118,8 @@ WRONG = [
     ({"lengths": LENGTHS, "mask": right_padding()}, ValueError, "both of lengths and mask"),
     ({"lengths": [1, 2]}, ValueError, r"lengths has shape \(2,\); it must be \(4,\)"),
     ({"lengths": [1, 2, 3, 10]}, ValueError, r"lengths is \[1, 2, 3, 10\]; each must be from 0 to 9"),
-    ({"lengths": [1.0, 2, 3, 4]}, TypeError, "it must hold ints"),
+    ({"lengths": [1.0, 2, 3, 4]}, TypeError, r"a value in lengths is 1\.0 \(float\); it must be an int"),
+    ({"lengths": 4}, TypeError, "lengths is 4; it must hold ints"),
     ({"lengths": torch.ones(4)}, TypeError, "lengths is torch.float32"),
     ({"mask": right_padding().int()}, TypeError, "mask is torch.int32"),
     ({"mask": right_padding(8)}, ValueError, r"mask has shape \(4, 8\); it must be \(4, 9\)"),
@@ -134,5 +139,7 @@ def test_wrong_data_is_named() -> None:
         packed.replace(packed.data[:, 1:])
     with pytest.raises(TypeError, match="packed is Tensor"):
         pad_packed(packed.data)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="padding_value is 'x'; it must be a number"):
+        pad_packed(packed, "x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x has shape \(4,\)"):
         pack_padded(torch.zeros(4), LENGTHS)

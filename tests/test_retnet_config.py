@@ -196,6 +196,8 @@ def test_a_dict_of_another_version_is_refused() -> None:
         RetNetConfig.from_dict({**make().to_dict(), "version": 2})
     with pytest.raises(TypeError, match="embed_dims"):
         RetNetConfig.from_dict({"embed_dims": 8})
+    with pytest.raises(TypeError, match="saved is list; it must map names to values"):
+        RetNetConfig.from_dict([8])  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

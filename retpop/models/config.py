@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from retpop.arguments import as_int, check_mapping
 from retpop.config import RetNetConfig
 
 MODEL_TYPE = "retpop"
@@ -32,8 +33,8 @@ class RetNetLMConfig:
     scale_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.vocab_size, bool) or not isinstance(self.vocab_size, int):
-            raise TypeError(f"RetNetLMConfig: vocab_size is {self.vocab_size!r}; it must be an int.")
+        vocab_size = as_int("RetNetLMConfig", "vocab_size", self.vocab_size)
+        object.__setattr__(self, "vocab_size", vocab_size)  # the dataclass is frozen
         if self.vocab_size < 1:
             raise ValueError(f"RetNetLMConfig: vocab_size is {self.vocab_size}; it must be at least 1.")
         if not isinstance(self.decoder, RetNetConfig):
@@ -55,6 +56,7 @@ class RetNetLMConfig:
         Raises:
             TypeError, ValueError: a key is unknown or missing, or ``model_type`` is another model's.
         """
+        check_mapping("RetNetLMConfig.from_dict()", "values", values)
         values = dict(values)
         model_type = values.pop("model_type", None)
         if model_type != MODEL_TYPE:

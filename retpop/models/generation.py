@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -11,19 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from retpop.arguments import as_float, as_int, as_ints
 from retpop.state import RetNetState
 
 if TYPE_CHECKING:
     from retpop.models.language_model import RetNetLM
 
 Prompts: TypeAlias = Tensor | Sequence[Tensor | Sequence[int]]
-
-_KINDS = {
-    "temperature": int | float,
-    "top_k": int | None,
-    "top_p": int | float | None,
-    "generator": torch.Generator | None,
-}
 
 
 class GenerationStep(NamedTuple):
@@ -51,18 +45,17 @@ class Sampling:
     generator: torch.Generator | None
 
     def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kind):
-                raise TypeError(f"generate(): {name} is {value!r}; it must be {kind}.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        where = "generate()"
+        if not 0 <= as_float(where, "temperature", self.temperature) < math.inf:
             raise ValueError(
                 f"generate(): temperature is {self.temperature}; it must be finite and at least 0 (greedy)."
             )
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and as_int(where, "top_k", self.top_k) < 1:
             raise ValueError(f"generate(): top_k is {self.top_k}; it must be at least 1.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < as_float(where, "top_p", self.top_p) <= 1:
             raise ValueError(f"generate(): top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise TypeError(f"generate(): generator is {self.generator!r}; it must be a torch.Generator.")
 
     def draw(self, logits: Tensor) -> Tensor:
         """A token for every row of logits (B, V): (B,), int64."""
@@ -159,11 +152,10 @@ def stream(
         as if it had been given ``eos``.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-        raise TypeError(f"generate(): max_new_tokens is {max_new_tokens!r}; it must be an int.")
+    max_new_tokens = as_int("generate()", "max_new_tokens", max_new_tokens)
     if max_new_tokens < 1:
         raise ValueError(f"generate(): max_new_tokens is {max_new_tokens}; it must be at least 1.")
-    if eos is not None and not 0 <= eos < model.cfg.vocab_size:
+    if eos is not None and not 0 <= as_int("generate()", "eos", eos) < model.cfg.vocab_size:
         raise ValueError(f"generate(): eos is {eos}; it must be from 0 to {model.cfg.vocab_size - 1}.")
     tokens, cu_seqlens = _rows(prompts, model.embedding.weight.device)
     step = partial(model, logits="last", backend=backend)
@@ -209,6 +201,8 @@ def _rows(prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None
                 f"generate(): prompts has shape {tuple(prompts.shape)}; it must be (B, T) with T at least 1."
             )
         return prompts.to(device), None
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"generate(): prompts is {prompts!r}; it must be a tensor or a list of prompts.")
     rows = [_as_tokens(prompt, device) for prompt in prompts]
     lengths = [len(row) for row in rows]
     if not rows or 0 in lengths:
@@ -224,7 +218,7 @@ def _as_tokens(prompt: Tensor | Sequence[int], device: torch.device) -> Tensor:
         if prompt.dim() != 1:
             raise ValueError(f"generate(): a prompt has shape {tuple(prompt.shape)}; it must be (T,).")
         return prompt.to(device)
-    return torch.tensor(list(prompt), dtype=torch.int64, device=device)
+    return torch.tensor(as_ints("generate()", "a prompt", prompt), dtype=torch.int64, device=device)
 
 
 def _until(row: Tensor, eos: int | None) -> Tensor:

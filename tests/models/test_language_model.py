@@ -152,6 +152,8 @@ def test_a_configuration_goes_through_json() -> None:
         RetNetLMConfig.from_dict({**values, "model_type": "gpt2"})
     with pytest.raises(ValueError, match=r"unknown keys: \['heads'\]; missing: none"):
         RetNetLMConfig.from_dict({**values, "heads": 3})
+    with pytest.raises(TypeError, match="values is NoneType"):
+        RetNetLMConfig.from_dict(None)  # type: ignore[arg-type]
     del values["vocab_size"]
     with pytest.raises(ValueError, match=r"unknown keys: none; missing: \['vocab_size'\]"):
         RetNetLMConfig.from_dict(values)
