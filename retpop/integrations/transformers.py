@@ -87,6 +87,7 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = RetNetForCausalLMConfig
     base_model_prefix = "model"
     accepts_loss_kwargs = True  # so Trainer passes num_items_in_batch
+    supports_gradient_checkpointing = True
     _is_stateful = True
     _no_split_modules = ["RetNetBlock"]  # noqa: RUF012  # as its base class has them
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
@@ -146,6 +147,15 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss, logits=logits[:, -logits_to_keep:], cache=StateCache(state) if keep_state else None
         )
         return output if return_dict is not False else output.to_tuple()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether layers are recomputed for backward; transformers' switches set it."""
+        return self.model.decoder.checkpoint_activations
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.model.decoder.checkpoint_activations = value
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding."""

@@ -158,6 +158,20 @@ def test_trainer_trains_it(theirs: RetNetForCausalLM, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(before, rel=0.2)  # a mean over tokens, accumulation or not
 
 
+def test_activation_checkpointing_changes_no_gradient(theirs: RetNetForCausalLM) -> None:
+    ids = torch.arange(2 * 9).view(2, 9) % V
+    theirs.train()
+    theirs(ids, labels=ids).loss.backward()
+    wanted = [weight.grad.clone() for weight in theirs.parameters()]
+    theirs.zero_grad()
+    theirs.activation_checkpointing_enable()
+    assert theirs.model.decoder.checkpoint_activations
+    theirs(ids, labels=ids).loss.backward()
+    torch.testing.assert_close([weight.grad for weight in theirs.parameters()], wanted)
+    theirs.activation_checkpointing_disable()
+    assert not theirs.model.decoder.checkpoint_activations
+
+
 def test_lora_on_the_projections(theirs: RetNetForCausalLM, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["qkvg_proj", "out_proj"], task_type="CAUSAL_LM")
