@@ -12,8 +12,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from rem_atari.checks import check_count, check_seed, check_temperature, rows_of
 from rem_atari.config import Config
-from rem_atari.inference.dream import Dream, check_seed
+from rem_atari.inference.dream import Dream
 from rem_atari.models.controller import Carry, reset_carry
 from rem_atari.play.imagination import state_at
 from rem_atari.play.rollout import choose_actions
@@ -50,7 +51,7 @@ class Memory:
 
     def select(self, indices: ArrayLike) -> Memory:
         """The memory of some of the n games, in the order given."""
-        rows = np.atleast_1d(np.asarray(indices))
+        rows = rows_of("Memory.select()", indices)
         return replace(self, carry=tuple(part[rows] for part in self.carry))
 
 
@@ -134,17 +135,18 @@ class LoadedAgent:
         """The memory at the start of n games; their actions are drawn by `seed`.
 
         Raises:
-            ValueError: n is below 1, or the seed negative.
+            ValueError: n is no integer or below 1, or the seed negative.
         """
-        if n < 1:
-            raise ValueError(f"LoadedAgent.start(): n is {n}; wanted at least 1.")
-        check_seed("LoadedAgent.start", seed)
-        return Memory(self.networks.controller.initial_carry(n), steps=0, seed=seed)
+        check_count("LoadedAgent.start()", "n", n)
+        check_seed("LoadedAgent.start()", seed)
+        return Memory(self.networks.controller.initial_carry(int(n)), steps=0, seed=seed)
 
     @torch.no_grad()
     def remember(self, starts: Starts, *, seed: int = 0) -> Memory:
         """The memory just before the last frames of `starts`, of the steps before them."""
-        check_seed("LoadedAgent.remember", seed)
+        if not isinstance(starts, Starts):
+            raise TypeError(f"LoadedAgent.remember(): starts is a {type(starts).__name__}; wanted Starts.")
+        check_seed("LoadedAgent.remember()", seed)
         seen = self.networks.show(self._tokens_of(starts.frames[:, :-1]))
         actions, mask = (self._tensor(column[:, :-1]) for column in (starts.actions, starts.mask))
         return Memory(self.networks.controller.burn_in(seen, actions, mask), steps=0, seed=seed)
@@ -157,7 +159,9 @@ class LoadedAgent:
             ValueError: the frame is of another shape or type, or there are more or fewer than the games that
                 the memory is of.
         """
-        tokens = self._tensor(seen.tokens) if isinstance(seen, Dream) else self._encode("judge", seen)
+        if not isinstance(memory, Memory):
+            raise TypeError(f"LoadedAgent.judge(): memory is a {type(memory).__name__}; wanted a Memory.")
+        tokens = self._dreamt("judge", seen) if isinstance(seen, Dream) else self._encode("judge", seen)
         if len(tokens) != len(memory):
             raise ValueError(
                 f"LoadedAgent.judge(): {len(tokens)} observations for a memory of {len(memory)} games."
@@ -207,6 +211,7 @@ class LoadedAgent:
             ValueError: the temperature is below 0.
         """
         temperature = self.config.evaluation.temperature if temperature is None else temperature
+        check_temperature("LoadedAgent.choose()", temperature)
         generator = self._generator(judged.memory.seed, "action", judged.memory.steps)
         return choose_actions(judged.logits, generator, temperature=temperature).cpu().numpy()
 
@@ -246,7 +251,7 @@ class LoadedAgent:
         Raises:
             ValueError: the frames are of another shape or type, or the seed is negative.
         """
-        check_seed("LoadedAgent.dream", seed)
+        check_seed("LoadedAgent.dream()", seed)
         if not isinstance(start, Starts):
             start = Starts.at(self._checked_frames("dream", start))
         tokens = self._tokens_of(start.frames[:, -1])
@@ -271,10 +276,11 @@ class LoadedAgent:
         Raises:
             ValueError: there is no such action, or the temperature is below 0.
         """
+        check_temperature("LoadedAgent.imagine()", temperature)
         if not isinstance(dream, Dream):
             dream = self.dream(dream)
         imagined = self.networks.world_model.imagine(
-            self._tensor(dream.tokens),
+            self._dreamt("imagine", dream),
             self._actions("imagine", action, len(dream)),
             self.networks.tokenizer.codes,
             dream.state,
@@ -282,6 +288,16 @@ class LoadedAgent:
             temperature=temperature,
         )
         return dream.after(imagined, self.networks.world_model.reward_code)
+
+    def _dreamt(self, caller: str, dream: Dream) -> Tensor:
+        """Tokens (n, K) of a dream."""
+        wanted = self.networks.tokenizer.num_tokens
+        if dream.tokens.shape[1] != wanted:
+            raise ValueError(
+                f"LoadedAgent.{caller}(): the dream has {dream.tokens.shape[1]} tokens a frame; wanted"
+                f" {wanted}. It is another agent's."
+            )
+        return self._tensor(dream.tokens)
 
     def _encode(self, caller: str, frames: np.ndarray) -> Tensor:
         return self._tokens_of(self._checked_frames(caller, frames))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from rem_atari.checks import check_seed, rows_of
 from rem_atari.models.memory import Memory
 from rem_atari.models.rewards import RewardCode
 from rem_atari.models.world_model import Imagined
@@ -85,15 +86,14 @@ class Dream:
         Raises:
             ValueError: `seed` is negative.
         """
-        check_seed("Dream.with_seed", seed)
+        check_seed("Dream.with_seed()", seed)
         return replace(self, seed=seed)
 
     def select(self, indices: ArrayLike) -> Dream:
         """Some of the n games, in the order given; a game named twice branches."""
-        rows = np.atleast_1d(np.asarray(indices))
+        rows = rows_of("Dream.select()", indices)
         columns = {name: getattr(self, name)[rows] for name in ARRAYS}
-        index = torch.from_numpy(np.ascontiguousarray(rows))
-        return replace(self, **columns, state=self.state.select(index))
+        return replace(self, **columns, state=self.state.select(torch.from_numpy(rows)))
 
     @staticmethod
     def cat(dreams: Sequence[Dream]) -> Dream:
@@ -110,13 +110,3 @@ class Dream:
 
 ARRAYS = tuple(column.name for column in fields(Dream) if column.name not in ("steps", "seed", "state"))
 """The fields with a row for each game."""
-
-
-def check_seed(caller: str, seed: int) -> None:
-    """Check a seed.
-
-    Raises:
-        ValueError: it is no integer, or negative.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"{caller}(): seed is {seed!r}; wanted an integer of at least 0.")

@@ -11,6 +11,7 @@ from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from rem_atari.checks import check_count, check_temperature, is_integer
 from rem_atari.envs.frames import frame_space
 from rem_atari.inference.agent import LoadedAgent
 from rem_atari.inference.dream import Dream
@@ -73,7 +74,7 @@ class DreamEnv(gymnasium.Env[np.ndarray, int]):
         super().reset(seed=seed)
         number = int(self.np_random.integers(len(self.starts)))
         number = (options or {}).get("start", number)
-        if not isinstance(number, int | np.integer) or not 0 <= number < len(self.starts):
+        if not is_integer(number) or not 0 <= number < len(self.starts):
             raise ValueError(
                 f"DreamEnv.reset(): options['start'] is {number!r}; wanted an integer from 0 to"
                 f" {len(self.starts) - 1}."
@@ -139,8 +140,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarr
         starts: Starts | None = None,
         temperature: float = 1.0,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"DreamVectorEnv: num_envs is {num_envs}; wanted at least 1.")
+        check_count("DreamVectorEnv", "num_envs", num_envs)
         self.agent, self.starts = _prepare("DreamVectorEnv", agent, starts, horizon, temperature)
         self.num_envs = num_envs
         self.single_observation_space = frame_space(self.agent.frame_shape[0])
@@ -202,12 +202,16 @@ def _prepare(
     temperature: float,
 ) -> tuple[LoadedAgent, Starts]:
     """The agent and its starts, after a check of the numbers."""
-    if horizon < 1:
-        raise ValueError(f"{caller}: horizon is {horizon}; wanted at least 1.")
-    if not temperature >= 0:
-        raise ValueError(f"{caller}: temperature is {temperature}; wanted at least 0.")
+    check_count(caller, "horizon", horizon)
+    check_temperature(caller, temperature)
     agent = agent if isinstance(agent, LoadedAgent) else load_agent(agent)
     starts = agent.starts if starts is None else starts
+    if not isinstance(starts, Starts):
+        raise TypeError(f"{caller}: starts is a {type(starts).__name__}; wanted Starts or None.")
     if len(starts) == 0:
         raise ValueError(f"{caller}: starts is empty; wanted at least one.")
+    if starts.frames.shape[2:] != agent.frame_shape:
+        raise ValueError(
+            f"{caller}: the frames of starts are {starts.frames.shape[2:]}; wanted {agent.frame_shape}."
+        )
     return agent, starts

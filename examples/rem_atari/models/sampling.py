@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,9 @@ def sample_categorical(logits: Tensor, generator: torch.Generator, *, temperatur
         temperature: the logits are divided by it; 0: the most likely class.
 
     Raises:
-        ValueError: `temperature` is below 0.
+        ValueError: `temperature` is below 0, infinite or NaN.
     """
-    if temperature < 0:
-        raise ValueError(f"sample_categorical(): temperature is {temperature}; it must be at least 0.")
+    _check_temperature("sample_categorical", temperature)
     if temperature == 0:
         return logits.argmax(dim=-1)
     cumulated = (logits.detach().float() / temperature).softmax(dim=-1).cumsum(dim=-1)
@@ -52,7 +53,11 @@ def sample_coupled(
 
     Returns:
         (B, K) int64.
+
+    Raises:
+        ValueError: `temperature` is below 0, infinite or NaN.
     """
+    _check_temperature("sample_coupled", temperature)
     if temperature == 0:
         return logits.argmax(dim=-1)
     chances = (logits.detach().float() / temperature).softmax(dim=-1)
@@ -64,3 +69,8 @@ def sample_coupled(
     beyond = torch.minimum((uniform - stays).clamp(min=0), cumulated[..., -1:] * (1 - ROUNDING))
     others = torch.searchsorted(cumulated, beyond, right=True).clamp(max=logits.shape[-1] - 1)
     return torch.where(uniform < stays, first, others).squeeze(-1)
+
+
+def _check_temperature(caller: str, temperature: float) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"{caller}(): temperature is {temperature}; wanted a finite number of at least 0.")

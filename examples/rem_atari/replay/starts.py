@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rem_atari.checks import rows_of
 from rem_atari.errors import RunError, UsageError
 from rem_atari.replay.buffer import Replay
 from rem_atari.replay.shards import has_shards
@@ -43,9 +44,8 @@ class Starts:
 
     def select(self, indices: ArrayLike) -> Starts:
         """Some of the N starts, in the order given."""
-        return Starts(
-            *(getattr(self, column.name)[np.asarray(indices, dtype=np.int64)] for column in fields(self))
-        )
+        rows = rows_of("Starts.select()", indices)
+        return Starts(*(getattr(self, column.name)[rows] for column in fields(self)))
 
     def after(self, actions: ArrayLike, frames: np.ndarray, length: int) -> Starts:
         """The moments one step on.

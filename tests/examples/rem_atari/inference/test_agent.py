@@ -182,6 +182,15 @@ def test_wrong_arguments_are_named(agent: LoadedAgent) -> None:
         (lambda: agent.encode(frame / 255), r"encode\(\): the frame is float64"),
         (lambda: agent.act(agent.starts.frames[:2, -1], memory), "2 observations for a memory of 1 games"),
         (lambda: agent.act(frame, memory, temperature=-1), "temperature is -1"),
+        (lambda: agent.imagine(frame, 0, temperature=float("nan")), "temperature is nan"),
+        (
+            lambda: agent.imagine(replace(agent.dream(frame), tokens=np.zeros((1, 4), int)), 0),
+            "another agent's",
+        ),
+        (lambda: agent.dream(frame).select([True]), r"indices is \[True\]"),
+        (lambda: agent.starts.select([True]), r"indices is \[True\]"),
+        (lambda: memory.select(0.5), "indices is 0.5"),
+        (lambda: agent.start(1.5), "n is 1.5"),
         (lambda: agent.start(0), "n is 0"),
         (lambda: agent.start(seed=-1), "seed is -1"),
         (lambda: agent.decode([1, 2]), r"tokens is int64 \(2,\)"),
@@ -192,6 +201,10 @@ def test_wrong_arguments_are_named(agent: LoadedAgent) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
+    with pytest.raises(TypeError, match="memory is a NoneType; wanted a Memory"):
+        agent.act(frame, None)
+    with pytest.raises(TypeError, match="starts is a ndarray; wanted Starts"):
+        agent.remember(frame)
 
 
 def test_starts_are_moments_of_the_replay(run: RunFolder, agent: LoadedAgent) -> None:

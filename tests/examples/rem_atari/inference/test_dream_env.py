@@ -116,11 +116,15 @@ def test_the_same_seed_gives_the_same_dreams_side_by_side(agent: LoadedAgent) ->
 def test_wrong_arguments_are_named(agent: LoadedAgent, tmp_path: Path) -> None:
     for make, words in (
         (lambda: DreamEnv(agent, horizon=0), "horizon is 0"),
+        (lambda: DreamEnv(agent, horizon=float("nan")), "horizon is nan"),
         (lambda: DreamEnv(agent, temperature=-1), "temperature is -1"),
+        (lambda: DreamEnv(agent, temperature="1"), "temperature is '1'"),
+        (lambda: DreamEnv(agent, starts=Starts.at(np.zeros((1, 8, 8, 3), np.uint8))), r"are \(8, 8, 3\)"),
         (lambda: DreamEnv(agent, render_mode="human"), "render_mode is 'human'"),
         (lambda: DreamEnv(agent, starts=agent.starts.select([])), "starts is empty"),
         (lambda: DreamEnv(tmp_path / "nothing"), "there is no agent"),
         (lambda: DreamVectorEnv(agent, 0), "num_envs is 0"),
+        (lambda: DreamVectorEnv(agent, 1.5), "num_envs is 1.5"),
         (lambda: DreamVectorEnv(agent, 1, horizon=-1), "horizon is -1"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -128,6 +132,8 @@ def test_wrong_arguments_are_named(agent: LoadedAgent, tmp_path: Path) -> None:
     for env in (DreamEnv(agent), DreamVectorEnv(agent, 2)):
         with pytest.raises(RuntimeError, match="before the first reset"):
             env.step(0)
+    with pytest.raises(TypeError, match="starts is a int; wanted Starts"):
+        DreamEnv(agent, starts=3)
     env = DreamEnv(agent)
     env.reset()
     with pytest.raises(ValueError, match="action is 3"):
