@@ -189,4 +189,4 @@ def test_nothing_is_read_on_the_host() -> None:
     out, state = decoder(x[:1], cu_seqlens=bounds, backend="triton")
     assert (out.shape, state.kv.shape) == ((1, 12, 12), (2, 3, 2, 4, 10))
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        decoder(x[:1], cu_seqlens=bounds, backend="torch")
+        bounds.tolist()  # so that reading one would have been seen

@@ -95,6 +95,7 @@ MAY_WRITE = {
     "weights/downloads.py": "resumes a download under a name of its own",
     "weights/fetch.py": "a lock",
     "envs/process.py": "the null device",
+    "commands/sweep.py": "a run's log, which only a person reads",
     "films/video.py": "tries whether a film can be written before frames are made",
 }
 """The modules that open files for writing themselves, and why that is no danger."""

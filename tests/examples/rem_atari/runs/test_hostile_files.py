@@ -394,6 +394,8 @@ def test_no_code_executes_data() -> None:
     assert found.pop("envs/process.py") == ["pickle"], "the search itself finds nothing"
     # The module that env.wrapper names, as gymnasium imports that of env.id: the docs warn of both.
     assert found.pop("envs/gym_pixels.py") == ["import_module"]
+    # The package's own modules, by names that it holds itself.
+    assert found.pop("__init__.py") == ["import_module"]
     # LPIPS's published weights are a pickle: it is read by an unpickler that knows nothing but arrays.
     assert all(name.startswith("weights/") and set(what) == {"pickle"} for name, what in found.items()), found
 
