@@ -211,7 +211,8 @@ def check_whole_if_packed(where: str, context_parallel: object, cu_seqlens: Tens
     """Check that packed sequences are not cut over ranks."""
     if context_parallel is not None and cu_seqlens is not None:
         raise ValueError(
-            f"{where}: context_parallel and cu_seqlens were given; packed sequences cannot be cut over ranks."
+            f"{where}: context_parallel and cu_seqlens were given; packed sequences cannot be cut over "
+            "ranks. Give reset instead, true where a sequence starts."
         )
 
 
