@@ -151,6 +151,26 @@ def test_backends_are_told_apart_in_one_place(module: str) -> None:
         assert module == "retpop.ops.dispatch" or not words & {"torch", "triton", "reference"}
 
 
+def test_one_more_argument_of_pop_touches_a_dozen_signatures() -> None:
+    """Functions that take POP's numbers one by one, in the library and the kernels, and records of them."""
+    functions, records = [], []
+    for module in (m for m in MODULES if inside(m, "retpop")):
+        for node in ast.walk(parsed(MODULES[module])):
+            if isinstance(node, ast.FunctionDef):
+                names, found = {x.arg for x in (*node.args.args, *node.args.kwonlyargs)}, functions
+            elif isinstance(node, ast.ClassDef):
+                fields = [x.target for x in node.body if isinstance(x, ast.AnnAssign)]
+                names, found = {ast.unparse(x) for x in fields}, records
+            else:
+                continue
+            if names >= {"block_size", "offset"}:
+                found.append(f"{module}.{node.name}")
+    assert "retpop.ops.pop.pop_retention" in functions
+    assert len(functions) <= 12, functions
+    assert "retpop.ops.rows.PopSpec" in records
+    assert len(records) <= 2, records
+
+
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 

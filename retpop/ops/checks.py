@@ -67,6 +67,7 @@ def check_retention(
 
 
 def check_pop(
+    where: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -75,14 +76,10 @@ def check_pop(
     v_pred: Tensor,
     log_decay: Tensor,
     *,
-    block_size: int,
-    offset: int,
     state: Tensor | None,
     scale: float | None,
-    reset: Tensor | None,
-) -> tuple[int, int]:
-    """Check the arguments of `pop_retention`; returns block_size and offset as ints."""
-    where = "pop_retention()"
+) -> None:
+    """Check the arguments of `pop_retention`, but for those of `check_blocks` and `check_reset`."""
     check_inputs(where, Named("q", q), Named("k", k), Named("v", v), "BTHD")
     check_inputs(where, Named("q_pred", q_pred), Named("k_pred", k_pred), Named("v_pred", v_pred), "BPMHD")
     for main, pred in (
@@ -100,10 +97,7 @@ def check_pop(
     check_log_decay(where, log_decay, q)
     check_decay_values(where, log_decay)
     check_scale(where, scale)
-    block_size, offset = check_blocks(where, q.shape[1], q_pred.shape[1], block_size, offset)
-    check_reset(where, reset, "q", q, block_size)
     check_state(where, state, q, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
-    return block_size, offset
 
 
 def check_layout(where: str, name: str, value: Tensor, layout: str) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from retpop.arguments import Inputs, cast_inputs, state_dtype, without_autocast
-from retpop.ops.checks import check_pop
+from retpop.ops.checks import check_blocks, check_pop, check_reset
 from retpop.ops.dispatch import choose_backend
 from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.rows import PopSpec
@@ -70,22 +70,12 @@ def pop_retention(
     Source: REM, arXiv 2402.05643, section 3.2.
     """
     q, k, v, q_pred, k_pred, v_pred = cast_inputs(q, k, v, q_pred, k_pred, v_pred)
-    block_size, offset = check_pop(
-        q,
-        k,
-        v,
-        q_pred,
-        k_pred,
-        v_pred,
-        log_decay,
-        block_size=block_size,
-        offset=offset,
-        state=state,
-        scale=scale,
-        reset=reset,
-    )
+    where = "pop_retention()"
+    check_pop(where, q, k, v, q_pred, k_pred, v_pred, log_decay, state=state, scale=scale)
+    block_size, offset = check_blocks(where, q.shape[1], q_pred.shape[1], block_size, offset)
+    check_reset(where, reset, "q", q, block_size)
     inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
-    chosen, _ = choose_backend("pop_retention()", backend, inputs)
+    chosen, _ = choose_backend(where, backend, inputs)
     powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype))
     spec = PopSpec(powers, (q_pred.shape[1], q_pred.shape[2]), block_size, offset, reset)
     run = partial(chosen.pop, (q, k, v, q_pred, k_pred, v_pred), spec=spec)
@@ -94,6 +84,6 @@ def pop_retention(
             out, pred, final = run(state=state)
         else:
             facts = op_facts(k, v, state)
-            slices = Slices.of("pop_retention()", context_parallel, q, facts, reset, block_size)
+            slices = Slices.of(where, context_parallel, q, facts, reset, block_size)
             out, pred, final = slices.run(run, k, v, state, powers)
     return out, pred, final

@@ -7,6 +7,7 @@ layer's projection makes them. For rows they return a row, so nothing is split o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,23 @@ def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[
     return *(outs if len(tokens) == 6 else map(spec.readers, outs)), final
 
 
+class _Numbers(NamedTuple):
+    """The numbers of both ops, in the order of their schemas; as in `PopSpec`, with the scale c."""
+
+    predictions: Sequence[int]
+    block_size: int
+    offset: int
+    scale: float
+    out_dtype: torch.dtype | None
+
+    def spec(self, tokens: Sequence[Tensor], log_decay: Tensor, reset: Tensor | None) -> PopSpec:
+        """The spec that they make with the ops' tensors."""
+        powers = DecayPowers(log_decay, self.scale, state_dtype(tokens[0].dtype))
+        return PopSpec(
+            powers, self.predictions, self.block_size, self.offset, reset, out_dtype=self.out_dtype
+        )
+
+
 def _split(rows: Sequence[Tensor | None], predictions: Sequence[int]) -> list[Tensor | None]:
     """The sequence's part of each row, then the predictions' part of each, as views."""
     pairs = [(None, None) if row is None else split_row(row, predictions) for row in rows]
@@ -60,57 +78,33 @@ def _split(rows: Sequence[Tensor | None], predictions: Sequence[int]) -> list[Te
 
 
 def _launch(
-    tokens: Sequence[Tensor],
-    log_decay: Tensor,
-    state: Tensor | None,
-    reset: Tensor | None,
-    predictions: Sequence[int],
-    block_size: int,
-    offset: int,
-    scale: float,
-    out_dtype: torch.dtype | None,
+    tokens: Sequence[Tensor], log_decay: Tensor, state: Tensor | None, reset: Tensor | None, *numbers: Any
 ) -> list[Tensor]:
-    launch = kernels("pop_fwd").pop_fwd
-    arguments = (log_decay, state, reset, block_size, offset, scale)
+    launch, given = kernels("pop_fwd").pop_fwd, _Numbers(*numbers)
+    arguments = (log_decay, state, reset, given.block_size, given.offset, given.scale)
     if len(tokens) == 6:
-        return list(launch(*tokens, *arguments, out_dtype=out_dtype))
+        return list(launch(*tokens, *arguments, out_dtype=given.out_dtype))
     v = tokens[2]
-    row = torch.empty(v.shape, dtype=out_dtype or v.dtype, device=v.device)
-    out, pred = split_row(row, predictions)
-    *_, final = launch(*_split(tokens, predictions), *arguments, out=out, pred=pred)
+    row = torch.empty(v.shape, dtype=given.out_dtype or v.dtype, device=v.device)
+    out, pred = split_row(row, given.predictions)
+    *_, final = launch(*_split(tokens, given.predictions), *arguments, out=out, pred=pred)
     return [row, final]
 
 
 def _compute(
-    tokens: Sequence[Tensor],
-    log_decay: Tensor,
-    state: Tensor | None,
-    reset: Tensor | None,
-    predictions: Sequence[int],
-    block_size: int,
-    offset: int,
-    scale: float,
-    out_dtype: torch.dtype | None,
+    tokens: Sequence[Tensor], log_decay: Tensor, state: Tensor | None, reset: Tensor | None, *numbers: Any
 ) -> list[Tensor]:
-    powers = DecayPowers(log_decay, scale, state_dtype(tokens[0].dtype))
-    spec = PopSpec(powers, predictions, block_size, offset, reset, out_dtype=out_dtype)
+    spec = _Numbers(*numbers).spec(tokens, log_decay, reset)
     return [own(x) for x in torch_backend.pop(tokens, state, spec)]
 
 
 def _fake(
-    tokens: Sequence[Tensor],
-    log_decay: Tensor,
-    state: Tensor | None,
-    reset: Tensor | None,
-    predictions: Sequence[int],
-    block_size: int,
-    offset: int,
-    scale: float,
-    out_dtype: torch.dtype | None,
+    tokens: Sequence[Tensor], log_decay: Tensor, state: Tensor | None, reset: Tensor | None, *numbers: Any
 ) -> list[Tensor]:
     q, k, v = tokens[:3]
     check_tokens(q, k, v, 4)
-    (num_predictions, size), length = predictions, q.shape[1]
+    (num_predictions, size), block_size, offset, _, out_dtype = _Numbers(*numbers)
+    length = q.shape[1]
     if len(tokens) == 6:
         _check_predictions(tokens)
     else:
@@ -166,26 +160,22 @@ def _launch_gradients(
     state: Tensor | None,
     reset: Tensor | None,
     grads: Sequence[Tensor | None],
-    predictions: Sequence[int],
-    block_size: int,
-    offset: int,
-    scale: float,
-    out_dtype: torch.dtype | None,
-    needs: Sequence[bool],
+    *rest: Any,
 ) -> list[Tensor | None]:
     """The kernels write both parts of a row's gradient in place."""
+    *numbers, needs = rest
+    predictions, block_size, offset, scale, _ = _Numbers(*numbers)
     launch = kernels("pop_bwd").pop_bwd
     options = (log_decay, state, reset)
-    numbers = (block_size, offset, scale)
+    blocks = (block_size, offset, scale)
     of_decay, of_state = needs[len(tokens) : len(tokens) + 2]
     decay = None
     if of_decay:  # no kernel computes it
         only = [i == len(tokens) for i in range(len(needs))]
         with without_autocast(log_decay.device):
-            arguments = (tokens, log_decay, state, reset, grads, predictions, *numbers, out_dtype)
-            decay = _compute_gradients(*arguments, only)[len(tokens)]
+            decay = _compute_gradients(tokens, *options, grads, *numbers, only)[len(tokens)]
     if len(tokens) == 6:
-        *found, grad_state = launch(*tokens, *options, *grads, *numbers, [*needs[:6], of_state])
+        *found, grad_state = launch(*tokens, *options, *grads, *blocks, [*needs[:6], of_state])
         return [*found, decay, grad_state]
     rows = [
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
@@ -196,7 +186,7 @@ def _launch_gradients(
         *options,
         *_split(grads[:1], predictions),
         grads[1],
-        *numbers,
+        *blocks,
         [*needs[:3], *needs[:3], of_state],
         out=_split(rows, predictions),
     )
@@ -209,16 +199,11 @@ def _compute_gradients(
     state: Tensor | None,
     reset: Tensor | None,
     grads: Sequence[Tensor | None],
-    predictions: Sequence[int],
-    block_size: int,
-    offset: int,
-    scale: float,
-    out_dtype: torch.dtype | None,
-    needs: Sequence[bool],
+    *rest: Any,
 ) -> list[Tensor | None]:
+    *numbers, needs = rest
     q, _, v = tokens[:3]
-    powers = DecayPowers(log_decay, scale, state_dtype(q.dtype))
-    spec = PopSpec(powers, predictions, block_size, offset, reset, out_dtype=out_dtype)
+    spec = _Numbers(*numbers).spec(tokens, log_decay, reset)
     state = zero_state(q, v, q.shape[0]) if state is None else state
     return torch_backend.gradients(Pop(spec), tokens, state, grads, needs[: len(tokens) + 2])
 
