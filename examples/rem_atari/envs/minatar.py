@@ -79,9 +79,10 @@ def make_minatar(name: str, cfg: MinAtarConfig, *, frame_size: int) -> gymnasium
 class MinAtar(gymnasium.Env[np.ndarray, int]):
     """A game of MinAtar with frames of pixels.
 
-    Where two objects share a cell, the one of the later channel is drawn, as in MinAtar's own pictures. The
-    same seed gives the same games, and a game does not repeat the last action of the game before it (MinAtar
-    1.0.15 takes no seed and does carry the last action over).
+    Where objects share a cell, its colour is the mean of theirs, so that none hides another (in MinAtar's own
+    pictures the trail of an enemy hides the player on it). The same seed gives the same games, and a game
+    does not repeat the last action of the game before it (MinAtar 1.0.15 takes no seed and does carry the
+    last action over).
 
     Args:
         game: MinAtar's name of it.
@@ -178,9 +179,9 @@ class MinAtar(gymnasium.Env[np.ndarray, int]):
         }
 
     def _frame(self) -> np.ndarray:
-        cells = np.zeros((CELLS, CELLS, 3), dtype=np.uint8)
-        for is_there, colour in zip(np.moveaxis(self._game.state(), 2, 0), COLOURS, strict=False):
-            cells[is_there] = colour
+        there = self._game.state().astype(np.int64)  # (10, 10, channels), 0 or 1
+        colours = there @ COLOURS[: there.shape[2]]
+        cells = (colours // np.maximum(there.sum(axis=2, keepdims=True), 1)).astype(np.uint8)
         return cells.repeat(self._cell_pixels, axis=0).repeat(self._cell_pixels, axis=1)
 
 

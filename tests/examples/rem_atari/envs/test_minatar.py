@@ -60,22 +60,24 @@ def test_each_game_has_its_actions(name: str, actions: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", GAMES)
-def test_a_cell_is_a_square_of_its_last_channels_colour(name: str) -> None:
+def test_a_cell_is_a_square_whose_colour_tells_all_that_is_there(name: str) -> None:
     env = make_env(game(name), training=True)
     env.reset(seed=1)
-    rng, colours_seen = np.random.default_rng(0), set()
-    for _ in range(40):
+    rng, shown_as = np.random.default_rng(0), {(): (0, 0, 0)}
+    for _ in range(150):
         frame, _, terminated, _, _ = env.step(int(rng.integers(env.action_space.n)))
         state = env.unwrapped._game.state()
-        for row in range(10):
-            for column in range(10):
-                there = np.flatnonzero(state[row, column])
-                colour = COLOURS[there[-1]] if len(there) else np.zeros(3, np.uint8)
-                assert (frame[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] == colour).all()
-                colours_seen.add(tuple(colour))
+        squares = frame.reshape(10, 4, 10, 4, 3)
+        assert (squares == squares[:, :1, :, :1]).all()
+        for row, column in np.ndindex(10, 10):
+            there = tuple(np.flatnonzero(state[row, column]))
+            colour = tuple(squares[row, 0, column, 0])
+            assert shown_as.setdefault(there, colour) == colour
+            if len(there) == 1:
+                assert colour == tuple(COLOURS[there[0]])
         if terminated:
             env.reset()
-    assert len(colours_seen) > 3
+    assert len(set(shown_as.values())) == len(shown_as) > 4
     assert len(np.unique(COLOURS, axis=0)) == len(COLOURS)
 
 
