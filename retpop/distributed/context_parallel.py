@@ -6,6 +6,7 @@
 
 - Slices may differ in length, and may be empty. POP's slices are whole blocks, each rank with the predictions
   that start from its own boundaries.
+- A row of packed sequences is cut like any other; every rank passes ``cu_seqlens`` of the whole row.
 - A state that is passed in is that before the whole sequence, the same on every rank; the returned state is
   that after the whole sequence, on every rank.
 - The loss is the sum of the ranks' losses, and every rank calls backward. The gradient of what all ranks
@@ -13,7 +14,8 @@
 - Every rank makes the same calls, or the others wait until the group's timeout.
 
 A rank's slice changes a state by S -> γ^n S + C, so all that moves is C, one state per layer and row: an
-all-gather forward, and a reduce-scatter of gradients backward, each over (ranks - 1) states per rank. The
+all-gather forward, and a reduce-scatter of gradients backward, each over (ranks - 1) states per rank. Packed
+sequences move a state each, and run retention twice: the first time for C alone. The
 numbers of tokens are gathered once per call.
 
 This module holds the group and the collectives; `retpop.ops.slices` holds the arithmetic.

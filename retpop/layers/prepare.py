@@ -175,23 +175,23 @@ def _sequence(
     backend: str,
 ) -> tuple[SequenceCall, Tensor]:
     chunk_size = checks.check_mode(owner.where, mode, chunk_size)
-    checks.check_whole_if_packed(owner.where, context_parallel, cu_seqlens)
     chosen = _choose(owner, x, backend)
     rows, length = x.shape[:2]
     if cu_seqlens is not None:
         checks.check_cu_seqlens(owner.where, cu_seqlens, "x", x)
         rows = cu_seqlens.shape[0] - 1
     checks.check_reset(owner.where, reset, "x", x)
-    cut = cu_seqlens is not None or reset is not None
-    packing = Packing(owner.where, cu_seqlens, length, reset) if cut else None
     _check_state(owner, x, state, rows)
     start = None if state is None else state.position
     slices, own_start = None, start
     if context_parallel is not None:
-        slices = Slices.of(owner.where, context_parallel, x, _facts(owner, state), reset)
-        own_start = slices.start(start)
+        facts = _facts(owner, state)
+        slices = Slices.of(owner.where, context_parallel, x, facts, reset, cu_seqlens=cu_seqlens)
+        own_start, cu_seqlens = slices.start(start), slices.cu_seqlens
+    cut = cu_seqlens is not None or reset is not None
+    packing = Packing(owner.where, cu_seqlens, length, reset) if cut else None
     if cu_seqlens is not None:
-        positions, after = packed_positions(start, cu_seqlens, length, reset)
+        positions, after = packed_positions(own_start, cu_seqlens, length, reset)
     elif reset is not None:
         boundaries = boundary_positions(own_start, length, 1, reset, x.device)
         positions, after = boundaries[:, :-1], boundaries[:, -1].expand(rows).clone()
@@ -248,7 +248,8 @@ def _pop(
 
 def _facts(owner: Owner, state: RetNetState | None) -> dict[str, int]:
     """What all ranks' calls must agree in, see `Slices.of`."""
-    return {"layers": len(owner.layers), "state": int(state is not None)}
+    gradient = int(torch.is_grad_enabled())
+    return {"layers": len(owner.layers), "state": int(state is not None), "grad mode": gradient}
 
 
 def _choose(owner: Owner, x: Tensor, backend: str) -> Backend:

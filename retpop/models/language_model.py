@@ -84,7 +84,8 @@ class RetNetLM(nn.Module):
                 computed some tokens at a time and never holds all logits.
             logits: the tokens whose logits are wanted: "all", or "last", the last one of each sequence.
             mode, chunk_size, cu_seqlens, reset, context_parallel, backend: as in `RetNetDecoder`.
-                With context_parallel, logits and loss are those of this rank's slice.
+                With context_parallel, logits and loss are those of this rank's slice; with cu_seqlens, too,
+                ``logits="last"`` is refused.
 
         Returns:
             logits (B, T, V), or (B, V) with ``logits="last"`` ((S, V) for S packed sequences), or, with
@@ -97,6 +98,11 @@ class RetNetLM(nn.Module):
         if not (tokens.is_floating_point() and tokens.dim() == 3):  # the decoder checks vectors
             check_tokens("RetNetLM()", "tokens", tokens, self.cfg.vocab_size)
         self._check_call(tokens, targets, logits, cu_seqlens)
+        if logits == "last" and cu_seqlens is not None and context_parallel is not None:
+            raise ValueError(
+                'RetNetLM(): logits is "last" with cu_seqlens and context_parallel; it must be "all": '
+                "a sequence's last token may be on another rank."
+            )
         hidden, state = self.decoder(
             self._embed(tokens),
             state,

@@ -201,15 +201,6 @@ def check_cu_seqlens(where: str, cu_seqlens: Tensor, name: str, x: Tensor) -> No
         )
 
 
-def check_whole_if_packed(where: str, context_parallel: object, cu_seqlens: Tensor | None) -> None:
-    """Check that packed sequences are not cut over ranks."""
-    if context_parallel is not None and cu_seqlens is not None:
-        raise ValueError(
-            f"{where}: context_parallel and cu_seqlens were given; packed sequences cannot be cut over "
-            "ranks. Give reset instead, true where a sequence starts."
-        )
-
-
 def check_bounds(where: str, bounds: list[int], length: int) -> None:
     """Check the values of `cu_seqlens`, once they have been read: rising from 0 to T."""
     if bounds[0] != 0:

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from retpop.arguments import Inputs, cast_inputs, state_dtype, without_autocast
-from retpop.ops.checks import check_retention, check_whole_if_packed
+from retpop.ops.checks import check_retention
 from retpop.ops.dispatch import choose_backend
 from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.slices import Slices, op_facts
@@ -50,7 +50,7 @@ def retention(
         reset: (B, T), bool: where reset[:, t], the state is set to 0 before token t, as if the sequence
             were cut there; reset[:, 0] drops the given state.
         context_parallel: a process group whose ranks hold slices of the sequences, in rank order; see
-            `retpop.distributed.context_parallel`. Not with cu_seqlens.
+            `retpop.distributed.context_parallel`. cu_seqlens then has the boundaries in the whole row.
         backend: "auto", "torch", "triton" or "reference"; see `retpop.explain_backend`.
 
     Returns:
@@ -76,10 +76,14 @@ def retention(
         cu_seqlens=cu_seqlens,
         reset=reset,
     )
-    check_whole_if_packed("retention()", context_parallel, cu_seqlens)
     inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
     chosen, _ = choose_backend("retention()", backend, inputs)
     powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype), decays)
+    slices = None
+    if context_parallel is not None:
+        facts = op_facts(k, v, state)
+        slices = Slices.of("retention()", context_parallel, q, facts, reset, cu_seqlens=cu_seqlens)
+        cu_seqlens = slices.cu_seqlens
     cut = cu_seqlens is not None or reset is not None
     run = partial(
         chosen.retention,
@@ -92,8 +96,7 @@ def retention(
         packing=Packing("retention()", cu_seqlens, q.shape[1], reset) if cut else None,
     )
     with without_autocast(q.device):
-        if context_parallel is None:
+        if slices is None:
             return run(state=state)
-        slices = Slices.of("retention()", context_parallel, q, op_facts(k, v, state), reset)
         out, final = slices.run(run, k, v, state, powers)
     return out, final

@@ -7,6 +7,9 @@ The price is one product of keys and values more, about the work that a correcti
 
 A reset inside a slice hides what came before it: C then counts the tokens since the last reset, and no
 earlier state passes.
+
+Ranks cut one row of packed sequences like any other. What is said above of a slice then holds for the pieces
+of sequences in it: every rank has S of them, most of them empty, and S states move.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from retpop.arguments import INPUT_DTYPES, values_are_free, zero_state
 from retpop.distributed.context_parallel import all_gather, check_agreement, process_group
+from retpop.ops.checks import check_bounds
 from retpop.ops.powers import DecayPowers
-from retpop.position import boundary_positions
+from retpop.position import boundary_positions, packed_positions
 
 
 class Slices(NamedTuple):
@@ -30,13 +35,16 @@ class Slices(NamedTuple):
 
     Attributes:
         group: the process group.
-        counts: (ranks, B or 1), tokens of each slice; with resets, those since its last one.
+        counts: (ranks, B or 1), tokens of each slice; with resets, those since its last one. B is the number
+            of sequences, S, if they are packed.
         cut: (ranks, B), whether the slice has a reset; None: no slice of any row.
+        cu_seqlens: (S + 1,), the boundaries of packed sequences inside this rank's slice.
     """
 
     group: Any
     counts: Tensor
     cut: Tensor | None
+    cu_seqlens: Tensor | None = None
 
     @classmethod
     def of(
@@ -47,6 +55,7 @@ class Slices(NamedTuple):
         facts: dict[str, int],
         reset: Tensor | None = None,
         block_size: int = 1,
+        cu_seqlens: Tensor | None = None,
     ) -> Slices:
         """Gather the lengths of all slices.
 
@@ -57,19 +66,48 @@ class Slices(NamedTuple):
             facts: what all ranks must agree in, beside B, dtype and whether there are resets, as numbers.
             reset: (B, N), bool: the blocks of this rank that start a new episode.
             block_size: tokens in a block.
+            cu_seqlens: (S + 1,), boundaries of sequences packed into the whole row, the same on every rank.
+
+        Raises:
+            ValueError: the ranks disagree, or cu_seqlens does not fit their tokens.
         """
         group = process_group(where, group)
         length, device = tokens.shape[1], tokens.device
         if values_are_free(tokens):
             kind = INPUT_DTYPES.index(tokens.dtype)
             facts = {"B": tokens.shape[0], **facts, "dtype": kind, "reset": int(reset is not None)}
+            facts["number of sequences"] = -1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
             check_agreement(where, facts, group)
+        if cu_seqlens is not None:
+            return cls._of_packed(where, group, length, cu_seqlens, reset)
         if reset is None:
-            return cls(group, all_gather(torch.full((1,), length, device=device), group), None)
+            return cls(group, _gathered_length(length, device, group), None)
         since = boundary_positions(None, reset.shape[1], block_size, reset, device)[:, -1]
-        spans = torch.stack((since.expand(reset.shape[0]), reset.any(dim=1).long()))
-        counts, cut = all_gather(spans, group).unbind(1)
-        return cls(group, counts, cut.bool())
+        return cls._with_resets(group, since.expand(reset.shape[0]), reset.any(dim=1))
+
+    @classmethod
+    def _of_packed(
+        cls, where: str, group: Any, length: int, cu_seqlens: Tensor, reset: Tensor | None
+    ) -> Slices:
+        lengths = _gathered_length(length, cu_seqlens.device, group)
+        if values_are_free(cu_seqlens):
+            bounds = cu_seqlens.tolist()
+            check_bounds(where, bounds, int(lengths.sum()))
+            check_agreement(where, {f"cu_seqlens[{i}]": bound for i, bound in enumerate(bounds)}, group)
+        starts = lengths.cumsum(0) - lengths
+        pieces = (cu_seqlens.long() - starts).clamp(min=0).minimum(lengths)  # (ranks, S + 1)
+        own = pieces[group.rank()]
+        if reset is None:
+            return cls(group, pieces.diff(dim=1), None, own)
+        _, since = packed_positions(None, own, length, reset)
+        resets_before = F.pad(reset[0].long().cumsum(0), (1, 0))[own]
+        return cls._with_resets(group, since, resets_before.diff() > 0)._replace(cu_seqlens=own)
+
+    @classmethod
+    def _with_resets(cls, group: Any, since: Tensor, cut: Tensor) -> Slices:
+        """From this rank's tokens since the last reset, and whether there is one, both (B,)."""
+        counts, cuts = all_gather(torch.stack((since, cut.long())), group).unbind(1)
+        return cls(group, counts, cuts.bool())
 
     @property
     def rank(self) -> int:
@@ -100,17 +138,30 @@ class Slices(NamedTuple):
             state: that before the whole sequence, (B, H, Dk, Dv); None: zeros.
             powers: the decays.
         """
-        state = zero_state(k, v, k.shape[0]) if state is None else state
-        counts = None if self.cut is None else self.counts[self.rank]
-        own = checkpoint(  # for backward it keeps keys and values, not their copies in the state's dtype
-            _added, k, v, counts, powers, use_reentrant=False, preserve_rng_state=False
-        )
-        added = all_gather(own, self.group)
+        if state is None:
+            state = zero_state(k, v, k.shape[0] if self.cu_seqlens is None else self.counts.shape[1])
+        added = all_gather(self._own_added(operation, k, v, powers), self.group)
         before = self._state(state, added, self.rank, powers)
         *outs, _ = operation(state=before)
         # An empty output reads no state, but its backward pass too must reach the other ranks.
         outs = [out if out.numel() else out + before.sum() for out in outs]
         return *outs, self._state(state, added, self.counts.shape[0], powers)
+
+    def _own_added(
+        self, operation: Callable[..., tuple[Tensor, ...]], k: Tensor, v: Tensor, powers: DecayPowers
+    ) -> Tensor:
+        """C of this rank's slice, (B, H, Dk, Dv)."""
+        if self.cu_seqlens is None:
+            counts = None if self.cut is None else self.counts[self.rank]
+            # For backward it keeps keys and values, not their copies in the state's dtype.
+            added: Tensor = checkpoint(
+                _added, k, v, counts, powers, use_reentrant=False, preserve_rng_state=False
+            )
+            return added
+        if k.shape[1]:
+            return operation(state=None)[-1]  # the operation alone knows how to go through the pieces
+        # Nothing, but a function of k and v: the backward pass of each rank must reach the others.
+        return zero_state(k, v, self.counts.shape[1]) + k.sum() + v.sum()
 
     def _following(self, ranks: int) -> tuple[Tensor, Tensor | None]:
         """What lies between the end of each source and the start of rank number ``ranks``.
@@ -142,7 +193,19 @@ class Slices(NamedTuple):
 
 def op_facts(k: Tensor, v: Tensor, state: Tensor | None) -> dict[str, int]:
     """What all ranks' calls of an operation must agree in, see `Slices.of`."""
-    return {"H": k.shape[2], "Dk": k.shape[3], "Dv": v.shape[3], "state": int(state is not None)}
+    gradient = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    return {
+        "H": k.shape[2],
+        "Dk": k.shape[3],
+        "Dv": v.shape[3],
+        "state": int(state is not None),
+        "requires_grad": int(gradient),
+    }
+
+
+def _gathered_length(length: int, device: torch.device, group: Any) -> Tensor:
+    """The tokens of all slices, (ranks, 1)."""
+    return all_gather(torch.full((1,), length, device=device), group)
 
 
 def _sums_from(x: Tensor) -> Tensor:

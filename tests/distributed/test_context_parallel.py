@@ -17,6 +17,7 @@ import retpop
 from retpop import RetNetConfig, RetNetDecoder, RetNetState
 from retpop.distributed import context_parallel
 from retpop.layers import call as calls
+from retpop.models import RetNetLM, RetNetLMConfig
 
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
@@ -27,6 +28,9 @@ WORLDS = (2, 4)
 
 CUTS = {2: [0, 30, 37], 4: [0, 7, 7, 30, 37]}
 """Where 37 tokens are cut; one rank of four has none."""
+
+PACKED = torch.tensor([0, 5, 5, 7, 31, 37])
+"""Sequences packed into 37 tokens: one is empty, one ends at a cut, one crosses two."""
 
 BLOCK_CUTS = {2: [0, 1, 6], 4: [0, 0, 3, 5, 6]}
 """Where 6 blocks are cut."""
@@ -92,23 +96,27 @@ def check_cut(
 
 
 def check_retention(mode: str, given: str) -> None:
-    own, reset = own_slice(CUTS), torch.zeros(2, 37, dtype=torch.bool)
-    reset[0, 7] = reset[0, 20] = reset[1, 33] = True
+    own, packed = own_slice(CUTS), "packed" in given
+    rows, states = (1, len(PACKED) - 1) if packed else (2, 2)
+    reset = torch.zeros(rows, 37, dtype=torch.bool)
+    reset[0, 7] = reset[0, 20] = reset[-1, 33] = True
 
     def run(q: Tensor, k: Tensor, v: Tensor, decays: Tensor, *rest: object) -> Results:
         *state, group = rest
         options = {"state": state[0] if state else None, "context_parallel": group, **mode_options(mode)}
         if "reset" in given:
             options["reset"] = reset if group is None else reset[:, own]
+        if packed:
+            options["cu_seqlens"] = PACKED
         return list(retpop.retention(q, k, v, decays, **options))
 
-    tokens = [normal(2, 37, 4, D, seed=seed) for seed, D in enumerate((4, 4, 6))]
-    state = [normal(2, 4, 4, 6, seed=3)] if "state" in given else []
+    tokens = [normal(rows, 37, 4, D, seed=seed) for seed, D in enumerate((4, 4, 6))]
+    state = [normal(states, 4, 4, 6, seed=3)] if "state" in given else []
     decays = log_decays(4).clamp(min=-9)  # -inf has no gradient
     check_cut(run, tokens, [decays, *state], [own] * 3, [own])
 
 
-@pytest.mark.parametrize("given", ["nothing", "state", "state and reset"])
+@pytest.mark.parametrize("given", ["nothing", "state", "state, reset", "packed", "packed, state, reset"])
 @pytest.mark.parametrize("mode", MODES)
 def test_retention(ranks: Ranks, mode: str, given: str) -> None:
     ranks.run(check_retention, mode, given)
@@ -157,8 +165,9 @@ def check_module(kind: str) -> None:
     module.checkpoint_activations = kind == "pop, checkpointed"
     if kind == "layer":
         module = module.layers[1].retention
-    start = module.init_state(2)
-    position = torch.tensor([3, 70])
+    rows, states = (1, len(PACKED) - 1) if kind == "packed" else (2, 2)
+    start = module.init_state(states)
+    position = torch.tensor([3, 70, 5, 0, 8][:states])
     names = [name for name, _ in module.named_parameters()]
     reset = torch.zeros(2, 6, dtype=torch.bool)
     reset[0, 2] = reset[1, 5] = True
@@ -174,20 +183,24 @@ def check_module(kind: str) -> None:
             pop = {"x_pred": x_pred, "block_size": 3, "main_out": "last", "reset": own_reset}
             out, pred, state = call(module, weights, (x, RetNetState(kv, position)), pop | options)
         else:
-            own_resets = {"reset": resets if group is None else resets[:, tokens]}
+            if kind == "packed":
+                options["cu_seqlens"] = PACKED
+                own_resets = {"cu_seqlens": PACKED.clamp(max=18)}
+            else:
+                own_resets = {"reset": resets if group is None else resets[:, tokens]}
             out, state = call(module, weights, (x, RetNetState(kv, position)), options | own_resets)
             pred = x_pred.sin()
         out_2, end = call(module, weights, (more, state), options)
         return [out, out_2, pred, end.kv, state.position.double(), end.position.double()]
 
     blocks, tokens = own_slice(BLOCK_CUTS), own_slice(BLOCK_CUTS, 3)
-    inputs = [normal(2, T, 8, seed=T) for T in (18, 37)] + [normal(2, 6, 2, 8, seed=4)]
+    inputs = [normal(rows, T, 8, seed=T) for T in (18, 37)] + [normal(2, 6, 2, 8, seed=4)]
     shared = [normal(*start.kv.shape, seed=6), *(x.detach() for x in module.parameters())]
     owns = [tokens, own_slice(CUTS), blocks]
     check_cut(run, inputs, shared, owns, [blocks if kind.startswith("pop") else tokens, *owns[1:]])
 
 
-@pytest.mark.parametrize("kind", ["sequence", "pop", "pop, checkpointed", "layer"])
+@pytest.mark.parametrize("kind", ["sequence", "pop", "pop, checkpointed", "layer", "packed"])
 def test_layer_and_decoder(ranks: Ranks, kind: str) -> None:
     ranks.run(check_module, kind)
 
@@ -301,8 +314,18 @@ def check_bad_use() -> None:
         retpop.retention(q, q, q, log_decays(q.shape[2]), context_parallel=dist.group.WORLD)
     with pytest.raises(ValueError, match="all ranks must agree in state"):
         call(dist.group.WORLD, state=decoder.init_state(1) if rank else None)
-    with pytest.raises(ValueError, match=r"RetNetDecoder\(\): context_parallel and cu_seqlens"):
+    with pytest.raises(ValueError, match=r"RetNetDecoder\(\): cu_seqlens ends at 4 but there are T="):
         call(dist.group.WORLD, cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"agree in cu_seqlens\[1\]; .* have 3, 4"):
+        call(dist.group.WORLD, cu_seqlens=torch.tensor([0, 3 + (rank == 1), 4 * world]))
+    with pytest.raises(ValueError, match="agree in number of sequences"):
+        call(dist.group.WORLD, cu_seqlens=torch.tensor([0, *[2] * rank, 4 * world]))
+    with pytest.raises(ValueError, match="agree in grad mode"), torch.set_grad_enabled(rank == 0):
+        call(dist.group.WORLD)
+    model = RetNetLM(RetNetLMConfig(vocab_size=4, decoder=decoder.cfg))
+    cut = {"cu_seqlens": torch.tensor([0, 4 * world]), "context_parallel": dist.group.WORLD}
+    with pytest.raises(ValueError, match=r'logits is "last" with cu_seqlens and context_parallel'):
+        model(torch.zeros(1, 4, dtype=torch.int64), logits="last", **cut)
     with pytest.raises(TypeError, match="context_parallel is 'gloo'"):
         call("gloo")
     first = dist.new_group([0])

@@ -41,7 +41,7 @@ SAVING_SECONDS = 60.0
 
 
 ATTEMPTS = 4
-"""To start Ray, whose processes wait for each other for a few seconds only, too short on a busy machine."""
+"""To start Ray, whose processes wait for each other for 15 to 30 seconds: too short on a busy machine."""
 
 
 @dataclass
@@ -203,14 +203,20 @@ def _ray(address: str | None) -> Iterator[Any]:
     local = {} if address is not None else {"include_dashboard": False}
     for attempt in range(ATTEMPTS):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+            # Ray's own messages about a failed start would fill the screen before the next attempt.
+            ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **local)
             break
         except ConnectionError as error:
             raise UsageError(f"--address {address}: there is no Ray cluster: {error}") from error
         except Exception as error:
             ray.shutdown()
             if attempt == ATTEMPTS - 1:
-                raise RunError(f"Ray did not start: {explain(error)}") from error
+                raise RunError(
+                    f"Ray did not start in {ATTEMPTS} attempts; a busy machine is too slow for its timeouts: "
+                    "try again later, or start it with `ray start --head` and add --address auto. "
+                    f"Its last error: {explain(error)}"
+                ) from error
+            tell(f"Ray did not start (attempt {attempt + 1} of {ATTEMPTS}): {explain(error)}")
     try:
         yield ray
     finally:
