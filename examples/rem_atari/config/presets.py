@@ -108,14 +108,14 @@ MINATAR = Config(
     threads=1,
     # Two by two cells to a token. A game that is played well has no end of its own.
     env=EnvConfig(id=MINATAR_ID, frame_size=40, max_raw_frames=2_500, eval_max_raw_frames=2_500, num_envs=8),
-    # Nothing trains. A game shows some hundred kinds of patches, Freeway and Seaquest most.
-    tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=1_024),
+    # Nothing trains. A game shows some hundred kinds of patches, Seaquest above a thousand.
+    tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=2_048),
     world_model=replace(
         _SMALL_WORLD_MODEL,
         # Two heads as wide as there are places, so that a head can tell them apart.
         num_heads=2,
         # What imagination reads and dreams: context_frames and horizon.
-        sequence_blocks=16,
+        sequence_blocks=26,
         local_frames=5,
         local_outcomes=True,
         reward_weight=3.0,
@@ -126,7 +126,7 @@ MINATAR = Config(
             weight_decay=0.05,
             clip_norm=100.0,
             average=0.98,
-            batch_size=6,
+            batch_size=4,
             updates_per_epoch=90,
             first_updates=1_500,
         ),
@@ -134,20 +134,22 @@ MINATAR = Config(
     controller=replace(
         _SMALL_CONTROLLER,
         channels=(32, 32),
+        heads_see_features=True,
         burn_in=6,
         context_frames=5,
         reward_start_share=0.5,
-        horizon=11,
+        # Large batches of long dreams: rewards are rare, and a gradient of a few of them is mostly noise.
+        horizon=21,
         gamma=0.97,
-        entropy_weight=0.03,
+        entropy_weight=0.01,
         uses=4,
         scale_advantages=True,
         random_repeat=16,
-        optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=64, updates_per_epoch=30),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=128, updates_per_epoch=30),
     ),
     # Steps cost next to nothing here, and rewards are what the world model sees too few of.
     schedule=ScheduleConfig(
-        epochs=30, collect_epochs=30, steps_per_epoch=5_000, random_steps=30_000, checkpoint_every=5
+        epochs=24, collect_epochs=24, steps_per_epoch=5_000, random_steps=30_000, checkpoint_every=5
     ),
     evaluation=EvaluationConfig(every=5, episodes=20, final_episodes=100, random_episodes=100),
 )

@@ -44,7 +44,8 @@ class Controller(nn.Module):
     pixel space (an ablation of the paper) it sees the frame that the tokenizer decodes: convolutions that
     each halve it. The cell, an LSTM's or a GRU's, takes two steps for each step of the environment: one on
     the observation, after which actor and critic read its hidden state, and one on the embedding of the
-    action that was taken (unless `action_input` is off). Weights start as torch initialises them.
+    action that was taken (unless `action_input` is off). With `heads_see_features` they read the features of
+    the observation besides. Weights start as torch initialises them.
 
     Args:
         cfg: sizes and what the memory is fed.
@@ -79,8 +80,13 @@ class Controller(nn.Module):
             self.cnn, width = _code_cnn(cfg, code_dim, grid), cfg.hidden_dim
         self.action_embedding = nn.Embedding(num_actions, width) if cfg.action_input else None
         self.lstm = CELLS[cfg.cell](width, cfg.lstm_dim)
-        self.actor = nn.Linear(cfg.lstm_dim, num_actions)
-        self.critic = nn.Linear(cfg.lstm_dim, max(cfg.value_bins, 1))
+        self.heads_see_features = cfg.heads_see_features
+        read = cfg.lstm_dim + (width if cfg.heads_see_features else 0)
+        self.actor = nn.Linear(read, num_actions)
+        self.critic = nn.Linear(read, max(cfg.value_bins, 1))
+        if cfg.heads_see_features:  # nearly uniform: no action is preferred before anything was learned
+            nn.init.orthogonal_(self.actor.weight, gain=0.01)
+            nn.init.zeros_(self.actor.bias)
         self.value_code = None
         if cfg.value_bins > 0:
             self.value_code = TwoHot.symlog(cfg.value_bins, "controller.value_bins")
@@ -113,8 +119,9 @@ class Controller(nn.Module):
     def decide(self, features: Tensor, carry: Carry) -> Decision:
         """Take in an observation's `features` (B, hidden_dim) and judge the situation."""
         carry = self._remember(features, carry)
+        read = self._read(carry[0], features)
         # float32 also under autocast: losses and returns are computed from these.
-        return Decision(self.actor(carry[0]).float(), self.values(self.critic(carry[0])), carry)
+        return Decision(self.actor(read).float(), self.values(self.critic(read)), carry)
 
     def forward(self, seen: Tensor, carry: Carry) -> Decision:
         """Take in an observation, as `features` sees it with one leading dimension, and judge it."""
@@ -144,12 +151,13 @@ class Controller(nn.Module):
         Returns:
             The policy's logits (B, T, A), float32, and the critic's outputs (B, T, C), see `values`.
         """
-        told = self.features(seen)
+        told = features = self.features(seen)
         if self.action_embedding is not None:
             # What the cell is told, in order: an observation, the action taken on it, the next observation.
             told = torch.stack((told, self.action_embedding(actions).to(told.dtype)), dim=2).flatten(1, 2)
         remembered = self._remember_all(told, carry)[:, :: told.shape[1] // seen.shape[1]]
-        return self.actor(remembered).float(), self.critic(remembered)
+        read = self._read(remembered, features)
+        return self.actor(read).float(), self.critic(read)
 
     def observe_action(self, actions: Tensor, carry: Carry) -> Carry:
         """Take in the actions (B,) that were taken, if the memory is fed actions at all."""
@@ -177,6 +185,12 @@ class Controller(nn.Module):
             real = mask[:, step, None]
             carry = tuple(torch.where(real, new, old) for new, old in zip(after, carry, strict=True))
         return carry
+
+    def _read(self, remembered: Tensor, features: Tensor) -> Tensor:
+        """What actor and critic read: the memory (..., lstm_dim), and the features if they see them."""
+        if not self.heads_see_features:
+            return remembered
+        return torch.cat((remembered, features.to(remembered.dtype)), dim=-1)
 
     def _remember(self, features: Tensor, carry: Carry) -> Carry:
         """One step of the cell."""

@@ -72,6 +72,18 @@ def test_normalised_codes_do_not_depend_on_their_scale():
     assert torch.isfinite(normalised.features(torch.zeros(1, 4, 3))).all()
 
 
+def test_heads_that_see_features_start_nearly_uniform_and_need_no_memory():
+    controller = small_controller(heads_see_features=True)
+    assert controller(some_codes(50), controller.initial_carry(50)).logits.abs().max() < 0.1
+    for parameter in controller.lstm.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.normal_(controller.actor.weight)
+    decision = controller(some_codes(2), controller.initial_carry(2))
+    assert not decision.carry[0].any()
+    assert not torch.allclose(decision.logits[0], decision.logits[1])
+    assert decision.value[0] != decision.value[1]
+
+
 def test_reset_carry_touches_only_the_rows_named():
     carry = (torch.ones(3, 2), torch.full((3, 2), 2.0))
     hidden, cell = reset_carry(carry, torch.tensor([False, True, False]))

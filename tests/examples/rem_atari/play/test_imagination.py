@@ -282,7 +282,16 @@ def test_the_loss_trains_the_controller_and_nothing_else(autocast):
     assert not any(metric.requires_grad for metric in metrics.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"cell": "gru"}, {"action_input": False}, {"normalize_codes": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cell": "gru"},
+        {"action_input": False},
+        {"heads_see_features": True},
+        {"normalize_codes": True},
+    ],
+)
 def test_judging_all_steps_at_once_is_judging_them_in_the_rollout(options):
     """Logits, values and the gradient are those of a rollout with gradient."""
     agent, segments = small_agent(**options), some_segments()
