@@ -31,7 +31,7 @@ PART_SECONDS = 4.0
 """Time limit in seconds for each part of a training run."""
 
 ACTIONS = 4
-"""Of the game: as many as Breakout has."""
+"""Actions of the game: as many as Breakout has."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,8 @@ def _badness(verdict: Verdict) -> float:
 def _results(contender: Contender, work: Work, graded: bool) -> list[Found]:
     """Gradients in the inputs, outputs and states of the first row.
 
-    Gradients of the outputs are drawn from one seed, in values that every dtype has: everybody's are equal.
+    Gradients of the outputs are drawn from one seed, in values that every dtype holds: all contenders get
+    the same.
     """
     with torch.set_grad_enabled(graded):
         outputs = list((work.answer or work.run)())

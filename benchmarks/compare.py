@@ -34,7 +34,7 @@ class Change:
     refused: str = ""
 
     def verdict(self, limit: float = LIMIT) -> str:
-        """Of the quartiles: faster, slower or equal; SLOWER where the median is beyond the limit too."""
+        """Faster, slower or equal by the quartiles; SLOWER if the median exceeds the limit too."""
         found = self.at_equal_rate
         if found is None:
             return f"refused: {self.refused}"

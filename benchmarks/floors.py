@@ -19,7 +19,7 @@ BACKWARD_FLOPS = 2.5
 instead of two, and five with a state instead of two."""
 
 SIDES = {"cpu": 2048, "cuda": 8192}
-"""Of the square matrices whose product is the matrix rate."""
+"""Side of the square matrices whose product gives the matrix rate."""
 
 COPIED = {"cpu": 2**13, "cuda": 2**30}
 """Bytes whose copy is the copy rate; only a GPU's counts, because a CPU's caches hold most of what a call

@@ -76,7 +76,7 @@ PARTS = {
     "compiled decoder": Part(limit=100, backends="triton-compile", **_DECODER),
     "peers": Part(limit=60, ops="pop,retention", backends="torch,fla", shapes=_LONG, dtypes="bf16"),
 }
-"""In the order in which they run: the least important come last."""
+"""The parts in the order in which they run, the most important first."""
 
 WHOLE = 455
 """Time limit in seconds for all parts together."""
@@ -200,7 +200,7 @@ class Ended:
 
 
 def _heed_interrupts() -> None:
-    """In a new process: do not inherit that a shell's background job ignores this signal."""
+    """Let a new process react to this signal, which background jobs of a shell ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -120,7 +120,7 @@ class Ratio:
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[float, float]], factor: float = 1.0) -> Ratio:
-        """Of pairs of seconds, the first of each over the second, times ``factor``."""
+        """Ratios of pairs of seconds, the first over the second, times ``factor``."""
         low, middle, high = (factor * x for x in quartiles([a / b for a, b in pairs]))
         return cls(low=low, middle=middle, high=high)
 
@@ -154,7 +154,7 @@ def ratio(over: Measurement, under: Measurement, factor: float = 1.0) -> Ratio:
 
 
 def path_of(machine: str, commit: str) -> Path:
-    """Where a machine's results at a commit are kept."""
+    """The folder of a machine's results at a commit."""
     return RESULTS / f"{slug(machine)}-{slug(commit)}.csv"
 
 
@@ -254,7 +254,7 @@ def _line(m: Measurement, baseline: Measurement | None) -> list[str]:
 
 
 def against(measurement: Measurement, baseline: Measurement | None) -> str:
-    """In words: how many times as long it takes as the baseline, or why there is no ratio."""
+    """The ratio to the baseline's time in words, or the reason why there is none."""
     if baseline is None or measurement is baseline:
         return "" if measurement.verdict == RIGHT else f"{measurement.verdict}: {measurement.note}"
     try:

@@ -200,7 +200,7 @@ def _summary(results: Results) -> str:
 
 
 ALTERNATIVES = {
-    "training": "Bars: time of a training pass by who computes it",
+    "training": "Bars: time of a training pass of each implementation",
     "imagination": "Lines: time of an imagined observation over its tokens",
     "scaling": "Lines: time and memory over the length of a sequence",
     "decoding": "Lines: time of a token over its position",
@@ -316,9 +316,9 @@ def _scaling(results: Results) -> str:
                 length = [(x, y) for x, y in length if x <= LONGEST_FIT]
                 batch = series(results, backend, value, shape="batch", **wanted)
                 if len(length) > 2:
-                    who = "**retpop**, torch" if backend == "torch" else backend
+                    name = "**retpop**, torch" if backend == "torch" else backend
                     slopes = [f"{slope(x):.2f}" if len(x) > 2 else "" for x in (length, batch)]
-                    body.append([who, direction, what, *slopes])
+                    body.append([name, direction, what, *slopes])
     heading = ["by", "pass", "", "slope over 1k to 16k tokens", "slope over the batch, 1 to 32"]
     return markdown_table(heading, body) if body else ""
 
@@ -393,4 +393,4 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "losses": _losses,
     "gpu": _gpu,
 }
-"""By the names that stand in the pages."""
+"""Each generated part of a page, by the name that marks it there."""

@@ -200,11 +200,12 @@ PLOTS: dict[str, Draw] = {
     "decoding": decoding,
     "imagination": imagination,
 }
-"""By the names of their files."""
+"""Each plot, by the name of its file."""
 
 
 def digest(results: Results) -> str:
-    """Of all times and bytes that a picture may show. It stands in the picture, and tells an old one."""
+    """A hash of all times and bytes that a picture may show. It is written into the picture and shows when
+    one is out of date."""
     shown = [(r.key, r.samples, r.peak_bytes, r.matrix_rate) for r in results.rows if r.verdict == RIGHT]
     return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
 

@@ -68,7 +68,7 @@ LONGEST_ATTENTION, LONGEST_TRAINED = 8192, 16384
 """Tokens of a series up to which attention, quadratic in them, is timed, and up to which backward is."""
 
 SERIES_CHUNK = 128
-"""Of yet-another-retnet's chunk sizes, the one that a series is timed with."""
+"""The chunk size of yet-another-retnet that a series over lengths is timed with."""
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 

@@ -195,7 +195,7 @@ def _worst_mode(**only: str) -> Find:
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the straight line through the logarithms, by least squares."""
+    """The slope of the straight line through the logarithms, by least squares."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
     mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
     over = sum((x - mean_x) * (y - mean_y) for x, y in logs)

@@ -1,4 +1,4 @@
-"""What all parts of the package ask of arguments: checks, dtypes, and whether transforms or autocast are on.
+"""Checks and dtypes of arguments, and whether transforms or autocast are on, for all parts of the package.
 
 Autocast casts token inputs and nothing inside the operations.
 """

@@ -66,7 +66,7 @@ def test_the_pages_have_commands() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_parse(command: str) -> None:
-    from rem_atari.arguments import parse_arguments
+    from rem_atari.parsing import parse_arguments
 
     parse_arguments(shlex.split(command, comments=True)[1:])
 

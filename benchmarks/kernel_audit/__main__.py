@@ -106,7 +106,7 @@ def _rows_of(part: str, options: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def _print_rows_of(part: str, options: argparse.Namespace) -> None:
-    """In that process: a line of JSON a case."""
+    """Print a line of JSON for each case; runs in the part's own process."""
     for architecture in options.arch:
         for case in PARTS[part]:
             if _is_chosen(case, part, options):
@@ -169,7 +169,7 @@ def overflows_of_case(case: Case, architecture: str) -> Iterator[Row]:
 
 
 def counters(arguments: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """What kernels count, by their arguments: boundaries n, the tiles t of one, chunks and stretches."""
+    """The ranges of kernels' counters (boundaries n, tiles t, chunks, stretches) under these arguments."""
     boundaries = max((arguments.get(name, 0) for name in ("num_boundaries", "num_blocks", "N")), default=0)
     tokens, stretch = arguments.get("T", 0), max(1, arguments.get("stretch", 1))
     return {

@@ -28,7 +28,7 @@ from retpop.ops.rows import split_row
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
-"""Of an A100, A40, H100, B200, RTX 5090 and MI300X."""
+"""Multiprocessors of an A100, A40, H100, B200, RTX 5090 and MI300X."""
 
 Made = tuple[Sequence[Tensor | None], Sequence[Tensor]]
 """The inputs of a call and its outputs."""
@@ -305,7 +305,7 @@ class Step(Call):
 
 @dataclass(frozen=True, kw_only=True)
 class NormGate(Call):
-    """With weight and bias for "rmsnorm", without for "groupnorm"."""
+    """Norm and gate: "rmsnorm" with weight and bias, "groupnorm" without."""
 
     names: ClassVar = ("norm_gate_fwd", "norm_gate_bwd")
 
@@ -331,7 +331,7 @@ class NormGate(Call):
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary(Call):
-    """Of queries and keys, or of their gradients: the inverse."""
+    """Rotation of queries and keys; backward, the inverse rotation of their gradients."""
 
     names: ClassVar = ("rotary_fwd", "rotary_bwd")
 

@@ -162,7 +162,7 @@ HUGE = [
 """More than 2^31 elements along each dimension in turn: do offsets and grids hold? For meta tensors only."""
 
 PARTS = {"compile": CASES, "huge": HUGE, "traffic": COUNTED}
-"""What each part of the audit is made of; in a part, op, shape and dtype name a case."""
+"""The cases of each part of the audit; within a part, op, shape and dtype identify a case."""
 
 CORE = {
     "compile": {

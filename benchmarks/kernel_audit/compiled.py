@@ -275,7 +275,7 @@ _CARRYING = (
     "ttg.local_load",
     "ttg.memdesc_trans",
 )
-"""What hands on a value, as it is or scaled."""
+"""Operations that pass a value on, as it is or scaled."""
 
 
 def hazards(ttgir: str) -> list[str]:

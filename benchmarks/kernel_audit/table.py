@@ -72,7 +72,7 @@ def text(value: object) -> str:
 
 
 def _value(name: str, written: str) -> Any:
-    """What `text` has written."""
+    """The inverse of `text`."""
     if name in _TEXTS:
         return written
     if name in _LISTS:
@@ -84,7 +84,7 @@ def _value(name: str, written: str) -> Any:
 
 
 def _places() -> dict[tuple[str, ...], int]:
-    """Where each case's rows stand: part after part, architecture after architecture."""
+    """The order of the cases in the file: by part, then by architecture."""
     cases = (
         (part, case.op, case.shape, str(case.dtype).removeprefix("torch."), architecture)
         for part, cases in PARTS.items()

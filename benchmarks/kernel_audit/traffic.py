@@ -29,7 +29,7 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 _SHARED = -1
-"""In place of a program's number: more than one program."""
+"""Stands for more than one program, in place of a program's number."""
 
 
 class AuditError(AssertionError):

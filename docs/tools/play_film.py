@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import shutil
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -21,7 +19,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from rem_atari.commands.counting import tell
 from rem_atari.commands.play import make_stage
-from rem_atari.playground.server import address_of, listen, make_server
+from rem_atari.playground.server import served
 from rem_atari.runs.trained import load_trained
 
 VIEW = {"width": 1180, "height": 860}
@@ -29,21 +27,6 @@ WIDTH = 885
 COLOURS = 256
 PATIENCE_MILLISECONDS = 60_000
 MILLISECONDS, LAST_MILLISECONDS = 800, 2_400
-
-
-@contextmanager
-def served(agent: str) -> Iterator[str]:
-    """The page's address."""
-    trained = load_trained(agent, step="newest", device="cpu", say=tell)
-    server = make_server(make_stage(trained, name=agent, seed=0), "127.0.0.1")
-    with listen("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield address_of(listening, "127.0.0.1")
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def play(page: Page) -> Iterator[None]:
@@ -105,7 +88,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--agent", default="catch")
     arguments = parser.parse_args()
-    with served(arguments.agent) as address:
+    trained = load_trained(arguments.agent, step="newest", device="cpu", say=tell)
+    with served(make_stage(trained, name=arguments.agent, seed=0)) as address:
         shots = film(address)
     # One palette for all: pictures then differ from each other only where something moved.
     palette = _beside(shots).quantize(COLOURS, kmeans=2)

@@ -25,7 +25,7 @@ _HOMES = {
     "LoadedAgent": "rem_atari.inference.agent",
     "load_agent": "rem_atari.inference.loading",
 }
-"""Where the public names are defined. A module is imported at its first use: torch and gymnasium take
+"""The modules that define the public names. A module is imported at its first use: torch and gymnasium take
 seconds, and `rem-atari --help` needs neither."""
 
 

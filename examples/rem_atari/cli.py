@@ -158,8 +158,8 @@ def _run(words: list[str]) -> int:
         print(f"rem-atari {version('retpop')}")
         return DONE
     # Imported here because both need packages of the extra, which may be missing.
-    from rem_atari.arguments import parse_arguments
     from rem_atari.commands import run_command
+    from rem_atari.parsing import parse_arguments
 
     run_command(parse_arguments(words))
     return DONE

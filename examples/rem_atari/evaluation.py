@@ -24,8 +24,8 @@ from rem_atari.envs import make_env
 from rem_atari.envs.vector import GameReturn, VectorEnv, VectorStep
 from rem_atari.errors import RunError, RunWarning
 from rem_atari.models.controller import Carry, reset_carry
-from rem_atari.play.collector import RealEnv
 from rem_atari.play.evaluation_state import Evaluation, Pause
+from rem_atari.play.real_env import RealEnv
 from rem_atari.play.rollout import rollout
 from rem_atari.replay.buffer import Replay
 from rem_atari.training.seeding import derive_seed

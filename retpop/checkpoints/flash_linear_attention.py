@@ -59,7 +59,7 @@ FIXED: dict[str, Any] = {
     "norm_first": True,
     "final_norm": True,
 }
-"""What every such model has in common, as fields of `RetNetConfig`."""
+"""The settings that all such models share, as fields of `RetNetConfig`."""
 
 
 def load_fla(

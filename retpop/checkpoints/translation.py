@@ -1,4 +1,4 @@
-"""What loaders share: tables of names and shapes of others' weights, and a module of ours made of them."""
+"""Shared by all loaders: tables of names and shapes of foreign weights, and the module made from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OF_THE_MODEL = {"embedding.weight", "head.weight"}
 
 
 def one_prefix(where: str, state_dict: object, anchor: str) -> str:
-    """What stands before ``anchor`` in the one name that ends with it.
+    """The prefix of ``anchor`` in the one name that ends with it.
 
     Raises:
         TypeError, ValueError: state_dict does not map names to tensors, or no name or several end so.

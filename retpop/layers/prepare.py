@@ -1,4 +1,4 @@
-"""From a user's call of a layer or a decoder to a prepared call: checks, angles and powers of γ."""
+"""Preparation of a call of a layer or a decoder: checks, angles and powers of γ."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def _check_beside(owner: Owner, name: str, x: Tensor, weight: Tensor) -> None:
     """Raise for tokens of another dtype or device than the first weight, unless they are cast or moved."""
     parts = list(owner.layers[0].modules())
     if not all(type(part).__module__.startswith(("torch.", "retpop.")) for part in parts):
-        return  # a class of somebody else may cast what it is given
+        return  # a third-party class may cast its input
     if not all(is_plain(part, type(part)) for part in parts):
         return
     if x.device != weight.device:

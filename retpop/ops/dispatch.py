@@ -29,7 +29,7 @@ class Backend(Protocol):
     """A backend: a module with these functions, which take checked inputs outside of autocast."""
 
     NAME: str
-    """What a user calls it."""
+    """The name by which a user chooses it."""
 
     def retention(
         self,

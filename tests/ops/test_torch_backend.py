@@ -27,7 +27,7 @@ from retpop import RetNetConfig, RetNetDecoder
 from retpop.ops import reference_backend, torch_backend, triton_backend
 from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec
-from retpop.ops.torch_backend import eager
+from retpop.ops.torch_backend import blocks
 from retpop.ops.torch_backend.packed import Packing
 
 VALUES = [1, 200, 400, 800]
@@ -36,7 +36,7 @@ VALUES = [1, 200, 400, 800]
 
 @pytest.fixture(params=VALUES)
 def values_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(eager, "VALUES_A_THREAD", request.param)
+    monkeypatch.setattr(blocks, "VALUES_A_THREAD", request.param)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return int(request.param)
 
@@ -72,12 +72,12 @@ def test_groups_of_any_size(name: str) -> None:
 
 def test_short_blocks_of_many_rows_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stretch counts its own tokens: short rows, and what is left over, are not cut finer."""
-    monkeypatch.setattr(eager, "VALUES_A_THREAD", 8 * 64)
+    monkeypatch.setattr(blocks, "VALUES_A_THREAD", 8 * 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     few, many = (torch.empty(16, length, 2, 4) for length in (4, 68))
-    assert [group.rows for group in eager.groups(few, 64)] == [slice(0, 16)]
-    assert [group.num_blocks for group in eager.groups(many, 64)] == [1] * 16 + [1]
-    assert list(eager.groups(many, 64))[-1] == eager.Group(slice(0, 16), slice(1, 2), slice(64, 68), 4)
+    assert [group.rows for group in blocks.groups(few, 64)] == [slice(0, 16)]
+    assert [group.num_blocks for group in blocks.groups(many, 64)] == [1] * 16 + [1]
+    assert list(blocks.groups(many, 64))[-1] == blocks.Group(slice(0, 16), slice(1, 2), slice(64, 68), 4)
 
 
 @pytest.mark.usefixtures("values_at_once")

@@ -1,10 +1,7 @@
-"""What the page of `rem-atari play` is served from: an agent with fresh weights whose dreams do not end."""
+"""A stage for the page of `rem-atari play`: an agent with fresh weights whose dreams do not end."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +9,7 @@ from run_folders import DEBUG, add_replay, make_run
 
 from rem_atari.commands.play import make_stage
 from rem_atari.config import Config
-from rem_atari.playground.server import Stage, address_of, listen, make_server
+from rem_atari.playground.server import Stage
 from rem_atari.runs.trained import load_trained
 
 
@@ -28,17 +25,3 @@ def make_test_stage(path: Path, config: Config = DEBUG, *, replay: bool = True) 
     with torch.no_grad():
         trained.agent.world_model.end_head[-1].bias.copy_(torch.tensor([100.0, -100.0]))
     return make_stage(trained, name=str(run.path), seed=0)
-
-
-@contextmanager
-def serve_page(stage: Stage) -> Iterator[str]:
-    """Serve a stage's page on the loopback; its address."""
-    with listen("127.0.0.1", 0) as listening:
-        server = make_server(stage, "127.0.0.1")
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield address_of(listening, "127.0.0.1")
-        finally:
-            server.should_exit = True
-            thread.join()

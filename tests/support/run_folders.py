@@ -16,7 +16,7 @@ from rem_atari.config import Config
 from rem_atari.config.presets import PRESETS
 from rem_atari.envs import make_env
 from rem_atari.envs.vector import VectorEnv
-from rem_atari.play.collector import RealEnv
+from rem_atari.play.real_env import RealEnv
 from rem_atari.replay.buffer import Replay
 from rem_atari.runs.checkpoint import Checkpoint, save_checkpoint
 from rem_atari.runs.config_file import config_text

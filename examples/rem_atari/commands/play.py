@@ -97,7 +97,7 @@ def _returns_of(trained: TrainedAgent) -> tuple[Returns | None, Returns | None]:
 
 
 def _figure(figure: Any) -> Returns | None:
-    """Returns in the file of an exported agent, which anybody may have written."""
+    """Returns in the file of an exported agent, which is not trusted: anyone may have written it."""
     names = ("mean", "standard_error", "episodes")
     if not isinstance(figure, dict) or not all(is_number(figure.get(name)) for name in names):
         return None

@@ -115,7 +115,7 @@ def conclude(run: RunFolder) -> None:
 
 
 def _summary(metrics: Path) -> str:
-    """The agent's mean return beside random play's; somebody may have written into the metrics."""
+    """The agent's mean return beside random play's. The metrics may have been edited, so they are checked."""
     from rem_atari.evaluation import describe_mean
     from rem_atari.report.history import returns_of
     from rem_atari.runs.metrics import read_metrics

@@ -73,11 +73,11 @@ class Catch(gymnasium.Env[np.ndarray, int]):
         return self._frame() if self.render_mode == "rgb_array" else None
 
     def get_action_meanings(self) -> list[str]:
-        """What the actions do, as ale-py's environments tell it."""
+        """The meanings of the actions, in ale-py's form."""
         return ["LEFT", "STAY", "RIGHT"]
 
     def get_resume_state(self) -> dict[str, Any]:
-        """Where ball and paddle are, and the random numbers."""
+        """Positions of ball and paddle, and the state of the random numbers."""
         ball = [self._ball_row, self._ball_column]
         return {"ball": ball, "paddle": self._paddle, "random": random_state(self)}
 

@@ -28,7 +28,7 @@ WRAPPER_ATTRIBUTES: dict[type[gymnasium.Wrapper], tuple[str, ...]] = {
     OrderEnforcing: ("_has_reset",),
     TimeLimit: ("_elapsed_steps",),
 }
-"""Of gymnasium's wrappers that change nothing but these attributes while a game is played."""
+"""Wrappers of gymnasium whose whole state, while a game is played, is these attributes."""
 
 STATES_OF_NOTHING = ("PassiveEnvChecker",)
 """Layers without state that earlier versions saved and that no longer exist."""

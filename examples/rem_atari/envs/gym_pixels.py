@@ -68,7 +68,7 @@ def show_frames(env: gymnasium.Env, cfg: EnvConfig) -> gymnasium.Env:
 
 
 def what_is_seen(env: gymnasium.Env) -> str:
-    """What the frames show, for the user: the source, its size, and the size of the frames."""
+    """A description of the frames for the user: the source, its size, and the size of the frames."""
     side = env.observation_space.shape[0] if env.observation_space.shape else 0
     layers = list(layers_of(env))
     rendered = next((layer for layer in layers if isinstance(layer, RenderedFrames)), None)

@@ -1,4 +1,4 @@
-"""Where an environment lives: `LocalHost`, in this process; `process.ProcessHost`, in one of its own.
+"""Hosts of an environment: `LocalHost`, in this process; `process.ProcessHost`, in one of its own.
 
 `start` asks a host and never waits; `finish` returns its answer. Callers start all E hosts before they wait
 for the first, so the hosts work side by side. An exception, a crash or a hang of an environment raises

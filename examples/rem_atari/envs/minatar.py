@@ -140,7 +140,7 @@ class MinAtar(gymnasium.Env[np.ndarray, int]):
         return self._frame() if self.render_mode == "rgb_array" else None
 
     def get_action_meanings(self) -> list[str]:
-        """What the actions do, as ale-py's environments tell it."""
+        """The meanings of the actions, in ale-py's form."""
         return [ACTIONS[action].upper() for action in self._actions]
 
     def get_resume_state(self) -> dict[str, Any]:

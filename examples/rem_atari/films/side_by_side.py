@@ -15,8 +15,8 @@ from rem_atari.agent import Agent
 from rem_atari.config import Config
 from rem_atari.evaluation import make_test_envs
 from rem_atari.films.panels import Panel, draw_panels
-from rem_atari.play.collector import RealEnv
 from rem_atari.play.imagination import ImaginedEnv
+from rem_atari.play.real_env import RealEnv
 from rem_atari.play.rollout import rollout
 from rem_atari.training.seeding import derive_seed
 

@@ -20,7 +20,7 @@ CONSTANT_QUALITY = "18"
 """x264's rate factor: at 18 a film is hardly to be told from the frames."""
 
 COLOURS = 128
-"""Of a GIF's palette, one for each picture."""
+"""Colours of a GIF's palette; each picture has its own."""
 
 
 def check_video_path(path: Path) -> None:

@@ -177,7 +177,7 @@ class LoadedAgent:
 
     @torch.no_grad()
     def observe_action(self, action: ArrayLike, memory: Memory) -> Memory:
-        """The memory after the action that was taken, int or (n,), by the agent or by anybody else."""
+        """The memory after an action was taken, int or (n,), whether the agent chose it or not."""
         actions = self._actions("observe_action", action, len(memory))
         carry = self.networks.controller.observe_action(actions, memory.carry)
         return replace(memory, carry=carry, steps=memory.steps + 1)

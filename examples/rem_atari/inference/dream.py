@@ -19,9 +19,9 @@ from rem_atari.models.world_model import Imagined
 class Dream:
     """A moment of n imagined games.
 
-    Nothing changes a dream. `LoadedAgent.imagine` gives the next one, so whoever keeps a dream can rewind to
-    it, and several futures can branch off from it. The seed is part of it: the same action after the same
-    dream gives the same future, and `with_seed` another one.
+    A dream is immutable. `LoadedAgent.imagine` returns the next one, so a caller that keeps a dream can
+    rewind to it, and several futures can branch off from it. The seed is part of it: the same action after
+    the same dream gives the same future, and `with_seed` another one.
 
     Attributes:
         tokens: the observations, int64 (n, K); `LoadedAgent.decode` shows them.

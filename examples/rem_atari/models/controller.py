@@ -225,7 +225,7 @@ def _deviation(codes: Tensor) -> Tensor:
 
 
 def _code_cnn(cfg: ControllerConfig, code_dim: int, grid: int) -> nn.Sequential:
-    """From a square of codes to hidden_dim features."""
+    """Map a square of codes to hidden_dim features."""
     first, second = cfg.channels
     return nn.Sequential(
         nn.Conv2d(code_dim, first, kernel_size=3, padding=1),
@@ -239,7 +239,7 @@ def _code_cnn(cfg: ControllerConfig, code_dim: int, grid: int) -> nn.Sequential:
 
 
 def _pixel_cnn(channels: tuple[int, ...], frame_size: int) -> tuple[nn.Sequential, int]:
-    """From an image to its flattened features, and their number; every convolution halves the image."""
+    """Map an image to its flattened features; also gives their number; every convolution halves the image."""
     side = frame_size >> len(channels)
     if side == 0:
         raise ValueError(

@@ -16,7 +16,7 @@ VGG16_LAYERS = (64, 64, POOL, 128, 128, POOL, 256, 256, 256, POOL, 512, 512, 512
 """VGG16 up to relu5_3, the last layer that is used: output channels of its convolutions, each with a ReLU."""
 
 STAGE_ENDS = (4, 9, 16, 23, 30)
-"""Where in VGG16's `features` relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 are complete."""
+"""Indices in VGG16's `features` at which relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 are complete."""
 
 STAGE_CHANNELS = (64, 128, 256, 512, 512)
 

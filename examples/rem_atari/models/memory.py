@@ -1,4 +1,4 @@
-"""What a world model remembers."""
+"""The memory of a world model."""
 
 from __future__ import annotations
 

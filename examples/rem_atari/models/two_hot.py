@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 LARGEST = 10.0
-"""Where bins are symlog-spaced, the symlog of the largest: numbers up to 22,025."""
+"""The symlog of the largest symlog-spaced bin: it holds numbers up to 22,025."""
 
 
 class TwoHot(nn.Module):

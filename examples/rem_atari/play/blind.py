@@ -41,7 +41,7 @@ LOOK = 1
 first frame may hide what matters: in MinAtar's Breakout the ball is behind a brick."""
 
 MOST_STARTS = 4
-"""Of a game with two to so many starts a list is sought for each of them too."""
+"""The most starts of a game for which a list is also searched for each of them."""
 
 START_GAMES = 50
 """Games that are begun to count the starts."""

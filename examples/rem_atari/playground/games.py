@@ -40,7 +40,7 @@ class Game(Protocol):
     """Why `step` may have no answer, for the player."""
 
     def step(self, place: Any, action: int) -> Answer | None:
-        """What follows `action` at a place that this game has given; None where nobody can know."""
+        """What follows `action` at a place that this game has given; None if the game cannot tell."""
         ...
 
 

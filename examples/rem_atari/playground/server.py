@@ -1,10 +1,12 @@
-"""The server of the page: a few fixed files, and one WebSocket a tab. It answers nobody else's page."""
+"""The server of the page: fixed files, and one WebSocket per tab. Pages of other origins get no answer."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -167,7 +169,7 @@ class Tabs:
 
 
 async def _receive(tab: WebSocket) -> str:
-    """The next message of a tab; what is no text is no request either."""
+    """The next message of a tab; a message that is not text is an empty request."""
     message = await tab.receive()
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code", 1000))
@@ -175,13 +177,13 @@ async def _receive(tab: WebSocket) -> str:
 
 
 class OwnPagesOnly:
-    """Refuses what pages of other sites ask for, also by a name that they let point to this machine.
+    """Refuses requests of pages of other sites, even if a site's own name points to this machine.
 
-    A browser says in `Host` by which name it was sent here, and in `Origin` which site asks. Names that
-    nobody else can own are served: numeric addresses, localhost, and the name that the user gave.
+    A browser sends the name in the address as `Host`, and the site that asks as `Origin`. Names that no other
+    party can own are served: numeric addresses, localhost, and the name that the user gave.
 
     Args:
-        app: what is guarded.
+        app: the guarded application.
         name: a further name of this machine.
     """
 
@@ -290,3 +292,18 @@ def make_server(stage: Stage, host: str) -> uvicorn.Server:
         timeout_graceful_shutdown=1,
     )
     return uvicorn.Server(config)
+
+
+@contextmanager
+def served(stage: Stage) -> Iterator[str]:
+    """Serve the page to this machine from a thread, at any free port; gives the page's address."""
+    host = "127.0.0.1"
+    with listen(host, 0) as listening:
+        server = make_server(stage, host)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield address_of(listening, host)
+        finally:
+            server.should_exit = True
+            thread.join()

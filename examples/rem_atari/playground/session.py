@@ -32,7 +32,7 @@ class GameSide:
     Attributes:
         recent: its frame, the last one, and those before it, N = 1.
         judged: what the agent makes of it.
-        game: who answers to the next action.
+        game: the game that answers the next action.
         place: where the game stands.
         reward: the raw reward of the step that led here.
         total: rewards since the start.
@@ -86,7 +86,7 @@ class Moment:
         parent: number of the moment before it; None at a start.
         step: steps since the start.
         action: the action that led here; None at a start.
-        game: the real game; None where nobody can know it.
+        game: the real game; None where its course is unknown.
         why_unknown: why `game` is None.
         dream: the dream.
     """

@@ -43,7 +43,7 @@ PURPOSES = {
     "media/reconstructions.png": "frames beside their reconstructions",
     "media/imagination.gif": "the imagined films",
 }
-"""What a run's folder may hold, in the order in which the page lists it."""
+"""Files that a run's folder may hold, in the order in which the page lists them."""
 
 
 def write_report(run: Path) -> Path:

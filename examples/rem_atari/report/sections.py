@@ -100,7 +100,7 @@ def imagination(report: Report) -> str:
 
 
 def _how_it_imagines(config: Config) -> str:
-    """What the films show, and what they are to be judged by."""
+    """A paragraph on what the films show and how to judge them."""
     return (
         "The starts are held out, those that a reward or an end follows come first. From each the world model"
         " imagines on, one network pass a step, all tokens of a frame drawn at once. Below each frame the"
@@ -225,7 +225,7 @@ def _sign_row(finding: Finding) -> str:
 
 
 def speed(report: Report) -> str:
-    """Where the time went, and how fast each phase worked."""
+    """The time that each phase took, and its speed."""
     rows = throughput(report.lines)
     if not rows:
         return section("Throughput", "<p>The run left no timings.</p>")

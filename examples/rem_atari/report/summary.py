@@ -110,7 +110,7 @@ def comparisons_sentence(report: Report) -> str:
 
 
 def _imagined_steps_sentence(report: Report) -> str:
-    """At how many steps imagination is worth more than a still picture."""
+    """The number of steps over which imagination is better than a still picture."""
     if report.quality.horizon is None:
         return ""
     steps = report.quality.horizon.steps

@@ -40,7 +40,7 @@ from rem_atari.runs.durable import replace_file
 FORMAT = "rem-atari-agent-1"
 AGENT_FILE, STARTS_FILE, CARD_FILE = "agent.json", "starts.npz", "README.md"
 NOTED = ("epoch", "env_steps", "num_actions", "action_names", "sees")
-"""What of a checkpoint's state an exported agent keeps."""
+"""The parts of a checkpoint's state that an exported agent keeps."""
 
 
 def is_exported(folder: Path) -> bool:

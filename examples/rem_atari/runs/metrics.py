@@ -139,7 +139,7 @@ def _cut(path: Path, keep: int) -> list[bytes]:
     """Truncate a file after its first `keep` whole lines, in one step; returns these."""
     if not path.exists():
         return []
-    # Only a newline ends a line, as for all who read the file; what follows the last one is half a line.
+    # Only a newline ends a line, for every reader of the file; text after the last one is half a line.
     *lines, rest = path.read_bytes().split(b"\n")
     if rest or keep < len(lines):
         replace_file(path, b"".join(line + b"\n" for line in lines[:keep]))

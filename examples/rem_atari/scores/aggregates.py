@@ -23,7 +23,7 @@ FEW_SEEDS = 3
 """Intervals from fewer seeds a game are too narrow to be believed."""
 
 THRESHOLDS = np.linspace(0.0, 8.0, 161)
-"""Where a performance profile is evaluated."""
+"""The scores at which a performance profile is evaluated."""
 
 
 @dataclass(frozen=True)

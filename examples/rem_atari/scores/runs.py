@@ -1,4 +1,4 @@
-"""What each run scored, read from its folder: by `rem-atari evaluate`, or at the end of its training."""
+"""Scores of runs, read from their folders: by `rem-atari evaluate`, or from the end of training."""
 
 from __future__ import annotations
 

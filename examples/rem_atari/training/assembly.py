@@ -11,7 +11,7 @@ from rem_atari.config import Config
 from rem_atari.models.conv_tokenizer import ConvTokenizer
 from rem_atari.models.parameter_groups import parameter_groups
 from rem_atari.models.patches import PatchTokenizer
-from rem_atari.play.collector import RealEnv
+from rem_atari.play.real_env import RealEnv
 from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
 from rem_atari.training.controller_phase import ControllerPhase

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rem_atari.agent import Agent
 from rem_atari.models.controller import Carry, reset_carry
-from rem_atari.play.collector import Collection, RealEnv
+from rem_atari.play.collector import Collection
 from rem_atari.play.evaluation_state import Evaluation
+from rem_atari.play.real_env import RealEnv
 from rem_atari.replay.buffer import Replay
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError
 from rem_atari.training.phase import TrainingPhase

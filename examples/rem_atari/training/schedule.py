@@ -51,7 +51,7 @@ def steps_before(config: Config) -> int:
     Raises:
         UsageError: the recorded ones cannot be read.
     """
-    # Imported here because it needs the environments' packages, and most of those who plan do not.
+    # Imported here because it needs the environments' packages, and most callers that plan do not.
     from rem_atari.replay.recorded import count_recorded
 
     recorded = config.schedule.recorded

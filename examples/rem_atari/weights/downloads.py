@@ -124,7 +124,7 @@ def shown(url: str) -> str:
 
 @contextmanager
 def explained(url: str) -> Iterator[None]:
-    """What goes wrong with the network inside becomes a DownloadError that names the address."""
+    """Turn a network error inside into a DownloadError that names the address."""
     try:
         yield
     except urllib.error.HTTPError as error:

@@ -55,7 +55,7 @@ PAGE_TYPES = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v
 MOST_PAGE_BYTES = 10_000_000
 
 SECTIONS = ("global", "download", ":env:")
-"""Of pip's configuration, a later one over an earlier."""
+"""Files of pip's configuration; a later one overrides an earlier one."""
 
 
 def fetch_weights(stream: TextIO) -> Path:

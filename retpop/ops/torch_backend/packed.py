@@ -2,7 +2,7 @@
 
 `cu_seqlens` follows flash-attention's convention: sequence s is the tokens cu_seqlens[s] .. cu_seqlens[s+1].
 Resets cut a sequence into episodes; each starts from a state of zeros. Chunkwise mode cuts every episode into
-chunks and computes the chunks of all sequences at once, with gradients by the formulas of `eager`. No chunk
+chunks and computes the chunks of all sequences at once, with gradients by the formulas of `blocks`. No chunk
 holds tokens of two episodes, so a NaN stays in its own. Recurrent mode steps all sequences that have a token
 left. Parallel mode takes the episodes one by one, so its quadratic cost depends on each one's own length.
 """
@@ -23,7 +23,8 @@ from retpop.arguments import values_are_free
 from retpop.ops.checks import check_bounds
 from retpop.ops.powers import Across, BlockPowers, DecayPowers, advance, advance_in_place, restart
 from retpop.ops.torch_backend import plain
-from retpop.ops.torch_backend.eager import Blocks, Kept, inner, scaled
+from retpop.ops.torch_backend.blocks import Blocks, inner, scaled
+from retpop.ops.torch_backend.eager import Kept
 
 SHORTEST_CHUNK = 16
 """Tokens of a chunk among short episodes; shorter ones would not outweigh their states."""
@@ -88,7 +89,7 @@ class Packing:
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens are."""
+        """The device of the tokens."""
         given = self.reset if self.cu_seqlens is None else self.cu_seqlens
         assert given is not None  # the one or the other
         return given.device

@@ -160,7 +160,7 @@ def _laid_out(flat: Iterable[Any], layout: Sequence[int | None]) -> list[Any]:
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
-    """In a fake: q, k and v fit each other."""
+    """Check in a fake that q, k and v fit each other."""
     check(q.dim() == dims, lambda: f"q has {q.dim()} dimensions; it must have {dims}")
     check(q.shape == k.shape, lambda: f"q {tuple(q.shape)} and k {tuple(k.shape)} differ")
     check(

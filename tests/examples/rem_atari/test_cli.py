@@ -24,13 +24,14 @@ import pytest
 
 import rem_atari.report
 from rem_atari import commands
-from rem_atari.arguments import ReportArguments, TrainArguments, parse_arguments
+from rem_atari.arguments import ReportArguments, TrainArguments
 from rem_atari.cli import EXTRAS, HELP, main
 from rem_atari.commands import listing
 from rem_atari.commands import train as train_command_module
 from rem_atari.config import Config, EnvConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import StoppedError, UsageError
+from rem_atari.parsing import parse_arguments
 from rem_atari.runs.command_line import resume_command
 from rem_atari.runs.folder import create_run_folder
 from rem_atari.runs.session import train_command

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rem_atari.arguments import SweepArguments, parse_arguments
+from rem_atari.arguments import SweepArguments
 from rem_atari.commands.sweep import plan
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import UsageError
+from rem_atari.parsing import parse_arguments
 from rem_atari.runs.folder import create_run_folder
 
 TINY = PRESETS["tiny"]

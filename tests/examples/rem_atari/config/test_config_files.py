@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rem_atari.arguments import parse_arguments
 from rem_atari.cli import main
 from rem_atari.config import Config
 from rem_atari.config.presets import PRESETS
+from rem_atari.parsing import parse_arguments
 from rem_atari.runs.config_file import write_config
 
 TOML = """

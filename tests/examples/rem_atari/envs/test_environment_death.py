@@ -27,7 +27,7 @@ from rem_atari.envs import UnknownGameError, make_env, process, vector
 from rem_atari.envs.catch import Catch
 from rem_atari.envs.vector import VectorEnv
 from rem_atari.errors import EnvironmentDiedError, RunWarning
-from rem_atari.play.collector import RealEnv
+from rem_atari.play.real_env import RealEnv
 from rem_atari.replay.buffer import Replay
 from rem_atari.runs.checkpoint import load_checkpoint
 

@@ -21,7 +21,8 @@ from rem_atari.errors import StoppedError
 from rem_atari.models.controller import Carry, Controller
 from rem_atari.models.tokenizer import Tokenizer
 from rem_atari.play import collector
-from rem_atari.play.collector import Collection, RealEnv, collect, collect_random
+from rem_atari.play.collector import Collection, collect, collect_random
+from rem_atari.play.real_env import RealEnv
 from rem_atari.replay.buffer import Replay, ReplayFullError
 
 FRAME = (24, 24, 3)

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from play_stages import make_test_stage, serve_page
+from play_stages import make_test_stage
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (extra `test`)")
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
+
+from rem_atari.playground.server import served  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -34,7 +36,7 @@ expect.set_options(timeout=30_000)  # of a busy machine; what is there is found 
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where the page is served."""
     stage = make_test_stage(tmp_path_factory.mktemp("play") / "run")
-    with serve_page(stage) as address:
+    with served(stage) as address:
         yield address
 
 
@@ -178,6 +180,6 @@ def test_two_tabs_play_apart(context: BrowserContext, page: Page, address: str) 
 
 
 def test_a_lost_server_is_told(page: Page, tmp_path: Path) -> None:
-    with serve_page(make_test_stage(tmp_path / "run")) as address:
+    with served(make_test_stage(tmp_path / "run")) as address:
         open_page(page, address)
     expect(page.locator("#notice")).to_contain_text(re.compile("connection is lost.*rem-atari play"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from play_stages import make_test_stage, serve_page
+from play_stages import make_test_stage
 from run_folders import make_run
 from starlette.testclient import TestClient, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
@@ -25,7 +25,7 @@ from rem_atari.commands import play as play_command
 from rem_atari.errors import EnvironmentDiedError, UsageError
 from rem_atari.playground import server
 from rem_atari.playground.games import LiveGame
-from rem_atari.playground.server import Stage, address_of, listen, make_app
+from rem_atari.playground.server import Stage, address_of, listen, make_app, served
 
 HERE = "http://127.0.0.1:8420"
 
@@ -172,7 +172,7 @@ def test_a_game_that_dies_is_told(stage: Stage) -> None:
 
 def test_a_rude_tab_disturbs_nobody(stage: Stage) -> None:
     """One sends far too much at once, one sends on without reading and leaves; a third one plays."""
-    with serve_page(stage) as address:
+    with served(stage) as address:
         place = {"uri": address.replace("http", "ws") + "play", "origin": address.rstrip("/")}
         with connect(**place) as huge:
             assert "about" in json.loads(huge.recv())

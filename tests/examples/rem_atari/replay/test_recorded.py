@@ -14,10 +14,10 @@ import pytest
 from short_runs import SHORT, Point, fingerprint, run_part
 
 import rem_atari.envs  # noqa: F401 (registers Catch)
-from rem_atari.arguments import parse_arguments
 from rem_atari.cli import main
 from rem_atari.config import Config
 from rem_atari.errors import UsageError
+from rem_atari.parsing import parse_arguments
 from rem_atari.replay.buffer import Replay
 from rem_atari.replay.recorded import count_recorded, read_recorded
 from rem_atari.runs.metrics import read_metrics

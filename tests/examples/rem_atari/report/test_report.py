@@ -17,7 +17,7 @@ from run_folders import RIVALS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rem_atari.agent import Agent
-from rem_atari.arguments import TrainArguments, parse_arguments
+from rem_atari.arguments import TrainArguments
 from rem_atari.config import Config
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import UsageError
@@ -33,6 +33,7 @@ from rem_atari.films.pictures import (
 )
 from rem_atari.models.base_tokenizer import FOREGROUND_THRESHOLD
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
+from rem_atari.parsing import parse_arguments
 from rem_atari.replay.buffer import Replay
 from rem_atari.report import write_report
 from rem_atari.report.analysis import codebook_use, frame_errors

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import rem_atari.report
-from rem_atari.arguments import TrainArguments, parse_arguments
+from rem_atari.arguments import TrainArguments
 from rem_atari.cli import main
 from rem_atari.config.presets import PRESETS
+from rem_atari.parsing import parse_arguments
 from rem_atari.runs.session import find_commit, read_sessions
 
 

@@ -20,12 +20,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rem_atari.arguments import parse_arguments
 from rem_atari.cli import main
 from rem_atari.config import TokenizerConfig
 from rem_atari.config.presets import PRESETS
 from rem_atari.errors import RunError, UsageError
 from rem_atari.models.lpips import Lpips, expected_shapes
+from rem_atari.parsing import parse_arguments
 from rem_atari.runs.checkpoint import load_checkpoint
 from rem_atari.runs.folder import create_run_folder
 from rem_atari.runs.metrics import read_metrics
