@@ -29,9 +29,10 @@ demo: $(INSTALLED)  ## train a small REM agent on Atari Breakout and write its r
 	$(BIN)/rem-atari train --preset tiny --env.game Breakout --seed 0 --run $(DEMO_RUN)
 
 # The tests' tensors are tiny: more threads would only wait for each other. So each core gets a process of its own,
-# and a file stays in one process, because what its tests share is made once a process.
+# and a file stays in one process, because what its tests share is made once a process. Files come in their order: the
+# last ones are short, so that all processes end together.
 test test-all: export OMP_NUM_THREADS = 1
-WORKERS := --numprocesses=auto --maxprocesses=8 --dist=loadfile
+WORKERS := --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)  ## the tests that every change must pass
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu" --cov=retpop --cov-branch --cov-fail-under=95 $(ARGS)

@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 from dataclasses import MISSING, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,24 @@ def test_the_pages_have_examples() -> None:
     assert {"README.md", "docs/retention.md", "docs/pop.md", "docs/layers.md"} <= set(map(named, WITH_PYTHON))
 
 
+OTHER_TOOLS = ("peft", "torchao", "accelerate", "onnx", "onnxscript")
+"""Packages of the extra `interplay`: where they are installed, the blocks that need them run too."""
+
+
+def languages(page: Path) -> tuple[str, ...]:
+    """Of the blocks that run; elsewhere, `py` marks what the tests cannot run."""
+    with_others = page.name == "with_other_tools.md" and all(map(find_spec, OTHER_TOOLS))
+    return ("python", "py") if with_others else ("python",)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
 def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run one after another in one namespace, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "example"}
-    for line, code in blocks(page, "python"):
+    for line, code in blocks(page, *languages(page)):
         # Blank lines before the code make a traceback show the line of the page.
         exec(compile("\n" * line + code, page, "exec"), namespace)
 

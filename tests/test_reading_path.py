@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 import torch
@@ -21,19 +21,20 @@ CASE = RetentionCase.make(1, 20, 2, 4, 4, dtype=torch.float32, with_state=False)
 def files_entered(call: Callable[[], object]) -> set[str]:
     """The files of `retpop/` and `kernels/` in which a function is entered, in this thread or another."""
     call()
-    entered: set[str] = set()
+    entered: set[CodeType] = set()
 
     def note(frame: FrameType, event: str, argument: object) -> None:
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(ROOT) and frame.f_code.co_name != "<module>":
-            entered.add(str(path.relative_to(ROOT)))
+        if event == "call":
+            entered.add(frame.f_code)
 
     sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return {name for name in entered if name.startswith(("retpop/", "kernels/"))}
+    paths = (Path(code.co_filename) for code in entered if code.co_name != "<module>")
+    names = (str(path.relative_to(ROOT)) for path in paths if path.is_relative_to(ROOT))
+    return {name for name in names if name.startswith(("retpop/", "kernels/"))}
 
 
 def with_gradient() -> None:

@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -143,6 +143,11 @@ class _Memory:
         return places if self.allowed[places].all() else None
 
 
+def _without_overflows(options: Any) -> Any:
+    """Without a second computation of each sum of integers; `offsets` looks for those that overflow."""
+    return replace(options, sanitize_overflow=False)
+
+
 class _Recorder:
     def __init__(self, outputs: Sequence[Tensor], races: bool) -> None:
         self.races = races
@@ -169,6 +174,7 @@ class _Recorder:
             (builder, "create_dot", self.multiplying),
             (builder, "create_atomic_rmw", self.refusing_atomics),
             (builder, "create_atomic_cas", self.refusing_atomics),
+            (interpreter.interpreter_builder, "options", _without_overflows),
             *((owner, name, self.allocating) for owner, name in allocations),
         ]
 
