@@ -46,14 +46,22 @@ def some_segments(seed: int, steps: int, device: torch.device) -> SequenceTokens
 
 def tensors_of(imagination: Imagination) -> list[Tensor]:
     before, trajectory, bootstrap = imagination
-    return [tensor.clone() for tensor in tree_leaves((before, astuple(trajectory), bootstrap))]
+    found = tree_leaves((before, astuple(trajectory), bootstrap))
+    return [tensor.clone() for tensor in found if tensor is not None]
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"space": "pixels"}, {"cell": "gru"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"space": "pixels"}, {"cell": "gru"}, {"disagreement_weight": 0.5}], ids=str
+)
 def test_a_graph_is_the_function(changes: dict, precision: torch.dtype, device: torch.device) -> None:
     """Results and what is left in the generator are the same, also once the weights have changed."""
-    config: Config = replace(CONFIG, controller=replace(CONFIG.controller, **changes))
+    heads = 2 if "disagreement_weight" in changes else 0
+    config: Config = replace(
+        CONFIG,
+        world_model=replace(CONFIG.world_model, disagreement_heads=heads),
+        controller=replace(CONFIG.controller, **changes),
+    )
     cfg: ControllerConfig = config.controller
     torch.manual_seed(0)
     agent = Agent.from_config(config, ACTIONS).to(device).eval()

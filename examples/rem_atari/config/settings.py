@@ -201,6 +201,10 @@ class WorldModelConfig:
     reward_bins: int = 0
     """Learn the sizes of rewards, by classification over so many bins spaced evenly in symlog (an odd number;
     255 in DreamerV3, arXiv 2301.04104), and imagine their mean. 0 (paper): learn their signs."""
+    disagreement_heads: int = 0
+    """With `pop`, but not with `draw` refine: so many heads besides, at least 2, learn to predict the next
+    observation too, and what they disagree about is new; see `controller.disagreement_weight` (Simulus, arXiv
+    2502.11537: 4). 0 in the paper."""
     freeze_at_init: bool = False
     """Leave the world model as random as it was drawn: a control, which imagination can teach nothing.
     Its updates are made with a learning rate of 0, so that everything else of the run stays the same."""
@@ -267,6 +271,10 @@ class ControllerConfig:
     scale_advantages: bool = False
     """Divide advantages by their standard deviation in the batch, so that small rewards teach as much as
     large ones. Off in the paper."""
+    disagreement_weight: float = 0.0
+    """Reward imagined steps besides, by so much for each nat that the world model's `disagreement_heads`
+    disagree about a token of what the step leads to, so that the agent looks for what is new (Simulus, arXiv
+    2502.11537). 0 in the paper."""
     value_bins: int = 0
     """Learn values by classification over so many bins spaced evenly in symlog, as `reward_bins` of the world
     model does rewards. 0 (paper): by their squared error."""
@@ -353,12 +361,14 @@ ADDED_FIELDS: dict[str, Any] = {
     "world_model.reward_weight": 1.0,
     "world_model.end_weight": 1.0,
     "world_model.reward_bins": 0,
+    "world_model.disagreement_heads": 0,
     "world_model.freeze_at_init": False,
     "tokenizer.optim.average": 0.0,
     "world_model.optim.average": 0.0,
     "controller.optim.average": 0.0,
     "controller.heads_see_features": False,
     "controller.context_frames": 1,
+    "controller.disagreement_weight": 0.0,
     "controller.value_bins": 0,
     "controller.reward_start_share": 0.0,
     "controller.reward_start_steps": 10,

@@ -21,12 +21,14 @@ class SequenceLogits(NamedTuple):
         rewards: of each block's reward, from the block and what came before, (B, N, C).
         ends: of each block's end flag, likewise, (B, N, 2).
         unknown: the tokens that were to be predicted, (B, N, K) bool; the others were given. None: all.
+        heads: what the heads of `Disagreement` say of the tokens, (H, B, N, K, V). None: there are none.
     """
 
     tokens: Tensor
     rewards: Tensor
     ends: Tensor
     unknown: Tensor | None = None
+    heads: Tensor | None = None
 
 
 class WorldModelLoss(NamedTuple):
@@ -35,8 +37,9 @@ class WorldModelLoss(NamedTuple):
     Attributes:
         total: the loss, a scalar.
         metrics: scalars without gradient: loss, tokens, reward, end (mean cross-entropies in nats),
-            reward_base (what the reward's would be knowing only how often each occurs in the batch) and
-            token_accuracy, reward_accuracy (of signs), end_accuracy (shares).
+            reward_base (what the reward's would be knowing only how often each occurs in the batch),
+            token_accuracy, reward_accuracy (of signs), end_accuracy (shares), and, where there are heads that
+            may disagree, heads (their mean cross-entropy, which is part of the loss).
         sequences: the loss of each sequence by itself, (B,) without gradient.
     """
 
@@ -84,6 +87,11 @@ def sequence_loss(
     token = _weighted_mean(of_tokens, counted)
     reward, end = _weighted_mean(of_rewards, real), _weighted_mean(of_ends, end_known)
     total = add(token, reward, end)
+    of_heads = {}
+    if logits.heads is not None:
+        losses = _cross_entropies(logits.heads, tokens.expand(len(logits.heads), *tokens.shape))
+        of_heads = {"heads": _weighted_mean(losses, counted)}
+        total = total + of_heads["heads"]
     signs = reward_code.sign_logits(logits.rewards.detach())
     metrics = {
         "loss": total.detach(),
@@ -94,6 +102,7 @@ def sequence_loss(
         "token_accuracy": _accuracy(logits.tokens, tokens, counted),
         "reward_accuracy": _accuracy(signs, reward_classes(rewards), real),
         "end_accuracy": _accuracy(logits.ends, ends, end_known),
+        **{name: loss.detach() for name, loss in of_heads.items()},
     }
     return WorldModelLoss(total, metrics, sequences)
 

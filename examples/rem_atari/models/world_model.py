@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.disagreement import Disagreement, divergence
+from rem_atari.models.heads import code_logits, make_head
 from rem_atari.models.local_past import LocalPast
 from rem_atari.models.memory import Memory
 from rem_atari.models.rewards import RewardCode
@@ -32,6 +34,8 @@ class WorldModelStep(NamedTuple):
         token_logits: of the next observation's tokens, each place for itself, (B, K, V).
         state: the memory after observation and action.
         prediction_tokens: what the next observation's tokens were predicted from, (B, 1, K, width).
+        disagreement: how far the heads of `Disagreement` differ about the next observation, the mean of its
+            tokens in nats, (B,); None: there are no such heads.
     """
 
     reward_logits: Tensor
@@ -39,6 +43,7 @@ class WorldModelStep(NamedTuple):
     token_logits: Tensor
     state: Memory
     prediction_tokens: Tensor
+    disagreement: Tensor | None
 
 
 class Imagined(NamedTuple):
@@ -51,6 +56,7 @@ class Imagined(NamedTuple):
         state: the memory to imagine on from.
         reward_logits: what the rewards were drawn from, (B, C), classes as in `RewardCode`.
         end_logits: what the ends were drawn from, going on (0) or ending (1), (B, 2).
+        disagreement: as in `WorldModelStep`, (B,).
     """
 
     rewards: Tensor
@@ -59,6 +65,7 @@ class Imagined(NamedTuple):
     state: Memory
     reward_logits: Tensor
     end_logits: Tensor
+    disagreement: Tensor | None = None
 
 
 class BaseWorldModel(nn.Module, ABC):
@@ -81,8 +88,8 @@ class BaseWorldModel(nn.Module, ABC):
         num_actions: number of actions.
 
     Raises:
-        ValueError: the codes do not fit the decoder's width and the model has no table of its own, or the
-            context leaves no block to learn from.
+        ValueError: the codes do not fit the decoder's width and the model has no table of its own, the
+            context leaves no block to learn from, or there are heads that cannot disagree.
     """
 
     def __init__(
@@ -112,9 +119,12 @@ class BaseWorldModel(nn.Module, ABC):
                 dropout=cfg.dropout,
             )
         )
-        self.token_head = _head(width, codebook_size)
-        self.reward_head = _head(width, self.reward_code.num_classes)
-        self.end_head = _head(width, 2)
+        self.token_head = make_head(width, codebook_size)
+        self.reward_head = make_head(width, self.reward_code.num_classes)
+        self.end_head = make_head(width, 2)
+        self.disagreement = None
+        if cfg.disagreement_heads != 0:
+            self.disagreement = Disagreement(width, codebook_size, cfg.disagreement_heads)
         if cfg.reward_bins > 0:
             # The mean of all bins: rewards start at 0, not at what random weights make of the largest bins.
             nn.init.zeros_(self.reward_head[-1].weight)
@@ -266,9 +276,7 @@ class BaseWorldModel(nn.Module, ABC):
 
     def _token_logits(self, predicted: Tensor, codebook: Tensor) -> Tensor:
         """What the decoder's outputs (..., width) say of a token: logits of the codes there are, (..., V)."""
-        hidden, last = self.token_head[:-1](predicted), self.token_head[-1]
-        num_codes = len(codebook)
-        return functional.linear(hidden, last.weight[:num_codes], last.bias[:num_codes])
+        return code_logits(self.token_head, predicted, len(codebook))
 
     def _place(self, embedded: Tensor, first: int) -> Tensor:
         """Add to (..., n, width) the embeddings of places `first` .. `first + n - 1` of a block, if any."""
@@ -322,10 +330,13 @@ class WorldModel(BaseWorldModel):
         )
         at_action = at_action[:, skip_blocks:]
         blocks = at_action.shape[1]
+        of_tokens, of_outcomes = predicted[:, :blocks], predicted[:, -blocks:]
+        heads = None if self.disagreement is None else self.disagreement(of_tokens, len(codebook))
         return SequenceLogits(
-            tokens=self._token_logits(predicted[:, :blocks], codebook),
-            rewards=self._outcome(self.reward_head, at_action, predicted[:, -blocks:]),
-            ends=self._outcome(self.end_head, at_action, predicted[:, -blocks:]),
+            tokens=self._token_logits(of_tokens, codebook),
+            rewards=self._outcome(self.reward_head, at_action, of_outcomes),
+            ends=self._outcome(self.end_head, at_action, of_outcomes),
+            heads=heads,
         )
 
     def begin(self, tokens: Tensor, codebook: Tensor, state: Memory) -> Memory:
@@ -351,6 +362,7 @@ class WorldModel(BaseWorldModel):
             state=step.state,
             reward_logits=step.reward_logits,
             end_logits=step.end_logits,
+            disagreement=step.disagreement,
         )
 
     def step(self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: Memory) -> WorldModelStep:
@@ -380,6 +392,7 @@ class WorldModel(BaseWorldModel):
             token_logits=self._token_logits(predicted, codebook),
             state=Memory(memory, self._keep(state, seen)),
             prediction_tokens=prediction_tokens,
+            disagreement=self._disagreement(predicted, codebook),
         )
 
     def _draw_tokens(
@@ -394,6 +407,12 @@ class WorldModel(BaseWorldModel):
         if self.cfg.draw == "coupled":
             return sample_coupled(step.token_logits, before, generator, temperature=temperature)
         return sample_categorical(step.token_logits, generator, temperature=temperature)
+
+    def _disagreement(self, predicted: Tensor, codebook: Tensor) -> Tensor | None:
+        """How far heads differ about the tokens of outputs (B, K, width): the mean in nats, (B,)."""
+        if self.disagreement is None:
+            return None
+        return divergence(self.disagreement(predicted, len(codebook))).mean(dim=-1)
 
     def _make_local_past(self, cfg: WorldModelConfig) -> LocalPast | None:
         if cfg.local_frames == 0:
@@ -433,16 +452,17 @@ class WorldModel(BaseWorldModel):
         return prediction_tokens
 
 
-def _head(width: int, classes: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
-
-
 def _check_config(cfg: WorldModelConfig, code_dim: int) -> None:
     if not cfg.own_token_embedding and cfg.embed_dim != code_dim:
         raise ValueError(
             f"world_model.embed_dim is {cfg.embed_dim} and tokenizer.code_dim is {code_dim}; observation "
             "tokens are embedded with the codes, so the two must be equal unless "
             "world_model.own_token_embedding is on."
+        )
+    if cfg.disagreement_heads != 0 and (not cfg.pop or cfg.draw == "refine"):
+        raise ValueError(
+            f"world_model.disagreement_heads is {cfg.disagreement_heads}; wanted 0 with world_model.pop off"
+            " or world_model.draw refine, where no pass predicts all tokens from what came before alone."
         )
     if not 0 <= cfg.context_blocks < cfg.sequence_blocks:
         raise ValueError(

@@ -44,9 +44,12 @@ class ImaginedEnv:
         tokenizer: gives the codes of the tokens.
         generator: source of the draws, on the models' device.
         show: what the controller sees of tokens, as `Agent.show`; None: their codes.
+        disagreement_weight: what a step pays besides for each nat that the world model's heads disagree about
+            a token.
 
     Raises:
-        ValueError: the world model is in training mode, in which dropout would garble what it imagines.
+        ValueError: the world model is in training mode, in which dropout would garble what it imagines, or it
+            has no heads that could disagree and should pay for it.
     """
 
     def __init__(
@@ -55,14 +58,21 @@ class ImaginedEnv:
         tokenizer: BaseTokenizer,
         generator: torch.Generator,
         show: Callable[[Tensor], Tensor] | None = None,
+        disagreement_weight: float = 0.0,
     ) -> None:
         if world_model.training:
             raise ValueError("ImaginedEnv: world_model is in training mode; call world_model.eval() first.")
+        if disagreement_weight != 0 and world_model.disagreement is None:
+            raise ValueError(
+                f"controller.disagreement_weight is {disagreement_weight} and"
+                " world_model.disagreement_heads is 0; wanted at least 2 heads."
+            )
         self.num_actions = world_model.action_embedding.num_embeddings
         self._world_model = world_model
         self._tokenizer = tokenizer
         self._generator = generator
         self._show = tokenizer.embed if show is None else show
+        self._disagreement_weight = disagreement_weight
         self._state: Memory | None = None
         self._tokens: Tensor | None = None
 
@@ -115,4 +125,7 @@ class ImaginedEnv:
         self._tokens, self._state = answer.tokens, answer.state
         never = torch.zeros_like(answer.ended)
         shown = self._show(answer.tokens)
-        return TokenStep(shown, answer.rewards, answer.ended, truncated=never, restarted=never)
+        bonus = None
+        if self._disagreement_weight != 0:
+            bonus = self._disagreement_weight * answer.disagreement
+        return TokenStep(shown, answer.rewards, answer.ended, truncated=never, restarted=never, bonus=bonus)

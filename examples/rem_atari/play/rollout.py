@@ -25,6 +25,7 @@ class TokenStep:
         truncated: episodes cut short from outside, (B,) bool.
         restarted: rows whose `seen` begins a new episode, (B,) bool. A real environment restarts what ended
             or was truncated; an imagined one never restarts.
+        bonus: what the environment pays for curiosity besides, (B,) float32. None: nothing.
     """
 
     seen: Tensor
@@ -32,6 +33,7 @@ class TokenStep:
     ended: Tensor
     truncated: Tensor
     restarted: Tensor
+    bonus: Tensor | None = None
 
 
 class TokenEnv(Protocol):
@@ -59,6 +61,7 @@ class Trajectory:
         rewards: their rewards, (B, T) float32.
         ended: (B, T) bool, the step ended its episode.
         truncated: (B, T) bool, the step's episode was cut short after it.
+        bonus: what was paid for curiosity besides the rewards, (B, T) float32. None: nothing.
     """
 
     seen: Tensor
@@ -68,6 +71,7 @@ class Trajectory:
     rewards: Tensor
     ended: Tensor
     truncated: Tensor
+    bonus: Tensor | None = None
 
 
 def choose_actions(logits: Tensor, generator: torch.Generator, *, temperature: float = 1.0) -> Tensor:
@@ -128,6 +132,7 @@ def rollout(
         values.append(decision.value)
         taken.append(actions)
         answers.append(answer)
+    bonuses = [answer.bonus for answer in answers if answer.bonus is not None]
     trajectory = Trajectory(
         seen=torch.stack(seen, dim=1),
         logits=torch.stack(logits, dim=1),
@@ -136,5 +141,6 @@ def rollout(
         rewards=torch.stack([answer.rewards for answer in answers], dim=1),
         ended=torch.stack([answer.ended for answer in answers], dim=1),
         truncated=torch.stack([answer.truncated for answer in answers], dim=1),
+        bonus=torch.stack(bonuses, dim=1) if bonuses else None,
     )
     return trajectory, carry, observation

@@ -100,6 +100,7 @@ LOSS_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         (("token_accuracy", "next tokens"), ("reward_accuracy", "reward"), ("end_accuracy", "end")),
     ),
     ("controller", "Controller: imagined rewards up to the end", (("imagined_return", "undiscounted sum"),)),
+    ("controller", "Controller: imagined bonus for what is new, a step", (("imagined_bonus", "mean"),)),
     ("controller", "Controller: loss of the value", (("value", "squared error"),)),
     ("controller", "Controller: entropy of the policy, nats", (("entropy", "entropy"),)),
 )

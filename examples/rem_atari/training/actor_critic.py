@@ -74,7 +74,13 @@ def imagine(
         agent, segments, cfg, generator: as in `controller_loss`.
         lap: told as "burn-in" and "steps" end.
     """
-    env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
+    env = ImaginedEnv(
+        agent.world_model,
+        agent.tokenizer,
+        generator,
+        agent.show,
+        disagreement_weight=cfg.disagreement_weight,
+    )
     before, observation = start_imagination(env, agent, segments, cfg.context_frames)
     lap("burn-in")
     trajectory, after, observation = rollout(
@@ -156,10 +162,12 @@ def actor_critic_loss(
     Returns:
         The loss, and the metrics as scalars without gradient: loss, policy, value (its square),
         entropy in nats, imagined_return (mean over environments of the rewards' sum up to the end),
-        imagined_reward (mean over the steps up to the end) and imagined_end (share of those steps that end).
+        imagined_reward (mean over the steps up to the end), imagined_end (share of those steps that end) and,
+        where curiosity pays, imagined_bonus (what it pays, mean over the same steps; not in the others).
     """
+    paid = trajectory.rewards if trajectory.bonus is None else trajectory.rewards + trajectory.bonus
     returns = lambda_return(
-        trajectory.rewards,
+        paid,
         trajectory.ended,
         trajectory.values.detach(),
         bootstrap,
@@ -191,6 +199,8 @@ def actor_critic_loss(
         "imagined_reward": _weighted_mean(trajectory.rewards, alive),
         "imagined_end": _weighted_mean(trajectory.ended.float(), alive),
     }
+    if trajectory.bonus is not None:
+        metrics["imagined_bonus"] = _weighted_mean(trajectory.bonus, alive)
     return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 

@@ -449,12 +449,14 @@ class Operations(TorchDispatchMode):
         {"kind": "patches", "space": "pixels", "pixel_channels": (4,)},
         {"world_model": {"draw": "refine"}},
         {"context_frames": 3, "world_model": {"local_frames": 3, "local_outcomes": True}},
+        {"disagreement_weight": 0.5, "world_model": {"disagreement_heads": 2}},
     ],
 )
 def test_imagination_can_be_captured(options):
     """The same operations on the same shapes whatever the segments hold, and none that waits for the host."""
     agent, segments = small_agent(**options), some_segments()
-    cfg = replace(CONFIG.controller, context_frames=options.get("context_frames", 1))
+    context, weight = options.get("context_frames", 1), options.get("disagreement_weight", 0.0)
+    cfg = replace(CONFIG.controller, context_frames=context, disagreement_weight=weight)
     other = replace(
         segments,
         tokens=(segments.tokens + 1) % CODES,
@@ -492,7 +494,8 @@ class PretendedGraph:
 
 def leaves(imagination: Imagination) -> list[torch.Tensor]:
     before, trajectory, bootstrap = imagination
-    return tree_leaves((before, vars(trajectory), bootstrap))
+    found = tree_leaves((before, vars(trajectory), bootstrap))
+    return [tensor for tensor in found if tensor is not None]
 
 
 def test_a_graph_gives_what_the_function_gives(monkeypatch):
@@ -502,9 +505,10 @@ def test_a_graph_gives_what_the_function_gives(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
-    agent, segments = small_agent(), some_segments()
+    agent, segments = small_agent(world_model={"disagreement_heads": 2}), some_segments()
+    cfg = replace(CONFIG.controller, disagreement_weight=0.5)
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    eager, captured = (partial(imagine, agent, cfg=CONFIG.controller, generator=each) for each in generators)
+    eager, captured = (partial(imagine, agent, cfg=cfg, generator=each) for each in generators)
     graph = CudaGraph(captured, generators[1])
     monkeypatch.setattr(PretendedGraph, "captured", graph, raising=False)
     for shift in range(3):

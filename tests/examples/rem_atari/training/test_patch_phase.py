@@ -22,7 +22,12 @@ PATCHES = replace(
     SHORT,
     tokenizer=replace(SHORT.tokenizer, kind="patches", codebook_size=64),
     world_model=replace(
-        SHORT.world_model, event_share=0.5, priority_share=0.5, draw="coupled", reward_bins=5
+        SHORT.world_model,
+        event_share=0.5,
+        priority_share=0.5,
+        draw="coupled",
+        reward_bins=5,
+        disagreement_heads=2,
     ),
     controller=replace(
         SHORT.controller,
@@ -31,6 +36,7 @@ PATCHES = replace(
         uses=2,
         scale_advantages=True,
         value_bins=5,
+        disagreement_weight=0.1,
         epsilon=0.2,
         random_repeat=6,
     ),
@@ -61,6 +67,12 @@ def test_tokens_in_the_cache_are_those_of_today(whole: Path) -> None:
     assert len(frames) > 20
     assert (loaded.agent.tokenizer.encode(frames) == cached["tokens/tokens"]).all()
     assert (loaded.agent.tokenizer.decode(cached["tokens/tokens"].long()) == frames).all()
+
+
+def test_what_curiosity_pays_stands_in_the_metrics(whole: Path) -> None:
+    lines = [line for line in measured(whole) if line["phase"] == "controller"]
+    assert len(lines) == 2
+    assert all(line["imagined_bonus"] > 0 for line in lines)
 
 
 def test_metrics_diagnosis_and_report_speak_of_patches(whole: Path) -> None:

@@ -1,0 +1,17 @@
+"""Heads: small networks that make logits of a decoder's outputs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def make_head(width: int, classes: int) -> nn.Sequential:
+    """Two linear layers, from outputs (..., width) to logits (..., classes)."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def code_logits(head: nn.Sequential, outputs: Tensor, num_codes: int) -> Tensor:
+    """The logits of the first `num_codes` classes, those of the codes there are: (..., num_codes)."""
+    last = head[-1]
+    return functional.linear(head[:-1](outputs), last.weight[:num_codes], last.bias[:num_codes])
