@@ -16,6 +16,9 @@ from rem_atari.training.updates import Metrics
 FRAMES_AT_ONCE = 256
 """Frames taken in together; bounds the memory."""
 
+FRAMES_FOR_MEANS = 8_192
+"""Frames whose patches the first codes are the means of, where they are."""
+
 
 class PatchPhase(TrainingPhase[torch.Tensor]):
     """Gives the patches of new frames codes. Nothing trains, so there are no updates, in any epoch.
@@ -27,15 +30,22 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
         tokenizer: the tokenizer that grows.
         component: an optimiser of nothing.
         replay: where frames come from.
+        generator: source of the draws of a tokenizer that starts from means, on its device.
         warn: told once that the codebook is full.
     """
 
     def __init__(
-        self, tokenizer: PatchTokenizer, component: Component, replay: Replay, warn: Callable[[str], None]
+        self,
+        tokenizer: PatchTokenizer,
+        component: Component,
+        replay: Replay,
+        generator: torch.Generator,
+        warn: Callable[[str], None],
     ) -> None:
         super().__init__(component, warn)
         self._tokenizer = tokenizer
         self._replay = replay
+        self._generator = generator
         self._taken_in = 0
         self._metrics: dict[str, float] = {}
 
@@ -56,8 +66,11 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
 
     def _take_in(self, new: torch.Tensor) -> dict[str, float]:
         """Take in frames; what there is to say of them."""
-        was_full = self._is_full()
         added, covered = 0, 0.0
+        if self._tokenizer.cfg.patch_means and self._tokenizer.num_codes == 0:
+            self._tokenizer.fit(_spread(new).to(self._tokenizer.codes.device), self._generator)
+            added = int(self._tokenizer.num_codes)
+        was_full = self._is_full()
         for frames in new.split(FRAMES_AT_ONCE):
             frames = frames.to(self._tokenizer.codes.device)
             added += self._tokenizer.grow(frames)
@@ -92,3 +105,8 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
 
     def _is_full(self) -> bool:
         return int(self._tokenizer.num_codes) == self._tokenizer.codebook_size
+
+
+def _spread(frames: torch.Tensor) -> torch.Tensor:
+    """At most `FRAMES_FOR_MEANS` of the frames, from first to last."""
+    return frames[:: -(-len(frames) // FRAMES_FOR_MEANS)]
