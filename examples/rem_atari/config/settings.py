@@ -377,7 +377,7 @@ class Config:
     """A whole run."""
 
     preset: str = "paper"
-    """Preset that the settings start from: debug, tiny, catch, minatar, small or paper. Other flags override it."""
+    """Preset that the settings start from: debug, tiny, catch, minatar, small or paper. Flags override it."""
     seed: int = 0
     """Seed of everything random: weights, environments, replay, actions."""
     device: str = "cpu"
