@@ -87,6 +87,8 @@ class PatchTokenizer(BaseTokenizer):
             How many codes were added.
         """
         self._check_frames("grow", frames, leading="B")
+        if self._size == self.codebook_size:
+            return 0
         patches, counts = self._split(frames).flatten(0, 1).unique(dim=0, return_counts=True)
         left = patches[counts.argsort(descending=True, stable=True)]
         before = size = self._size

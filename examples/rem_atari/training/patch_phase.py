@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from rem_atari.models.base_tokenizer import foreground_of, to_floats
 from rem_atari.models.patches import PatchTokenizer
 from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
@@ -67,8 +68,10 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
     def _take_in(self, new: torch.Tensor) -> dict[str, float]:
         """Take in frames; what there is to say of them."""
         added, covered = 0, 0.0
-        if self._tokenizer.cfg.patch_means and self._tokenizer.num_codes == 0:
-            self._tokenizer.fit(_spread(new).to(self._tokenizer.codes.device), self._generator)
+        starts_from_means = self._tokenizer.cfg.patch_means
+        if starts_from_means and self._tokenizer.num_codes == 0:
+            frames = _spread(new, FRAMES_FOR_MEANS).to(self._tokenizer.codes.device)
+            self._tokenizer.fit(frames, self._generator)
             added = int(self._tokenizer.num_codes)
         was_full = self._is_full()
         for frames in new.split(FRAMES_AT_ONCE):
@@ -80,7 +83,17 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
                 f"warning: all {self._tokenizer.codebook_size} codes of tokenizer.codebook_size are taken;"
                 " new patches get the codes that are nearest"
             )
-        return {"codes_added": float(added), "covered": covered}
+        metrics = {"codes_added": float(added), "covered": covered}
+        return metrics | (self._foreground_error(new) if starts_from_means else {})
+
+    def _foreground_error(self, new: torch.Tensor) -> dict[str, float]:
+        """The mean squared error on foreground pixels, frames in [-1, 1]; nothing where there are none."""
+        device = self._tokenizer.codes.device
+        frames = _spread(new, FRAMES_AT_ONCE).to(device)
+        redrawn = self._tokenizer.decode(self._tokenizer.encode(frames))
+        errors = (to_floats(redrawn) - to_floats(frames)).square().mean(dim=-1)
+        foreground = foreground_of(frames, self._replay.median_frame().to(device))
+        return {"foreground_error": float(errors[foreground].mean())} if foreground.any() else {}
 
     def draw(self) -> NoReturn:
         """Never called."""
@@ -92,7 +105,8 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """frozen (1: nothing trains), codes (in all), codes_added, and covered: the share of the new patches
-        that some code is good for; without it where there were none."""
+        that some code is good for; without it where there were none. With `patch_means` foreground_error
+        too, of new frames, see `ConvTokenizer.loss`."""
         return {"frozen": 1.0, **self._metrics}
 
     def state(self) -> dict[str, Any]:
@@ -107,6 +121,6 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
         return int(self._tokenizer.num_codes) == self._tokenizer.codebook_size
 
 
-def _spread(frames: torch.Tensor) -> torch.Tensor:
-    """At most `FRAMES_FOR_MEANS` of the frames, from first to last."""
-    return frames[:: -(-len(frames) // FRAMES_FOR_MEANS)]
+def _spread(frames: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many of the frames, from first to last."""
+    return frames[:: -(-len(frames) // most)]

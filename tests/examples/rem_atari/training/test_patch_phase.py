@@ -107,11 +107,20 @@ def test_means_are_made_once_of_the_first_frames() -> None:
     warnings: list[str] = []
     phase = patch_phase(replay, warnings, codebook_size=12, patch_means=True)
     generator = np.random.default_rng(0)
-    added = []
+    added, errors = [], []
     for frames in (5, 2):
         for _ in range(frames):
             replay.append(0, generator.integers(0, 256, (24, 24, 3), dtype=np.uint8), 0, 0.0, False, False)
         phase.prepare(0)
         added.append(phase.more_metrics({})["codes_added"])
+        errors.append(phase.more_metrics({})["foreground_error"])
     assert added == [12, 0]
     assert warnings == []
+    # Noise in [-1, 1] is 1/3 from its mean; the codes fit the frames that they are means of better.
+    assert 0.2 < errors[0] < 1 / 3 < errors[1] < 2 / 3
+    lines = [{"phase": "tokenizer", "epoch": 0, "foreground_error": e, "frozen": 1.0} for e in errors]
+    settings = replace(PATCHES.tokenizer, patch_means=True, freeze_foreground_error=0.02)
+    config = replace(PATCHES, tokenizer=settings)
+    moving = diagnose(lines, config)[0]
+    assert moving.sign
+    assert "Raise tokenizer.codebook_size, or" in moving.advice
