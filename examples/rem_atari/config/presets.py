@@ -7,6 +7,7 @@ debug    seconds             runs every phase on Catch at toy sizes; learns noth
 tiny     at most 4 minutes   the whole agent on a real Atari game at a size a CPU bears; learns little
 catch    about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
 minatar  half an hour        learns MinAtar's games (extra: minatar); what each gave: docs, Results
+small    about an hour       a real Atari game in earnest, at a size a CPU bears; what it gave: docs, Results
 paper    days; wants a GPU   the published agent
 =======  ==================  ==============================================================================
 """
@@ -154,6 +155,32 @@ MINATAR = Config(
     evaluation=EvaluationConfig(every=5, episodes=20, final_episodes=100, random_episodes=100),
 )
 
+SMALL = Config(
+    preset="small",
+    threads=1,
+    env=EnvConfig(game="Boxing", frame_size=48, num_envs=8),
+    # Sprites move by single pixels: a network would not learn as much in minutes as means of patches hold.
+    tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=512, patch_means=True),
+    world_model=replace(
+        MINATAR.world_model,
+        local_frames=4,
+        optim=replace(MINATAR.world_model.optim, updates_per_epoch=100, first_updates=1_500),
+    ),
+    controller=replace(
+        MINATAR.controller,
+        horizon=16,
+        gamma=0.98,
+        entropy_weight=0.01,
+        random_repeat=8,
+        # Rewards depend on a few pixels of many: a policy's gradient wants many steps.
+        optim=replace(MINATAR.controller.optim, lr=3e-4, batch_size=128, updates_per_epoch=20),
+    ),
+    schedule=ScheduleConfig(
+        epochs=40, collect_epochs=40, steps_per_epoch=500, random_steps=8_000, checkpoint_every=5
+    ),
+    evaluation=EvaluationConfig(every=10, episodes=16, final_episodes=100, random_episodes=100),
+)
+
 TINY = Config(
     preset="tiny",
     # On a machine with anything else to do, two threads wait for each other more than they compute.
@@ -272,5 +299,5 @@ DEBUG = Config(
     evaluation=EvaluationConfig(every=1, episodes=3, final_episodes=5, num_envs=2, random_episodes=4),
 )
 
-PRESETS: dict[str, Config] = {preset.preset: preset for preset in (DEBUG, TINY, CATCH, MINATAR, PAPER)}
+PRESETS: dict[str, Config] = {preset.preset: preset for preset in (DEBUG, TINY, CATCH, MINATAR, SMALL, PAPER)}
 """The presets by name."""

@@ -113,6 +113,9 @@ class TokenizerConfig:
     """With `fsq`: levels of each number of a code, at least 3; their product is the number of codes."""
     patch_threshold: float = 0.0
     """With `patches`: mean squared error (frames in [-1, 1]) up to which a code stands for a patch."""
+    patch_means: bool = False
+    """With `patches`: the first codes are k-means of the patches of the first epoch's frames, for games whose
+    sprites move by single pixels and show more patches than there are codes."""
     groups: int = 8
     """Groups of every GroupNorm."""
     patchwise: bool = False
@@ -351,6 +354,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "tokenizer.kind": "vq",
     "tokenizer.fsq_levels": (8, 8, 8),
     "tokenizer.patch_threshold": 0.0,
+    "tokenizer.patch_means": False,
     "tokenizer.patchwise": False,
     "world_model.local_frames": 0,
     "world_model.local_outcomes": False,
@@ -387,7 +391,7 @@ class Config:
     """A whole run."""
 
     preset: str = "paper"
-    """Preset that the settings start from: debug, tiny, catch, minatar or paper. Other flags override it."""
+    """Preset that the settings start from: debug, tiny, catch, minatar, small or paper. Flags override it."""
     seed: int = 0
     """Seed of everything random: weights, environments, replay, actions."""
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""Tokens that are patches of pixels: a codebook that only grows, and nothing that trains."""
+"""Tokens that are patches of pixels: a codebook that only grows, and nothing that trains by gradients."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from torch import Tensor, nn
 
 from rem_atari.config import TokenizerConfig
 from rem_atari.models.base_tokenizer import BaseTokenizer, to_floats
+from rem_atari.models.patch_means import patch_means
 
 
 class PatchTokenizer(BaseTokenizer):
-    """Each code is a patch of pixels that the game has shown; a code, once there, never changes.
+    """Each code is a patch of pixels that the game has shown, or the mean of some; it never changes.
 
     A token is the first code whose patch lies within `patch_threshold`, or, where none does, the nearest.
     Codes are only added behind the others, so the token of a patch that was taken in never changes. Where
     the world is made of cells that keep to the grid, a threshold of 0 makes tokens exact: one for each kind
-    of patch, from the first frame on.
+    of patch, from the first frame on. Where sprites move by single pixels and there are more patches than
+    codes, `fit` makes the first codes means of many.
 
     Controller and world model see a code as its pixels in [0, 1] under a fixed random projection, so a new
     code looks like the codes that it resembles.
@@ -55,6 +57,24 @@ class PatchTokenizer(BaseTokenizer):
         return self.code_table[: max(self._size, 1)]
 
     @torch.no_grad()
+    def fit(self, frames: Tensor, generator: torch.Generator) -> None:
+        """Make the first codes means of patches, so that what is alike shares one; see `patch_means`.
+
+        Args:
+            frames: uint8 (B, S, S, 3).
+            generator: source of its draws, on the frames' device.
+
+        Raises:
+            RuntimeError: there are codes already, which never change.
+        """
+        self._check_frames("fit", frames, leading="B")
+        if self._size > 0:
+            raise RuntimeError(f"PatchTokenizer.fit(): there are {self._size} codes already; wanted none.")
+        means = patch_means(self._split(frames).flatten(0, 1), self.codebook_size, generator)
+        self.patches[: len(means)] = means
+        self._count(len(means))
+
+    @torch.no_grad()
     def grow(self, frames: Tensor) -> int:
         """Make codes of the patches that no code is good for, as far as there is room.
 
@@ -67,6 +87,8 @@ class PatchTokenizer(BaseTokenizer):
             How many codes were added.
         """
         self._check_frames("grow", frames, leading="B")
+        if self._size == self.codebook_size:
+            return 0
         patches, counts = self._split(frames).flatten(0, 1).unique(dim=0, return_counts=True)
         left = patches[counts.argsort(descending=True, stable=True)]
         before = size = self._size
@@ -75,10 +97,14 @@ class PatchTokenizer(BaseTokenizer):
             self.patches[size] = left[0]
             left = left[~self._is_covered(left, self.patches[size : size + 1])]
             size += 1
-        self._size = size
+        self._count(size)
+        return size - before
+
+    def _count(self, size: int) -> None:
+        """Note that there are `size` codes, and what is seen of the new ones."""
+        before, self._size = self._size, size
         self.num_codes.fill_(size)
         self.code_table[before:size] = (self.patches[before:size].float() / 255) @ self.projection
-        return size - before
 
     @torch.no_grad()
     def coverage(self, frames: Tensor) -> float:

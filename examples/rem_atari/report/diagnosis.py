@@ -88,13 +88,15 @@ def first_sign(findings: Sequence[Finding]) -> Finding | None:
 def check_moving_pixels(lines: Sequence[MetricLine], config: Config) -> Finding:
     """Whether the tokenizer sees what moves: its error on pixels that differ from the median frame."""
     found = _finding("moving_pixels", "Error on moving pixels")
-    if config.tokenizer.kind == "patches":
+    learned = config.tokenizer.kind != "patches"
+    if not learned and not config.tokenizer.patch_means:
         return _check_patches(found, lines, config)
     errors = values_of(lines, "tokenizer", "foreground_error")
     limit = config.tokenizer.freeze_foreground_error
     if len(errors.y) < 2:
         return found(None, "The tokenizer has left too few figures so far.")
-    frozen = _last(values_of(lines, "tokenizer", "frozen")) > 0
+    # Patches are at rest from the start, whatever they show.
+    frozen = learned and _last(values_of(lines, "tokenizer", "frozen")) > 0
     # Its first epoch begins with a tokenizer that sees nothing.
     error = statistics.fmean(errors.y[1:][-WINDOW:])
     freeze = config.tokenizer.freeze_epoch
@@ -103,13 +105,14 @@ def check_moving_pixels(lines: Sequence[MetricLine], config: Config) -> Finding:
     figures = {"error": error, "epoch": errors.x[-1] + 1, "limit": bound, "frozen": float(frozen)}
     granted = "; it has been found good enough to rest" if frozen else ""
     says = (
-        f"It was {number(error)} up to epoch {figures['epoch']:.0f}, the last in which the tokenizer trained"
-        f" (mean of up to {WINDOW} epochs; limit {number(bound)}){granted}."
+        f"It was {number(error)} up to epoch {figures['epoch']:.0f}, the last in which the tokenizer saw"
+        f" frames (mean of up to {WINDOW} epochs; limit {number(bound)}){granted}."
     )
+    more = "Raise tokenizer.foreground_weight or tokenizer.optim.updates_per_epoch (first_updates)"
+    more = more if learned else "Raise tokenizer.codebook_size"
     advice = (
-        "The tokenizer does not see the objects, so nothing behind it can. Raise tokenizer.foreground_weight"
-        " or tokenizer.optim.updates_per_epoch (first_updates), or give it more pixels or tokens"
-        " (env.frame_size, tokenizer.channels); look at the reconstructions in the report."
+        f"The tokenizer does not see the objects, so nothing behind it can. {more}, or give it more pixels or"
+        " tokens (env.frame_size, tokenizer.channels); look at the reconstructions in the report."
     )
     return found(error > bound and not frozen, says, advice, figures)
 

@@ -85,7 +85,7 @@ def _make_tokenizer_phase(
     if isinstance(tokenizer, PatchTokenizer):
         every = replace(optim, start_epoch=0, first_updates=None, updates_per_epoch=1)
         component = Component("tokenizer", tokenizer, every, parameter_groups(tokenizer, 0.0))
-        return PatchPhase(tokenizer, component, replay, warn)
+        return PatchPhase(tokenizer, component, replay, generator, warn)
     assert isinstance(tokenizer, ConvTokenizer)
     component = Component("tokenizer", tokenizer, optim, precision=config.precision)
     return TokenizerPhase(

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from rem_atari.models.base_tokenizer import foreground_of, to_floats
 from rem_atari.models.patches import PatchTokenizer
 from rem_atari.replay.buffer import Replay
 from rem_atari.training.component import Component
@@ -15,6 +16,9 @@ from rem_atari.training.updates import Metrics
 
 FRAMES_AT_ONCE = 256
 """Frames taken in together; bounds the memory."""
+
+FRAMES_FOR_MEANS = 8_192
+"""Frames whose patches the first codes are the means of, where they are."""
 
 
 class PatchPhase(TrainingPhase[torch.Tensor]):
@@ -27,15 +31,22 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
         tokenizer: the tokenizer that grows.
         component: an optimiser of nothing.
         replay: where frames come from.
+        generator: source of the draws of a tokenizer that starts from means, on its device.
         warn: told once that the codebook is full.
     """
 
     def __init__(
-        self, tokenizer: PatchTokenizer, component: Component, replay: Replay, warn: Callable[[str], None]
+        self,
+        tokenizer: PatchTokenizer,
+        component: Component,
+        replay: Replay,
+        generator: torch.Generator,
+        warn: Callable[[str], None],
     ) -> None:
         super().__init__(component, warn)
         self._tokenizer = tokenizer
         self._replay = replay
+        self._generator = generator
         self._taken_in = 0
         self._metrics: dict[str, float] = {}
 
@@ -56,8 +67,13 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
 
     def _take_in(self, new: torch.Tensor) -> dict[str, float]:
         """Take in frames; what there is to say of them."""
-        was_full = self._is_full()
         added, covered = 0, 0.0
+        starts_from_means = self._tokenizer.cfg.patch_means
+        if starts_from_means and self._tokenizer.num_codes == 0:
+            frames = _spread(new, FRAMES_FOR_MEANS).to(self._tokenizer.codes.device)
+            self._tokenizer.fit(frames, self._generator)
+            added = int(self._tokenizer.num_codes)
+        was_full = self._is_full()
         for frames in new.split(FRAMES_AT_ONCE):
             frames = frames.to(self._tokenizer.codes.device)
             added += self._tokenizer.grow(frames)
@@ -67,7 +83,17 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
                 f"warning: all {self._tokenizer.codebook_size} codes of tokenizer.codebook_size are taken;"
                 " new patches get the codes that are nearest"
             )
-        return {"codes_added": float(added), "covered": covered}
+        metrics = {"codes_added": float(added), "covered": covered}
+        return metrics | (self._foreground_error(new) if starts_from_means else {})
+
+    def _foreground_error(self, new: torch.Tensor) -> dict[str, float]:
+        """The mean squared error on foreground pixels, frames in [-1, 1]; nothing where there are none."""
+        device = self._tokenizer.codes.device
+        frames = _spread(new, FRAMES_AT_ONCE).to(device)
+        redrawn = self._tokenizer.decode(self._tokenizer.encode(frames))
+        errors = (to_floats(redrawn) - to_floats(frames)).square().mean(dim=-1)
+        foreground = foreground_of(frames, self._replay.median_frame().to(device))
+        return {"foreground_error": float(errors[foreground].mean())} if foreground.any() else {}
 
     def draw(self) -> NoReturn:
         """Never called."""
@@ -79,7 +105,8 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """frozen (1: nothing trains), codes (in all), codes_added, and covered: the share of the new patches
-        that some code is good for; without it where there were none."""
+        that some code is good for; without it where there were none. With `patch_means` foreground_error
+        too, of new frames, see `ConvTokenizer.loss`."""
         return {"frozen": 1.0, **self._metrics}
 
     def state(self) -> dict[str, Any]:
@@ -92,3 +119,8 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
 
     def _is_full(self) -> bool:
         return int(self._tokenizer.num_codes) == self._tokenizer.codebook_size
+
+
+def _spread(frames: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many of the frames, from first to last."""
+    return frames[:: -(-len(frames) // most)]

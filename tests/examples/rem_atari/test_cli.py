@@ -136,7 +136,8 @@ def test_the_module_runs_as_a_program() -> None:
     )
     assert ran.returncode == 2
     assert (
-        ran.stderr == "rem-atari: there is no preset 'huge'; there are debug, tiny, catch, minatar, paper.\n"
+        ran.stderr
+        == "rem-atari: there is no preset 'huge'; there are debug, tiny, catch, minatar, small, paper.\n"
     )
 
 

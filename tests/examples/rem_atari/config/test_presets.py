@@ -29,7 +29,7 @@ def differences(ours: Any, theirs: Any, path: str = "") -> dict[str, Any]:
 
 
 def test_presets_know_their_names() -> None:
-    assert list(PRESETS) == ["debug", "tiny", "catch", "minatar", "paper"]
+    assert list(PRESETS) == ["debug", "tiny", "catch", "minatar", "small", "paper"]
     assert all(preset.preset == name for name, preset in PRESETS.items())
 
 
@@ -40,7 +40,7 @@ def test_paper_is_the_defaults_with_the_published_defects() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["debug", "tiny", "catch", "minatar"])
+@pytest.mark.parametrize("name", ["debug", "tiny", "catch", "minatar", "small"])
 def test_cpu_presets_can_be_trained(name: str) -> None:
     config = PRESETS[name]
     check_config(config)

@@ -126,3 +126,24 @@ def test_no_frames_are_no_tokens_and_no_codes():
     assert tokenizer.encode(nothing).shape == (0, 4)
     with pytest.raises(ValueError, match=r"PatchTokenizer\.grow\(\): frames is torch\.uint8 \(8, 8, 3\)"):
         tokenizer.grow(cells(0, 0, 0, 0)[0])
+
+
+def test_first_codes_may_be_means_so_that_what_is_alike_shares_one():
+    tokenizer = patch_tokenizer(patch_means=True, codebook_size=3)
+    frames = torch.cat((cells(0, 100, 102, 200), cells(0, 98, 100, 204)))
+    tokenizer.fit(frames, torch.Generator().manual_seed(0))
+    tokens = tokenizer.encode(frames)
+    assert tokens[0, 1] == tokens[0, 2] == tokens[1, 1] == tokens[1, 2]
+    assert sorted(tokenizer.patches[:, 0].tolist()) == [0, 100, 202]
+    assert tokenizer.grow(cells(50, 60, 70, 80)) == 0
+    with pytest.raises(RuntimeError, match="3 codes already; wanted none"):
+        tokenizer.fit(frames, torch.Generator())
+
+
+def test_with_room_for_all_patches_means_are_the_patches():
+    tokenizer = patch_tokenizer(patch_means=True)
+    frames = random_cells(20, levels=9, seed=0)
+    tokenizer.fit(frames, torch.Generator().manual_seed(0))
+    assert int(tokenizer.num_codes) == 9
+    assert torch.equal(tokenizer.decode(tokenizer.encode(frames)), frames)
+    assert tokenizer.grow(random_cells(20, levels=12, seed=1)) > 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from short_runs import SHORT, Point, fingerprint, measured, newest, run_part
 
 from rem_atari.models.parameter_groups import parameter_groups
@@ -89,12 +90,16 @@ def test_metrics_diagnosis_and_report_speak_of_patches(whole: Path) -> None:
     assert quality.frames.ours.mse == 0
 
 
+def patch_phase(replay: Replay, warnings: list[str], **changes: int | bool) -> PatchPhase:
+    tokenizer = PatchTokenizer(replace(PATCHES.tokenizer, **changes), 24)  # 9 patches a frame
+    component = Component("tokenizer", tokenizer, PATCHES.tokenizer.optim, parameter_groups(tokenizer, 0.0))
+    return PatchPhase(tokenizer, component, replay, torch.Generator().manual_seed(0), warnings.append)
+
+
 def test_each_frame_is_taken_in_once_and_a_full_codebook_warns_once() -> None:
     replay = Replay((24, 24, 3), 30, seed=0)
     warnings: list[str] = []
-    tokenizer = PatchTokenizer(replace(PATCHES.tokenizer, codebook_size=20), 24)  # 9 patches a frame
-    component = Component("tokenizer", tokenizer, PATCHES.tokenizer.optim, parameter_groups(tokenizer, 0.0))
-    phase = PatchPhase(tokenizer, component, replay, warnings.append)
+    phase = patch_phase(replay, warnings, codebook_size=20)
     generator = np.random.default_rng(0)
     added = []
     for _ in range(4):
@@ -107,3 +112,27 @@ def test_each_frame_is_taken_in_once_and_a_full_codebook_warns_once() -> None:
     assert "all 20 codes of tokenizer.codebook_size are taken" in warnings[0]
     assert not phase.prepare(0)
     assert "covered" not in phase.more_metrics({})
+
+
+def test_means_are_made_once_of_the_first_frames() -> None:
+    replay = Replay((24, 24, 3), 30, seed=0)
+    warnings: list[str] = []
+    phase = patch_phase(replay, warnings, codebook_size=12, patch_means=True)
+    generator = np.random.default_rng(0)
+    added, errors = [], []
+    for frames in (5, 2):
+        for _ in range(frames):
+            replay.append(0, generator.integers(0, 256, (24, 24, 3), dtype=np.uint8), 0, 0.0, False, False)
+        phase.prepare(0)
+        added.append(phase.more_metrics({})["codes_added"])
+        errors.append(phase.more_metrics({})["foreground_error"])
+    assert added == [12, 0]
+    assert warnings == []
+    # Noise in [-1, 1] is 1/3 from its mean; the codes fit the frames that they are means of better.
+    assert 0.2 < errors[0] < 1 / 3 < errors[1] < 2 / 3
+    lines = [{"phase": "tokenizer", "epoch": 0, "foreground_error": e, "frozen": 1.0} for e in errors]
+    settings = replace(PATCHES.tokenizer, patch_means=True, freeze_foreground_error=0.02)
+    config = replace(PATCHES, tokenizer=settings)
+    moving = diagnose(lines, config)[0]
+    assert moving.sign
+    assert "Raise tokenizer.codebook_size, or" in moving.advice
