@@ -1,20 +1,24 @@
 """A kernel launch as a value; what launchers ask of the device, and how they prepare tensors.
 
-A launcher is two functions: `plan_<op>(tensors, ..., architecture=...)`, which allocates the outputs and
-returns the launches and the outputs, and `<op>(tensors, ...)`, which plans for the tensors' own device and
-runs. A plan runs nothing and reads no values, so it takes tensors on the "meta" device. The audit calls the
-launchers themselves and records what they launch (`benchmarks/kernel_audit`).
+A launcher is two functions: `plan_<op>(tensors, ..., target=...)`, which allocates the outputs and returns
+the launches and the outputs, and `<op>(tensors, ...)`, which runs the plan for the tensors' own device. A
+plan runs nothing and reads no values, so it takes tensors on the "meta" device. Tensors of the same dtypes,
+shapes and strides have the same plan, which `launched` makes once. The audit calls the launchers themselves
+and records what they launch (`benchmarks/kernel_audit`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Tensors = Mapping[str, Tensor | None]
 
@@ -37,6 +41,19 @@ def multiprocessors_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Target(NamedTuple):
+    """The GPU that a plan is for: `architecture_of` and `multiprocessors_of` its device."""
+
+    architecture: str
+    multiprocessors: int
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """The target of tensors on a device, which is asked once."""
+    return Target(architecture_of(device), multiprocessors_of(device))
 
 
 def dot_precision(dtype: torch.dtype, architecture: str) -> str:
@@ -71,26 +88,163 @@ class Launch:
             names = ", ".join(sorted(wrong))
             raise TypeError(f"{self.kernel.__name__}: missing or unknown arguments: {names}")
 
-    def run(self) -> None:
-        """Launch on the current stream."""
+    def run(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Launch on the current stream, with ``tensors`` in place of the arguments of their names."""
         # Fusion of multiplications and additions is given, because its default differs by version of Triton.
         self.kernel[self.grid](
-            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True
+            **{**self.arguments, **(tensors or {})},
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=True,
         )
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Run the launches in order on the current stream of the tensors' device."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            _run(launches)
-    else:
-        _run(launches)
+    with _on(device):
+        for launch in launches:
+            launch.run()
 
 
-def _run(launches: Sequence[Launch]) -> None:
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# ---- plans, made once ----
+
+PLANS = 1024
+"""Plans that are kept, the last used. Each is a few kilobytes of numbers, and holds no memory of tensors."""
+
+
+def launched(plan: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run ``plan(*arguments, **options)`` and return its outputs.
+
+    Args:
+        plan: a `plan_<op>`.
+        arguments, options: its own: tensors, the first argument among them, tuples, and what is hashable.
+            The target is one, if the plan depends on it.
+    """
+    tensors: list[Tensor] = []
+    forms = _forms((*arguments, *options.values()), tensors)
+    device = arguments[0].device
+    recipe = _recipe(plan, forms, tuple(options), torch.get_float32_matmul_precision())
+    if recipe is not None:
+        return recipe.run(tensors, device)
+    launches, outputs = plan(*arguments, **options)
+    run(launches, device)
+    return outputs
+
+
+class _Form(NamedTuple):
+    """What a plan knows of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _forms(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """The arguments with forms for tensors, which are appended to ``tensors``."""
+    forms = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            forms.append(_Form(x.dtype, x.shape, x.stride()))
+        else:
+            forms.append(_forms(x, tensors) if type(x) is tuple else x)
+    return tuple(forms)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A plan whose tensors are numbered: first those that it is given, then new ones.
+
+    Attributes:
+        new: shape and dtype of each new tensor.
+        launches: each with the numbers of the tensors among its arguments, by name.
+        outputs: the plan's.
+    """
+
+    new: Sequence[tuple[Sequence[int], torch.dtype]]
+    launches: Sequence[tuple[Launch, Mapping[str, int]]]
+    outputs: Any
+
+    def run(self, given: Sequence[Tensor], device: torch.device) -> Any:
+        """Allocate, launch, and return the outputs."""
+        new = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.new]
+        tensors = [*given, *new]
+        with _on(device):
+            for launch, numbers in self.launches:
+                launch.run({name: tensors[number] for name, number in numbers.items()})
+        return _mapped(lambda number: None if number is None else tensors[number], self.outputs)
+
+
+@lru_cache(maxsize=PLANS)
+def _recipe(
+    plan: Callable[..., Any],
+    forms: tuple[Any, ...],
+    options: tuple[str, ...],
+    float32_matmul_precision: str,  # `dot_precision` reads it
+) -> _Recipe | None:
+    """The recipe of a plan for tensors of such forms; None if it also computes something, such as a copy.
+
+    A launch is told strides as numbers, so a view that starts where its base does is given as the base.
+    """
+    tensors: list[Tensor] = []
+
+    def stand_in(x: Any) -> Any:
+        if not isinstance(x, _Form):
+            return x
+        tensors.append(torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device="meta"))
+        return tensors[-1]
+
+    arguments = _mapped(stand_in, forms)
+    first = len(arguments) - len(options)
+    named = dict(zip(options, arguments[first:], strict=True))
+    with _Watch() as watch:
+        launches, outputs = plan(*arguments[:first], **named)
+    if not watch.plain:
+        return None
+    given = len(tensors)
+    numbers = {_storage(x): number for number, x in enumerate(tensors)}
+
+    def number_of(x: Tensor | None) -> int | None:
+        if x is None:
+            return None
+        number = numbers.setdefault(_storage(x), len(tensors))
+        if number == len(tensors):
+            tensors.append(x)
+        return number
+
+    numbered = _mapped(number_of, outputs)  # before the launches: a new tensor has its output's shape
+    bare = []
     for launch in launches:
-        launch.run()
+        taken = {name: number_of(x) for name, x in launch.arguments.items() if isinstance(x, Tensor)}
+        bare.append((replace(launch, arguments={**launch.arguments, **dict.fromkeys(taken)}), taken))
+    return _Recipe([(x.shape, x.dtype) for x in tensors[given:]], bare, numbered)
+
+
+class _Watch(TorchDispatchMode):
+    """Whether all that is done to tensors is to make empty ones, and views that start where these do."""
+
+    plain = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        is_plain = function.is_view and result.storage_offset() == 0
+        self.plain &= is_plain or function.name().startswith("aten::empty")
+        return result
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with each of its leaves changed; lists and tuples are no leaves."""
+    if type(tree) in (list, tuple):
+        return type(tree)([_mapped(change, x) for x in tree])
+    return change(tree)
 
 
 def zero(*tensors: Tensor | None) -> None:
