@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from triton.compiler import CompiledKernel
 
 Tensors = Mapping[str, Tensor | None]
 
@@ -88,10 +89,14 @@ class Launch:
             names = ", ".join(sorted(wrong))
             raise TypeError(f"{self.kernel.__name__}: missing or unknown arguments: {names}")
 
-    def run(self, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Launch on the current stream, with ``tensors`` in place of the arguments of their names."""
+    def run(self, tensors: Tensors | None = None) -> Any:
+        """Launch on the current stream, with ``tensors`` in place of the arguments of their names.
+
+        Returns:
+            The compiled kernel; None in the interpreter.
+        """
         # Fusion of multiplications and additions is given, because its default differs by version of Triton.
-        self.kernel[self.grid](
+        return self.kernel[self.grid](
             **{**self.arguments, **(tensors or {})},
             num_warps=self.num_warps,
             num_stages=self.num_stages,
@@ -107,7 +112,9 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 # ---- plans, made once ----
@@ -127,7 +134,7 @@ def launched(plan: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     tensors: list[Tensor] = []
     forms = _forms((*arguments, *options.values()), tensors)
     device = arguments[0].device
-    recipe = _recipe(plan, forms, tuple(options), torch.get_float32_matmul_precision())
+    recipe = _recipe(plan, forms, tuple(options), device, torch.get_float32_matmul_precision())
     if recipe is not None:
         return recipe.run(tensors, device)
     launches, outputs = plan(*arguments, **options)
@@ -155,28 +162,68 @@ def _forms(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
     return tuple(forms)
 
 
+_Source = tuple[int, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class _Recipe:
     """A plan whose tensors are numbered: first those that it is given, then new ones.
 
     Attributes:
-        new: shape and dtype of each new tensor.
-        launches: each with the numbers of the tensors among its arguments, by name.
+        new: shape and dtype of each new tensor, and None, or of which tensor by which strides it is a copy.
+        launches: in order.
         outputs: the plan's.
     """
 
-    new: Sequence[tuple[Sequence[int], torch.dtype]]
-    launches: Sequence[tuple[Launch, Mapping[str, int]]]
+    new: Sequence[tuple[Sequence[int], torch.dtype, _Source | None]]
+    launches: Sequence[_Repeated]
     outputs: Any
 
     def run(self, given: Sequence[Tensor], device: torch.device) -> Any:
         """Allocate, launch, and return the outputs."""
-        new = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.new]
-        tensors = [*given, *new]
+        tensors = list(given)
+        for shape, dtype, source in self.new:
+            if source is None:
+                tensors.append(torch.empty(shape, dtype=dtype, device=device))
+            else:
+                number, stride = source
+                tensors.append(tensors[number].as_strided(shape, stride).contiguous())
+        addresses = 0
+        for x in given:
+            addresses |= x.data_ptr()
         with _on(device):
-            for launch, numbers in self.launches:
-                launch.run({name: tensors[number] for name, number in numbers.items()})
+            for launch in self.launches:
+                launch.run(tensors, aligned=addresses % 16 == 0)
         return _mapped(lambda number: None if number is None else tensors[number], self.outputs)
+
+
+class _Repeated:
+    """A launch with numbers for its tensors, by name. It holds the kernel that its first run compiled.
+
+    Triton compiles a kernel for integers, dtypes and whether tensors start at multiples of 16 bytes. A plan
+    fixes the first two, so where all tensors do, the kernel is the one of the first such run. (On AMD it also
+    depends on the memory behind the tensors, so Triton is asked each time.)
+    """
+
+    def __init__(self, launch: Launch, numbers: Mapping[str, int]) -> None:
+        names = list(launch.kernel.arg_names)
+        self._launch = replace(launch, arguments={**launch.arguments, **dict.fromkeys(numbers)})
+        self._numbers = numbers
+        self._values = [self._launch.arguments[name] for name in names]
+        self._places = [(names.index(name), number) for name, number in numbers.items()]
+        self._compiled: Callable[..., object] | None = None
+
+    def run(self, tensors: Sequence[Tensor], *, aligned: bool) -> None:
+        """Launch on the current stream."""
+        if aligned and self._compiled is not None:
+            values = self._values.copy()
+            for place, number in self._places:
+                values[place] = tensors[number]
+            self._compiled(*values)
+            return
+        kernel = self._launch.run({name: tensors[number] for name, number in self._numbers.items()})
+        if aligned and isinstance(kernel, CompiledKernel) and torch.version.hip is None:
+            self._compiled = kernel[(*self._launch.grid, 1, 1)[:3]]
 
 
 @lru_cache(maxsize=PLANS)
@@ -184,60 +231,89 @@ def _recipe(
     plan: Callable[..., Any],
     forms: tuple[Any, ...],
     options: tuple[str, ...],
+    device: torch.device,  # a compiled kernel is loaded on one
     float32_matmul_precision: str,  # `dot_precision` reads it
 ) -> _Recipe | None:
-    """The recipe of a plan for tensors of such forms; None if it also computes something, such as a copy.
+    """The recipe of a plan for tensors of such forms; None if it also computes something, such as zeros."""
+    watch = _Watch()
+    arguments = _mapped(watch.stand_in, forms)
+    first = len(arguments) - len(options)
+    with watch:
+        launches, outputs = plan(*arguments[:first], **dict(zip(options, arguments[first:], strict=True)))
+    numbered = _mapped(watch.output, outputs)
+    repeated = []
+    for launch in launches:
+        tensors = {name: x for name, x in launch.arguments.items() if isinstance(x, Tensor)}
+        repeated.append(_Repeated(launch, {name: watch.number_of(x) for name, x in tensors.items()}))
+    new = [(x.shape, x.dtype, watch.sources.get(place)) for place, x in enumerate(watch.new)]
+    return _Recipe(new, repeated, numbered) if watch.plain else None
 
-    A launch is told strides as numbers, so a view that starts where its base does is given as the base.
+
+class _Watch(TorchFunctionMode):
+    """Numbers the tensors of a plan by their memory.
+
+    Attributes:
+        given: stand-ins for the tensors that the plan is given.
+        new: the tensors that it makes, empty or as contiguous copies. They are numbered after those.
+        sources: of the copies.
+        plain: False once the plan has filled a tensor, or uses one that is none of these.
     """
-    tensors: list[Tensor] = []
 
-    def stand_in(x: Any) -> Any:
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+        self.new: list[Tensor] = []
+        self.sources: dict[int, _Source] = {}
+        self.plain = True
+        self._numbers: dict[torch.UntypedStorage, int] = {}
+
+    def stand_in(self, x: Any) -> Any:
+        """A given tensor of a form, without memory; anything else as it is."""
         if not isinstance(x, _Form):
             return x
-        tensors.append(torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device="meta"))
-        return tensors[-1]
+        made = torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device="meta")
+        self._numbers[made.untyped_storage()] = len(self.given)
+        self.given.append(made)
+        return made
 
-    arguments = _mapped(stand_in, forms)
-    first = len(arguments) - len(options)
-    named = dict(zip(options, arguments[first:], strict=True))
-    with _Watch() as watch:
-        launches, outputs = plan(*arguments[:first], **named)
-    if not watch.plain:
-        return None
-    given = len(tensors)
-    numbers = {_storage(x): number for number, x in enumerate(tensors)}
-
-    def number_of(x: Tensor | None) -> int | None:
-        if x is None:
-            return None
-        number = numbers.setdefault(_storage(x), len(tensors))
-        if number == len(tensors):
-            tensors.append(x)
+    def number_of(self, x: Tensor) -> int:
+        """The number of the tensor that starts where ``x`` does: a launch is told strides as numbers."""
+        number = self._numbers.get(x.untyped_storage())
+        if number is None or x.storage_offset() != 0 or x.dtype != self._tensor(number).dtype:
+            self.plain = False
+            return 0
         return number
 
-    numbered = _mapped(number_of, outputs)  # before the launches: a new tensor has its output's shape
-    bare = []
-    for launch in launches:
-        taken = {name: number_of(x) for name, x in launch.arguments.items() if isinstance(x, Tensor)}
-        bare.append((replace(launch, arguments={**launch.arguments, **dict.fromkeys(taken)}), taken))
-    return _Recipe([(x.shape, x.dtype) for x in tensors[given:]], bare, numbered)
+    def output(self, x: Tensor | None) -> int | None:
+        """The number of an output. A new tensor is made in its shape."""
+        if x is None:
+            return None
+        number = self.number_of(x)
+        before = self._tensor(number)
+        if number >= len(self.given) and x.is_contiguous() and x.numel() == before.numel():
+            self.new[number - len(self.given)] = x
+        else:
+            self.plain &= x is before
+        return number
 
+    def _tensor(self, number: int) -> Tensor:
+        return (self.given + self.new)[number]
 
-class _Watch(TorchDispatchMode):
-    """Whether all that is done to tensors is to make empty ones, and views that start where these do."""
+    def _add(self, x: Tensor) -> None:
+        self._numbers[x.untyped_storage()] = len(self.given) + len(self.new)
+        self.new.append(x)
 
-    plain = True
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        is_plain = function.is_view and result.storage_offset() == 0
-        self.plain &= is_plain or function.name().startswith("aten::empty")
+        name = function.__name__
+        if name in ("empty", "empty_like"):
+            self._add(result)
+        elif name == "contiguous" and result is not args[0]:
+            self.sources[len(self.new)] = (self.number_of(args[0]), args[0].stride())
+            self._add(result)
+        elif name.endswith("_") and not name.endswith("__"):  # in place
+            self.plain = False
         return result
-
-
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
