@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import agent, decoder, imagination, pop, retention, step, token_wise
+from benchmarks import agent, decoder, host, imagination, pop, retention, step, token_wise
 from benchmarks.checks import Checker
 from benchmarks.floors import ARITHMETICS, copy, matrix_product
 from benchmarks.machine import origin
@@ -199,13 +199,16 @@ def _ceiling(
 DIRECT: dict[str, Callable[[torch.device, Effort], Iterator[list[Measurement]]]] = {
     "floors": floors,
     "rem_atari": agent.whole_run,
+    "host": host.host,
 }
-"""What is measured without contenders, on a GPU or where it is named."""
+"""What is measured without contenders where it is named; the first two are also part of a GPU's run."""
 
 
 def run(selection: Selection, device: torch.device, effort: Effort) -> Iterator[list[Measurement]]:
     """All that is selected, as it is measured; an error of the device itself ends it."""
-    named = selection.ops if selection.ops is not None else DIRECT if selection.on_gpu else ()
+    named = (
+        selection.ops if selection.ops is not None else ("floors", "rem_atari") if selection.on_gpu else ()
+    )
     for name in (name for name in DIRECT if name in named):
         try:
             yield from DIRECT[name](device, effort)

@@ -1,20 +1,25 @@
 """A kernel launch as a value; what launchers ask of the device, and how they prepare tensors.
 
-A launcher is two functions: `plan_<op>(tensors, ..., architecture=...)`, which allocates the outputs and
-returns the launches and the outputs, and `<op>(tensors, ...)`, which plans for the tensors' own device and
-runs. A plan runs nothing and reads no values, so it takes tensors on the "meta" device. The audit calls the
-launchers themselves and records what they launch (`benchmarks/kernel_audit`).
+A launcher is two functions: `plan_<op>(tensors, ..., target=...)`, which allocates the outputs and returns
+the launches and the outputs, and `<op>(tensors, ...)`, which runs the plan for the tensors' own device. A
+plan runs nothing and reads no values, so it takes tensors on the "meta" device. Tensors of the same dtypes,
+shapes and strides have the same plan, which `launched` makes once. The audit calls the launchers themselves
+and records what they launch (`benchmarks/kernel_audit`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from triton.compiler import CompiledKernel
 
 Tensors = Mapping[str, Tensor | None]
 
@@ -37,6 +42,19 @@ def multiprocessors_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Target(NamedTuple):
+    """The GPU that a plan is for: `architecture_of` and `multiprocessors_of` its device."""
+
+    architecture: str
+    multiprocessors: int
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """The target of tensors on a device, which is asked once."""
+    return Target(architecture_of(device), multiprocessors_of(device))
 
 
 def dot_precision(dtype: torch.dtype, architecture: str) -> str:
@@ -71,26 +89,238 @@ class Launch:
             names = ", ".join(sorted(wrong))
             raise TypeError(f"{self.kernel.__name__}: missing or unknown arguments: {names}")
 
-    def run(self) -> None:
-        """Launch on the current stream."""
+    def run(self, tensors: Tensors | None = None) -> Any:
+        """Launch on the current stream, with ``tensors`` in place of the arguments of their names.
+
+        Returns:
+            The compiled kernel; None in the interpreter.
+        """
         # Fusion of multiplications and additions is given, because its default differs by version of Triton.
-        self.kernel[self.grid](
-            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True
+        return self.kernel[self.grid](
+            **{**self.arguments, **(tensors or {})},
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=True,
         )
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Run the launches in order on the current stream of the tensors' device."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            _run(launches)
-    else:
-        _run(launches)
+    with _on(device):
+        for launch in launches:
+            launch.run()
 
 
-def _run(launches: Sequence[Launch]) -> None:
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+# ---- plans, made once ----
+
+PLANS = 1024
+"""Plans that are kept, the last used. Each is a few kilobytes of numbers, and holds no memory of tensors."""
+
+
+def launched(plan: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run ``plan(*arguments, **options)`` and return its outputs.
+
+    Args:
+        plan: a `plan_<op>`.
+        arguments, options: its own: tensors, the first argument among them, tuples, and what is hashable.
+            The target is one, if the plan depends on it.
+    """
+    tensors: list[Tensor] = []
+    forms = _forms((*arguments, *options.values()), tensors)
+    device = arguments[0].device
+    recipe = _recipe(plan, forms, tuple(options), device, torch.get_float32_matmul_precision())
+    if recipe is not None:
+        return recipe.run(tensors, device)
+    launches, outputs = plan(*arguments, **options)
+    run(launches, device)
+    return outputs
+
+
+class _Form(NamedTuple):
+    """What a plan knows of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _forms(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """The arguments with forms for tensors, which are appended to ``tensors``."""
+    forms = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            forms.append(_Form(x.dtype, x.shape, x.stride()))
+        else:
+            forms.append(_forms(x, tensors) if type(x) is tuple else x)
+    return tuple(forms)
+
+
+_Source = tuple[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A plan whose tensors are numbered: first those that it is given, then new ones.
+
+    Attributes:
+        new: shape and dtype of each new tensor, and None, or of which tensor by which strides it is a copy.
+        launches: in order.
+        outputs: the plan's.
+    """
+
+    new: Sequence[tuple[Sequence[int], torch.dtype, _Source | None]]
+    launches: Sequence[_Repeated]
+    outputs: Any
+
+    def run(self, given: Sequence[Tensor], device: torch.device) -> Any:
+        """Allocate, launch, and return the outputs."""
+        tensors = list(given)
+        for shape, dtype, source in self.new:
+            if source is None:
+                tensors.append(torch.empty(shape, dtype=dtype, device=device))
+            else:
+                number, stride = source
+                tensors.append(tensors[number].as_strided(shape, stride).contiguous())
+        addresses = 0
+        for x in given:
+            addresses |= x.data_ptr()
+        with _on(device):
+            for launch in self.launches:
+                launch.run(tensors, aligned=addresses % 16 == 0)
+        return _mapped(lambda number: None if number is None else tensors[number], self.outputs)
+
+
+class _Repeated:
+    """A launch with numbers for its tensors, by name. It holds the kernel that its first run compiled.
+
+    Triton compiles a kernel for integers, dtypes and whether tensors start at multiples of 16 bytes. A plan
+    fixes the first two, so where all tensors do, the kernel is the one of the first such run. (On AMD it also
+    depends on the memory behind the tensors, so Triton is asked each time.)
+    """
+
+    def __init__(self, launch: Launch, numbers: Mapping[str, int]) -> None:
+        names = list(launch.kernel.arg_names)
+        self._launch = replace(launch, arguments={**launch.arguments, **dict.fromkeys(numbers)})
+        self._numbers = numbers
+        self._values = [self._launch.arguments[name] for name in names]
+        self._places = [(names.index(name), number) for name, number in numbers.items()]
+        self._compiled: Callable[..., object] | None = None
+
+    def run(self, tensors: Sequence[Tensor], *, aligned: bool) -> None:
+        """Launch on the current stream."""
+        if aligned and self._compiled is not None:
+            values = self._values.copy()
+            for place, number in self._places:
+                values[place] = tensors[number]
+            self._compiled(*values)
+            return
+        kernel = self._launch.run({name: tensors[number] for name, number in self._numbers.items()})
+        if aligned and isinstance(kernel, CompiledKernel) and torch.version.hip is None:
+            self._compiled = kernel[(*self._launch.grid, 1, 1)[:3]]
+
+
+@lru_cache(maxsize=PLANS)
+def _recipe(
+    plan: Callable[..., Any],
+    forms: tuple[Any, ...],
+    options: tuple[str, ...],
+    device: torch.device,  # a compiled kernel is loaded on one
+    float32_matmul_precision: str,  # `dot_precision` reads it
+) -> _Recipe | None:
+    """The recipe of a plan for tensors of such forms; None if it also computes something, such as zeros."""
+    watch = _Watch()
+    arguments = _mapped(watch.stand_in, forms)
+    first = len(arguments) - len(options)
+    with watch:
+        launches, outputs = plan(*arguments[:first], **dict(zip(options, arguments[first:], strict=True)))
+    numbered = _mapped(watch.output, outputs)
+    repeated = []
     for launch in launches:
-        launch.run()
+        tensors = {name: x for name, x in launch.arguments.items() if isinstance(x, Tensor)}
+        repeated.append(_Repeated(launch, {name: watch.number_of(x) for name, x in tensors.items()}))
+    new = [(x.shape, x.dtype, watch.sources.get(place)) for place, x in enumerate(watch.new)]
+    return _Recipe(new, repeated, numbered) if watch.plain else None
+
+
+class _Watch(TorchFunctionMode):
+    """Numbers the tensors of a plan by their memory.
+
+    Attributes:
+        given: stand-ins for the tensors that the plan is given.
+        new: the tensors that it makes, empty or as contiguous copies. They are numbered after those.
+        sources: of the copies.
+        plain: False once the plan has filled a tensor, or uses one that is none of these.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+        self.new: list[Tensor] = []
+        self.sources: dict[int, _Source] = {}
+        self.plain = True
+        self._numbers: dict[torch.UntypedStorage, int] = {}
+
+    def stand_in(self, x: Any) -> Any:
+        """A given tensor of a form, without memory; anything else as it is."""
+        if not isinstance(x, _Form):
+            return x
+        made = torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device="meta")
+        self._numbers[made.untyped_storage()] = len(self.given)
+        self.given.append(made)
+        return made
+
+    def number_of(self, x: Tensor) -> int:
+        """The number of the tensor that starts where ``x`` does: a launch is told strides as numbers."""
+        number = self._numbers.get(x.untyped_storage())
+        if number is None or x.storage_offset() != 0 or x.dtype != self._tensor(number).dtype:
+            self.plain = False
+            return 0
+        return number
+
+    def output(self, x: Tensor | None) -> int | None:
+        """The number of an output. A new tensor is made in its shape."""
+        if x is None:
+            return None
+        number = self.number_of(x)
+        before = self._tensor(number)
+        if number >= len(self.given) and x.is_contiguous() and x.numel() == before.numel():
+            self.new[number - len(self.given)] = x
+        else:
+            self.plain &= x is before
+        return number
+
+    def _tensor(self, number: int) -> Tensor:
+        return (self.given + self.new)[number]
+
+    def _add(self, x: Tensor) -> None:
+        self._numbers[x.untyped_storage()] = len(self.given) + len(self.new)
+        self.new.append(x)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.__name__
+        if name in ("empty", "empty_like"):
+            self._add(result)
+        elif name == "contiguous" and result is not args[0]:
+            self.sources[len(self.new)] = (self.number_of(args[0]), args[0].stride())
+            self._add(result)
+        elif name.endswith("_") and not name.endswith("__"):  # in place
+            self.plain = False
+        return result
+
+
+def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with each of its leaves changed; lists and tuples are no leaves."""
+    if type(tree) in (list, tuple):
+        return type(tree)([_mapped(change, x) for x in tree])
+    return change(tree)
 
 
 def zero(*tensors: Tensor | None) -> None:

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import row_config, row_runs
-from .launch import Launch, multiprocessors_of, named_strides, run, with_contiguous_rows, zero
+from .launch import Launch, Target, launched, named_strides, target_of, with_contiguous_rows, zero
 
 Gradients = list[Tensor | None]
 
@@ -195,8 +195,7 @@ def norm_gate_fwd(
     Returns:
         y, in the shape of ``x`` and the gate's dtype, contiguous.
     """
-    launches, y = plan_norm_gate_fwd(x, gate, weight, bias, kind, eps)
-    run(launches, x.device)
+    y: Tensor = launched(plan_norm_gate_fwd, x, gate, weight, bias, kind, eps)
     return y
 
 
@@ -250,8 +249,8 @@ def norm_gate_bwd(
         One gradient for each of `needs`, new, contiguous, in the shape and dtype of what it belongs to; None
         where it is not needed, and for a weight or bias of None.
     """
-    launches, grads = plan_norm_gate_bwd(x, gate, weight, bias, grad, kind, eps, needs)
-    run(launches, x.device)
+    arguments = (x, gate, weight, bias, grad, kind, eps, tuple(needs))
+    grads: Gradients = launched(plan_norm_gate_bwd, *arguments, target=target_of(x.device))
     return grads
 
 
@@ -264,6 +263,8 @@ def plan_norm_gate_bwd(
     kind: str,
     eps: float,
     needs: Sequence[bool] = (True, True, True, True),
+    *,
+    target: Target | None = None,
 ) -> tuple[list[Launch], Gradients]:
     """The launches of `norm_gate_bwd`, and the tensors that they fill."""
     heads, dim = x.shape[-2:]
@@ -280,7 +281,8 @@ def plan_norm_gate_bwd(
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     config = row_config(dim)
     with_sums = d_weight is not None or d_bias is not None
-    num_runs, run_length = row_runs(x.shape[0], heads, config, multiprocessors_of(x.device), long=with_sums)
+    target = target or target_of(x.device)
+    num_runs, run_length = row_runs(x.shape[0], heads, config, target.multiprocessors, long=with_sums)
     sums = [
         None if t is None else torch.empty((num_runs, heads, dim), dtype=torch.float32, device=x.device)
         for t in (d_weight, d_bias)

@@ -30,12 +30,12 @@ from .configs import padded
 from .configs_bwd import PopBwdConfig, Sweep, pop_bwd_config, sweeps_for
 from .launch import (
     Launch,
+    Target,
     Tensors,
-    architecture_of,
     dot_precision,
-    multiprocessors_of,
+    launched,
     named_strides,
-    run,
+    target_of,
     token_strides,
     with_contiguous_rows,
     zero,
@@ -70,7 +70,7 @@ def plan_pop_bwd(
     *,
     out: Sequence[Tensor | None] | None = None,
     config: PopBwdConfig | None = None,
-    architecture: str | None = None,
+    target: Target | None = None,
 ) -> tuple[list[Launch], list[Tensor | None]]:
     """The launches of `pop_bwd`, and the tensors that they fill."""
     grads = _allocate((q, k, v, q_pred, k_pred, v_pred, state), needs, out)
@@ -91,8 +91,8 @@ def plan_pop_bwd(
         if grads["state"] is not None and grad_state is not None:
             grads["state"].copy_(grad_state)
         return [], results
-    architecture = architecture or architecture_of(q.device)
-    precision = dot_precision(q.dtype, architecture)
+    target = target or target_of(q.device)
+    precision = dot_precision(q.dtype, target.architecture)
     lengths = (block_size if N > 0 else 1, M)
     if config is None:
         config = pop_bwd_config(
@@ -102,8 +102,7 @@ def plan_pop_bwd(
             head_dims=(Dk, Dv),
             dtype=q.dtype,
             precision=precision,
-            architecture=architecture,
-            multiprocessors=multiprocessors_of(q.device),
+            **target._asdict(),
         )
     g, g_pred = grad_out, grad_pred
     if g is None:
@@ -120,7 +119,7 @@ def plan_pop_bwd(
             out=grads["q"],
             pred=grads["q_pred"],
             wanted=(with_q, with_q_pred, False),
-            architecture=architecture,
+            target=target,
         )
     zero(None if with_q else grads["q"], None if with_q_pred else grads["q_pred"])
     read = (q, q_pred, k, k_pred, v, v_pred, g, g_pred)
@@ -281,25 +280,16 @@ def pop_bwd(
     Raises:
         ValueError: a head dim is larger than the kernels hold.
     """
-    launches, grads = plan_pop_bwd(
-        q,
-        k,
-        v,
-        q_pred,
-        k_pred,
-        v_pred,
-        log_decay,
-        state,
-        reset,
-        grad_out,
-        grad_pred,
-        grad_state,
-        block_size,
-        offset,
-        scale,
-        needs,
-        out=out,
+    tokens = (q, k, v, q_pred, k_pred, v_pred)
+    arguments = (log_decay, state, reset, grad_out, grad_pred, grad_state, block_size, offset, scale)
+    views = None if out is None else tuple(out)
+    grads: list[Tensor | None] = launched(
+        plan_pop_bwd,
+        *tokens,
+        *arguments,
+        tuple(needs),
+        target=target_of(q.device),
+        out=views,
         config=config,
     )
-    run(launches, q.device)
     return grads

@@ -38,11 +38,11 @@ from . import split, tiles
 from .configs import PopConfig, padded, pop_config, tail_rows
 from .launch import (
     Launch,
-    architecture_of,
+    Target,
     dot_precision,
-    multiprocessors_of,
+    launched,
     named_strides,
-    run,
+    target_of,
     token_strides,
     with_contiguous_rows,
 )
@@ -280,7 +280,7 @@ def plan_pop_fwd(
     out_dtype: torch.dtype | None = None,
     wanted: tuple[bool, bool, bool] = (True, True, True),
     config: PopConfig | None = None,
-    architecture: str | None = None,
+    target: Target | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     """The launches of `pop_fwd`, and the tensors; only those that are `wanted` are filled.
 
@@ -300,8 +300,8 @@ def plan_pop_fwd(
     num_blocks = max(N, P + offset - after if P > 0 else 0)  # N, or one more that is absent
     if B == 0 or num_blocks == 0:
         return [], (out, pred, final.zero_() if state is None else final.copy_(state))
-    architecture = architecture or architecture_of(q.device)
-    precision = dot_precision(v.dtype, architecture)
+    target = target or target_of(q.device)
+    precision = dot_precision(v.dtype, target.architecture)
     if config is None:
         config = pop_config(
             pairs=B * H,
@@ -310,8 +310,7 @@ def plan_pop_fwd(
             head_dims=(Dk, Dv),
             dtype=v.dtype,
             precision=precision,
-            architecture=architecture,
-            multiprocessors=multiprocessors_of(q.device),
+            **target._asdict(),
         )
     tokens = dict(zip(_TOKENS, (q, k, v, q_pred, k_pred, v_pred), strict=True))
     tokens = {name: with_contiguous_rows(x) for name, x in tokens.items()}
@@ -422,23 +421,14 @@ def pop_fwd(
 
     Source: POP, arXiv 2402.05643, section 3.2.
     """
-    launches, outputs = plan_pop_fwd(
-        q,
-        k,
-        v,
-        q_pred,
-        k_pred,
-        v_pred,
-        log_decay,
-        state,
-        reset,
-        block_size,
-        offset,
-        scale,
+    arguments = (q, k, v, q_pred, k_pred, v_pred, log_decay, state, reset, block_size, offset, scale)
+    outputs: tuple[Tensor, Tensor, Tensor] = launched(
+        plan_pop_fwd,
+        *arguments,
         out=out,
         pred=pred,
+        target=target_of(q.device),
         out_dtype=out_dtype,
         config=config,
     )
-    run(launches, q.device)
     return outputs

@@ -38,11 +38,11 @@ from .configs import padded
 from .configs_bwd import RetentionBwdConfig, Sweep, retention_bwd_config, sweeps_for
 from .launch import (
     Launch,
+    Target,
     Tensors,
-    architecture_of,
     dot_precision,
-    multiprocessors_of,
-    run,
+    launched,
+    target_of,
     token_strides,
     with_contiguous_rows,
     zero,
@@ -189,7 +189,7 @@ def plan_retention_bwd(
     reset: Tensor | None = None,
     needs: Sequence[bool] = (True, True, True, True),
     config: RetentionBwdConfig | None = None,
-    architecture: str | None = None,
+    target: Target | None = None,
 ) -> tuple[list[Launch], list[Tensor | None]]:
     """The launches of `retention_bwd`, and the tensors that they fill."""
     (B, T, H, Dk), Dv = q.shape, v.shape[-1]
@@ -203,8 +203,8 @@ def plan_retention_bwd(
         if dstate is not None and grad_state is not None:
             dstate.copy_(grad_state)
         return [], [dq, dk, dv, dstate]
-    architecture = architecture or architecture_of(q.device)
-    precision = dot_precision(q.dtype, architecture)
+    target = target or target_of(q.device)
+    precision = dot_precision(q.dtype, target.architecture)
     if config is None:
         config = retention_bwd_config(
             tokens=B * T,
@@ -213,8 +213,7 @@ def plan_retention_bwd(
             head_dims=(Dk, Dv),
             dtype=q.dtype,
             precision=precision,
-            architecture=architecture,
-            multiprocessors=multiprocessors_of(q.device),
+            **target._asdict(),
         )
     if reset is not None:
         config = replace(config, stretch=None)
@@ -227,7 +226,7 @@ def plan_retention_bwd(
         launches, (dq, _) = plan_retention_fwd(
             *(grad_out, v, k, log_decay, before, scale, cu_seqlens, reset),
             with_final=False,
-            architecture=architecture,
+            target=target,
         )
     tokens = {"q": q, "k": k, "v": v, "g": grad_out}
     tokens = {role: with_contiguous_rows(x) for role, x in tokens.items()}
@@ -327,11 +326,13 @@ def retention_bwd(
     Raises:
         ValueError: a head dim is larger than the kernels hold.
     """
-    launches, grads = plan_retention_bwd(
-        *(q, k, v, log_decay, state, scale, cu_seqlens, grad_out, grad_state),
+    arguments = (q, k, v, log_decay, state, scale, cu_seqlens, grad_out, grad_state)
+    grads: list[Tensor | None] = launched(
+        plan_retention_bwd,
+        *arguments,
         reset=reset,
-        needs=needs,
+        needs=tuple(needs),
+        target=target_of(q.device),
         config=config,
     )
-    run(launches, q.device)
     return grads

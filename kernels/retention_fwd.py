@@ -32,11 +32,11 @@ from . import split, tiles
 from .configs import RetentionConfig, retention_config
 from .launch import (
     Launch,
-    architecture_of,
+    Target,
     dot_precision,
-    multiprocessors_of,
+    launched,
     named_strides,
-    run,
+    target_of,
     token_strides,
     with_contiguous_rows,
 )
@@ -165,7 +165,7 @@ def plan_retention_fwd(
     out_dtype: torch.dtype | None = None,
     with_final: bool = True,
     config: RetentionConfig | None = None,
-    architecture: str | None = None,
+    target: Target | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
     """The launches of `retention_fwd`, and the tensors that they fill; the state is one only `with_final`.
 
@@ -174,7 +174,7 @@ def plan_retention_fwd(
     if q.shape[1] == 1 and cu_seqlens is None and reset is None and config is None:
         step = (x.squeeze(1) for x in (q, k, v))
         launches, (out, final) = plan_retention_step(
-            *step, log_decay, state, scale, out_dtype=out_dtype, with_final=with_final
+            *step, log_decay, state, scale, out_dtype=out_dtype, with_final=with_final, target=target
         )
         return launches, (out.unsqueeze(1), final)
     B, T, H, Dk = q.shape
@@ -184,8 +184,8 @@ def plan_retention_fwd(
     final = torch.empty((sequences, H, Dk, Dv), dtype=torch.float32, device=v.device)
     if sequences == 0 or T == 0:
         return [], (out, final.zero_() if state is None else final.copy_(state))
-    architecture = architecture or architecture_of(q.device)
-    precision = dot_precision(v.dtype, architecture)
+    target = target or target_of(q.device)
+    precision = dot_precision(v.dtype, target.architecture)
     if config is None:
         config = retention_config(
             tokens=B * T,
@@ -194,8 +194,7 @@ def plan_retention_fwd(
             head_dims=(Dk, Dv),
             dtype=v.dtype,
             precision=precision,
-            architecture=architecture,
-            multiprocessors=multiprocessors_of(q.device),
+            **target._asdict(),
         )
     if reset is not None:
         config = replace(config, stretch=None)
@@ -268,8 +267,8 @@ def retention_fwd(
     Returns:
         out (B, T, H, Dv), and the state after the last token, float32. Both are new.
     """
-    launches, outputs = plan_retention_fwd(
-        q, k, v, log_decay, state, scale, cu_seqlens, reset, out_dtype=out_dtype, config=config
+    arguments = (q, k, v, log_decay, state, scale, cu_seqlens, reset)
+    outputs: tuple[Tensor, Tensor] = launched(
+        plan_retention_fwd, *arguments, target=target_of(q.device), out_dtype=out_dtype, config=config
     )
-    run(launches, q.device)
     return outputs

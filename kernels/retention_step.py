@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import tiles
 from .configs import StepConfig, step_config
-from .launch import Launch, multiprocessors_of, named_strides, run, with_contiguous_rows
+from .launch import Launch, Target, launched, named_strides, target_of, with_contiguous_rows
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -87,6 +87,7 @@ def plan_retention_step(
     out_dtype: torch.dtype | None = None,
     with_final: bool = True,
     config: StepConfig | None = None,
+    target: Target | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
     """The launch of `retention_step`, and the tensors that it fills; the state is one only `with_final`."""
     B, H, Dk = q.shape
@@ -96,7 +97,8 @@ def plan_retention_step(
     if B == 0:
         return [], (out, new_state)
     if config is None:
-        config = step_config(B * H, (Dk, Dv), multiprocessors_of(q.device))
+        target = target or target_of(q.device)
+        config = step_config(B * H, (Dk, Dv), target.multiprocessors)
     q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
     state = None if state is None else with_contiguous_rows(state)
     launch = Launch(
@@ -132,6 +134,8 @@ def retention_step(
     Returns:
         out (B, H, Dv) in out_dtype (None: v's), and the state after the token, float32. Both are new.
     """
-    launches, outputs = plan_retention_step(q, k, v, log_decay, state, scale, out_dtype=out_dtype)
-    run(launches, q.device)
+    arguments = (q, k, v, log_decay, state, scale)
+    outputs: tuple[Tensor, Tensor] = launched(
+        plan_retention_step, *arguments, target=target_of(q.device), out_dtype=out_dtype
+    )
     return outputs

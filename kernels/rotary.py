@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import row_config
-from .launch import Launch, named_strides, run, with_contiguous_rows
+from .launch import Launch, launched, named_strides, with_contiguous_rows
 
 
 @triton.jit
@@ -153,8 +153,7 @@ def rotary_fwd(
     Returns:
         q and k rotated, contiguous.
     """
-    launches, outputs = plan_rotary_fwd(q, k, cos, sin, kind, inverse=inverse)
-    run(launches, q.device)
+    outputs: tuple[Tensor, Tensor] = launched(plan_rotary_fwd, q, k, cos, sin, kind, inverse=inverse)
     return outputs
 
 

@@ -31,6 +31,8 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
     def make_poisoned(*args: object, **options: object) -> torch.Tensor:
         tensor = make(*args, **options)
+        if tensor.is_meta:
+            return tensor
         with torch.no_grad():
             if tensor.is_floating_point() or tensor.is_complex():
                 return tensor.fill_(float("nan"))

@@ -66,15 +66,12 @@ class Case:
 def on_architecture(architecture: str, op: str, *, fraction: float = 1.0) -> Iterator[None]:
     """Let a launcher see a GPU of ``architecture``, or a ``fraction`` of it (for a fraction of a batch)."""
     launcher(op)
-    seen = {
-        "architecture_of": lambda device: architecture,
-        "multiprocessors_of": lambda device: max(1, math.ceil(fraction * MULTIPROCESSORS[architecture])),
-    }
+    launch = importlib.import_module("retpop.kernels.launch")
+    target = launch.Target(architecture, max(1, math.ceil(fraction * MULTIPROCESSORS[architecture])))
     with ExitStack() as stack:
         for module in [module for name, module in sys.modules.items() if name.startswith("retpop.kernels.")]:
-            for name, value in seen.items():
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, value))
+            if hasattr(module, "target_of"):
+                stack.enter_context(mock.patch.object(module, "target_of", return_value=target))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -119,7 +120,7 @@ def choose_backend(where: str, backend: str, inputs: Inputs) -> tuple[Backend, s
 @constant_in_graphs
 def why_unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
     """Half a sentence on why the Triton backend cannot run such inputs, or None if it can."""
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if device.type == "cpu" and not interpreting():
         return "the inputs are on a CPU, where kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
@@ -136,6 +137,12 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, valu
     return None
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
 def _why_not_on_gpu(device: torch.device) -> str | None:
     architecture = kernels("launch").architecture_of(device)
     if torch.version.hip is not None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs import RowConfig, row_runs
+from retpop.kernels.launch import Target
 from retpop.kernels.norm_gate import norm_gate_bwd, plan_norm_gate_bwd
 
 NORMS = {"groupnorm": F.layer_norm, "rmsnorm": F.rms_norm}
@@ -100,7 +101,7 @@ def test_many_tokens_fill_several_runs_and_a_part_of_one(
     kind: str, weight: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four runs of three tiles, of which the last has one and a part; without sums, runs of one tile."""
-    monkeypatch.setattr("retpop.kernels.norm_gate.multiprocessors_of", lambda device: 2)
+    monkeypatch.setattr("retpop.kernels.norm_gate.target_of", lambda device: Target("sm_90", 2))
     inputs, grad = inputs_of(1290, 2, 8, weight=weight, bias=False)
     launches, _ = plan_norm_gate_bwd(*inputs, grad, kind, 1e-6)
     main = launches[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs import PopConfig
+from retpop.kernels.launch import Target
 from retpop.kernels.pop_fwd import plan_pop_fwd, pop_fwd
 
 LIMIT = 5e-6
@@ -353,7 +354,7 @@ def test_a_plan_runs_nothing_and_reads_no_value() -> None:
     case = make(2, 3, 5, 3, 4, 2, 8, 8, with_reset=True)
     meta = {name: x.to("meta") for name, x in vars(case).items() if isinstance(x, Tensor)}
     order = ("q", "k", "v", "q_pred", "k_pred", "v_pred", "log_decay", "state", "reset")
-    launches, outputs = plan_pop_fwd(*(meta[name] for name in order), 5, 0, 1.0, architecture="sm_80")
+    launches, outputs = plan_pop_fwd(*(meta[name] for name in order), 5, 0, 1.0, target=Target("sm_80", 108))
     assert len(launches) == 1
     assert [x.shape for x in outputs] == [case.v.shape, case.v_pred.shape, case.state.shape]
 

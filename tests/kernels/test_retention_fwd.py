@@ -21,6 +21,7 @@ from retpop.kernels.configs import (
     retention_tiles,
 )
 from retpop.kernels.gpus import SHARED_MEMORY
+from retpop.kernels.launch import Target
 from retpop.kernels.launch import run as run_launches
 from retpop.kernels.retention_fwd import plan_retention_fwd, retention_fwd
 
@@ -479,7 +480,7 @@ def test_strides_are_counted_in_what_divides_them(T: int, head_dim: int, unit: i
     """So the compiler knows how wide it may copy, whatever the head dim; Triton sees only multiples of 16."""
     q = torch.empty(1, T, 3, head_dim, dtype=torch.bfloat16, device="meta")
     launches, _ = plan_retention_fwd(
-        q, q, q, torch.empty(3, device="meta"), None, 0.125, architecture="sm_90"
+        q, q, q, torch.empty(3, device="meta"), None, 0.125, target=Target("sm_90", 132)
     )
     counted = [launch.arguments for launch in launches if "UNIT" in launch.arguments]
     assert len(counted) == (1 if T == 65 else 2)
@@ -497,9 +498,9 @@ def test_a_key_dim_that_no_program_holds() -> None:
 def test_the_default_is_the_chosen_schedule() -> None:
     q = torch.empty(1, 65_536, 4, 64, dtype=torch.bfloat16, device="meta")
     log_decay = torch.empty(4, device="meta")
-    for architecture in ("sm_80", "sm_90", "gfx942"):
-        launches, _ = plan_retention_fwd(q, q, q, log_decay, None, 0.125, architecture=architecture)
+    for target in (Target("sm_80", 108), Target("sm_90", 132), Target("gfx942", 304)):
+        launches, _ = plan_retention_fwd(q, q, q, log_decay, None, 0.125, target=target)
         assert len(launches) == 3
-        short, _ = plan_retention_fwd(*(q[:, :650],) * 3, log_decay, None, 0.125, architecture=architecture)
+        short, _ = plan_retention_fwd(*(q[:, :650],) * 3, log_decay, None, 0.125, target=target)
         assert len(short) == 1
         assert short[0].grid == (4 * (64 // short[0].arguments["COLS_V"]),)

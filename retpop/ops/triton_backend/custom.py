@@ -7,6 +7,9 @@ call with `backend="triton"` on a CPU without the interpreter raises earlier.
 An op takes tensors (or lists of them) first, then numbers. Its gradient is a separate op: it
 takes the same tensors, the results' gradients, the same numbers, and a flag per tensor whether its gradient
 is needed. Unsupported transforms raise and name the backend that supports them.
+
+An eager call goes to the launcher itself, through one `autograd.Function` where it needs a gradient:
+torch.library's dispatch takes several times the host time, and only a graph needs it.
 """
 
 from __future__ import annotations
@@ -18,11 +21,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.library import CustomOpDef
 
-from retpop._torch import check, forward_ad_level, transforms_are_active
+from retpop._torch import check, forward_ad_level, mode_is_active, transforms_are_active
 from retpop.arguments import are_batched, state_dtype, without_autocast
 
 _Run = Callable[..., Any]
@@ -58,7 +60,72 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         raise RuntimeError(f'backend="triton" cannot run: {reason}; backend="torch" can.')
 
 
-def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run) -> CustomOpDef:
+class KernelOp:
+    """An op that kernels compute; call it with its arguments in order."""
+
+    def __init__(self, op: torch.library.CustomOpDef, launch: _Run) -> None:
+        self._op, self._launch = op, launch
+        self._function: type[torch.autograd.Function]
+
+    def register_autograd(self, differentiate: _Run, *, setup_context: _Run | None = None) -> None:
+        """As `torch.library.register_autograd`."""
+        self._op.register_autograd(differentiate, setup_context=setup_context)
+        self._function = _function(self._launch, differentiate, setup_context)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The results: a tensor, or several as a tuple or a list."""
+        if torch.compiler.is_compiling():
+            return self._op(*arguments)
+        layout = [len(x) if _has_tensors(x) else None for x in arguments]
+        pairs = zip(arguments, layout, strict=True)
+        flat = [x for one, size in pairs for x in ([one] if size is None else one)]
+        tensors = [x for x in flat if isinstance(x, Tensor)]
+        if not _are_direct(tensors):
+            return self._op(*arguments)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return self._function.apply(*flat, layout)
+        return self._launch(*arguments)
+
+
+def _has_tensors(argument: object) -> bool:
+    return isinstance(argument, list | tuple) and any(isinstance(x, Tensor) for x in argument)
+
+
+def _are_direct(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels run on these eager tensors, and only autograd is to see it."""
+    if mode_is_active() or transforms_are_active() or torch.jit.is_tracing():
+        return False
+    if any(type(x) is not Tensor and type(x) is not nn.Parameter for x in tensors):
+        return False
+    return all(x.is_cuda for x in tensors) or (interpreting() and all(x.is_cpu for x in tensors))
+
+
+def _function(launch: _Run, differentiate: _Run, save: _Run | None) -> type[torch.autograd.Function]:
+    """A launcher as a differentiable function of its arguments, whose lists are flat, and of their layout."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *flat: Any) -> Any:
+            *rest, ctx.lists = flat
+            arguments = tuple(_laid_out(rest, ctx.lists))
+            result = launch(*arguments)
+            if save is not None:
+                save(ctx, arguments, result)
+            return tuple(result) if isinstance(result, list) else result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            needs = ctx.needs_input_grad
+            ctx.needs_input_grad = tuple(_laid_out(needs[:-1], ctx.lists))
+            try:
+                return *_flat(differentiate(ctx, *grads)), None
+            finally:
+                ctx.needs_input_grad = needs
+
+    return Function
+
+
+def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run) -> KernelOp:
     """An op that kernels compute.
 
     Args:
@@ -85,11 +152,11 @@ def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run
         raise RuntimeError(f'retpop::{name}: the Triton backend has no vmap; backend="torch" has.')
 
     op.register_vmap(refuse)
-    return op
+    return KernelOp(op, launch)
 
 
 def add_gradient(
-    op: CustomOpDef, name: str, schema: str, *, launch: _Run, compute: _Run, num_tensors: int
+    op: KernelOp, name: str, schema: str, *, launch: _Run, compute: _Run, num_tensors: int
 ) -> None:
     """Make the op ``name`` that computes the gradients of ``op``, and register it with autograd.
 
