@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ def export(arguments: ExportArguments) -> None:
     config = movable(trained.config)
     trained = replace(trained, config=config, agent=build_agent(config, checkpoint))
     starts = load_starts(trained, arguments.starts)
+    _make_room(arguments.out)
     figures = _measure(trained, arguments.episodes)
     try:
         write_exported(
@@ -57,6 +60,15 @@ def _check(arguments: ExportArguments) -> None:
     is_free = not out.exists() or is_exported(out) or (out.is_dir() and not any(out.iterdir()))
     if out.is_symlink() or not is_free:
         raise UsageError(f"{out} holds something else; wanted a new or empty folder, or an exported agent")
+
+
+def _make_room(out: Path) -> None:
+    """Make the folder and see that a file can be written there, before minutes go into games."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise RunError(describe_os_error(error)) from error
 
 
 def _checkpoint_of(trained: TrainedAgent, *, half: bool) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,11 +32,13 @@ class Memory:
         carry: the recurrent cell's state, tensors (n, width).
         steps: actions taken so far.
         seed: what the next action is drawn by, together with `steps`.
+        owner: digest of the weights of the controller whose memory it is; another's means something else.
     """
 
     carry: Carry
     steps: int
     seed: int
+    owner: str
 
     def __len__(self) -> int:
         return len(self.carry[0])
@@ -139,7 +142,7 @@ class LoadedAgent:
         """
         check_count("LoadedAgent.start()", "n", n)
         check_seed("LoadedAgent.start()", seed)
-        return Memory(self.networks.controller.initial_carry(int(n)), steps=0, seed=seed)
+        return self._memory(self.networks.controller.initial_carry(int(n)), seed)
 
     @torch.no_grad()
     def remember(self, starts: Starts, *, seed: int = 0) -> Memory:
@@ -149,18 +152,17 @@ class LoadedAgent:
         check_seed("LoadedAgent.remember()", seed)
         seen = self.networks.show(self._tokens_of(starts.frames[:, :-1]))
         actions, mask = (self._tensor(column[:, :-1]) for column in (starts.actions, starts.mask))
-        return Memory(self.networks.controller.burn_in(seen, actions, mask), steps=0, seed=seed)
+        return self._memory(self.networks.controller.burn_in(seen, actions, mask), seed)
 
     @torch.no_grad()
     def judge(self, seen: np.ndarray | Dream, memory: Memory) -> Judgement:
         """What the agent makes of a frame, or of a dream.
 
         Raises:
-            ValueError: the frame is of another shape or type, or there are more or fewer than the games that
-                the memory is of.
+            ValueError: the frame is of another shape or type, there are more or fewer than the games that
+                the memory is of, or the memory is another agent's.
         """
-        if not isinstance(memory, Memory):
-            raise TypeError(f"LoadedAgent.judge(): memory is a {type(memory).__name__}; wanted a Memory.")
+        self._check_memory("judge", memory)
         tokens = self._dreamt("judge", seen) if isinstance(seen, Dream) else self._encode("judge", seen)
         if len(tokens) != len(memory):
             raise ValueError(
@@ -178,6 +180,7 @@ class LoadedAgent:
     @torch.no_grad()
     def observe_action(self, action: ArrayLike, memory: Memory) -> Memory:
         """The memory after an action was taken, int or (n,), whether the agent chose it or not."""
+        self._check_memory("observe_action", memory)
         actions = self._actions("observe_action", action, len(memory))
         carry = self.networks.controller.observe_action(actions, memory.carry)
         return replace(memory, carry=carry, steps=memory.steps + 1)
@@ -288,6 +291,25 @@ class LoadedAgent:
             temperature=temperature,
         )
         return dream.after(imagined, self.networks.world_model.reward_code)
+
+    def _memory(self, carry: Carry, seed: int) -> Memory:
+        return Memory(carry, steps=0, seed=seed, owner=self._digest)
+
+    @cached_property
+    def _digest(self) -> str:
+        """That of the controller's weights, as they were when it was first asked for."""
+        digest = hashlib.sha256()
+        for weights in self.networks.controller.state_dict().values():
+            digest.update(weights.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _check_memory(self, caller: str, memory: Memory) -> None:
+        if not isinstance(memory, Memory):
+            raise TypeError(f"LoadedAgent.{caller}(): memory is a {type(memory).__name__}; wanted a Memory.")
+        if memory.owner != self._digest:
+            raise ValueError(
+                f"LoadedAgent.{caller}(): memory is another agent's; wanted one that {self.name!r} gave."
+            )
 
     def _dreamt(self, caller: str, dream: Dream) -> Tensor:
         """Tokens (n, K) of a dream."""

@@ -144,6 +144,16 @@ def test_wrong_use_is_one_sentence(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_place_that_cannot_be_written_is_found_before_any_game(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["export", str(run.path), str(tmp_path / "file" / "agent")]) == 1
+    told = capsys.readouterr().err
+    assert "Not a directory" in told
+    assert "playing" not in told
+
+
 @pytest.mark.parametrize("name", list_bundled())
 def test_what_comes_with_the_package_is_small_and_dreams(name: str) -> None:
     assert sum(path.stat().st_size for path in (BUNDLED / name).iterdir()) < 2_000_000

@@ -182,6 +182,8 @@ def test_wrong_arguments_are_named(agent: LoadedAgent) -> None:
         (lambda: agent.encode(frame / 255), r"encode\(\): the frame is float64"),
         (lambda: agent.act(agent.starts.frames[:2, -1], memory), "2 observations for a memory of 1 games"),
         (lambda: agent.act(frame, memory, temperature=-1), "temperature is -1"),
+        (lambda: agent.act(frame, replace(memory, owner="")), r"judge\(\): memory is another agent's"),
+        (lambda: agent.observe_action(0, replace(memory, owner="")), r"observe_action\(\): memory is anoth"),
         (lambda: agent.imagine(frame, 0, temperature=float("nan")), "temperature is nan"),
         (
             lambda: agent.imagine(replace(agent.dream(frame), tokens=np.zeros((1, 4), int)), 0),
