@@ -13,7 +13,7 @@ from rem_atari.runs.metrics import read_metrics
 pytest.importorskip("minatar", reason="the extra minatar is not installed")
 
 EPOCHS = "6"
-"""Of the preset's 30: about six minutes of an idle core, where a quarter of an hour is allowed."""
+"""Of the preset's 24."""
 
 
 @pytest.mark.slow
