@@ -142,7 +142,7 @@ MINATAR = Config(
         # Large batches of long dreams: rewards are rare, and a gradient of a few of them is mostly noise.
         horizon=21,
         gamma=0.97,
-        entropy_weight=0.01,
+        entropy_weight=0.02,
         uses=4,
         scale_advantages=True,
         random_repeat=16,
