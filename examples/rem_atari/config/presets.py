@@ -142,7 +142,7 @@ MINATAR = Config(
         # Large batches of long dreams: rewards are rare, and a gradient of a few of them is mostly noise.
         horizon=21,
         gamma=0.97,
-        entropy_weight=0.01,
+        entropy_weight=0.02,
         uses=4,
         scale_advantages=True,
         random_repeat=16,
@@ -170,7 +170,7 @@ SMALL = Config(
         MINATAR.controller,
         horizon=16,
         gamma=0.98,
-        entropy_weight=0.01,
+        entropy_weight=0.02,
         random_repeat=8,
         # Rewards depend on a few pixels of many: a policy's gradient wants many steps.
         optim=replace(MINATAR.controller.optim, lr=3e-4, batch_size=128, updates_per_epoch=20),
@@ -220,7 +220,7 @@ TINY = Config(
         burn_in=6,
         horizon=7,
         gamma=0.97,
-        entropy_weight=0.01,
+        entropy_weight=0.02,
         optim=OptimConfig(
             lr=1e-3,
             weight_decay=0.01,
