@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from triton.compiler import CompiledKernel
 
 Tensors = Mapping[str, Tensor | None]
 
@@ -89,14 +88,10 @@ class Launch:
             names = ", ".join(sorted(wrong))
             raise TypeError(f"{self.kernel.__name__}: missing or unknown arguments: {names}")
 
-    def run(self, tensors: Tensors | None = None) -> Any:
-        """Launch on the current stream, with ``tensors`` in place of the arguments of their names.
-
-        Returns:
-            The compiled kernel; None in the interpreter.
-        """
+    def run(self, tensors: Tensors | None = None) -> None:
+        """Launch on the current stream, with ``tensors`` in place of the arguments of their names."""
         # Fusion of multiplications and additions is given, because its default differs by version of Triton.
-        return self.kernel[self.grid](
+        self.kernel[self.grid](
             **{**self.arguments, **(tensors or {})},
             num_warps=self.num_warps,
             num_stages=self.num_stages,
@@ -134,7 +129,7 @@ def launched(plan: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     tensors: list[Tensor] = []
     forms = _forms((*arguments, *options.values()), tensors)
     device = arguments[0].device
-    recipe = _recipe(plan, forms, tuple(options), device, torch.get_float32_matmul_precision())
+    recipe = _recipe(plan, forms, tuple(options), torch.get_float32_matmul_precision())
     if recipe is not None:
         return recipe.run(tensors, device)
     launches, outputs = plan(*arguments, **options)
@@ -171,12 +166,12 @@ class _Recipe:
 
     Attributes:
         new: shape and dtype of each new tensor, and None, or of which tensor by which strides it is a copy.
-        launches: in order.
+        launches: in order, each with the numbers of its tensors by name.
         outputs: the plan's.
     """
 
     new: Sequence[tuple[Sequence[int], torch.dtype, _Source | None]]
-    launches: Sequence[_Repeated]
+    launches: Sequence[tuple[Launch, Mapping[str, int]]]
     outputs: Any
 
     def run(self, given: Sequence[Tensor], device: torch.device) -> Any:
@@ -188,42 +183,10 @@ class _Recipe:
             else:
                 number, stride = source
                 tensors.append(tensors[number].as_strided(shape, stride).contiguous())
-        addresses = 0
-        for x in given:
-            addresses |= x.data_ptr()
         with _on(device):
-            for launch in self.launches:
-                launch.run(tensors, aligned=addresses % 16 == 0)
+            for launch, numbers in self.launches:
+                launch.run({name: tensors[number] for name, number in numbers.items()})
         return _mapped(lambda number: None if number is None else tensors[number], self.outputs)
-
-
-class _Repeated:
-    """A launch with numbers for its tensors, by name. It holds the kernel that its first run compiled.
-
-    Triton compiles a kernel for integers, dtypes and whether tensors start at multiples of 16 bytes. A plan
-    fixes the first two, so where all tensors do, the kernel is the one of the first such run. (On AMD it also
-    depends on the memory behind the tensors, so Triton is asked each time.)
-    """
-
-    def __init__(self, launch: Launch, numbers: Mapping[str, int]) -> None:
-        names = list(launch.kernel.arg_names)
-        self._launch = replace(launch, arguments={**launch.arguments, **dict.fromkeys(numbers)})
-        self._numbers = numbers
-        self._values = [self._launch.arguments[name] for name in names]
-        self._places = [(names.index(name), number) for name, number in numbers.items()]
-        self._compiled: Callable[..., object] | None = None
-
-    def run(self, tensors: Sequence[Tensor], *, aligned: bool) -> None:
-        """Launch on the current stream."""
-        if aligned and self._compiled is not None:
-            values = self._values.copy()
-            for place, number in self._places:
-                values[place] = tensors[number]
-            self._compiled(*values)
-            return
-        kernel = self._launch.run({name: tensors[number] for name, number in self._numbers.items()})
-        if aligned and isinstance(kernel, CompiledKernel) and torch.version.hip is None:
-            self._compiled = kernel[(*self._launch.grid, 1, 1)[:3]]
 
 
 @lru_cache(maxsize=PLANS)
@@ -231,7 +194,6 @@ def _recipe(
     plan: Callable[..., Any],
     forms: tuple[Any, ...],
     options: tuple[str, ...],
-    device: torch.device,  # a compiled kernel is loaded on one
     float32_matmul_precision: str,  # `dot_precision` reads it
 ) -> _Recipe | None:
     """The recipe of a plan for tensors of such forms; None if it also computes something, such as zeros."""
@@ -241,12 +203,13 @@ def _recipe(
     with watch:
         launches, outputs = plan(*arguments[:first], **dict(zip(options, arguments[first:], strict=True)))
     numbered = _mapped(watch.output, outputs)
-    repeated = []
+    numbered_launches = []
     for launch in launches:
         tensors = {name: x for name, x in launch.arguments.items() if isinstance(x, Tensor)}
-        repeated.append(_Repeated(launch, {name: watch.number_of(x) for name, x in tensors.items()}))
+        without = replace(launch, arguments={**launch.arguments, **dict.fromkeys(tensors)})
+        numbered_launches.append((without, {name: watch.number_of(x) for name, x in tensors.items()}))
     new = [(x.shape, x.dtype, watch.sources.get(place)) for place, x in enumerate(watch.new)]
-    return _Recipe(new, repeated, numbered) if watch.plain else None
+    return _Recipe(new, numbered_launches, numbered) if watch.plain else None
 
 
 class _Watch(TorchFunctionMode):
