@@ -7,7 +7,7 @@ debug    seconds             runs every phase on Catch at toy sizes; learns noth
 tiny     at most 4 minutes   the whole agent on a real Atari game at a size a CPU bears; learns little
 catch    about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
 minatar  half an hour        learns MinAtar's games (extra: minatar); what each gave: docs, Results
-small    about an hour       a real Atari game in earnest, at a size a CPU bears; what it gave: docs, Results
+small    an estimated hour   a real Atari game at a CPU's size: first settings, with which none is learned yet
 paper    days; wants a GPU   the published agent
 =======  ==================  ==============================================================================
 """
@@ -158,25 +158,35 @@ MINATAR = Config(
 SMALL = Config(
     preset="small",
     threads=1,
-    env=EnvConfig(game="Boxing", frame_size=48, num_envs=8),
-    # Sprites move by single pixels: a network would not learn as much in minutes as means of patches hold.
-    tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=512, patch_means=True),
+    # Few pixels in small patches show more of what moves than many in large ones, at as many codes.
+    env=EnvConfig(game="Krull", frame_size=32, num_envs=8),
+    # Sprites move by single pixels: means of patches hold in a second what a network learns in minutes.
+    tokenizer=replace(
+        _SMALL_TOKENIZER,
+        kind="patches",
+        channels=(8, 16, 32),
+        codebook_size=256,
+        code_dim=64,
+        patch_means=True,
+    ),
     world_model=replace(
         MINATAR.world_model,
+        # Codes that look alike are close to begin with.
+        own_token_embedding=False,
+        sequence_blocks=21,
         local_frames=4,
-        optim=replace(MINATAR.world_model.optim, updates_per_epoch=100, first_updates=1_500),
+        optim=replace(MINATAR.world_model.optim, updates_per_epoch=60, first_updates=2_000),
     ),
     controller=replace(
         MINATAR.controller,
         horizon=16,
         gamma=0.98,
-        entropy_weight=0.01,
         random_repeat=8,
-        # Rewards depend on a few pixels of many: a policy's gradient wants many steps.
-        optim=replace(MINATAR.controller.optim, lr=3e-4, batch_size=128, updates_per_epoch=20),
+        optim=replace(MINATAR.controller.optim, updates_per_epoch=12),
     ),
+    # Some hundred rewards are learned by heart, and foretell none of others.
     schedule=ScheduleConfig(
-        epochs=40, collect_epochs=40, steps_per_epoch=500, random_steps=8_000, checkpoint_every=5
+        epochs=20, collect_epochs=20, steps_per_epoch=2_000, random_steps=30_000, checkpoint_every=5
     ),
     evaluation=EvaluationConfig(every=10, episodes=16, final_episodes=100, random_episodes=100),
 )
