@@ -142,7 +142,8 @@ MINATAR = Config(
         # Large batches of long dreams: rewards are rare, and a gradient of a few of them is mostly noise.
         horizon=21,
         gamma=0.97,
-        entropy_weight=0.02,
+        # With 0.02 and less policies became certain before they were good.
+        entropy_weight=0.05,
         uses=4,
         scale_advantages=True,
         random_repeat=16,
