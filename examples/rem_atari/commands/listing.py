@@ -14,7 +14,7 @@ PURPOSES = {
     "debug": ("seconds", "runs every part at toy sizes; learns nothing"),
     "tiny": ("4 minutes", "the whole agent on a real Atari game, as much as a CPU bears; learns little"),
     "catch": ("4 minutes", "learns a small game from nothing to nearly perfect"),
-    "minatar": ("half an hour", "learns MinAtar's small games; Breakout unless env.id says otherwise"),
+    "minatar": ("under an hour", "learns MinAtar's small games; Breakout unless env.id says otherwise"),
     "small": ("an estimated hour", "a real Atari game at a CPU's size; first settings, learns none yet"),
     "paper": ("days on a CPU", "the published agent; wants a GPU, and `rem-atari weights` once before it"),
 }

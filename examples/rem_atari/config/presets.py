@@ -6,7 +6,7 @@ name     time, 2 CPU cores   what for
 debug    seconds             runs every phase on Catch at toy sizes; learns nothing
 tiny     at most 4 minutes   the whole agent on a real Atari game at a size a CPU bears; learns little
 catch    about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
-minatar  half an hour        learns MinAtar's games (extra: minatar); what each gave: docs, Results
+minatar  under an hour       learns MinAtar's games (extra: minatar); what each gave: docs, Results
 small    an estimated hour   a real Atari game at a CPU's size: first settings, with which none is learned yet
 paper    days; wants a GPU   the published agent
 =======  ==================  ==============================================================================
