@@ -6,6 +6,7 @@ them into a model. Start with the README, or with ``help(retpop.retention)``.
 
 from retpop import checkpoints
 from retpop.config import RetNetConfig
+from retpop.cuda_graph import capture
 from retpop.decay import log_spaced_decay, retnet_decay
 from retpop.layers import MultiScaleRetention, RetNetDecoder
 from retpop.ops import explain_backend, pop_retention, retention
@@ -20,6 +21,7 @@ __all__ = [
     "RetNetConfig",
     "RetNetDecoder",
     "RetNetState",
+    "capture",
     "checkpoints",
     "explain_backend",
     "log_spaced_decay",

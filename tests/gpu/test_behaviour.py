@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,37 @@ def imagination_run(dtype: torch.dtype, device: torch.device) -> Callable[[], Re
 
 
 RUNS = {make.__name__: make for make in (step_run, pop_run, pop_gradient_run, imagination_run)}
+
+
+def steps_of(decoder: torch.nn.Module, device: torch.device) -> tuple[Callable[..., Any], ...]:
+    """A step of training the decoder, and one of decoding with it."""
+    rate = torch.tensor(1e-2, device=device)
+    optimizer = torch.optim.SGD(decoder.parameters(), lr=rate, momentum=0.9)
+
+    def train(x: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = decoder(x)[0].square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return train, torch.no_grad()(decoder)
+
+
+def test_captured_steps_are_the_steps(device: torch.device) -> None:
+    """The first calls run the function, the next captures it, the others are replays."""
+    decoders = [make_decoder(torch.float32).to(device) for _ in range(2)]
+    eager, captured = (steps_of(decoder, device) for decoder in decoders)
+    captured = [retpop.capture(step, warm_up=1) for step in captured]
+    for seed in range(3):
+        x = normal(2, 2, 12, seed=seed, dtype=torch.float32).to(device)
+        torch.testing.assert_close(captured[0](x), eager[0](x))
+    states = [decoder.init_state(2) for decoder in decoders]
+    for seed in range(3):
+        x = normal(2, 1, 12, seed=seed, dtype=torch.float32).to(device)
+        (out, *others), states = zip(captured[1](x, states[0]), eager[1](x, states[1]), strict=True)
+        torch.testing.assert_close(out, *others)
+    torch.testing.assert_close(*(state.kv for state in states))
 
 
 @dtypes

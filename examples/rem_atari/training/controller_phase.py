@@ -10,7 +10,6 @@ import torch
 from rem_atari.agent import Agent
 from rem_atari.config import ControllerConfig
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.play.cuda_graph import CudaGraph
 from rem_atari.replay.buffer import Replay
 from rem_atari.replay.segment_sampler import SegmentSampler
 from rem_atari.training.actor_critic import Imagination, imagine, learn_from
@@ -18,6 +17,7 @@ from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.updates import Lap, Metrics, untimed
+from retpop import capture
 
 
 class ControllerPhase(TrainingPhase[SequenceTokens]):
@@ -31,7 +31,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         config: burn-in, horizon, loss.
         generator: source of draws, on the agent's device.
         warn: told when there is nothing to train on yet.
-        cuda_graph: imagine by a `CudaGraph`; for an agent on a CUDA device.
+        cuda_graph: capture imagination in a CUDA graph; for an agent on a CUDA device.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         self._imagine = partial(imagine, agent, cfg=config, generator=generator)
         self._generator = generator
         self._cuda_graph = cuda_graph
-        self._graph: CudaGraph[Imagination] | None = None
+        self._graph: Callable[..., Imagination] | None = None
         self._num_codes = 0
 
     def prepare(self, epoch: int) -> bool:
@@ -77,7 +77,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         self._sampler.refresh()
         before, self._num_codes = self._num_codes, len(self._agent.tokenizer.codes)
         if self._cuda_graph and self._num_codes != before:
-            self._graph = CudaGraph(self._imagine, self._generator)
+            self._graph = capture(self._imagine_columns, generators=[self._generator])
 
     def changed_on_the_way(self) -> list[torch.Tensor]:
         """Which rows have tokens."""
@@ -112,9 +112,12 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         """
         if self._graph is None:
             return self._imagine(segments, lap=lap)
-        imagination = self._graph(segments)
+        imagination = self._graph(**vars(segments))
         lap("burn-in and steps")
         return imagination
+
+    def _imagine_columns(self, **columns: torch.Tensor) -> Imagination:
+        return self._imagine(SequenceTokens(**columns))
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Imagined frames a second, and how many there have been in all for a step of the real game."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from pretended_graph import pretend_graphs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config, ControllerConfig, EnvConfig, TokenizerConfig, WorldModelConfig
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
-from rem_atari.play.cuda_graph import CudaGraph
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import Trajectory, rollout
 from rem_atari.training.actor_critic import (
@@ -475,23 +473,6 @@ def test_imagination_can_be_captured(options):
     assert not [name for name, _ in seen[0] if name.removeprefix("aten::").split(".")[0] in waiting]
 
 
-class PretendedGraph:
-    """A CUDA graph for a machine without one: replays by calling the function, into the same tensors."""
-
-    def __init__(self) -> None:
-        self.registered: list[torch.Generator] = []
-
-    def register_generator_state(self, generator: torch.Generator) -> None:
-        self.registered.append(generator)
-
-    def replay(self) -> None:
-        captured = self.captured
-        for kept, new in zip(
-            leaves(captured._result), leaves(captured._function(captured._segments)), strict=True
-        ):
-            kept.copy_(new)
-
-
 def leaves(imagination: Imagination) -> list[torch.Tensor]:
     before, trajectory, bootstrap = imagination
     found = tree_leaves((before, vars(trajectory), bootstrap))
@@ -499,25 +480,24 @@ def leaves(imagination: Imagination) -> list[torch.Tensor]:
 
 
 def test_a_graph_gives_what_the_function_gives(monkeypatch):
-    """But for the graph itself, see tests/gpu: its inputs, its results, and what the generator holds."""
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+    """But for the graph itself, see tests/gpu: its results, and what the generator holds."""
+    graphs = pretend_graphs(monkeypatch)
     agent, segments = small_agent(world_model={"disagreement_heads": 2}), some_segments()
     cfg = replace(CONFIG.controller, disagreement_weight=0.5)
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    eager, captured = (partial(imagine, agent, cfg=cfg, generator=each) for each in generators)
-    graph = CudaGraph(captured, generators[1])
-    monkeypatch.setattr(PretendedGraph, "captured", graph, raising=False)
-    for shift in range(3):
+    component = Component("controller", agent.controller, cfg.optim)
+    eager, captured = (
+        ControllerPhase(agent, component, MagicMock(), MagicMock(), cfg, each, print, cuda_graph=graph)
+        for graph, each in enumerate(generators)
+    )
+    captured.go_on()
+    for shift in range(6):
         batch = replace(segments, tokens=(segments.tokens + shift) % CODES)
-        wanted, found = leaves(eager(batch)), leaves(graph(batch))
+        wanted, found = leaves(eager.imagine(batch)), leaves(captured.imagine(batch))
         assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
         assert not any(tensor.requires_grad for tensor in found)
         assert torch.equal(*(generator.get_state() for generator in generators))
-    assert graph._graph.registered == [generators[1]]
+    assert [graph.registered for graph in graphs] == [[generators[1]]]
 
 
 def policy_gradient(cfg: ControllerConfig, moved: torch.Tensor) -> torch.Tensor:
