@@ -267,10 +267,14 @@ class ControllerConfig:
     entropy_weight: float = 0.001
     """Weight of the policy's entropy."""
     uses: int = 1
-    """Updates on the same imagined steps; with more than one (the paper: 1) the policy's are clipped as those
-    of PPO (arXiv 1707.06347)."""
+    """How often the same imagined steps are learned from; with more than one (the paper: 1) the policy's
+    updates are clipped as those of PPO (arXiv 1707.06347)."""
+    minibatches: int = 1
+    """Random parts of the imagined episodes, with an update on each in every one of `uses`, clipped likewise
+    (PPO, algorithm 1); at most `optim.batch_size`. 1 in the paper."""
     clip_ratio: float = 0.2
-    """With more than one of `uses`: how far the chance of an action may move, as a share of what it was."""
+    """With more than one of `uses` or `minibatches`: how far the chance of an action may move, as a share of
+    what it was."""
     scale_advantages: bool = False
     """Divide advantages by their standard deviation in the batch, so that small rewards teach as much as
     large ones. Off in the paper."""
@@ -377,6 +381,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "controller.reward_start_share": 0.0,
     "controller.reward_start_steps": 10,
     "controller.uses": 1,
+    "controller.minibatches": 1,
     "controller.clip_ratio": 0.2,
     "controller.scale_advantages": False,
     "controller.random_repeat": 1,

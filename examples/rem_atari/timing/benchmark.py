@@ -125,11 +125,13 @@ def scale_batches(config: Config, scale: float) -> Config:
     def smaller(optim: OptimConfig) -> OptimConfig:
         return replace(optim, batch_size=max(1, round(optim.batch_size * scale)))
 
+    optim = smaller(config.controller.optim)
+    minibatches = min(config.controller.minibatches, optim.batch_size)
     return replace(
         config,
         tokenizer=replace(config.tokenizer, optim=smaller(config.tokenizer.optim)),
         world_model=replace(config.world_model, optim=smaller(config.world_model.optim)),
-        controller=replace(config.controller, optim=smaller(config.controller.optim)),
+        controller=replace(config.controller, optim=optim, minibatches=minibatches),
     )
 
 

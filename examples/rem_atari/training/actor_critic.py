@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -36,6 +36,14 @@ class Imagination(NamedTuple):
     before: Carry
     trajectory: Trajectory
     bootstrap: Tensor
+
+    def select(self, rows: Tensor) -> Imagination:
+        """Some of the episodes, by their indices (n,)."""
+        columns = ((column.name, getattr(self.trajectory, column.name)) for column in fields(Trajectory))
+        chosen = {name: None if steps is None else steps[rows] for name, steps in columns}
+        return Imagination(
+            tuple(part[rows] for part in self.before), Trajectory(**chosen), self.bootstrap[rows]
+        )
 
 
 def controller_loss(
@@ -148,8 +156,8 @@ def actor_critic_loss(
 
         -log π(a) (G - sg V)  +  (V - sg G)²  -  entropy_weight · H(π)
 
-    with the advantage G - sg V scaled where `scale_advantages` says so, and, where imagined steps are used
-    more than once, PPO's clipped ratio of chances (arXiv 1707.06347, equation 7) in place of the logarithm;
+    with the advantage G - sg V scaled where `scale_advantages` says so, and, where imagined steps bring more
+    than one update, PPO's clipped ratio of chances (arXiv 1707.06347, equation 7) in place of the logarithm;
     averaged over the steps; with `mask_after_end`, over those that no end came before.
 
     Args:
@@ -180,7 +188,7 @@ def actor_critic_loss(
     if cfg.scale_advantages:
         advantages = advantages / _deviation(advantages, weights).clamp(min=LEAST_DEVIATION)
     taken = _log_chances(trajectory.logits, trajectory.actions)
-    if cfg.uses == 1:
+    if cfg.uses * cfg.minibatches == 1:
         gain = taken * advantages
     else:
         before = _log_chances(trajectory.logits if acted is None else acted, trajectory.actions).detach()

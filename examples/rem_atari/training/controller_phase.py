@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -58,7 +58,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
             reward_share=config.reward_start_share,
             reward_steps=config.reward_start_steps,
         )
-        self._latest: Imagination | None = None
+        self._parts: Iterator[Imagination] = iter(())
         self._imagine = partial(imagine, agent, cfg=config, generator=generator)
         self._generator = generator
         self._cuda_graph = cuda_graph
@@ -88,22 +88,32 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         return self._tokens.tokenize(self._sampler.draw(self._config.optim.batch_size))
 
     def loss(self, batch: SequenceTokens) -> tuple[torch.Tensor, Metrics]:
-        """What `controller_loss` says."""
-        self._latest = self.imagine(batch)
-        return learn_from(self._latest, self._agent.controller, self._config)
+        """Imagine, and judge the first part of what is learned from it."""
+        self._parts = self._cut(self.imagine(batch))
+        return learn_from(next(self._parts), self._agent.controller, self._config)
 
     def update(self, lap: Lap = untimed) -> Metrics:
-        """See `TrainingPhase.update`; then learn from the same imagined steps again, `uses` times in all.
+        """See `TrainingPhase.update`; then learn from the other parts of the same imagined steps.
 
-        The metrics are those of the first use. A later one that is not applied leaves those before it.
+        The metrics are the means of the first use. A later part that is not applied leaves those before it.
         """
-        metrics = super().update(lap)
-        for _ in range(self._config.uses - 1):
-            assert self._latest is not None
+        found = [super().update(lap)]
+        for part in self._parts:
             with self.component.autocast():
-                loss, measured = learn_from(self._latest, self._agent.controller, self._config)
-            self.component.apply(loss, measured)
-        return metrics
+                loss, metrics = learn_from(part, self._agent.controller, self._config)
+            found.append(self.component.apply(loss, metrics))
+        return _means(found[: self._config.minibatches])
+
+    def _cut(self, imagination: Imagination) -> Iterator[Imagination]:
+        """What each update learns from: in every use all episodes, in `minibatches` random parts."""
+        for _ in range(self._config.uses):
+            if self._config.minibatches == 1:
+                yield imagination
+                continue
+            rewards = imagination.trajectory.rewards
+            order = torch.randperm(len(rewards), generator=self._generator, device=rewards.device)
+            for rows in order.tensor_split(self._config.minibatches):
+                yield imagination.select(rows)
 
     def imagine(self, segments: SequenceTokens, lap: Lap = untimed) -> Imagination:
         """Imagine from the segments' last frames, see `actor_critic.imagine`.
@@ -122,8 +132,16 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Imagined frames a second, and how many there have been in all for a step of the real game."""
         frames = self._config.optim.batch_size * (self._config.horizon - 1)
-        imagined = self.component.updates / self._config.uses * frames
+        updates = self._config.uses * self._config.minibatches
+        imagined = self.component.updates / updates * frames
         return {
             "frames_per_second": means["rate"] * frames,
             "imagined_per_env_step": imagined / max(1, self._replay.num_steps),
         }
+
+
+def _means(found: Sequence[Metrics]) -> Metrics:
+    """The mean of each metric over several updates."""
+    if len(found) == 1:
+        return found[0]
+    return {name: torch.stack([torch.as_tensor(each[name]) for each in found]).mean() for name in found[0]}

@@ -44,6 +44,7 @@ AT_LEAST_ONE = (
     "controller.min_real_frames",
     "controller.reward_start_steps",
     "controller.uses",
+    "controller.minibatches",
     "controller.random_repeat",
     "schedule.epochs",
     "schedule.collect_epochs",
@@ -171,6 +172,11 @@ def check_config(config: Config) -> None:
         raise UsageError(
             f"controller.context_frames is {config.controller.context_frames}, wanted at most"
             f" controller.burn_in, which is {config.controller.burn_in}"
+        )
+    if config.controller.minibatches > config.controller.optim.batch_size:
+        raise UsageError(
+            f"controller.minibatches is {config.controller.minibatches}, wanted at most"
+            f" controller.optim.batch_size, which is {config.controller.optim.batch_size}"
         )
     for component in ("tokenizer", "world_model", "controller"):
         average = getattr(config, component).optim.average

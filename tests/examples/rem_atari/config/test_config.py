@@ -204,3 +204,9 @@ def test_a_context_longer_than_the_burn_in_is_refused() -> None:
     longer = change("controller.context_frames", PRESETS["debug"].controller.burn_in + 1)
     with pytest.raises(UsageError, match=r"controller\.context_frames is 4, wanted at most .* is 3"):
         check_config(longer)
+
+
+def test_more_minibatches_than_episodes_are_refused() -> None:
+    episodes = PRESETS["debug"].controller.optim.batch_size
+    with pytest.raises(UsageError, match=rf"controller\.minibatches is {episodes + 1}, wanted at most"):
+        check_config(change("controller.minibatches", episodes + 1))

@@ -16,12 +16,14 @@ from rem_atari.config import Config, ControllerConfig, EnvConfig, TokenizerConfi
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
 from rem_atari.play.imagination import ImaginedEnv
 from rem_atari.play.rollout import Trajectory, rollout
+from rem_atari.training import controller_phase
 from rem_atari.training.actor_critic import (
     Imagination,
     actor_critic_loss,
     before_the_end,
     controller_loss,
     imagine,
+    learn_from,
     start_imagination,
 )
 from rem_atari.training.component import Component
@@ -545,22 +547,75 @@ def test_scaled_advantages_do_not_depend_on_the_size_of_rewards():
     torch.testing.assert_close(policy[0], policy[1])
 
 
-def test_imagined_steps_are_used_as_often_as_asked_for():
-    """Each use is an update; imagination happens once."""
-    agent, segments = small_agent(uses=3), some_segments()
-    cfg = replace(CONFIG.controller, uses=3)
+def a_phase(agent: Agent, segments: SequenceTokens, cfg: ControllerConfig) -> ControllerPhase:
+    """The controller's turn on the same segments at every update."""
     component = Component("controller", agent.controller, cfg.optim)
-    phase = ControllerPhase(
-        agent, component, MagicMock(), MagicMock(), cfg, torch.Generator().manual_seed(0), print
-    )
+    generator = torch.Generator().manual_seed(0)
+    phase = ControllerPhase(agent, component, MagicMock(num_steps=1), MagicMock(), cfg, generator, print)
     phase.draw = lambda: segments
-    imagined = []
+    return phase
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_imagined_steps_are_used_as_often_as_asked_for(minibatches, monkeypatch):
+    """Imagination happens once, and each use goes over all episodes, in parts of about the same size."""
+    cfg = replace(CONFIG.controller, uses=2, minibatches=minibatches)
+    agent, segments = small_agent(), some_segments(batch=5)
+    phase = a_phase(agent, segments, cfg)
+    imagined, learned = [], []
     imagine_once = phase.imagine
-    phase.imagine = lambda *arguments: imagined.append(1) or imagine_once(*arguments)
-    before = [parameter.clone() for parameter in agent.controller.parameters()]
+    phase.imagine = lambda *arguments: imagined.append(imagine_once(*arguments)) or imagined[-1]
+
+    def spy(part: Imagination, *arguments):
+        learned.append(part)
+        return learn_from(part, *arguments)
+
+    monkeypatch.setattr(controller_phase, "learn_from", spy)
     phase.update()
-    assert len(imagined) == 1
-    assert component.updates == 3
-    assert any(
-        not torch.equal(old, new) for old, new in zip(before, agent.controller.parameters(), strict=True)
-    )
+    (whole,) = imagined
+    assert phase.component.updates == len(learned) == 2 * minibatches
+    assert phase.more_metrics({"rate": 1.0})["imagined_per_env_step"] == cfg.optim.batch_size * 4
+    assert {len(part.bootstrap) for part in learned} == ({5} if minibatches == 1 else {1, 2})
+    orders = []
+    for use in range(2):
+        parts = learned[use * minibatches : (use + 1) * minibatches]
+        joined = [torch.cat(columns) for columns in zip(*map(leaves, parts), strict=True)]
+        rows = [whole.bootstrap.tolist().index(value) for value in joined[-1].tolist()]
+        assert sorted(rows) == list(range(5))
+        assert all(torch.equal(all_[rows], one) for all_, one in zip(leaves(whole), joined, strict=True))
+        orders.append(rows)
+    assert (orders[0] == orders[1] == list(range(5))) == (minibatches == 1)
+
+
+def test_a_single_minibatch_draws_nothing():
+    """Runs without minibatches stay as they were, to the last bit."""
+    cfg, segments = replace(CONFIG.controller, uses=3), some_segments()
+    agents = [small_agent(), small_agent()]
+    phase = a_phase(agents[0], segments, cfg)
+    found = phase.update()
+    generator = torch.Generator().manual_seed(0)
+    component = Component("controller", agents[1].controller, cfg.optim)
+    imagination = imagine(agents[1], segments, cfg, generator)
+    wanted, *_ = (component.apply(*learn_from(imagination, agents[1].controller, cfg)) for _ in range(3))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    weights = (agent.controller.parameters() for agent in agents)
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+    assert torch.equal(phase._generator.get_state(), generator.get_state())
+
+
+def test_metrics_of_minibatches_are_the_means_of_the_first_use():
+    cfg = replace(CONFIG.controller, uses=2, minibatches=2, optim=replace(CONFIG.controller.optim, lr=0.0))
+    found = a_phase(small_agent(), some_segments(), cfg).update()
+    whole = a_phase(small_agent(), some_segments(), replace(cfg, minibatches=1)).update()
+    assert found.keys() == whole.keys()
+    # Two parts of the same size of episodes that did not end, and a learning rate of 0.
+    for name in ("imagined_return", "imagined_reward", "entropy"):
+        torch.testing.assert_close(found[name], whole[name], msg=name)
+
+
+def test_minibatches_are_clipped_as_uses_are():
+    cfg = replace(CONFIG.controller, clip_ratio=0.1)
+    moved = torch.tensor([5.0, 0.0, -5.0])
+    parts, uses = replace(cfg, minibatches=2), replace(cfg, uses=2)
+    assert torch.equal(policy_gradient(parts, moved), policy_gradient(uses, moved))
+    assert not torch.equal(policy_gradient(parts, moved), policy_gradient(cfg, moved))

@@ -35,6 +35,7 @@ PATCHES = replace(
         context_frames=3,
         reward_start_share=0.5,
         uses=2,
+        minibatches=2,
         scale_advantages=True,
         value_bins=5,
         disagreement_weight=0.1,
