@@ -170,6 +170,10 @@ class WorldModelConfig:
     own_token_embedding: bool = False
     """Embed observation tokens with a table of the world model's own, not the codebook. Off in the paper,
     where it is an ablation ("separate embeddings")."""
+    code_network: int = 0
+    """Units of a small network over the tokenizer's codes, which is a part of the tokens' embeddings and of
+    the token head's weights: what is learned about a code then holds for those that look like it. 0 (paper):
+    no such network."""
     pop: bool = True
     """Predict all tokens of an observation in one pass. False (an ablation of the paper): one after another,
     each from those before it, at a pass a token."""
@@ -360,6 +364,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "tokenizer.patch_threshold": 0.0,
     "tokenizer.patch_means": False,
     "tokenizer.patchwise": False,
+    "world_model.code_network": 0,
     "world_model.local_frames": 0,
     "world_model.local_outcomes": False,
     "world_model.event_share": 0.0,

@@ -11,7 +11,15 @@ def make_head(width: int, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
 
 
-def code_logits(head: nn.Sequential, outputs: Tensor, num_codes: int) -> Tensor:
-    """The logits of the first `num_codes` classes, those of the codes there are: (..., num_codes)."""
+def code_logits(
+    head: nn.Sequential, outputs: Tensor, num_codes: int, more_weights: Tensor | None = None
+) -> Tensor:
+    """The logits of the first `num_codes` classes, those of the codes there are: (..., num_codes).
+
+    `more_weights` (num_codes, width), if any, are added to those of the last layer.
+    """
     last = head[-1]
-    return functional.linear(head[:-1](outputs), last.weight[:num_codes], last.bias[:num_codes])
+    weights = last.weight[:num_codes]
+    if more_weights is not None:
+        weights = weights + more_weights
+    return functional.linear(head[:-1](outputs), weights, last.bias[:num_codes])

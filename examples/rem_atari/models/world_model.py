@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.code_network import CodeNetwork
 from rem_atari.models.disagreement import Disagreement, divergence
 from rem_atari.models.heads import code_logits, make_head
 from rem_atari.models.local_past import LocalPast
@@ -77,8 +78,9 @@ class BaseWorldModel(nn.Module, ABC):
 
     Observation tokens are embedded with the tokenizer's codebook, which every method is handed and into which
     no gradient flows, or, with `own_token_embedding`, with a table of the model's own (the codebook handed in
-    is then not read). The decoder starts as `retpop.RetNetDecoder` initialises it, each layer for itself (the
-    published agent starts all layers as copies of one); heads and embeddings start as torch initialises them.
+    is then not read, but by a `CodeNetwork`). The decoder starts as `retpop.RetNetDecoder` initialises it,
+    each layer for itself (the published agent starts all layers as copies of one); heads and embeddings start
+    as torch initialises them.
 
     Args:
         cfg: sizes.
@@ -105,6 +107,9 @@ class BaseWorldModel(nn.Module, ABC):
         self.context_blocks = cfg.context_blocks
         self.local_past = self._make_local_past(cfg)
         self.token_embedding = nn.Embedding(codebook_size, width) if cfg.own_token_embedding else None
+        self.code_network = None
+        if cfg.code_network > 0:
+            self.code_network = CodeNetwork(code_dim, cfg.code_network, width)
         self.action_embedding = nn.Embedding(num_actions, width)
         self.prediction_embedding = self._make_prediction_embedding(cfg)
         self.position_embedding = nn.Embedding(self.block_size, width) if cfg.position_in_block else None
@@ -272,11 +277,14 @@ class BaseWorldModel(nn.Module, ABC):
 
     def _embed_tokens(self, tokens: Tensor, codebook: Tensor) -> Tensor:
         table = codebook.detach() if self.token_embedding is None else self.token_embedding.weight
+        if self.code_network is not None:
+            table = table[: len(codebook)] + self.code_network.embeddings(codebook)
         return functional.embedding(tokens, table)
 
     def _token_logits(self, predicted: Tensor, codebook: Tensor) -> Tensor:
         """What the decoder's outputs (..., width) say of a token: logits of the codes there are, (..., V)."""
-        return code_logits(self.token_head, predicted, len(codebook))
+        weights = None if self.code_network is None else self.code_network.head_weights(codebook)
+        return code_logits(self.token_head, predicted, len(codebook), weights)
 
     def _place(self, embedded: Tensor, first: int) -> Tensor:
         """Add to (..., n, width) the embeddings of places `first` .. `first + n - 1` of a block, if any."""

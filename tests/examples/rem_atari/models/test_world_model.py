@@ -20,7 +20,7 @@ K, CODES, ACTIONS, WIDTH = 4, 7, 3, 16
 SMALL = WorldModelConfig(
     embed_dim=WIDTH, num_layers=2, num_heads=2, ffn_dim=24, dropout=0.0, sequence_blocks=5, context_blocks=2
 )
-OPTIONS = [{}, {"own_token_embedding": True, "position_in_block": True}]
+OPTIONS = [{}, {"own_token_embedding": True, "position_in_block": True}, {"code_network": 8}]
 LOCAL = [{"local_frames": 3}, {"local_outcomes": True}, {"local_frames": 1, "local_outcomes": True}]
 
 
@@ -62,7 +62,7 @@ def predict_next(model: WorldModel, state: RetNetState) -> torch.Tensor:
     predicting = model.prediction_embedding.weight.expand(batch_size, 1, model.num_tokens, -1)
     nothing = torch.empty(batch_size, 0, WIDTH)
     _, predicted, _ = model.decoder.pop(nothing, predicting, state.decoder, block_size=model.block_size)
-    return model.token_head(predicted[:, 0])
+    return model._token_logits(predicted[:, 0], a_codebook())
 
 
 @pytest.mark.parametrize("options", OPTIONS + LOCAL)
@@ -132,6 +132,29 @@ def test_what_one_place_leads_to_is_heard_in_the_outcome():
             after = model(batch.tokens, batch.actions, codebook)
         for name in ("rewards", "ends"):
             assert torch.allclose(getattr(before, name), getattr(after, name), atol=1e-4) is not local
+
+
+@pytest.mark.parametrize("own_token_embedding", [False, True])
+def test_codes_that_look_alike_share_what_the_network_over_codes_learns(own_token_embedding):
+    """Steps on sequences without a code teach most about it if it looks like one that they hold."""
+    codebook = a_codebook()
+    held = some_sequences()
+    held.tokens.clamp_(max=CODES - 3)
+    codebook[CODES - 2] = codebook[0] + 0.01
+    model = small_world_model(code_network=8, own_token_embedding=own_token_embedding)
+    with torch.no_grad():
+        weights = model.code_network.head_weights(codebook)
+        before = model._embed_tokens(torch.arange(CODES), codebook)
+    optim = torch.optim.SGD(model.code_network.parameters(), lr=0.5)
+    model.loss(held, codebook).total.backward()
+    optim.step()
+    with torch.no_grad():
+        moved = model.code_network.head_weights(codebook) - weights
+        after = model._embed_tokens(torch.arange(CODES), codebook)
+    assert torch.linalg.vector_norm(moved[0]) > 1e-3
+    torch.testing.assert_close(moved[CODES - 2], moved[0], atol=0.1 * moved[0].abs().max().item(), rtol=0)
+    assert torch.linalg.vector_norm(moved[CODES - 1] - moved[0]) > 0.2 * torch.linalg.vector_norm(moved[0])
+    assert not torch.equal(after, before)
 
 
 def test_predictions_that_are_left_out_change_none_of_the_others():
