@@ -1,4 +1,4 @@
-"""What every test shares: poisoned memory, a quicker interpreter, hypothesis profiles, where helpers live."""
+"""What every test shares: helpers, skips without an extra, poisoned memory, a quicker interpreter."""
 
 from __future__ import annotations
 
@@ -18,12 +18,35 @@ from coverage import Coverage
 from hypothesis import settings
 from torch.utils._device import _device_constructors
 
+TESTS = Path(__file__).parent
+
 # With --import-mode=importlib nothing under tests/ is importable; the helpers live in a folder of their own.
-sys.path.append(str(Path(__file__).parent / "support"))
+sys.path.append(str(TESTS / "support"))
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("explore", deadline=None, max_examples=300)  # pytest --hypothesis-profile=explore
 settings.load_profile("repeatable")
+
+EXTRAS = {
+    "benchmarks/test_performance_page.py": ("matplotlib", "atari"),
+    "examples/rem_atari": ("gymnasium", "atari"),
+    "examples/rem_atari/playground": ("anyio", "play"),
+    "examples/rem_atari/scores": ("rliable", "scores"),
+    "models/test_pretrained.py": ("safetensors", "hub"),
+}
+"""Tests that import packages of an extra at their top: one such package, and the extra."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> pytest.CollectReport | None:
+    """Skip a file in `EXTRAS` whose extra is missing; the word names the package and the extra."""
+    if not isinstance(collector, pytest.Module):
+        return None
+    for place, (package, extra) in EXTRAS.items():
+        if collector.path.is_relative_to(TESTS / place) and find_spec(package) is None:
+            reason = f"Skipped: {package} is not installed (extra `{extra}`)"
+            return pytest.CollectReport(collector.nodeid, "skipped", (str(collector.path), 1, reason), [])
+    return None
 
 
 def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -70,7 +93,7 @@ def quick_interpreter() -> Iterator[None]:
         yield
 
 
-UNCOUNTED = tuple(Path(__file__).parent / name for name in ("kernels", "examples", "benchmarks"))
+UNCOUNTED = tuple(TESTS / name for name in ("kernels", "examples", "benchmarks"))
 """Tests of code outside of retpop/, of which coverage counts nothing; its tracer would double their time."""
 
 

@@ -217,7 +217,9 @@ def test_saved_and_loaded_without_pickle_of_everything(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("index", [slice(None), slice(0, 3, 2)])
 def test_saved_as_plain_tensors(index: slice, tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="safetensors is not installed (extra `hub`)"
+    )
     state = make_state(3).select(index)
     torch.save(state.state_dict(), tmp_path / "state.pt")
     safetensors.save_file(state.state_dict(), tmp_path / "state.safetensors")

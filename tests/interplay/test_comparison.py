@@ -22,7 +22,9 @@ def test_ours() -> None:
 
 
 def test_flash_linear_attention() -> None:
-    retention = pytest.importorskip("fla.ops.retention")
+    retention = pytest.importorskip(
+        "fla.ops.retention", reason="flash-linear-attention is not installed (extra `interplay`)"
+    )
     assert version("flash-linear-attention") == "0.6.0"
     for name in ("chunk_retention", "fused_recurrent_retention"):
         own = arguments(inspect.unwrap(getattr(retention, name)))

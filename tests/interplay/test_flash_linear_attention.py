@@ -12,7 +12,7 @@ from retpop import RetNetConfig, RetNetDecoder, RetNetState
 from retpop.checkpoints import load_fla, to_fla
 from retpop.models import RetNetLM, RetNetLMConfig
 
-pytest.importorskip("fla")
+pytest.importorskip("fla", reason="flash-linear-attention is not installed (extra `interplay`)")
 
 from fla.models.retnet import RetNetConfig as TheirConfig
 from fla.models.retnet import RetNetForCausalLM as TheirModel

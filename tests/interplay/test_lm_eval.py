@@ -13,8 +13,8 @@ from retpop import RetNetConfig
 from retpop.models import RetNetLM, RetNetLMConfig
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-lm_eval = pytest.importorskip("lm_eval")
-tokenizers = pytest.importorskip("tokenizers")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `interplay`)")
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra `interplay`)")
 
 import transformers  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402

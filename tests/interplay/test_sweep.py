@@ -16,7 +16,7 @@ from threading import Thread
 
 import pytest
 
-pytest.importorskip("ray", reason="rem-atari sweep needs Ray: pip install 'retpop[sweep]'")
+pytest.importorskip("ray", reason="ray is not installed (extra `sweep`)")
 
 from short_runs import fingerprint
 

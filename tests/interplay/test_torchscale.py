@@ -32,7 +32,7 @@ stub("fairscale.nn", checkpoint_wrapper=None, wrap=None)
 stub("timm")
 stub("timm.models")
 stub("timm.models.layers", drop_path=None)
-pytest.importorskip("torchscale")
+pytest.importorskip("torchscale", reason="torchscale is not installed (make setup-interplay)")
 
 from torchscale.architecture.config import RetNetConfig as TheirConfig  # noqa: E402
 from torchscale.architecture.retnet import RetNetDecoder as TheirDecoder  # noqa: E402

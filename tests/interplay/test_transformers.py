@@ -13,7 +13,7 @@ from retpop import RetNetConfig
 from retpop.models import RetNetLM, RetNetLMConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `interplay`)")
 
 from retpop.integrations.transformers import RetNetForCausalLM, RetNetForCausalLMConfig  # noqa: E402
 
@@ -136,7 +136,7 @@ def test_sampling_draws_from_the_models_own_probabilities(ours: RetNetLM, theirs
 
 
 def test_trainer_trains_it(theirs: RetNetForCausalLM, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is not installed (extra `interplay`)")
     rows = [{"input_ids": (torch.arange(9) + n) % V, "labels": (torch.arange(9) + n) % V} for n in range(20)]
     settings = transformers.TrainingArguments(
         output_dir=tmp_path,
@@ -173,7 +173,7 @@ def test_activation_checkpointing_changes_no_gradient(theirs: RetNetForCausalLM)
 
 
 def test_lora_on_the_projections(theirs: RetNetForCausalLM, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed (extra `interplay`)")
     config = peft.LoraConfig(r=2, target_modules=["qkvg_proj", "out_proj"], task_type="CAUSAL_LM")
     ids = torch.arange(10)[None]
     expected = theirs(ids).logits
@@ -188,7 +188,7 @@ def test_lora_on_the_projections(theirs: RetNetForCausalLM, tmp_path: Path) -> N
 
 
 def test_a_pipeline_writes_text(theirs: RetNetForCausalLM) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra `interplay`)")
     words = {word: number for number, word in enumerate("abcdefghijk")}
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

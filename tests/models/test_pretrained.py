@@ -62,7 +62,9 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
 
 def test_a_repository_comes_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache is laid out as huggingface_hub does, so that its own code finds it while offline."""
-    constants = pytest.importorskip("huggingface_hub.constants")
+    constants = pytest.importorskip(
+        "huggingface_hub.constants", reason="huggingface-hub is not installed (extra `hub`)"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     repository, commit = tmp_path / "models--someone--toy", "0" * 40

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from retention_cases import PopCase, RetentionCase
@@ -321,7 +322,6 @@ def test_minus_infinity_and_zero_are_legal_log_decays(backend: str) -> None:
 
 
 def test_numbers_of_numpy_are_taken_as_torch_takes_them() -> None:
-    numpy = pytest.importorskip("numpy")
     case = RetentionCase.make(1, 20, 2, 4, 4, dtype=torch.float32)
     actual = case.run(scale=numpy.float32(0.5), chunk_size=numpy.int64(16))
     for a, e in zip(actual, case.run(scale=0.5, chunk_size=16), strict=True):

@@ -23,7 +23,7 @@ from rem_atari.training.setup import prepare_training
 from rem_atari.training.signals import StopRequest
 from rem_atari.training.trainer import Trainer
 
-pytest.importorskip("minatar", reason="the extra minatar is not installed")
+pytest.importorskip("minatar", reason="minatar is not installed (extra `minatar`)")
 
 
 def game(name: str = "Breakout", version: int = 1, **changes) -> EnvConfig:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from rem_atari.models.sampling import sample_categorical, sample_coupled
 
-asterix = pytest.importorskip("minatar.environments.asterix")
+asterix = pytest.importorskip(
+    "minatar.environments.asterix", reason="minatar is not installed (extra `minatar`)"
+)
 
 FRAMES, OUTCOMES, DRAWS = 12, 300, 200
 UP = 2

@@ -135,7 +135,7 @@ def test_the_games_measured_are_none_that_were_searched(monkeypatch: pytest.Monk
 
 
 def test_the_script_of_breakout_is_far_above_random_play() -> None:
-    pytest.importorskip("minatar")
+    pytest.importorskip("minatar", reason="minatar is not installed (extra `minatar`)")
     config = in_game("MinAtar/Breakout-v1", PRESETS["minatar"])
     play = BlindPlay(config, seed=0)
     assert play.num_starts == 2

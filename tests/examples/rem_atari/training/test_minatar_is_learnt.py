@@ -10,7 +10,7 @@ from rem_atari.cli import main
 from rem_atari.runs.folder import open_run_folder
 from rem_atari.runs.metrics import read_metrics
 
-pytest.importorskip("minatar", reason="the extra minatar is not installed")
+pytest.importorskip("minatar", reason="minatar is not installed (extra `minatar`)")
 
 EPOCHS = "6"
 """Of the preset's 24."""
