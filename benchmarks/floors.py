@@ -35,13 +35,11 @@ def floor_bytes(tensors: Sequence[Tensor | None]) -> int:
 
 def chunk_flops(tokens: int, key_dim: int, value_dim: int, *, takes_in: bool = True) -> int:
     """Products of a head's tokens: scores, values, reading the state and, with ``takes_in``, updating it."""
-    flops = 0
-    for first in range(0, tokens, CHUNK):
-        n = min(CHUNK, tokens - first)
-        last = first + n >= tokens
-        flops += 2 * n * n * (key_dim + value_dim)
-        flops += 2 * n * key_dim * value_dim * (2 if takes_in or not last else 1)
-    return flops
+    full, rest = divmod(tokens, CHUNK)
+    scored = full * CHUNK**2 + rest**2
+    last = rest or min(tokens, CHUNK)
+    updated = tokens if takes_in else tokens - last
+    return 2 * scored * (key_dim + value_dim) + 2 * (tokens + updated) * key_dim * value_dim
 
 
 def matrix_product(

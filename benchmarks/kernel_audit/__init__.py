@@ -1,8 +1,7 @@
 """Judge the Triton kernels without a GPU: `python -m benchmarks.kernel_audit`.
 
-- What is a case: `calls` (operations, floors), `cases` (at which sizes, and what `make test` runs).
-- What is measured: `compiled` with `machine_code` (registers, stack, matrix products, async copies),
-  `offsets` (integers that leave 32 bits), `traffic` (bytes, flops and faulty accesses, in Triton's
-  interpreter).
-- What is the target: `targets`; `table` keeps the rows in a CSV and prints them.
+- What is audited: `calls` (operations and their floors), `cases` (at which sizes, and what `make test` runs).
+- What is measured: `compiled` (registers, stack, matrix products, async copies), `triton_ir` (integers that
+  leave 32 bits, suspect products), `traffic` (bytes, flops and faulty accesses, in Triton's interpreter).
+- What is promised: `targets`, which also keeps the rows in a CSV.
 """

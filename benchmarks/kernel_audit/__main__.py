@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernel_audit [--part compile] [--arch sm_90] [--op pop_fwd] [--shape ...] [--csv ...]
 
-Three parts, each in a process of its own: every launch of every case compiled ahead of time, the TTIR of
+Three parts: every launch of every case compiled ahead of time, the TTIR of
 launches of more than 2^31 elements, and bytes and flops counted in the interpreter with the configurations
 of sm_90. Prints figures and targets; exits with 1 if a target is missed. The figures hold for the compiler of
 one version of Triton, which the CSV names. Each case's rows go into the CSV as they come, in place of that
@@ -29,9 +29,10 @@ import torch
 from benchmarks.floors import floor_bytes
 from benchmarks.kernel_audit.calls import MULTIPROCESSORS, Case, on_architecture
 from benchmarks.kernel_audit.cases import CORE, OPS, PARTS
-from benchmarks.kernel_audit.table import merge, print_rows, print_verdicts
-from benchmarks.kernel_audit.targets import Row, judge
+from benchmarks.kernel_audit.targets import Row, Verdict, judge, merge, text
 from benchmarks.machine import ROOT, commit
+from benchmarks.text import print_table
+from retpop.ops.dispatch import interpreting
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 """Programs along each axis that CUDA launches."""
@@ -40,8 +41,10 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the audit; returns the exit status."""
     options = _parse(arguments)
-    if options.worker:
-        _print_rows_of(options.part[0], options)
+    if options.json:
+        for part in options.part:
+            for found in _rows_of(part, options):
+                print(json.dumps(found), flush=True)
         return 0
     rows: list[Row] = []
     for part in options.part:
@@ -67,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", type=_names(list(PARTS)), default=list(PARTS), metavar="A,B")
     parser.add_argument("--core", action="store_true", help="only the cases that `make test` runs")
     parser.add_argument("--csv", type=Path, help="merge the rows into this file, as they come")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print only the rows, a line of JSON a case")
     return parser.parse_args(arguments)
 
 
@@ -81,36 +84,29 @@ def _names(known: Sequence[str]) -> Any:
     return parse
 
 
-# ---- a part in a process of its own ----
-
-
 def _rows_of(part: str, options: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows of a part, case by case.
 
-    Triton reads TRITON_INTERPRET when it decorates a kernel: `traffic` needs it set, the other two need it
-    unset. Huge and traffic are sm_90's.
+    Triton reads TRITON_INTERPRET when it decorates a kernel: `traffic` needs it, the other two parts must not
+    have it. A part that needs the other value runs in a process of its own.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if part == "traffic":
-        environment["TRITON_INTERPRET"] = "1"
-    architectures = options.arch if part == "compile" else ["sm_90"]
-    command = [sys.executable, "-m", "benchmarks.kernel_audit", "--worker", "--part", part]
-    command += ["--arch", ",".join(architectures), "--op", ",".join(options.op)]
+    if (part == "traffic") == interpreting():
+        # `huge` and `traffic` are audited for sm_90 alone.
+        for architecture in options.arch if part == "compile" else ["sm_90"]:
+            for case in PARTS[part]:
+                if _is_chosen(case, part, options):
+                    yield _rows_of_case(part, case, architecture)
+        return
+    environment = os.environ | {"TRITON_INTERPRET": "1" if part == "traffic" else "0"}
+    command = [sys.executable, "-m", "benchmarks.kernel_audit", "--json", "--part", part]
+    command += ["--arch", ",".join(options.arch), "--op", ",".join(options.op)]
     command += ["--core"] if options.core else []
     command += [f"--shape={shape}" for shape in options.shape]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as worker:
-        for line in worker.stdout or ():
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
             yield json.loads(line)
-    if worker.returncode:
-        raise subprocess.CalledProcessError(worker.returncode, command)
-
-
-def _print_rows_of(part: str, options: argparse.Namespace) -> None:
-    """Print a line of JSON for each case; runs in the part's own process."""
-    for architecture in options.arch:
-        for case in PARTS[part]:
-            if _is_chosen(case, part, options):
-                print(json.dumps(_rows_of_case(part, case, architecture)), flush=True)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def _is_chosen(case: Case, part: str, options: argparse.Namespace) -> bool:
@@ -148,13 +144,13 @@ def compile_case(case: Case, architecture: str) -> Iterator[Row]:
     for compilation in {compilation.key: compilation for compilation in compilations}.values():
         figures = dataclasses.asdict(compile_for(architecture, compilation))
         options = {name: compilation.options[name] for name in ("num_warps", "num_stages")}
-        yield {"kernel": compilation.name, "grid": compilation.grid, **options, **figures}
+        yield {"kernel": compilation.name, "grid": list(compilation.grid), **options, **figures}
 
 
 def overflows_of_case(case: Case, architecture: str) -> Iterator[Row]:
     """Offsets that leave 32 bits and grids that CUDA does not launch, at a huge shape."""
-    from benchmarks.kernel_audit.compiled import recorded
-    from benchmarks.kernel_audit.offsets import overflows, ttir_of
+    from benchmarks.kernel_audit.compiled import recorded, ttir_of
+    from benchmarks.kernel_audit.triton_ir import overflows
 
     with on_architecture(architecture, case.op), recorded(architecture) as compilations:
         case.call(torch.device("meta"), case.batch)
@@ -162,7 +158,7 @@ def overflows_of_case(case: Case, architecture: str) -> Iterator[Row]:
         arguments, grid = compilation.arguments, compilation.grid
         yield {
             "kernel": compilation.name,
-            "grid": grid,
+            "grid": list(grid),
             "grid_fits": all(size <= limit for size, limit in zip(grid, GRID_LIMITS, strict=True)),
             "overflows": overflows(ttir_of(architecture, compilation), arguments, grid, counters(arguments)),
         }
@@ -196,6 +192,76 @@ def count_case(case: Case, architecture: str) -> Iterator[Row]:
 
 
 AUDITS = {"compile": compile_case, "huge": overflows_of_case, "traffic": count_case}
+
+# ---- as printed ----
+
+HEADING = ("op", "shape", "dtype")
+COMPILED = {
+    "architecture": "arch",
+    "kernel": "kernel",
+    "num_warps": "warps",
+    "num_stages": "stages",
+    "registers": "regs",
+    "stack": "stack",
+    "shared": "shared",
+    "hgmma": "hgmma",
+    "hmma": "hmma",
+    "async_copies": "async",
+    "loop_mma": "mma/loop",
+    "loop_async_copies": "async/loop",
+    "loop_instructions": "sass/loop",
+    "instructions": "sass",
+    "seconds": "cpu s",
+    "hazards": "hazards",
+    "failure": "failure",
+}
+COUNTED = {
+    "launches": "launches",
+    "bytes": "bytes",
+    "floor_bytes": "floor",
+    "bytes_ratio": "ratio",
+    "flops": "flops",
+    "yardstick_flops": "yardstick",
+    "flops_ratio": "ratio",
+    "failure": "failure",
+}
+HUGE = {
+    "architecture": "arch",
+    "kernel": "kernel",
+    "grid": "grid",
+    "overflows": "leave 32 bits",
+    "failure": "failure",
+}
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The figures, a table a part."""
+    for title, part, columns in (
+        ("Compiled ahead of time", "compile", COMPILED),
+        ("Above 2^31 elements", "huge", HUGE),
+        ("Counted in the interpreter, sm_90's configurations, one row of the batch", "traffic", COUNTED),
+    ):
+        heading = {name: name for name in HEADING} | columns
+        body = [[text(row.get(name, "")) for name in heading] for row in rows if row["part"] == part]
+        print(f"\n{title} (Triton {version('triton')})\n")
+        print_table(list(heading.values()), body)
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """The targets."""
+    print("\nTargets\n")
+    body = [
+        [
+            "met" if verdict.met else "MISSED",
+            verdict.target.name,
+            f"{'>=' if verdict.target.at_least else '<='} {verdict.target.limit:g}",
+            f"{verdict.worst:.4g}",
+            verdict.where,
+        ]
+        for verdict in verdicts
+    ]
+    print_table(["", "target", "limit", "worst", "where"], body)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -135,27 +136,19 @@ class Call:
 
 def forward(dtype: torch.dtype, shape: str, call: Call) -> Case:
     """The forward call as a case, whose ``shape`` is a name for its sizes."""
-    return Case(
-        op=call.names[0],
-        shape=shape,
-        dtype=dtype,
-        head_dim=max(call.dims),
-        batch=call.B,
-        call=lambda device, rows: call.forward(dtype, device, rows),
-        flops=call.flops,
-    )
+    return _case(call.names[0], shape, dtype, call, call.forward, call.flops)
 
 
 def backward(dtype: torch.dtype, shape: str, call: Call) -> Case:
     """The backward call as a case."""
+    return _case(call.names[1], shape, dtype, call, call.backward, int(BACKWARD_FLOPS * call.flops))
+
+
+def _case(op: str, shape: str, dtype: torch.dtype, call: Call, run: Callable[..., Made], flops: int) -> Case:
     return Case(
-        op=call.names[1],
-        shape=shape,
-        dtype=dtype,
-        head_dim=max(call.dims),
-        batch=call.B,
-        call=lambda device, rows: call.backward(dtype, device, rows),
-        flops=int(BACKWARD_FLOPS * call.flops),
+        **{"op": op, "shape": shape, "dtype": dtype, "head_dim": max(call.dims), "batch": call.B},
+        call=partial(run, dtype),
+        flops=flops,
     )
 
 

@@ -5,21 +5,9 @@ arguments (types, ones, divisibility by 16), and a recorder takes the place of t
 `Compilation` holds exactly what a launch on that architecture compiles, for any launcher, and its key is the
 one by which Triton finds kernels. Needs a process without TRITON_INTERPRET.
 
-`compile_for` compiles it. Registers, stack and SASS come from NVIDIA's cuobjdump, which Triton's wheel
-carries; AMD's figures stand in the assembly text. Judge spills by the stack, not by the registers. The
-figures hold for one version of Triton.
-
-`hazards` looks in the TTGIR of sm_90 for constructs that public reports tie to wrong results. On Hopper a
-matrix product runs on its own while its warps go on, and may read its first operand from registers. The
-reports are about two things that a kernel's source does not show:
-
-- a product with a first operand in registers that is still in flight when those are used again, by Triton's
-  pipeliner (https://github.com/triton-lang/triton/issues/9433) or by ptxas
-  (https://github.com/triton-lang/triton/pull/11781);
-- a first operand that is another product's result, transposed, with Triton 3.4 to 3.7.0
-  (https://github.com/fla-org/flash-linear-attention/pull/983).
-
-A kernel that waits for such products at once, and transposes no result into a first operand, has neither.
+`ttir_of` stops at Triton's first intermediate form. `compile_for` goes on to machine code. Registers, stack
+and SASS come from NVIDIA's cuobjdump, which Triton's wheel carries; AMD's figures stand in the assembly text.
+Judge spills by the stack, not by the registers. The figures hold for one version of Triton.
 """
 
 from __future__ import annotations
@@ -28,7 +16,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +24,13 @@ from typing import Any
 from unittest import mock
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.kernel_audit.machine_code import Instruction, count, main_loop, read_amdgcn, read_sass
+from benchmarks.kernel_audit.triton_ir import hazards
 from retpop.kernels.gpus import SHARED_MEMORY
 
 TARGETS = {
@@ -169,6 +158,24 @@ class _Driver:
         return 0
 
 
+def ttir_of(architecture: str, compilation: Compilation) -> str:
+    """The TTIR of a recorded launch, without compiling any further."""
+    source = compilation.source
+    target = TARGETS[architecture]
+    backend = make_backend(target)
+    options = backend.parse_options(dict(compilation.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    generators = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, generators, backend.get_module_map(), context)
+    stages: dict = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](module, {}))
+
+
+# ---- figures ----
+
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 TENSOR_CORES = r"HGMMA|HMMA|UTC\w*MMA|QMMA|OMMA|IMMA|DMMA|v_mfma"
@@ -240,14 +247,12 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, list[Instruction]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([_CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
-    figures = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        command = [_CUOBJDUMP, "--dump-resource-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    figures = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if figures is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage, but:\n{usage}")
-    return int(figures[1]), int(figures[2]), read_sass(sass)
+        raise RuntimeError(f"cuobjdump printed no resource usage, but:\n{text}")
+    return int(figures[1]), int(figures[2]), read_sass(text)
 
 
 def _read_amdgcn(text: str) -> tuple[int, int, list[Instruction]]:
@@ -260,59 +265,145 @@ def _read_amdgcn(text: str) -> tuple[int, int, list[Instruction]]:
     return int(registers[1]), int(stack[1]), read_amdgcn(text)
 
 
-_OPERATION = re.compile(r"^\s*(%[\w]+)(?::\d+)? = ([\w.]+) (.*)$")
-_PRODUCT = "ttng.warp_group_dot"
-_WAIT = "ttng.warp_group_dot_wait"
-_NAME = re.compile(r"%\w+")
-_CARRYING = (
-    "arith.extf",
-    "arith.mulf",
-    "arith.truncf",
-    "tt.fp_to_fp",
-    "tt.trans",
-    "ttg.convert_layout",
-    "ttg.local_alloc",
-    "ttg.local_load",
-    "ttg.memdesc_trans",
-)
-"""Operations that pass a value on, as it is or scaled."""
+# ---- instructions, jumps and loops ----
+
+_SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_SASS_PREDICATE = re.compile(r"@!?U?P\w+\s+")
+_HEX = re.compile(r"0x([0-9a-f]+)\b")
+_AMD_LABEL = re.compile(r"^(\.L\w+):")
 
 
-def hazards(ttgir: str) -> list[str]:
-    """A sentence for each product that has one of the two."""
-    lines = [match.groups() for line in ttgir.splitlines() if (match := _OPERATION.match(line))]
-    made_by = {name: (operation, rest) for name, operation, rest in lines}
-    found = []
-    for index, (name, operation, rest) in enumerate(lines):
-        if operation != _PRODUCT:
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its text without a predicate, where it may jump (indices), whether it may go on."""
+
+    text: str
+    targets: tuple[int, ...] = ()
+    falls_through: bool = True
+
+    @property
+    def opcode(self) -> str:
+        """The first word, for example HGMMA.64x64x16.F32.BF16 or v_mfma_f32_32x32x8_bf16."""
+        return self.text.split()[0]
+
+
+def read_sass(text: str) -> list[Instruction]:
+    """The instructions of the first function in what `cuobjdump -sass` prints."""
+    lines: list[tuple[int, str]] = []
+    for match in _SASS_LINE.finditer(text):
+        address = int(match[1], 16)
+        if lines and address <= lines[-1][0]:
+            break  # another function
+        lines.append((address, match[2]))
+    places = {address: index for index, (address, _) in enumerate(lines)}
+    barriers: dict[str, int] = {}  # where the threads of a convergence barrier meet
+    code = []
+    for _, line in lines:
+        bare = _SASS_PREDICATE.sub("", line)
+        opcode = bare.split()[0].split(".")[0]
+        operands = bare.split(None, 1)[1].split(",") if " " in bare else []
+        targets: tuple[int, ...] = ()
+        ends = False
+        if opcode in ("BRA", "JMP"):
+            targets = (places[int(_HEX.findall(bare)[-1], 16)],)
+            ends = bare == line and len(operands) == 1
+        elif opcode == "BSSY":
+            barriers[operands[0].split()[0]] = places[int(_HEX.findall(bare)[-1], 16)]
+        elif opcode == "BSYNC":
+            targets = (barriers[operands[0].split()[0]],)  # hints may follow the operand
+        elif opcode in ("EXIT", "RET", "BRX"):
+            ends = bare == line
+        code.append(Instruction(bare, targets, not ends))
+    return code
+
+
+def read_amdgcn(text: str) -> list[Instruction]:
+    """The instructions of the kernel in the assembly text that Triton keeps as ``amdgcn``."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if label := _AMD_LABEL.match(line):
+            labels[label[1]] = len(lines)
+        elif line.startswith("\t") and line.strip()[0] not in ".;":
+            lines.append(line.split(";")[0].strip())
+    code = []
+    for line in lines:
+        opcode = line.split()[0]
+        targets = (labels[line.split()[1]],) if opcode.startswith(("s_branch", "s_cbranch")) else ()
+        code.append(Instruction(line, targets, opcode not in ("s_branch", "s_endpgm")))
+    return code
+
+
+def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
+    """The instructions of one iteration of the longest loop; empty if there is no loop.
+
+    Loops are natural ones: a jump back to an instruction that every way to the jump passes through. So a slow
+    path that stands after the end of the kernel and jumps back is none, and neither is one that only waits.
+    """
+    bodies = [[code[i] for i in body] for body in _natural_loops(code)]
+    return max((body for body in bodies if not _only_waits(body)), key=len, default=[])
+
+
+def _only_waits(body: Sequence[Instruction]) -> bool:
+    """Whether a loop asks again and again if a barrier or a resource is free; sm_100 has many."""
+    waits, works = (count(body, pattern) for pattern in (r"SYNCS\S*TRYWAIT|NANOSLEEP", r"\w*MMA|LD|ST"))
+    return waits > 0 and not works
+
+
+def count(code: Iterable[Instruction], pattern: str) -> int:
+    """How many instructions match a pattern from their first letter on."""
+    return sum(re.match(pattern, instruction.text) is not None for instruction in code)
+
+
+def _natural_loops(code: Sequence[Instruction]) -> list[list[int]]:
+    """The instructions (indices) of each loop, one loop a header."""
+    bounds, successors = _blocks(code)
+    reachable = _reached([0], successors)
+    predecessors: list[list[int]] = [[] for _ in successors]
+    for block in sorted(reachable):
+        for after in successors[block]:
+            predecessors[after].append(block)
+    loops = []
+    for header, before in enumerate(predecessors):
+        # A jump back comes from a block that is out of reach without the header.
+        others = _reached([0], successors, without=header) if before else set()
+        tails = [block for block in before if block not in others]
+        if tails == [header] and _is_padding(code[bounds[header] : bounds[header + 1]]):
             continue
-        in_flight = "isAsync = true" in rest and not _waited_for(name, lines[index + 1 :])
-        if in_flight and "opIdx = 0" in rest:
-            found.append(f"{name} reads registers while other work is done")
-        if _is_transposed_result(_NAME.findall(rest)[0], made_by):
-            found.append(f"{name} reads a product's result, transposed")
+        if tails:
+            body = {header} | _reached(tails, predecessors, without=header)
+            loops.append([i for block in sorted(body) for i in range(bounds[block], bounds[block + 1])])
+    return loops
+
+
+def _blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
+    """The bounds of the basic blocks, and for each block those that may run after it."""
+    starts = {0} | {target for line in code for target in line.targets}
+    starts |= {i + 1 for i, line in enumerate(code) if line.targets or not line.falls_through}
+    bounds = [*sorted(start for start in starts if start < len(code)), len(code)]
+    block_at = {start: block for block, start in enumerate(bounds[:-1])}
+    successors = []
+    for end in bounds[1:]:
+        last = code[end - 1]
+        after = [block_at[target] for target in last.targets]
+        if last.falls_through and end in block_at:
+            after.append(block_at[end])
+        successors.append(after)
+    return bounds, successors
+
+
+def _reached(starts: Iterable[int], edges: Sequence[Sequence[int]], without: int | None = None) -> set[int]:
+    """The blocks that are reached from ``starts`` along edges, not through the block ``without``."""
+    found: set[int] = set()
+    ahead = list(starts)
+    while ahead:
+        block = ahead.pop()
+        if block not in found and block != without:
+            found.add(block)
+            ahead += edges[block]
     return found
 
 
-def _waited_for(name: str, after: list[tuple[str, str, str]]) -> bool:
-    """Whether nothing but further products stands between a product and the wait for all of them."""
-    for _, operation, rest in after:
-        if operation == _WAIT:
-            return name in _NAME.findall(rest) and "pendings = 0" in rest
-        if operation != _PRODUCT:
-            return False
-    return False
-
-
-def _is_transposed_result(name: str, made_by: dict[str, tuple[str, str]]) -> bool:
-    """Whether an operand comes from a product's result and was transposed on its way."""
-    ahead = [(name, False)]
-    while ahead:
-        value, transposed = ahead.pop()
-        operation, rest = made_by.get(value, ("", ""))
-        if operation in (_PRODUCT, _WAIT) and transposed:
-            return True
-        if operation in _CARRYING:
-            transposed |= operation.endswith("trans")
-            ahead += [(operand, transposed) for operand in _NAME.findall(rest.split(" : ")[0])]
-    return False
+def _is_padding(block: Sequence[Instruction]) -> bool:
+    """Whether a block is the jump to itself that pads the end of a kernel."""
+    return len(block) == 1 and not block[0].falls_through

@@ -1,9 +1,21 @@
-"""Whether offsets overflow: the ranges of a kernel's integers, followed through its TTIR up to its addresses.
+"""Faults that Triton's intermediate forms show: 32-bit offsets that overflow, and suspect matrix products.
 
-A tensor may have more than 2^31 elements, so an offset that is computed in 32 bits is a fault that no test of
-ordinary size shows. Triton's first intermediate form (TTIR) is short enough to follow by hand: with the grid
-and the integer arguments of a launch at huge shapes (meta tensors take no memory), every integer has a
-range.
+`overflows` follows the ranges of a kernel's integers through its TTIR up to its addresses. A tensor may have
+more than 2^31 elements, so an offset that is computed in 32 bits is a fault that no test of ordinary size
+shows. The grid and the integer arguments of a launch at a huge shape (meta tensors take no memory) give every
+integer a range.
+
+`hazards` looks in the TTGIR of sm_90 for constructs that public reports tie to wrong results. On Hopper a
+matrix product runs on its own while its warps go on, and may read its first operand from registers. The
+reports are about two things that a kernel's source does not show:
+
+- a product with a first operand in registers that is still in flight when those registers are used again, by
+  Triton's pipeliner (https://github.com/triton-lang/triton/issues/9433) or by ptxas
+  (https://github.com/triton-lang/triton/pull/11781);
+- a first operand that is another product's result, transposed, with Triton 3.4 to 3.7.0
+  (https://github.com/fla-org/flash-linear-attention/pull/983).
+
+A kernel that waits for such products at once, and transposes no result into a first operand, has neither.
 """
 
 from __future__ import annotations
@@ -11,11 +23,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-from triton._C.libtriton import ir
-from triton.compiler import make_backend
-
-from benchmarks.kernel_audit.compiled import TARGETS, Compilation
 
 _OPERATION = re.compile(r"^\s*(%[\w, %:]+?) = ([\w.]+)\s?(.*)$")
 _FOR = re.compile(r"(%\w+) = (%\w+) to (%\w+) step (%\w+)(?: iter_args\((.*?)\) ->)?")
@@ -46,22 +53,6 @@ class _Value:
     @property
     def known(self) -> bool:
         return self.low is not None
-
-
-def ttir_of(architecture: str, compilation: Compilation) -> str:
-    """The TTIR of a recorded launch, without compiling any further."""
-    source = compilation.source
-    target = TARGETS[architecture]
-    backend = make_backend(target)
-    options = backend.parse_options(dict(compilation.options))
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    generators = backend.get_codegen_implementation(options)
-    module = source.make_ir(target, options, generators, backend.get_module_map(), context)
-    stages: dict = {}
-    backend.add_stages(stages, options, source.language)
-    return str(stages["ttir"](module, {}))
 
 
 def overflows(
@@ -188,3 +179,62 @@ def _half_known(kind: str, operands: Sequence[_Value]) -> tuple[int, int] | tupl
     if kind in ("remsi", "remui") and len(operands) == 2 and operands[1].known and operands[1].low > 0:
         return 1 - operands[1].high, operands[1].high - 1
     return None, None
+
+
+# ---- products ----
+
+_ASSIGNMENT = re.compile(r"^\s*(%[\w]+)(?::\d+)? = ([\w.]+) (.*)$")
+_PRODUCT = "ttng.warp_group_dot"
+_WAIT = "ttng.warp_group_dot_wait"
+_CARRYING = (
+    "arith.extf",
+    "arith.mulf",
+    "arith.truncf",
+    "tt.fp_to_fp",
+    "tt.trans",
+    "ttg.convert_layout",
+    "ttg.local_alloc",
+    "ttg.local_load",
+    "ttg.memdesc_trans",
+)
+"""Operations that pass a value on, as it is or scaled."""
+
+
+def hazards(ttgir: str) -> list[str]:
+    """A sentence for each product that has one of the two."""
+    lines = [match.groups() for line in ttgir.splitlines() if (match := _ASSIGNMENT.match(line))]
+    made_by = {name: (operation, rest) for name, operation, rest in lines}
+    found = []
+    for index, (name, operation, rest) in enumerate(lines):
+        if operation != _PRODUCT:
+            continue
+        in_flight = "isAsync = true" in rest and not _waited_for(name, lines[index + 1 :])
+        if in_flight and "opIdx = 0" in rest:
+            found.append(f"{name} reads registers while other work is done")
+        if _is_transposed_result(_NAME.findall(rest)[0], made_by):
+            found.append(f"{name} reads a product's result, transposed")
+    return found
+
+
+def _waited_for(name: str, after: list[tuple[str, str, str]]) -> bool:
+    """Whether nothing but further products stands between a product and the wait for all of them."""
+    for _, operation, rest in after:
+        if operation == _WAIT:
+            return name in _NAME.findall(rest) and "pendings = 0" in rest
+        if operation != _PRODUCT:
+            return False
+    return False
+
+
+def _is_transposed_result(name: str, made_by: dict[str, tuple[str, str]]) -> bool:
+    """Whether an operand comes from a product's result and was transposed on its way."""
+    ahead = [(name, False)]
+    while ahead:
+        value, transposed = ahead.pop()
+        operation, rest = made_by.get(value, ("", ""))
+        if operation in (_PRODUCT, _WAIT) and transposed:
+            return True
+        if operation in _CARRYING:
+            transposed |= operation.endswith("trans")
+            ahead += [(operand, transposed) for operand in _NAME.findall(rest.split(" : ")[0])]
+    return False
