@@ -8,7 +8,7 @@ import pytest
 import torch
 from retention_cases import normal
 
-from retpop.position import KINDS, rotary_frequencies, rotary_turns, rotate, rotation_at
+from retpop.position import KINDS, phases_at, rotary_frequencies, rotary_turns, rotate, rotation_at
 
 FAR = [0, 1, 257, 2**20, 2**24 + 1, 2**31 + 3]
 
@@ -126,3 +126,27 @@ def test_angles_without_float64_are_as_good(kind: str, first: int) -> None:
     for actual, exact in zip(rotation_at(positions, turns, kind), expected, strict=True):
         assert actual.dtype is torch.float32
         torch.testing.assert_close(actual, exact, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("of", ["queries", "a projection", "an odd place in memory"])
+def test_phases_rotate_as_cosines_and_sines_do(num_heads: int, rows: int, of: str) -> None:
+    """Forward and backward, whether or not pairs can be read as complex numbers where they lie."""
+    frequencies, positions = rotary_frequencies("retnet", 8), torch.arange(rows * 5).view(rows, 5) * 1000
+    width = {"queries": 8, "a projection": 32, "an odd place in memory": 9}[of]
+    x = normal(2, 5, num_heads, width, seed=0, dtype=torch.float32)[..., width - 8 :].requires_grad_()
+    ways = phases_at(positions, frequencies, num_heads), rotation_at(positions, frequencies, "retnet")
+    rotated = [rotate(x, way, "retnet") for way in ways]
+    torch.testing.assert_close(*rotated, rtol=0, atol=1e-6)
+    grad = normal(*x.shape, seed=1, dtype=torch.float32)
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in rotated]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+
+
+def test_phases_in_a_compiled_layer() -> None:
+    """A decoder that runs eagerly hands them to a layer that was compiled by itself."""
+    phases = phases_at(torch.arange(5)[None], rotary_frequencies("retnet", 8), 3)
+    x = normal(2, 5, 3, 8, seed=0, dtype=torch.float32)
+    compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, phases, "retnet"), rotate(x, phases, "retnet"))

@@ -25,7 +25,7 @@ from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec, split_row
 from retpop.ops.slices import Slices
 from retpop.ops.torch_backend.packed import Packing
-from retpop.position import Rotation
+from retpop.position import Phases, Rotation
 from retpop.state import Uncast
 
 
@@ -39,7 +39,7 @@ class AnyCall:
         slices: those of the ranks, of which this call takes one; None: the sequences are whole.
     """
 
-    rotation: Rotation | None
+    rotation: Rotation | Phases | None
     backend: Backend
     slices: Slices | None = None
 
@@ -54,15 +54,15 @@ class AnyCall:
 
     def of_rows(self, rows: slice) -> Self:
         """The call of some rows of the batch."""
-        if self.rotation is None or self.rotation.cos.shape[0] == 1:  # one for all rows
+        if self.rotation is None or self.rotation[0].shape[0] == 1:  # one for all rows
             return self
-        return replace(self, rotation=Rotation(*(x[rows] for x in self.rotation)))
+        return replace(self, rotation=type(self.rotation)(*(x[rows] for x in self.rotation)))
 
     def of_tokens(self, tokens: slice) -> Self:
         """The call of some tokens of every row."""
         if self.rotation is None:
             return self
-        return replace(self, rotation=Rotation(*(x[:, tokens] for x in self.rotation)))
+        return replace(self, rotation=type(self.rotation)(*(x[:, tokens] for x in self.rotation)))
 
     def readers(self, x: Tensor) -> Tensor:
         """The tokens of (B, T, ...) whose outputs are needed; only these need queries and a gate."""

@@ -20,12 +20,12 @@ from retpop.ops.rows import PopSpec, join_row
 from retpop.ops.slices import Slices
 from retpop.ops.torch_backend.packed import Packing
 from retpop.position import (
+    Phases,
     Rotation,
     boundary_positions,
     packed_positions,
     rotary_frequencies,
     rotary_turns,
-    rotation_at,
     sequence_positions,
 )
 from retpop.state import RetNetState
@@ -57,16 +57,17 @@ class Constants:
             return DecayPowers(log_decays.to(x.device), self._scale, dtype)
         return DecayPowers(self._tensor(log_decays, x, dtype), self._scale, dtype, log_decays)
 
-    def rotation(self, positions: Tensor) -> Rotation | None:
-        """The rotation of tokens at ``positions`` (B or 1, T); None without rotary positions."""
+    def rotation(self, positions: Tensor, backend: Backend) -> Rotation | Phases | None:
+        """The backend's rotation of tokens at ``positions`` (B or 1, T); None without rotary positions."""
         cfg = self.cfg
         if cfg.position is None:
             return None
         if positions.device.type == "mps":  # it has no float64
             turns = rotary_turns(cfg.position, cfg.head_key_dim)
-            return rotation_at(positions, self._tensor(turns, positions, torch.int64), cfg.position)
-        frequencies = self._tensor(self._frequencies, positions, torch.float64)
-        return rotation_at(positions, frequencies, cfg.position)
+            frequencies = self._tensor(turns, positions, torch.int64)
+        else:
+            frequencies = self._tensor(self._frequencies, positions, torch.float64)
+        return backend.rotation(positions, frequencies, cfg.position, cfg.num_heads)
 
     def _tensor(self, numbers: Numbers, like: Tensor, dtype: torch.dtype) -> Tensor:
         """``numbers`` (N,) on the device of ``like``."""
@@ -204,7 +205,7 @@ def _sequence(
         chunk_size = owner.constants.cfg.chunk_size
     call = SequenceCall(
         powers=owner.constants.powers(owner.log_decays, x),
-        rotation=owner.constants.rotation(positions),
+        rotation=owner.constants.rotation(positions, chosen),
         mode=mode,
         chunk_size=chunk_size,
         packing=packing,
@@ -236,10 +237,11 @@ def _pop(
     first = boundaries[:, spec.offset : spec.offset + num_predictions, None]
     pred = first + torch.arange(pred_size, device=x.device)
     positions = torch.cat((main.flatten(1), pred.flatten(1)), dim=1)
+    chosen = _choose(owner, x, backend)
     call = PopCall(
         spec=spec,
-        rotation=owner.constants.rotation(positions),
-        backend=_choose(owner, x, backend),
+        rotation=owner.constants.rotation(positions, chosen),
+        backend=chosen,
         slices=slices,
     )
     after = boundaries[:, -1] if slices is None else slices.end(start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec
 from retpop.ops.torch_backend.packed import Packing
 from retpop.ops.triton_backend.custom import interpreting, kernels, why_transformed
-from retpop.position import Rotation
+from retpop.position import Phases, Rotation
 
 LARGEST_HEAD_DIM = 256
 
@@ -58,8 +58,13 @@ class Backend(Protocol):
             rows of queries and of outputs are short (`retpop.ops.rows`).
         """
 
+    def rotation(
+        self, positions: Tensor, frequencies: Tensor, kind: str, num_heads: int
+    ) -> Rotation | Phases:
+        """`retpop.position.rotation_at`, or `phases_at`, as this backend's `rotate` wants it."""
+
     def rotate(
-        self, q: Tensor, k: Tensor, rotation: Rotation, kind: str, spec: PopSpec | None = None
+        self, q: Tensor, k: Tensor, rotation: Any, kind: str, spec: PopSpec | None = None
     ) -> tuple[Tensor, Tensor]:
         """`retpop.position.rotate` of q and k (B, T, H, Dk); with ``spec`` of rows, q perhaps a short one.
 

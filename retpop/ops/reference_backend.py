@@ -13,6 +13,7 @@ from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec, join_row, split_row
 from retpop.ops.torch_backend import gated_norm as gated_norm
 from retpop.ops.torch_backend import rotate as rotate
+from retpop.ops.torch_backend import rotation as rotation
 from retpop.ops.torch_backend.packed import Packing
 
 NAME = "reference"

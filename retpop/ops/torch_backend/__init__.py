@@ -27,7 +27,7 @@ from retpop.ops.powers import DecayPowers
 from retpop.ops.rows import PopSpec
 from retpop.ops.torch_backend import eager, exported, packed, plain
 from retpop.ops.torch_backend.plain import DEFAULT_CHUNK_SIZE
-from retpop.position import Rotation
+from retpop.position import Phases, Rotation
 
 NAME = "torch"
 
@@ -124,11 +124,18 @@ def gradients(
     return form.gradients(tokens, above, states, needs)
 
 
+def rotation(positions: Tensor, frequencies: Tensor, kind: str, num_heads: int) -> Rotation | Phases:
+    """The rotation of tokens at ``positions``, for `rotate`."""
+    if kind == "retnet" and not torch.compiler.is_compiling():
+        return position.phases_at(positions, frequencies, num_heads)
+    return position.rotation_at(positions, frequencies, kind)
+
+
 def rotate(
-    q: Tensor, k: Tensor, rotation: Rotation, kind: str, spec: PopSpec | None = None
+    q: Tensor, k: Tensor, rotation: Rotation | Phases, kind: str, spec: PopSpec | None = None
 ) -> tuple[Tensor, Tensor]:
     """`retpop.position.rotate` of both; with ``spec`` of rows, q perhaps a short one."""
-    own = rotation if spec is None else Rotation(*(spec.readers(x) for x in rotation))
+    own = rotation if spec is None else type(rotation)(*(spec.readers(x) for x in rotation))
     return position.rotate(q, own, kind), position.rotate(k, rotation, kind)
 
 
@@ -161,6 +168,8 @@ def gated_norm(
     activation: str,
 ) -> Tensor:
     """``activation`` of the gate, times `head_norm` of x: all (..., H, Dv); the result in gate's dtype."""
+    if gate.is_cpu:  # on a part of a projection's output, activations take two to three times as long
+        gate = gate.contiguous()
     y = ACTIVATIONS[activation](gate) * head_norm(x, weight, bias, kind=kind, eps=eps)
     return y if y.dtype == gate.dtype else y.to(gate.dtype)
 

@@ -12,6 +12,7 @@ from retpop.arguments import Inputs
 from retpop.ops.triton_backend.custom import kernels
 from retpop.ops.triton_backend.layer import gated_norm as gated_norm
 from retpop.ops.triton_backend.layer import rotate as rotate
+from retpop.ops.triton_backend.layer import rotation as rotation
 from retpop.ops.triton_backend.pop import pop as pop
 from retpop.ops.triton_backend.retention import retention as retention
 

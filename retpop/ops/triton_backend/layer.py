@@ -18,6 +18,11 @@ from retpop.position import Rotation
 Pair = tuple[Tensor, Tensor]
 
 
+def rotation(positions: Tensor, frequencies: Tensor, kind: str, num_heads: int) -> Rotation:
+    """The rotation of tokens at ``positions``, for `rotate`; one for all heads."""
+    return position.rotation_at(positions, frequencies, kind)
+
+
 def rotate(q: Tensor, k: Tensor, rotation: Rotation, kind: str, spec: PopSpec | None = None) -> Pair:
     """`retpop.position.rotate` of both; with ``spec`` of rows, and a short q becomes a full one."""
     refuse_transforms(q, k)
