@@ -115,8 +115,8 @@ MINATAR = Config(
         _SMALL_WORLD_MODEL,
         # Two heads as wide as there are places, so that a head can tell them apart.
         num_heads=2,
-        # What imagination reads and dreams: context_frames and horizon.
-        sequence_blocks=26,
+        sequence_blocks=13,
+        code_network=128,
         local_frames=5,
         local_outcomes=True,
         reward_weight=3.0,
@@ -127,9 +127,10 @@ MINATAR = Config(
             weight_decay=0.05,
             clip_norm=100.0,
             average=0.98,
-            batch_size=4,
-            updates_per_epoch=90,
-            first_updates=1_500,
+            batch_size=8,
+            # A thing that the model loses in one of fifty frames is gone from half of its dreams.
+            updates_per_epoch=250,
+            first_updates=2_500,
         ),
     ),
     controller=replace(
@@ -143,8 +144,9 @@ MINATAR = Config(
         horizon=21,
         gamma=0.97,
         # With 0.02 and less policies became certain before they were good.
-        entropy_weight=0.05,
-        uses=4,
+        entropy_weight=0.03,
+        uses=2,
+        minibatches=4,
         scale_advantages=True,
         random_repeat=16,
         optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=128, updates_per_epoch=30),
