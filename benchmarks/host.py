@@ -3,36 +3,30 @@
 A stub stands in for Triton's driver and compiler, so calls go all the way to Triton's launcher, on small
 tensors on the CPU, and no kernel is compiled or runs. Not counted is what Triton's own launcher of a compiled
 kernel then does. Counted is autograd's engine, for which a function that does nothing is a row of its own.
+The pages show benchmarks/results/host.csv: `python -m benchmarks run --op host --csv` that file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.internals import gated_norm, pop_rows, rotated, rotation_of
+from benchmarks.internals import gated_norm, pop_rows, rotated, rotation_of, stub_driver
 from benchmarks.machine import origin
 from benchmarks.measurements import Measurement, ratio
+from benchmarks.targets import DISPATCH, HOST_LIMITS, NOTHING
 from benchmarks.timing import Effort, Run, in_turn, sampler
 from benchmarks.work import BOTH, FORWARD
-
-DISPATCH = "torch.mm"
-"""The unit: a product of matrices of 16 x 16."""
-
-LIMITS = {FORWARD: 8.0, BOTH: 21.0}
-"""15 and 40 µs where a dispatch takes 1.9 µs."""
 
 B, T, M, H, D = 2, 65, 64, 4, 64
 
 
 def host(device: torch.device, effort: Effort) -> Iterator[list[Measurement]]:
-    """A row for each operation and pass, and the unit's, taken in turn; the notes say what is wanted."""
+    """Rows of each operation and pass, with the unit's taken in turn; the notes say what is wanted."""
     cpu = torch.device("cpu")
     square = torch.ones(16, 16)
     with stub_driver(), torch.no_grad():
@@ -46,7 +40,7 @@ def host(device: torch.device, effort: Effort) -> Iterator[list[Measurement]]:
             row = partial(Measurement, op="host", mode=name, dtype="bfloat16", direction=direction)
             row = partial(row, **origin(cpu, effort.clock), sizes=f"B{B} T{T} H{H} D{D}")
             unit, taken = (row(backend=side, samples=tuple(samples[side])) for side in runs)
-            note = f"{ratio(taken, unit)} of a dispatch; wanted: at most {LIMITS[direction]:g}x"
+            note = f"{ratio(taken, unit)} of a dispatch; wanted: at most {HOST_LIMITS[direction]:g}x"
             yield [unit, row(backend="triton", samples=taken.samples, note=note)]
 
 
@@ -61,7 +55,7 @@ def _calls() -> dict[str, Callable[..., Any]]:
     cos, sin = rotation_of(T, D, torch.device("cpu"))
     of_state = {"state": state, "backend": "triton"}
     return {
-        "nothing": Call(_Nothing.apply, tokens[:1]),
+        NOTHING: Call(_Nothing.apply, tokens[:1]),
         "retention": Call(lambda *x: retention(*x, log_decay, **of_state), tokens),
         "token": Call(lambda *x: retention(*x, log_decay, **of_state), [x[:, :1] for x in tokens]),
         "pop": Call(
@@ -104,53 +98,3 @@ class _Nothing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
-
-
-@contextmanager
-def stub_driver() -> Iterator[None]:
-    """A GPU of sm_90 that does nothing, and kernels that are compiled at once."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import CompiledKernel
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    from retpop.ops import dispatch
-    from retpop.ops.triton_backend import custom
-
-    class Stub(CompiledKernel):
-        module = function = packed_metadata = src = None
-        name = "stub"
-
-        def __init__(self) -> None:
-            self._run = lambda *arguments: None
-
-        def _init_handles(self) -> None:
-            pass
-
-    def compiled(*arguments: object) -> Stub:
-        return Stub()
-
-    class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    before = driver._active
-    driver.set_active(Driver())
-    try:
-        with ExitStack() as stack:
-            for module in (dispatch, custom):  # as on a GPU, kernels may run
-                stack.enter_context(mock.patch.object(module, "interpreting", _always))
-            stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
-            yield
-    finally:
-        driver.set_active(before)
-
-
-def _always() -> bool:
-    return True

@@ -1,11 +1,13 @@
-"""The kernels as the layers call them: the only private names of the library in the benchmarks.
+"""The only private names of the library, and of Triton, in the benchmarks: kernels as the layers call them.
 
 They are imported when they are called: the library may be another checkout's (`benchmarks.against`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -54,3 +56,53 @@ def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     from retpop.position import Rotation
 
     return triton_backend.rotate(q, k, Rotation(cos, sin), "retnet")
+
+
+@contextmanager
+def stub_driver() -> Iterator[None]:
+    """A GPU of sm_90 that does nothing, and kernels that are compiled at once."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import CompiledKernel
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from retpop.ops import dispatch
+    from retpop.ops.triton_backend import custom
+
+    class Stub(CompiledKernel):
+        module = function = packed_metadata = src = None
+        name = "stub"
+
+        def __init__(self) -> None:
+            self._run = lambda *arguments: None
+
+        def _init_handles(self) -> None:
+            pass
+
+    def compiled(kernel: JITFunction, key: str, *arguments: object) -> Stub:
+        return kernel.device_caches[0][0].setdefault(key, Stub())
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    before = driver._active
+    driver.set_active(Driver())
+    try:
+        with ExitStack() as stack:
+            for module in (dispatch, custom):  # as on a GPU, kernels may run
+                stack.enter_context(mock.patch.object(module, "interpreting", _always))
+            stack.enter_context(mock.patch.object(JITFunction, "_do_compile", compiled))
+            yield
+    finally:
+        driver.set_active(before)
+
+
+def _always() -> bool:
+    return True

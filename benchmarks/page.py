@@ -48,7 +48,7 @@ def newest(folder: Path = RESULTS) -> Path:
     """
     dated = {}
     for path in sorted(folder.glob("*.csv")):
-        if path.name != AUDIT and not path.name.startswith("gpu_"):
+        if path.name not in (AUDIT, HOST) and not path.name.startswith("gpu_"):
             dates = [m.date for m in read(path)]
             dated |= {path: max(dates)} if dates else {}
     if not dated:
@@ -56,7 +56,7 @@ def newest(folder: Path = RESULTS) -> Path:
     return max(dated, key=lambda path: dated[path])
 
 
-AUDIT = "kernel_audit.csv"
+AUDIT, HOST = "kernel_audit.csv", "host.csv"
 
 
 def load(path: Path, folder: Path = RESULTS) -> Results:
@@ -67,6 +67,7 @@ def load(path: Path, folder: Path = RESULTS) -> Results:
         rows=read(path),
         audit=_audit(folder / AUDIT),
         gpu=read(reports[-1]) if reports else (),
+        host=read(folder / HOST),
         name=path.name,
         others=[Results(rows=read(other), name=other.name) for other in beside if other.name != path.name],
     )

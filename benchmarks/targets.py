@@ -25,6 +25,7 @@ class Results:
         rows: of one machine and commit.
         audit: rows of kernel_audit.csv.
         gpu: rows of a GPU's report; empty where no GPU was measured.
+        host: rows of host.csv.
         name: of the file that the rows are from.
         others: results of the same commit on other machines, or with other numbers of threads.
     """
@@ -32,6 +33,7 @@ class Results:
     rows: Sequence[Measurement] = ()
     audit: Sequence[Mapping[str, str]] = ()
     gpu: Sequence[Measurement] = ()
+    host: Sequence[Measurement] = ()
     name: str = ""
     others: Sequence[Results] = ()
 
@@ -116,8 +118,8 @@ class Judged:
 
 
 def judge(results: Results) -> list[Judged]:
-    """All targets in order: a CPU's, the audit's, a GPU's."""
-    return [target.judge(results) for target in (*CPU, *audited(results.audit), *GPU)]
+    """All targets in order: a CPU's, the host's, the audit's, a GPU's."""
+    return [target.judge(results) for target in (*CPU, *HOST, *audited(results.audit), *GPU)]
 
 
 def at_least(name: str, limit: float, find: Find, wanted: str = "at least {:g}", **options: str) -> Target:
@@ -306,6 +308,44 @@ CPU = [
     at_most("a recurrent step over the position", 1.1, _constant_step, "constant (within {}x)"),
 ]
 """Those that a CPU answers."""
+
+
+DISPATCH = "torch.mm"
+"""The unit of host time: a product of matrices of 16 x 16."""
+
+HOST_LIMITS = {FORWARD: 8.0, BOTH: 21.0}
+"""Units; 15 and 40 µs where one takes 1.9 µs."""
+
+NOTHING = "nothing"
+"""The row of autograd's own time."""
+
+
+def _host_time(direction: str) -> Find:
+    """The worst operation's time in units."""
+
+    def find(results: Results) -> Figure | None:
+        rows = [m for m in results.host if m.verdict == RIGHT and has(m, direction=direction)]
+        units = {m.mode: m for m in rows if m.backend == DISPATCH}
+        found = [(ratio(m, units[m.mode]), m.mode) for m in rows if m.backend == "triton"]
+        found = [each for each in found if each[1] != NOTHING]
+        if not found:
+            return None
+        worst, mode = max(found, key=lambda each: each[0].middle)
+        return Figure(value=worst.middle, text=f"{worst}, {mode}")
+
+    return find
+
+
+HOST = [
+    at_most(
+        f"host time of an operation by kernels, {direction}, in dispatches of {DISPATCH}",
+        limit,
+        _host_time(direction),
+        "at most {:g}x",
+    )
+    for direction, limit in HOST_LIMITS.items()
+]
+"""Those that a stub of a GPU answers (`benchmarks/host.py`)."""
 
 
 def audited(rows: Iterable[Mapping[str, str]]) -> list[Target]:
