@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from triton.compiler import CompiledKernel
 
 Tensors = Mapping[str, Tensor | None]
 
@@ -88,11 +89,11 @@ class Launch:
             names = ", ".join(sorted(wrong))
             raise TypeError(f"{self.kernel.__name__}: missing or unknown arguments: {names}")
 
-    def run(self, tensors: Tensors | None = None) -> None:
-        """Launch on the current stream, with ``tensors`` in place of the arguments of their names."""
+    def run(self) -> Any:
+        """Launch on the current stream; returns the compiled kernel, or None in the interpreter."""
         # Fusion of multiplications and additions is given, because its default differs by version of Triton.
-        self.kernel[self.grid](
-            **{**self.arguments, **(tensors or {})},
+        return self.kernel[self.grid](
+            **self.arguments,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
             enable_fp_fusion=True,
@@ -118,6 +119,10 @@ PLANS = 1024
 """Plans that are kept, the last used. Each is a few kilobytes of numbers, and holds no memory of tensors."""
 
 
+ALIGNED = 16
+"""Bytes: Triton compiles a kernel of its own for tensors that start elsewhere."""
+
+
 def launched(plan: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Run ``plan(*arguments, **options)`` and return its outputs.
 
@@ -129,7 +134,7 @@ def launched(plan: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     tensors: list[Tensor] = []
     forms = _forms((*arguments, *options.values()), tensors)
     device = arguments[0].device
-    recipe = _recipe(plan, forms, tuple(options), torch.get_float32_matmul_precision())
+    recipe = _recipe(plan, forms, tuple(options), device, torch.get_float32_matmul_precision())
     if recipe is not None:
         return recipe.run(tensors, device)
     launches, outputs = plan(*arguments, **options)
@@ -137,21 +142,13 @@ def launched(plan: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     return outputs
 
 
-class _Form(NamedTuple):
-    """What a plan knows of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
 def _forms(arguments: Iterable[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
-    """The arguments with forms for tensors, which are appended to ``tensors``."""
+    """The arguments, with dtype, shape and strides in place of tensors, which are put into ``tensors``."""
     forms = []
     for x in arguments:
         if isinstance(x, Tensor):
             tensors.append(x)
-            forms.append(_Form(x.dtype, x.shape, x.stride()))
+            forms.append((x.dtype, x.shape, x.stride()))
         else:
             forms.append(_forms(x, tensors) if type(x) is tuple else x)
     return tuple(forms)
@@ -166,13 +163,14 @@ class _Recipe:
 
     Attributes:
         new: shape and dtype of each new tensor, and None, or of which tensor by which strides it is a copy.
-        launches: in order, each with the numbers of its tensors by name.
-        outputs: the plan's.
+        launches: in order.
+        outputs: the plan's, of a kind: a tuple, a list, or a single tensor.
     """
 
     new: Sequence[tuple[Sequence[int], torch.dtype, _Source | None]]
-    launches: Sequence[tuple[Launch, Mapping[str, int]]]
-    outputs: Any
+    launches: Sequence[_Repeated]
+    outputs: Sequence[int | None]
+    kind: type
 
     def run(self, given: Sequence[Tensor], device: torch.device) -> Any:
         """Allocate, launch, and return the outputs."""
@@ -183,10 +181,45 @@ class _Recipe:
             else:
                 number, stride = source
                 tensors.append(tensors[number].as_strided(shape, stride).contiguous())
+        addresses = 0
+        for x in given:
+            addresses |= x.data_ptr()
         with _on(device):
-            for launch, numbers in self.launches:
-                launch.run({name: tensors[number] for name, number in numbers.items()})
-        return _mapped(lambda number: None if number is None else tensors[number], self.outputs)
+            for launch in self.launches:
+                launch.run(tensors, aligned=addresses % ALIGNED == 0)
+        found = [None if number is None else tensors[number] for number in self.outputs]
+        return found[0] if self.kind is Tensor else self.kind(found)
+
+
+class _Repeated:
+    """A launch with numbers for its tensors, by name. It holds the kernel that its first run compiled.
+
+    Finding that kernel again takes Triton several times as long as to launch it. Triton compiles a kernel for
+    integers, dtypes, and whether tensors start at multiples of 16 bytes. A recipe fixes all but the last, so
+    where all tensors do, the kernel is that of the first such run, launched as Triton's tutorial on fused
+    softmax launches one. On AMD's GPUs it also depends on the memory behind the tensors: there, and in the
+    interpreter, Triton is asked each time.
+    """
+
+    def __init__(self, launch: Launch, numbers: Mapping[str, int]) -> None:
+        self._launch = launch
+        names = launch.kernel.arg_names
+        self._values = [launch.arguments[name] for name in names]
+        self._places = [(names.index(name), number) for name, number in numbers.items()]
+        self._compiled: Callable[..., object] | None = None
+
+    def run(self, tensors: Sequence[Tensor], *, aligned: bool) -> None:
+        """Launch on the current stream."""
+        values = self._values.copy()
+        for place, number in self._places:
+            values[place] = tensors[number]
+        if aligned and self._compiled is not None:
+            self._compiled(*values)
+            return
+        arguments = dict(zip(self._launch.kernel.arg_names, values, strict=True))
+        kernel = replace(self._launch, arguments=arguments).run()
+        if aligned and isinstance(kernel, CompiledKernel) and torch.version.hip is None:
+            self._compiled = kernel[(*self._launch.grid, 1, 1)[:3]]
 
 
 @lru_cache(maxsize=PLANS)
@@ -194,22 +227,24 @@ def _recipe(
     plan: Callable[..., Any],
     forms: tuple[Any, ...],
     options: tuple[str, ...],
+    device: torch.device,  # a compiled kernel is loaded on one
     float32_matmul_precision: str,  # `dot_precision` reads it
 ) -> _Recipe | None:
     """The recipe of a plan for tensors of such forms; None if it also computes something, such as zeros."""
     watch = _Watch()
-    arguments = _mapped(watch.stand_in, forms)
+    arguments = watch.stand_in(forms)
     first = len(arguments) - len(options)
     with watch:
         launches, outputs = plan(*arguments[:first], **dict(zip(options, arguments[first:], strict=True)))
-    numbered = _mapped(watch.output, outputs)
-    numbered_launches = []
+    kind = Tensor if isinstance(outputs, Tensor) else type(outputs)
+    numbered = [watch.output(x) for x in ([outputs] if kind is Tensor else outputs)]
+    repeated = []
     for launch in launches:
         tensors = {name: x for name, x in launch.arguments.items() if isinstance(x, Tensor)}
         without = replace(launch, arguments={**launch.arguments, **dict.fromkeys(tensors)})
-        numbered_launches.append((without, {name: watch.number_of(x) for name, x in tensors.items()}))
+        repeated.append(_Repeated(without, {name: watch.number_of(x) for name, x in tensors.items()}))
     new = [(x.shape, x.dtype, watch.sources.get(place)) for place, x in enumerate(watch.new)]
-    return _Recipe(new, numbered_launches, numbered) if watch.plain else None
+    return _Recipe(new, repeated, numbered, kind) if watch.plain else None
 
 
 class _Watch(TorchFunctionMode):
@@ -232,9 +267,12 @@ class _Watch(TorchFunctionMode):
 
     def stand_in(self, x: Any) -> Any:
         """A given tensor of a form, without memory; anything else as it is."""
-        if not isinstance(x, _Form):
+        if type(x) is not tuple:
             return x
-        made = torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device="meta")
+        if not (x and isinstance(x[0], torch.dtype)):
+            return tuple(map(self.stand_in, x))
+        dtype, shape, stride = x
+        made = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         self._numbers[made.untyped_storage()] = len(self.given)
         self.given.append(made)
         return made
@@ -277,13 +315,6 @@ class _Watch(TorchFunctionMode):
         elif name.endswith("_") and not name.endswith("__"):  # in place
             self.plain = False
         return result
-
-
-def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    """``tree`` with each of its leaves changed; lists and tuples are no leaves."""
-    if type(tree) in (list, tuple):
-        return type(tree)([_mapped(change, x) for x in tree])
-    return change(tree)
 
 
 def zero(*tensors: Tensor | None) -> None:

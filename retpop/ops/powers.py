@@ -64,6 +64,11 @@ class DecayPowers:
     """The powers of one set of log-decays, computed once per block length.
 
     A decoder makes one at each call for its layers; it does not outlive the call.
+
+    Attributes:
+        given: the log-decays (H,), -inf included, as kernels take them.
+        scale: the output's scale c.
+        values: the log-decays as numbers, or None.
     """
 
     def __init__(
@@ -74,13 +79,23 @@ class DecayPowers:
         With ``values``, the log-decays as numbers, a token's decay takes fewer operations.
         """
         self._keeps_half = values is not None and min(values) >= _LOG_HALF  # the usual case
-        log_decay = log_decay if log_decay.dtype == dtype else log_decay.to(dtype)
-        self.log_decay = log_decay if self._keeps_half else log_decay.clamp(min=_LOG_ZERO)
+        self.given = log_decay if log_decay.dtype == dtype else log_decay.to(dtype)
+        self._finite: Tensor | None = self.given if self._keeps_half else None
         self.scale = scale
         self.values = values
         # Pairs, not a dict: hashing a length would tie a compiled graph to that very length.
         self._blocks: list[tuple[int, BlockPowers]] = []
         self._token: list[Across] = []
+
+    @property
+    def log_decay(self) -> Tensor:
+        """The log-decays (H,), with a number in place of -inf. Kernels do without this operation."""
+        if self._finite is not None:
+            return self._finite
+        finite = self.given.clamp(min=_LOG_ZERO)
+        if self._may_be_kept():
+            self._finite = finite
+        return finite
 
     def of(self, log_decay: Tensor) -> DecayPowers:
         """The same for log-decays of equal values that belong to another graph, or to none."""
@@ -112,7 +127,7 @@ class DecayPowers:
         A compiler merges equal computations itself, and a checkpointed layer must not write to an outer list.
         Powers that were computed without a graph have no gradient for a learned decay.
         """
-        return not (torch.compiler.is_compiling() or self.log_decay.requires_grad)
+        return not (torch.compiler.is_compiling() or self.given.requires_grad)
 
     def _powers(self, length: int) -> BlockPowers:
         steps = torch.arange(length, device=self.log_decay.device)

@@ -109,3 +109,28 @@ def test_a_plan_that_does_more_is_made_for_each_call(change: Change) -> None:
         launched(plan, x, (None,), change=change)
         assert torch.equal(plan.taken[-1]["p_x"], change(x.mT))
     assert plan.made == 3  # once to find out
+
+
+def test_a_compiled_kernel_is_launched_again_where_triton_would_find_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not for a tensor that starts at no multiple of 16 bytes, for which Triton compiles another."""
+    found: list[tuple[Any, ...]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+            return lambda *values: found.append((grid, *values))
+
+    class Compiling(Plans):
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+            return lambda **arguments: self.taken.append(arguments) or Compiled()
+
+    monkeypatch.setattr("retpop.kernels.launch.CompiledKernel", Compiled)
+    plan, memory = Compiling(), torch.ones(64)
+    for start, asked, launches in ((1, 1, 0), (4, 2, 0), (8, 2, 1), (2, 3, 1), (0, 3, 2)):
+        x = memory[start : start + 20].view(4, 5)
+        out, *_ = launched(plan, x, (None,))
+        assert (len(plan.taken), len(found)) == (asked, launches)
+    grid, given, filled, stride = found[-1]
+    assert (grid, given.data_ptr(), filled.data_ptr(), stride) == ((2, 1, 1), x.data_ptr(), out.data_ptr(), 5)
+    assert plan.made == 1

@@ -76,26 +76,29 @@ class KernelOp:
         """The results: a tensor, or several as a tuple or a list."""
         if torch.compiler.is_compiling():
             return self._op(*arguments)
-        layout = [len(x) if _has_tensors(x) else None for x in arguments]
-        pairs = zip(arguments, layout, strict=True)
-        flat = [x for one, size in pairs for x in ([one] if size is None else one)]
-        tensors = [x for x in flat if isinstance(x, Tensor)]
+        tensors = [x for x in _flat(arguments) if isinstance(x, Tensor)]
         if not _are_direct(tensors):
             return self._op(*arguments)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            layout = [len(x) if _has_tensors(x) else None for x in arguments]
+            pairs = zip(arguments, layout, strict=True)
+            flat = [x for one, size in pairs for x in ([one] if size is None else one)]
             return self._function.apply(*flat, layout)
         return self._launch(*arguments)
 
 
 def _has_tensors(argument: object) -> bool:
-    return isinstance(argument, list | tuple) and any(isinstance(x, Tensor) for x in argument)
+    return isinstance(argument, (list, tuple)) and any(isinstance(x, Tensor) for x in argument)
+
+
+_PLAIN = {Tensor, nn.Parameter}
 
 
 def _are_direct(tensors: Sequence[Tensor]) -> bool:
     """Whether kernels run on these eager tensors, and only autograd is to see it."""
     if mode_is_active() or transforms_are_active() or torch.jit.is_tracing():
         return False
-    if any(type(x) is not Tensor and type(x) is not nn.Parameter for x in tensors):
+    if not {type(x) for x in tensors} <= _PLAIN:
         return False
     return all(x.is_cuda for x in tensors) or (interpreting() and all(x.is_cpu for x in tensors))
 
@@ -217,7 +220,13 @@ def own(result: Tensor) -> Tensor:
 
 def _flat(arguments: Iterable[Any]) -> list[Any]:
     """The arguments with lists and tuples flattened."""
-    return [x for one in arguments for x in (one if isinstance(one, list | tuple) else [one])]
+    flat: list[Any] = []
+    for one in arguments:
+        if isinstance(one, (list, tuple)):
+            flat += one
+        else:
+            flat.append(one)
+    return flat
 
 
 def _laid_out(flat: Iterable[Any], layout: Sequence[int | None]) -> list[Any]:

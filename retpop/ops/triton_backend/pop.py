@@ -36,13 +36,13 @@ def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[
     anything, and their outputs are dropped.
     """
     powers = spec.powers
-    refuse_transforms(*tokens, powers.log_decay, state)
+    refuse_transforms(*tokens, powers.given, state)
     q, *rest = tokens
     if len(tokens) == 3 and q.shape[1] != rest[0].shape[1]:
         q = spec.all_tokens(q)
     *outs, final = pop_fwd(
         [q, *rest],
-        powers.log_decay,
+        powers.given,
         state,
         spec.reset,
         spec.predictions,

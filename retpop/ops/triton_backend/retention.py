@@ -41,13 +41,13 @@ def retention(
     out_dtype: torch.dtype | None = None,
 ) -> Results:
     """Retention of (B, T, H, D), by the same kernels in every mode; they choose their own chunks."""
-    refuse_transforms(q, k, v, powers.log_decay, state)
+    refuse_transforms(q, k, v, powers.given, state)
     cu_seqlens = reset = None
     if packing is not None and packing.is_step:
         state = packing.restart(state)
     elif packing is not None:
         cu_seqlens, reset = packing.cu_seqlens, packing.reset
-    return retention_fwd(q, k, v, powers.log_decay, state, cu_seqlens, reset, powers.scale, out_dtype)
+    return retention_fwd(q, k, v, powers.given, state, cu_seqlens, reset, powers.scale, out_dtype)
 
 
 def _launch(
