@@ -116,6 +116,8 @@ MINATAR = Config(
         # Two heads as wide as there are places, so that a head can tell them apart.
         num_heads=2,
         sequence_blocks=13,
+        # A table would learn the player on each ground, and at each place of a patch, by itself.
+        own_token_embedding=False,
         code_network=128,
         local_frames=5,
         local_outcomes=True,
@@ -174,8 +176,6 @@ SMALL = Config(
     ),
     world_model=replace(
         MINATAR.world_model,
-        # Codes that look alike are close to begin with.
-        own_token_embedding=False,
         sequence_blocks=21,
         local_frames=4,
         optim=replace(MINATAR.world_model.optim, updates_per_epoch=60, first_updates=2_000),

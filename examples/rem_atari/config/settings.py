@@ -171,9 +171,9 @@ class WorldModelConfig:
     """Embed observation tokens with a table of the world model's own, not the codebook. Off in the paper,
     where it is an ablation ("separate embeddings")."""
     code_network: int = 0
-    """Units of a small network over the tokenizer's codes, which is a part of the tokens' embeddings and of
-    the token head's weights: what is learned about a code then holds for those that look like it. 0 (paper):
-    no such network."""
+    """Units of a small network over the tokenizer's codes, which embeds tokens and is a part of the weights
+    that predict them: what is learned about a code then holds for those that look like it. 0 (paper): no
+    such network."""
     pop: bool = True
     """Predict all tokens of an observation in one pass. False (an ablation of the paper): one after another,
     each from those before it, at a pass a token."""

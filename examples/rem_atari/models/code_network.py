@@ -1,4 +1,4 @@
-"""What codes look like, as a part of how the world model embeds and predicts them."""
+"""Codes read by what they look like, besides tables with a row for each."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class CodeNetwork(nn.Module):
-    """A small network over the tokenizer's codes.
+    """A small network over the tokenizer's codes: it embeds tokens, and is a part of what predicts them.
 
     A table has a row for each code, and what is learned about one says nothing about another, though the two
-    may differ in one detail. Here codes that look alike get similar rows, so that a rare one is understood
-    before it was seen often.
+    may differ in one detail. Here codes that look alike are treated alike, so that a rare one is understood
+    before it was seen often. No gradient flows into the codes.
 
     Args:
         code_dim: E, dimension of the codes.
@@ -21,13 +21,14 @@ class CodeNetwork(nn.Module):
     def __init__(self, code_dim: int, hidden: int, width: int) -> None:
         super().__init__()
         self.read = nn.Sequential(nn.Linear(code_dim, hidden), nn.ReLU())
-        self.embed = nn.Linear(hidden, width)
+        # As far apart as the rows of a new table.
+        self.embed = nn.Sequential(nn.Linear(hidden, width), nn.LayerNorm(width))
         self.weigh = nn.Linear(hidden, width)
 
     def embeddings(self, codebook: Tensor) -> Tensor:
-        """A part of the embeddings of codes (V, E): (V, width). No gradient flows into the codes."""
+        """The embeddings of codes (V, E): (V, width)."""
         return self.embed(self.read(codebook.detach()))
 
     def head_weights(self, codebook: Tensor) -> Tensor:
-        """A part of what the token head weighs outputs by to predict codes (V, E): (V, width)."""
+        """A part of the token head's weights for codes (V, E), besides those of its own: (V, width)."""
         return self.weigh(self.read(codebook.detach()))

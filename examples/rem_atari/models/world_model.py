@@ -77,10 +77,10 @@ class BaseWorldModel(nn.Module, ABC):
     subclasses are about.
 
     Observation tokens are embedded with the tokenizer's codebook, which every method is handed and into which
-    no gradient flows, or, with `own_token_embedding`, with a table of the model's own (the codebook handed in
-    is then not read, but by a `CodeNetwork`). The decoder starts as `retpop.RetNetDecoder` initialises it,
-    each layer for itself (the published agent starts all layers as copies of one); heads and embeddings start
-    as torch initialises them.
+    no gradient flows; with `code_network`, by a network that reads it; or, with `own_token_embedding`, with a
+    table of the model's own (the codebook handed in is then not read). The decoder starts as
+    `retpop.RetNetDecoder` initialises it, each layer for itself (the published agent starts all layers as
+    copies of one); heads and embeddings start as torch initialises them.
 
     Args:
         cfg: sizes.
@@ -130,6 +130,8 @@ class BaseWorldModel(nn.Module, ABC):
         self.disagreement = None
         if cfg.disagreement_heads != 0:
             self.disagreement = Disagreement(width, codebook_size, cfg.disagreement_heads)
+        if self.code_network is not None:
+            nn.init.zeros_(self.token_head[-1].weight)  # what codes look like comes first
         if cfg.reward_bins > 0:
             # The mean of all bins: rewards start at 0, not at what random weights make of the largest bins.
             nn.init.zeros_(self.reward_head[-1].weight)
@@ -278,7 +280,7 @@ class BaseWorldModel(nn.Module, ABC):
     def _embed_tokens(self, tokens: Tensor, codebook: Tensor) -> Tensor:
         table = codebook.detach() if self.token_embedding is None else self.token_embedding.weight
         if self.code_network is not None:
-            table = table[: len(codebook)] + self.code_network.embeddings(codebook)
+            table = self.code_network.embeddings(codebook)
         return functional.embedding(tokens, table)
 
     def _token_logits(self, predicted: Tensor, codebook: Tensor) -> Tensor:
@@ -461,7 +463,12 @@ class WorldModel(BaseWorldModel):
 
 
 def _check_config(cfg: WorldModelConfig, code_dim: int) -> None:
-    if not cfg.own_token_embedding and cfg.embed_dim != code_dim:
+    if cfg.own_token_embedding and cfg.code_network > 0:
+        raise ValueError(
+            f"world_model.code_network is {cfg.code_network} and world_model.own_token_embedding is on;"
+            " tokens are embedded by one of them, so wanted 0 or off."
+        )
+    if not cfg.own_token_embedding and cfg.code_network == 0 and cfg.embed_dim != code_dim:
         raise ValueError(
             f"world_model.embed_dim is {cfg.embed_dim} and tokenizer.code_dim is {code_dim}; observation "
             "tokens are embedded with the codes, so the two must be equal unless "
