@@ -55,6 +55,8 @@ with prepare_training(config) as parts:
         state.phases[name].prepare(0)
     state.tokens.tokenize(replay.sample_sequences(1500, config.world_model.sequence_blocks, min_real=1))
     segments = state.phases["controller"].draw()
+    # A model that has not learned would end every other episode, and ended ones cost nothing more.
+    state.agent.world_model.end_head[-1].bias.data.copy_(torch.tensor([100.0, 0.0]))
 
     def work(name):
         if name == "imagine":
@@ -80,6 +82,7 @@ class Side:
     def __init__(self, checkout: Path, config: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER, config],
+            cwd=checkout,  # comes before all paths that modules are looked for in
             env=_environment(checkout),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -114,7 +117,9 @@ def _environment(checkout: Path) -> dict[str, str]:
 def _config(checkout: Path, preset: str) -> str:
     """A preset of a checkout, as JSON."""
     command = [sys.executable, "-c", PRESET, preset]
-    done = subprocess.run(command, env=_environment(checkout), stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=checkout, env=_environment(checkout), stdout=subprocess.PIPE, text=True, check=True
+    )
     return done.stdout
 
 

@@ -33,7 +33,7 @@ class ImaginedEnv:
     In a step the world model reads the observation and the action, and gives the reward, the end and the next
     observation, each drawn from its distribution; with POP that is one pass. An episode that has ended is not
     restarted. Its later steps have no meaning, and training must leave them out. Nothing here has a gradient,
-    and nothing waits for the device.
+    and nothing waits for the device, unless ended episodes are skipped.
 
     With POP the tokens of an observation are drawn independently of each other (that is what makes it fast),
     so where the world can go one way or another a drawn frame may show both or neither; `world_model.draw`
@@ -46,6 +46,8 @@ class ImaginedEnv:
         show: what the controller sees of tokens, as `Agent.show`; None: their codes.
         disagreement_weight: what a step pays besides for each nat that the world model's heads disagree about
             a token.
+        skip_ended: imagine nothing for episodes that have ended: they go on showing what they showed last,
+            without rewards. That saves their part of the work, and waits for the device at every step.
 
     Raises:
         ValueError: the world model is in training mode, in which dropout would garble what it imagines, or it
@@ -59,6 +61,7 @@ class ImaginedEnv:
         generator: torch.Generator,
         show: Callable[[Tensor], Tensor] | None = None,
         disagreement_weight: float = 0.0,
+        skip_ended: bool = False,
     ) -> None:
         if world_model.training:
             raise ValueError("ImaginedEnv: world_model is in training mode; call world_model.eval() first.")
@@ -73,6 +76,8 @@ class ImaginedEnv:
         self._generator = generator
         self._show = tokenizer.embed if show is None else show
         self._disagreement_weight = disagreement_weight
+        self._skip_ended = skip_ended
+        self._imagined: Tensor | None = None  # the episodes that are, (n,) int64; None: all
         self._state: Memory | None = None
         self._tokens: Tensor | None = None
 
@@ -113,19 +118,39 @@ class ImaginedEnv:
             raise ValueError("ImaginedEnv.reset(): context_tokens and context_actions must come together.")
         context = None if context_tokens is None else (context_tokens, context_actions, context_mask)
         self._state = state_at(self._world_model, self._tokenizer.codes, tokens, context)
-        self._tokens = tokens
+        self._tokens, self._imagined = tokens, None
         return self._show(tokens)
 
     @torch.no_grad()
     def step(self, actions: Tensor) -> TokenStep:
         """Imagine what follows the actions (B,) int64."""
+        rows, before = self._imagined, self.tokens
+        if rows is not None:
+            before, actions = before[rows], actions[rows]
         answer = self._world_model.imagine(
-            self.tokens, actions, self._tokenizer.codes, self._state, self._generator
+            before, actions, self._tokenizer.codes, self._state, self._generator
         )
-        self._tokens, self._state = answer.tokens, answer.state
-        never = torch.zeros_like(answer.ended)
-        shown = self._show(answer.tokens)
+        self._state = answer.state
+        self._tokens = self._among_all(answer.tokens, self.tokens)
+        nothing = torch.zeros_like(self._tokens[:, 0])
+        rewards, ended = (self._among_all(x, nothing.to(x.dtype)) for x in (answer.rewards, answer.ended))
+        never = torch.zeros_like(ended)
         bonus = None
         if self._disagreement_weight != 0:
-            bonus = self._disagreement_weight * answer.disagreement
-        return TokenStep(shown, answer.rewards, answer.ended, truncated=never, restarted=never, bonus=bonus)
+            paid = self._disagreement_weight * answer.disagreement
+            bonus = self._among_all(paid, nothing.to(paid.dtype))
+        if self._skip_ended:
+            self._leave_out(answer.ended)
+        shown = self._show(self._tokens)
+        return TokenStep(shown, rewards, ended, truncated=never, restarted=never, bonus=bonus)
+
+    def _among_all(self, values: Tensor, others: Tensor) -> Tensor:
+        """Values (n, ...) of the imagined episodes, and those of the others out of (B, ...)."""
+        return values if self._imagined is None else others.index_copy(0, self._imagined, values)
+
+    def _leave_out(self, ended: Tensor) -> None:
+        """Imagine those of the imagined episodes no more that have ended, (n,) bool, unless all have."""
+        going_on = (~ended).nonzero().squeeze(1)
+        if 0 < len(going_on) < len(ended):
+            self._state = self._state.select(going_on)
+            self._imagined = going_on if self._imagined is None else self._imagined[going_on]

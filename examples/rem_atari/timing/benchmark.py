@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rem_atari.config import Config, OptimConfig
 from rem_atari.errors import RunError, UsageError
 from rem_atari.models.lpips import expected_shapes
+from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.play.rollout import rollout
 from rem_atari.replay.buffer import Replay
 from rem_atari.timing.projection import COMPONENTS, Benchmark, Timing
@@ -89,6 +90,7 @@ def measure(
         replay = Replay((side, side, 3), room, folder=None, seed=derive_seed(config.seed, "replay"))
         state = assemble(scaled, parts, replay, lambda text: None)
         state.env.reset()
+        _go_on_forever(state.agent.world_model)
         rates = [_matrix_rate(config)]
         for timing in _time_parts(scaled, state, repeat):
             timings[timing.name] = timing
@@ -117,6 +119,15 @@ def fitting_scale(config: Config) -> float:
     # Forward and backward, a product and a sum for each weight, for K + 1 tokens read and K predicted.
     work = 6 * weights * model.optim.batch_size * model.sequence_blocks * (2 * places + 1)
     return 2.0 ** -max(0, math.ceil(math.log2(work / CPU_UPDATE)))
+
+
+@torch.no_grad()
+def _go_on_forever(world_model: BaseWorldModel) -> None:
+    """Let a world model that has not learned imagine no ends.
+
+    It would end every other episode, whose later steps cost nothing; a trained one ends few.
+    """
+    world_model.end_head[-1].bias.copy_(torch.tensor([100.0, 0.0]))
 
 
 def scale_batches(config: Config, scale: float) -> Config:

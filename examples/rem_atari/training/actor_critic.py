@@ -73,13 +73,17 @@ def imagine(
     cfg: ControllerConfig,
     generator: torch.Generator,
     lap: Lap = untimed,
+    *,
+    skip_ended: bool = False,
 ) -> Imagination:
     """Imagine `horizon` observations, the segments' last frames the first of them, without gradient.
 
-    One pass of the world model a step; nothing waits for the device, and no shape depends on what comes out.
+    One pass of the world model a step; nothing waits for the device, and no shape depends on what comes out,
+    unless ended episodes are skipped.
 
     Args:
         agent, segments, cfg, generator: as in `controller_loss`.
+        skip_ended: as in `ImaginedEnv`; for a loss that leaves out the steps after an end.
         lap: told as "burn-in" and "steps" end.
     """
     env = ImaginedEnv(
@@ -88,6 +92,7 @@ def imagine(
         generator,
         agent.show,
         disagreement_weight=cfg.disagreement_weight,
+        skip_ended=skip_ended,
     )
     before, observation = start_imagination(env, agent, segments, cfg.context_frames)
     lap("burn-in")

@@ -59,7 +59,9 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
             reward_steps=config.reward_start_steps,
         )
         self._parts: Iterator[Imagination] = iter(())
-        self._imagine = partial(imagine, agent, cfg=config, generator=generator)
+        # A GPU would be waited for at every step, and a graph holds steps of one size.
+        skip_ended = config.mask_after_end and generator.device.type == "cpu" and not cuda_graph
+        self._imagine = partial(imagine, agent, cfg=config, generator=generator, skip_ended=skip_ended)
         self._generator = generator
         self._cuda_graph = cuda_graph
         self._graph: Callable[..., Imagination] | None = None

@@ -485,7 +485,8 @@ def test_a_graph_gives_what_the_function_gives(monkeypatch):
     """But for the graph itself, see tests/gpu: its results, and what the generator holds."""
     graphs = pretend_graphs(monkeypatch)
     agent, segments = small_agent(world_model={"disagreement_heads": 2}), some_segments()
-    cfg = replace(CONFIG.controller, disagreement_weight=0.5)
+    # With the steps after an end, which the CPU's phase would otherwise skip.
+    cfg = replace(CONFIG.controller, disagreement_weight=0.5, mask_after_end=False)
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     component = Component("controller", agent.controller, cfg.optim)
     eager, captured = (
@@ -595,7 +596,7 @@ def test_a_single_minibatch_draws_nothing():
     found = phase.update()
     generator = torch.Generator().manual_seed(0)
     component = Component("controller", agents[1].controller, cfg.optim)
-    imagination = imagine(agents[1], segments, cfg, generator)
+    imagination = imagine(agents[1], segments, cfg, generator, skip_ended=True)
     wanted, *_ = (component.apply(*learn_from(imagination, agents[1].controller, cfg)) for _ in range(3))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     weights = (agent.controller.parameters() for agent in agents)
@@ -605,10 +606,13 @@ def test_a_single_minibatch_draws_nothing():
 
 def test_metrics_of_minibatches_are_the_means_of_the_first_use():
     cfg = replace(CONFIG.controller, uses=2, minibatches=2, optim=replace(CONFIG.controller.optim, lr=0.0))
-    found = a_phase(small_agent(), some_segments(), cfg).update()
-    whole = a_phase(small_agent(), some_segments(), replace(cfg, minibatches=1)).update()
+    agent = small_agent()
+    always(agent.world_model.end_head, 0)
+    found, whole = (
+        a_phase(agent, some_segments(), replace(cfg, minibatches=parts)).update() for parts in (2, 1)
+    )
     assert found.keys() == whole.keys()
-    # Two parts of the same size of episodes that did not end, and a learning rate of 0.
+    # Two parts of the same size of episodes that do not end, and a learning rate of 0.
     for name in ("imagined_return", "imagined_reward", "entropy"):
         torch.testing.assert_close(found[name], whole[name], msg=name)
 
@@ -619,3 +623,67 @@ def test_minibatches_are_clipped_as_uses_are():
     parts, uses = replace(cfg, minibatches=2), replace(cfg, uses=2)
     assert torch.equal(policy_gradient(parts, moved), policy_gradient(uses, moved))
     assert not torch.equal(policy_gradient(parts, moved), policy_gradient(cfg, moved))
+
+
+def some_end(agent: Agent) -> None:
+    """Let about a fifth of the steps end an episode."""
+    with torch.no_grad():
+        agent.world_model.end_head[-1].weight.zero_()
+        agent.world_model.end_head[-1].bias.copy_(torch.tensor([1.4, 0.0]))
+
+
+@pytest.mark.parametrize("world_model", [{}, {"pop": False}, {"local_frames": 2, "disagreement_heads": 2}])
+def test_ended_episodes_are_imagined_no_further(world_model):
+    """Steps up to an end are those of a world model that imagines them alone; later ones show nothing new."""
+    weight = 0.5 if "disagreement_heads" in world_model else 0.0
+    agent, segments = small_agent(world_model=world_model), some_segments(batch=16)
+    some_end(agent)
+    cfg = replace(CONFIG.controller, disagreement_weight=weight)
+    imagined = []
+    imagine_once = agent.world_model.imagine
+
+    def spy(tokens, *rest, **options):
+        imagined.append(imagine_once(tokens, *rest, **options))
+        return imagined[-1]
+
+    agent.world_model.imagine = spy
+    found = imagine(agent, segments, cfg, torch.Generator().manual_seed(0), skip_ended=True)
+    alive = before_the_end(found.trajectory.ended)
+    assert [len(answer.rewards) for answer in imagined] == alive.sum(dim=0).tolist()
+    assert 0 < alive[:, -1].sum() < 16
+    for step, answer in enumerate(imagined):
+        rows = alive[:, step]
+        assert torch.equal(found.trajectory.rewards[rows, step], answer.rewards)
+        assert torch.equal(found.trajectory.ended[rows, step], answer.ended)
+        assert not found.trajectory.rewards[~rows, step].any()
+        if weight:
+            assert torch.equal(found.trajectory.bonus[rows, step], weight * answer.disagreement)
+        if step + 1 < len(imagined):
+            seen = found.trajectory.seen[:, step + 1]
+            assert torch.equal(seen[rows], agent.show(answer.tokens))
+            assert torch.equal(seen[~rows], found.trajectory.seen[~rows, step])
+
+
+def test_episodes_that_all_end_at_once_are_imagined_to_the_end():
+    agent, segments = small_agent(), some_segments()
+    always(agent.world_model.end_head, 1)
+    found = imagine(agent, segments, CONFIG.controller, torch.Generator().manual_seed(0), skip_ended=True)
+    assert found.trajectory.ended.all()
+
+
+def test_nothing_changes_before_the_first_end_and_what_is_skipped_teaches_nothing():
+    agent, segments = small_agent(), some_segments(batch=8)
+    some_end(agent)
+    ways = [
+        imagine(agent, segments, CONFIG.controller, torch.Generator().manual_seed(0), skip_ended=skipped)
+        for skipped in (False, True)
+    ]
+    whole, skipped = (way.trajectory for way in ways)
+    first = int(whole.ended.any(dim=0).int().argmax())
+    assert torch.equal(whole.rewards[:, : first + 1], skipped.rewards[:, : first + 1])
+    assert torch.equal(whole.ended[:, : first + 1], skipped.ended[:, : first + 1])
+    alive = before_the_end(skipped.ended)
+    assert not alive.all()
+    spoilt = replace(skipped, rewards=torch.where(alive, skipped.rewards, 7.0))
+    losses = [actor_critic_loss(each, ways[1].bootstrap, CONFIG.controller)[0] for each in (skipped, spoilt)]
+    assert torch.equal(*losses)
