@@ -135,7 +135,7 @@ def test_what_one_place_leads_to_is_heard_in_the_outcome():
 
 
 def test_codes_that_look_alike_are_treated_alike():
-    """What sequences teach about a code holds for one that looks like it and that they do not show."""
+    """What the network learns about a code holds for one that looks like it and that no sequence shows."""
     codebook, held = a_codebook(), some_sequences()
     held.tokens.clamp_(max=CODES - 3)
     codebook[CODES - 2] = codebook[0] + 0.01
@@ -147,7 +147,7 @@ def test_codes_that_look_alike_are_treated_alike():
 
     before = logits()
     model.loss(held, codebook).total.backward()
-    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    torch.optim.SGD(model.code_network.parameters(), lr=0.5).step()
     moved = (logits() - before).flatten(0, 2)
     shown, alike, other = moved[:, 0], moved[:, CODES - 2], moved[:, CODES - 1]
     assert (alike - shown).abs().mean() < 0.1 * shown.abs().mean()
