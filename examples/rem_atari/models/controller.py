@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -224,6 +225,27 @@ def _deviation(codes: Tensor) -> Tensor:
     return torch.linalg.vector_norm(deviations, dim=(-2, -1), keepdim=True) / freedom**0.5
 
 
+class OverSquares(nn.Linear):
+    """A linear layer over whole squares, (N, h w c) to (N, out), with weights as for (N, c h w).
+
+    Convolutions leave their channels last in memory. To flatten that as it lies saves copies, and gradients
+    in another layout than the activations'.
+
+    Args:
+        channels, grid: c, and h and w.
+        out: features.
+    """
+
+    def __init__(self, channels: int, grid: int, out: int) -> None:
+        super().__init__(channels * grid * grid, out)
+        self.grid = grid
+
+    def forward(self, squares: Tensor) -> Tensor:
+        """Map flattened squares."""
+        weight = rearrange(self.weight, "o (c h w) -> o (h w c)", h=self.grid, w=self.grid)
+        return functional.linear(squares, weight, self.bias)
+
+
 def _code_cnn(cfg: ControllerConfig, code_dim: int, grid: int) -> nn.Sequential:
     """Map a square of codes to hidden_dim features."""
     first, second = cfg.channels
@@ -232,8 +254,8 @@ def _code_cnn(cfg: ControllerConfig, code_dim: int, grid: int) -> nn.Sequential:
         nn.SiLU(),
         nn.Conv2d(first, second, kernel_size=3, padding=1),
         nn.SiLU(),
-        nn.Flatten(),
-        nn.Linear(second * grid * grid, cfg.hidden_dim),
+        Rearrange("n c h w -> n (h w c)"),
+        OverSquares(second, grid, cfg.hidden_dim),
         nn.SiLU(),
     )
 

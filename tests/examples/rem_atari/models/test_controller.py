@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rem_atari.config import ControllerConfig
-from rem_atari.models.controller import Controller, entropy, reset_carry
+from rem_atari.models.controller import Controller, OverSquares, entropy, reset_carry
 
 SMALL = ControllerConfig(channels=(4, 4), hidden_dim=8, lstm_dim=6)
 
@@ -42,6 +42,21 @@ def test_features_see_the_codes_as_a_square_row_by_row():
     codes = some_codes(1)
     square = codes.reshape(1, 2, 2, 3).permute(0, 3, 1, 2)
     torch.testing.assert_close(controller.features(codes), controller.cnn(square))
+
+
+def test_a_layer_over_squares_is_a_linear_layer_over_flattened_images():
+    """Its weights keep the order that checkpoints have them in: channels first."""
+    images = some_codes(5).unflatten(1, (2, 2)).permute(0, 3, 1, 2).requires_grad_()
+    layer = OverSquares(3, 2, 7)
+    linear = torch.nn.Linear(12, 7)
+    linear.load_state_dict(layer.state_dict())
+    outputs = layer(images.permute(0, 2, 3, 1).flatten(1)), linear(images.flatten(1))
+    torch.testing.assert_close(*outputs)
+    of_layer, of_linear = (
+        torch.autograd.grad(output.square().sum(), [images, *module.parameters()])
+        for output, module in zip(outputs, (layer, linear), strict=True)
+    )
+    torch.testing.assert_close(of_layer, of_linear)
 
 
 def test_features_of_many_steps_are_those_of_each():
