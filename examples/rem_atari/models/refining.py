@@ -52,9 +52,10 @@ class RefiningWorldModel(WorldModel):
         if not self.training:
             return super().forward(tokens, actions, codebook, skip_blocks=skip_blocks)
         known = _some(tokens)
-        plain = self._sequence_prediction_tokens(tokens, actions, codebook, skip_blocks)
+        observations = self._embed_tokens(tokens, codebook)
+        plain = self._sequence_prediction_tokens(observations, actions, skip_blocks)
         stream = self._with_hints(plain, tokens[:, skip_blocks:], known[:, skip_blocks:], codebook)
-        logits = self._predict_blocks(tokens, actions, codebook, stream, skip_blocks)
+        logits = self._predict_blocks(observations, actions, codebook, stream, skip_blocks)
         return logits._replace(unknown=~known[:, skip_blocks:])
 
     def _draw_tokens(

@@ -59,7 +59,7 @@ class TokenByTokenWorldModel(BaseWorldModel):
                 f"TokenByTokenWorldModel(): skip_blocks is {skip_blocks}; it must be at least 1, because"
                 " nothing predicts the first token of a sequence."
             )
-        read, _ = self.decoder(self._embed_blocks(tokens, actions, codebook))
+        read, _ = self.decoder(self._embed_blocks(self._embed_tokens(tokens, codebook), actions))
         first = skip_blocks * self.block_size
         # The output at a token speaks of the token after it; the one before an action speaks of no token.
         before = read[:, first - 1 : -1].unflatten(1, (-1, self.block_size))[:, :, : self.num_tokens]

@@ -228,8 +228,9 @@ class BaseWorldModel(nn.Module, ABC):
                 an empty memory; None: all are real.
         """
         before = self.init_state(tokens.shape[0]) if state is None else state
-        seen = self._see(tokens, actions, codebook)
-        blocks = self._embed_blocks(tokens, actions, codebook)
+        observations = self._embed_tokens(tokens, codebook)
+        seen = self._see(observations, actions)
+        blocks = self._embed_blocks(observations, actions)
         is_first = None
         if mask is not None and mask.shape[1] > 1:  # memory starts anew at the first real block
             is_first = functional.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
@@ -248,15 +249,14 @@ class BaseWorldModel(nn.Module, ABC):
             memory = memory.reset(~mask[:, -1])
         return Memory(memory, self._keep(before, seen))
 
-    def _see(self, tokens: Tensor, actions: Tensor, codebook: Tensor) -> Tensor:
-        """What `LocalPast` is shown of frames (B, N, K) and the actions (B, N) taken on them.
+    def _see(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """What `LocalPast` is shown of embedded frames (B, N, K, width) and the actions (B, N) taken on them.
 
         (B, N, K, width), or without one nothing, (B, N, 0).
         """
-        embedded = self._embed_tokens(tokens, codebook)
         if self.local_past is None:
-            return embedded.new_empty(*actions.shape, 0)
-        return embedded + self.action_embedding(actions)[:, :, None]
+            return observations.new_empty(*actions.shape, 0)
+        return observations + self.action_embedding(actions)[:, :, None]
 
     def _keep(self, before: Memory, seen: Tensor) -> Tensor:
         """The last of the frames that the memory holds and of those `seen` after them."""
@@ -271,9 +271,8 @@ class BaseWorldModel(nn.Module, ABC):
         """What looks at the last frames, where the model has it."""
         return None
 
-    def _embed_blocks(self, tokens: Tensor, actions: Tensor, codebook: Tensor) -> Tensor:
-        """Observations (B, N, K) and actions (B, N) as the main stream's input, (B, N·(K+1), width)."""
-        observations = self._embed_tokens(tokens, codebook)
+    def _embed_blocks(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Embedded observations (B, N, K, width) and actions (B, N) as a stream, (B, N·(K+1), width)."""
         blocks = torch.cat([observations, self.action_embedding(actions)[:, :, None]], dim=2)
         return rearrange(self._place(blocks, 0), "b n l e -> b (n l) e")
 
@@ -311,28 +310,28 @@ class WorldModel(BaseWorldModel):
         self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
     ) -> SequenceLogits:
         """See `BaseWorldModel.forward`."""
-        prediction_tokens = self._sequence_prediction_tokens(tokens, actions, codebook, skip_blocks)
-        return self._predict_blocks(tokens, actions, codebook, self._stream(prediction_tokens), skip_blocks)
+        observations = self._embed_tokens(tokens, codebook)
+        stream = self._stream(self._sequence_prediction_tokens(observations, actions, skip_blocks))
+        return self._predict_blocks(observations, actions, codebook, stream, skip_blocks)
 
-    def _sequence_prediction_tokens(
-        self, tokens: Tensor, actions: Tensor, codebook: Tensor, skip_blocks: int
-    ) -> Tensor:
+    def _sequence_prediction_tokens(self, observations: Tensor, actions: Tensor, skip_blocks: int) -> Tensor:
         """What a sequence's observations are predicted from besides the memory, (B, N', K, width).
 
-        They are those of the blocks that are not skipped, and with `local_outcomes` the one after the last.
+        Predicted are those of the blocks that are not skipped, and with `local_outcomes` the one after the
+        last. The observations given are embedded, (B, N, K, width).
         """
         frames = 1 if self.local_past is None else self.local_past.frames
-        seen = self._see(tokens, actions, codebook)
+        seen = self._see(observations, actions)
         nothing = seen.new_zeros(seen.shape[0], frames, *seen.shape[2:])
-        last = tokens.shape[1] + frames if self.cfg.local_outcomes else -1
+        last = seen.shape[1] + frames if self.cfg.local_outcomes else -1
         return self._prediction_tokens(torch.cat((nothing, seen), dim=1)[:, skip_blocks:last])
 
     def _predict_blocks(
-        self, tokens: Tensor, actions: Tensor, codebook: Tensor, stream: Tensor, skip_blocks: int
+        self, observations: Tensor, actions: Tensor, codebook: Tensor, stream: Tensor, skip_blocks: int
     ) -> SequenceLogits:
-        """`forward`, given the prediction stream's input, (B, N', M, width)."""
+        """`forward`, given embedded observations and the prediction stream's input, (B, N', M, width)."""
         at_action, predicted, _ = self.decoder.pop(
-            self._embed_blocks(tokens, actions, codebook),
+            self._embed_blocks(observations, actions),
             stream,
             block_size=self.block_size,
             offset=skip_blocks,
@@ -384,7 +383,7 @@ class WorldModel(BaseWorldModel):
             codebook: the tokenizer's codes, (V, E).
             state: the memory before the block.
         """
-        block = tokens[:, None], actions[:, None], codebook
+        block = self._embed_tokens(tokens[:, None], codebook), actions[:, None]
         seen = self._see(*block)
         prediction_tokens = self._prediction_tokens(torch.cat((state.recent, seen), dim=1))
         at_action, predicted, memory = self.decoder.pop(
