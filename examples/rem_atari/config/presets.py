@@ -15,6 +15,7 @@ paper    days; wants a GPU   the published agent
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from rem_atari.config import (
     Config,
@@ -60,6 +61,10 @@ _SMALL_WORLD_MODEL = WorldModelConfig(
 )
 _SMALL_CONTROLLER = ControllerConfig(hidden_dim=128, lstm_dim=128, normalize_codes=True)
 
+_tokenizer_optim = partial(OptimConfig, weight_decay=0.01, clip_norm=10.0)
+_world_model_optim = partial(OptimConfig, weight_decay=0.05, clip_norm=100.0)
+_controller_optim = partial(OptimConfig, weight_decay=0.01, clip_norm=3.0)
+
 CATCH = Config(
     preset="catch",
     threads=1,
@@ -68,17 +73,13 @@ CATCH = Config(
         _SMALL_TOKENIZER,
         codebook_size=32,
         freeze_epoch=4,
-        optim=OptimConfig(
-            lr=1e-3, weight_decay=0.01, clip_norm=10.0, batch_size=32, updates_per_epoch=15, first_updates=300
-        ),
+        optim=_tokenizer_optim(lr=1e-3, batch_size=32, updates_per_epoch=15, first_updates=300),
     ),
     world_model=replace(
         _SMALL_WORLD_MODEL,
         sequence_blocks=5,
-        optim=OptimConfig(
+        optim=_world_model_optim(
             lr=2e-3,
-            weight_decay=0.05,
-            clip_norm=100.0,
             batch_size=16,
             # Cheap beside the controller's, whose policy settles before the model is right if these are few.
             updates_per_epoch=100,
@@ -94,9 +95,7 @@ CATCH = Config(
         horizon=6,
         gamma=0.95,
         entropy_weight=0.03,
-        optim=OptimConfig(
-            lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=128, updates_per_epoch=60, start_epoch=3
-        ),
+        optim=_controller_optim(lr=1e-3, batch_size=128, updates_per_epoch=60, start_epoch=3),
     ),
     schedule=ScheduleConfig(
         epochs=16, collect_epochs=16, steps_per_epoch=192, random_steps=2_400, checkpoint_every=4
@@ -124,10 +123,8 @@ MINATAR = Config(
         reward_weight=3.0,
         end_weight=3.0,
         event_share=0.3,
-        optim=OptimConfig(
+        optim=_world_model_optim(
             lr=2e-3,
-            weight_decay=0.05,
-            clip_norm=100.0,
             average=0.98,
             batch_size=8,
             # A thing that the model loses in one of fifty frames is gone from half of its dreams.
@@ -151,7 +148,7 @@ MINATAR = Config(
         minibatches=4,
         scale_advantages=True,
         random_repeat=16,
-        optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=128, updates_per_epoch=30),
+        optim=_controller_optim(lr=1e-3, batch_size=128, updates_per_epoch=30),
     ),
     # Steps cost next to nothing here, and rewards are what the world model sees too few of.
     schedule=ScheduleConfig(
@@ -205,10 +202,8 @@ TINY = Config(
         # The last two epochs give the world model tokens that keep their meaning.
         freeze_epoch=3,
         freeze_foreground_error=0.04,
-        optim=OptimConfig(
+        optim=_tokenizer_optim(
             lr=2e-3,
-            weight_decay=0.01,
-            clip_norm=10.0,
             # Small batches: in so little time many updates tell more than exact ones.
             batch_size=8,
             updates_per_epoch=500,
@@ -218,10 +213,8 @@ TINY = Config(
     world_model=replace(
         _SMALL_WORLD_MODEL,
         sequence_blocks=8,
-        optim=OptimConfig(
+        optim=_world_model_optim(
             lr=2e-3,
-            weight_decay=0.05,
-            clip_norm=100.0,
             batch_size=8,
             updates_per_epoch=120,
             max_seconds=13.0,
@@ -234,10 +227,8 @@ TINY = Config(
         horizon=7,
         gamma=0.97,
         entropy_weight=0.01,
-        optim=OptimConfig(
+        optim=_controller_optim(
             lr=1e-3,
-            weight_decay=0.01,
-            clip_norm=3.0,
             batch_size=32,
             updates_per_epoch=20,
             start_epoch=1,
@@ -277,9 +268,7 @@ DEBUG = Config(
         init_from_data=True,
         restart_dead_codes=True,
         freeze_epoch=1,
-        optim=OptimConfig(
-            lr=1e-3, weight_decay=0.01, clip_norm=10.0, batch_size=8, updates_per_epoch=2, first_updates=4
-        ),
+        optim=_tokenizer_optim(lr=1e-3, batch_size=8, updates_per_epoch=2, first_updates=4),
     ),
     world_model=WorldModelConfig(
         embed_dim=16,
@@ -290,7 +279,7 @@ DEBUG = Config(
         context_blocks=1,
         own_token_embedding=True,
         position_in_block=True,
-        optim=OptimConfig(lr=1e-3, weight_decay=0.05, clip_norm=100.0, batch_size=4, updates_per_epoch=2),
+        optim=_world_model_optim(lr=1e-3, batch_size=4, updates_per_epoch=2),
     ),
     controller=ControllerConfig(
         channels=(8, 8),
@@ -299,7 +288,7 @@ DEBUG = Config(
         burn_in=3,
         min_real_frames=2,
         horizon=3,
-        optim=OptimConfig(lr=1e-3, weight_decay=0.01, clip_norm=3.0, batch_size=4, updates_per_epoch=2),
+        optim=_controller_optim(lr=1e-3, batch_size=4, updates_per_epoch=2),
     ),
     schedule=ScheduleConfig(
         epochs=2,

@@ -38,18 +38,9 @@ def chunkwise(
 
 @chunkwise.register_fake
 def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    reset: Tensor | None,
-    scale: float,
-    chunk_size: int,
-    out_dtype: torch.dtype,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape, dtype=out_dtype), torch.empty_like(state)
+    return v.new_empty(v.shape, dtype=rest[-1]), torch.empty_like(state)
 
 
 @torch.library.custom_op("retpop::chunkwise_bwd", mutates_args=())
