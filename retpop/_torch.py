@@ -68,7 +68,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def own_parameter(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter as the module holds it; None if it has none, or computes it at every reading."""
+    """The stored parameter ``name``; None if there is none or the module computes it on each access."""
     return module._parameters.get(name)
 
 

@@ -1,6 +1,6 @@
 """Checks and dtypes of arguments, and whether transforms or autocast are on, for all parts of the package.
 
-Autocast casts token inputs and nothing inside the operations.
+Autocast casts the token inputs of an operation; inside, it is off.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class RetNetConfig:
         value_dim: width of values and gate over all heads; None: embed_dim. Divisible by num_heads.
         decay: "retnet" (γ = 1 - 2^(-5-h)), "log_spaced" (time scales from 32 to 512 tokens), num_heads
             log-decays, each at most 0, or num_layers tuples of them, one for each layer.
-        learn_decay: whether each layer learns its log-decays, from those of ``decay`` on, which must then be
-            finite and below 0.
+        learn_decay: whether each layer learns its log-decays. They start at those of ``decay``, which must
+            then be finite and below 0.
         position: rotary positions, "retnet" or "rope" (see `retpop.position`), or None.
         scale: factor on the retention output; None: (key_dim / num_heads)^-0.5.
         head_norm: normalisation of each head's output: "groupnorm" (mean and variance) or "rmsnorm".
@@ -209,7 +209,7 @@ class RetNetConfig:
         self._set("decay", tuple(sets))
 
     def _check_learned(self) -> None:
-        """γ of 0 and 1 are out of reach of a decay that learns, and it cannot start there."""
+        """A learned decay cannot reach γ = 0 or γ = 1, so it cannot start there either."""
         for layer in range(self.num_layers if self.learn_decay else 0):
             for value in self.log_decays(layer):
                 if not -math.inf < value < 0:

@@ -1,8 +1,8 @@
 """Rotary positions: queries and keys are rotated by an angle that grows with the position.
 
 Two conventions, named after their origin: ``"retnet"`` rotates neighbouring pairs of features, ``"rope"``
-rotates pairs half a head apart. Neither scales as xPos does; like RetNet's released code, they leave that
-to the decay.
+rotates pairs half a head apart. Neither scales as xPos does: like RetNet's released code, they leave that to
+the decay.
 """
 
 from __future__ import annotations

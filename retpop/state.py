@@ -14,7 +14,7 @@ from retpop.arguments import check_mapping, check_tensor, values_are_free
 
 
 class Uncast:
-    """Keeps a state's kv safe from FSDP's mixed precision.
+    """Protects a state's kv from FSDP's mixed precision.
 
     FSDP casts the tensors that it finds in dataclasses, and in backward waits for their gradients. So it must
     find kv, and `before_cast` restores the uncast one.
@@ -32,7 +32,7 @@ class Uncast:
 
 @dataclass(frozen=True, eq=False)
 class RetNetState:
-    """The memory of a retention stack: everything it keeps of the tokens that it has seen.
+    """The memory of a retention stack: all that it keeps of earlier tokens.
 
     Attributes:
         kv: (layers, B, H, Dk, Dv), float32 (float64 for a model in float64); a single layer's state has
@@ -200,7 +200,7 @@ class RetNetState:
 
 
 def _unflatten(leaves: Iterable[Any], _: None) -> RetNetState:
-    """A state of any two leaves, because pytrees also hold shapes, dimensions or None in place of tensors."""
+    """A state of any two leaves: pytrees also hold shapes, dimensions or None in place of tensors."""
     state = object.__new__(RetNetState)
     for name, leaf in zip(("kv", "position"), leaves, strict=True):
         object.__setattr__(state, name, leaf)

@@ -73,15 +73,15 @@ def load_fla(
 
     Weights are copied and keep their dtype and device. Not supported, and refused by names or shapes that do
     not fit: short convolutions, fewer heads of keys than of queries, layers without an output gate or with
-    ``fuse_norm=False``, and layers of attention. A feature map, which no weight tells of, is not supported
-    either.
+    ``fuse_norm=False``, and layers of attention. A feature map is not supported either, and no weight reveals
+    it.
 
     Args:
         state_dict: of such a model, or of one that holds exactly one.
-        num_heads: its ``num_heads``; None: as the weights have it, which those of a model with
-            ``elementwise_affine=False`` do not tell.
+        num_heads: its ``num_heads``; None: read from the weights, which is impossible with
+            ``elementwise_affine=False``.
         norm_eps: its ``norm_eps``.
-        tie_embeddings: its ``tie_word_embeddings``: stored weights of a tied model have no head.
+        tie_embeddings: its ``tie_word_embeddings``; the stored weights of a tied model have no head.
 
     Returns:
         a `RetNetLM` if the weights hold a head or it is tied; else a `RetNetDecoder`, for which an embedding
@@ -100,7 +100,7 @@ def load_fla(
     if affine:
         num_heads = check_heads(where, num_heads, sizes["V"] / sizes["W"])
     if num_heads is None:
-        raise ValueError(f"{where}: num_heads is None, but the weights do not tell it.")
+        raise ValueError(f"{where}: num_heads is None, but it cannot be read from the weights.")
     cfg = RetNetConfig(
         embed_dim=sizes["E"],
         num_heads=num_heads,
@@ -153,7 +153,7 @@ def to_fla(model: RetNetLM) -> dict[str, Tensor]:
         model: of a configuration that `load_fla` makes; a head norm's weight must be the same for all heads.
 
     Returns:
-        what that model's ``load_state_dict`` takes; they share memory with ours.
+        the tensors for that model's ``load_state_dict``; they share memory with ours.
 
     Raises:
         ValueError: the configuration or the head norm's weight has no equal there; the message says which.

@@ -72,7 +72,7 @@ def load_torchscale(
     Args:
         state_dict: of the decoder, or of a model that holds exactly one; names outside its prefix are not
             read.
-        num_heads: its ``decoder_retention_heads``; None: as the weights have it.
+        num_heads: its ``decoder_retention_heads``; None: read from the weights.
         activation: its ``activation_fn``; "silu" is what it calls "swish".
         scale_embeddings: the opposite of its ``no_scale_embedding``.
         norm_eps: its ``layernorm_eps``.
@@ -115,7 +115,7 @@ def load_torchscale(
 
 
 def _check_constants(where: str, weights: Mapping[str, Tensor], cfg: RetNetConfig) -> None:
-    """Compare decay and rotation, buffers there, with ours."""
+    """Compare its decay and rotation, which are buffers, with ours."""
     angles = rotary_frequencies("retnet", cfg.head_key_dim).repeat_interleave(2)
     for name, ours in ((DECAY, retnet_decay(cfg.num_heads, dtype=torch.float64)), (ANGLE, angles)):
         theirs = weights[name].detach().double().cpu()

@@ -21,14 +21,14 @@ has one size in all weights.
 """
 
 OF_THE_MODEL = {"embedding.weight", "head.weight"}
-"""Our names of the weights that a language model has beside its decoder's."""
+"""Our names of a language model's weights outside its decoder."""
 
 
 def one_prefix(where: str, state_dict: object, anchor: str) -> str:
     """The prefix of ``anchor`` in the one name that ends with it.
 
     Raises:
-        TypeError, ValueError: state_dict does not map names to tensors, or no name or several end so.
+        TypeError, ValueError: state_dict does not map names to tensors, or not exactly one name ends with it.
     """
     if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
         raise TypeError(f"{where}: state_dict is {type(state_dict).__name__}; it must map names to tensors.")
@@ -49,7 +49,7 @@ def below(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count_layers(weights: Mapping[str, Tensor]) -> int:
-    """How many different layers the names tell of; a gap in their numbers later shows as missing names."""
+    """The number of different layers in the names; a gap in their indices later shows as missing names."""
     return len({match[1] for key in weights if (match := re.match(r"layers\.(\d+)\.", key))})
 
 
@@ -113,7 +113,7 @@ def _listed(names: list[str], most: int = 8) -> str:
 
 
 def check_heads(where: str, given: int | None, found: float) -> int:
-    """The number of heads ``found`` in the weights, unless it is no whole one or another one is given."""
+    """The number of heads ``found`` in the weights; raise if it is not whole or not the ``given`` one."""
     if found != int(found) or given not in (None, found):
         raise ValueError(f"{where}: num_heads is {given}, but the weights have {found:g} heads.")
     return int(found)

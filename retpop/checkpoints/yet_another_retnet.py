@@ -56,8 +56,9 @@ def load_yet_another_retnet(
 ) -> RetNetDecoder:
     """A `RetNetDecoder` with the weights, and so the outputs, of a `yet_another_retnet` decoder.
 
-    Sizes are read from the weights; what they do not tell is an argument. The decoder has the weights' dtype
-    and device, copies of the weights, no dropout, and is in training mode like any new module.
+    Sizes are read from the weights; settings that the weights do not determine are arguments. The decoder has
+    the weights' dtype and device, copies of the weights, no dropout, and is in training mode like any new
+    module.
 
     Args:
         state_dict: `state_dict()` of its `RetNetDecoder`, or of a model that holds exactly one (its `RetNet`
@@ -106,7 +107,7 @@ def load_yet_another_retnet(
 
 
 def _check_thetas(angles: dict[str, Tensor], config: RetNetConfig) -> None:
-    """Compare the rotation angles, a buffer there, with ours: they also betray a wrong number of heads."""
+    """Compare its rotation angles, a buffer, with ours; they also reveal a wrong number of heads."""
     for key, thetas in angles.items():
         check_tensor("load_yet_another_retnet()", f"'{key}'", thetas)
         if thetas.shape != (config.head_key_dim,):

@@ -7,16 +7,16 @@
 - Slices may differ in length, and may be empty. POP's slices are whole blocks, each rank with the predictions
   that start from its own boundaries.
 - A row of packed sequences is cut like any other; every rank passes ``cu_seqlens`` of the whole row.
-- A state that is passed in is that before the whole sequence, the same on every rank; the returned state is
-  that after the whole sequence, on every rank.
-- The loss is the sum of the ranks' losses, and every rank calls backward. The gradient of what all ranks
-  share, such as a weight, a decay or a state passed in, is then the sum of the ranks' gradients.
+- A state that is passed in belongs to the start of the whole sequence and is the same on every rank. Every
+  rank returns the state after the whole sequence.
+- The loss is the sum of the ranks' losses, and every rank calls backward. The gradient of a shared tensor (a
+  weight, a decay, a state passed in) is then the sum of the ranks' gradients.
 - Every rank makes the same calls, or the others wait until the group's timeout.
 
-A rank's slice changes a state by S -> γ^n S + C, so all that moves is C, one state per layer and row: an
-all-gather forward, and a reduce-scatter of gradients backward, each over (ranks - 1) states per rank. Packed
-sequences move a state each, and run retention twice: the first time for C alone. The
-numbers of tokens are gathered once per call.
+A rank's slice changes a state by S -> γ^n S + C, so only C moves, one state per layer and row: an
+all-gather forward, and a reduce-scatter of gradients backward, each over (ranks - 1) states per rank. Each
+packed sequence moves one state, and retention runs twice, the first time for C alone. The numbers of tokens
+are gathered once per call.
 
 This module holds the group and the collectives; `retpop.ops.slices` holds the arithmetic.
 

@@ -1,7 +1,7 @@
-"""The language model inside Hugging Face's transformers: import this module, and the Auto classes know it.
+"""The language model inside Hugging Face's transformers: importing this module registers it there.
 
 ``AutoModelForCausalLM.from_pretrained(folder)`` then reads a folder that `RetNetLM.save_pretrained` wrote,
-and ``generate``, ``Trainer``, ``pipeline`` and PEFT take the model like any other. Its ``model`` is the
+and ``generate``, ``Trainer``, ``pipeline`` and PEFT accept the model like any other. Its ``model`` is the
 `RetNetLM`.
 """
 
@@ -24,14 +24,14 @@ INITIALISED_BY_US = (RetNetLM, MultiScaleRetention, FeedForward, nn.LayerNorm, n
 
 
 class RetNetForCausalLMConfig(PreTrainedConfig):
-    """`RetNetLMConfig` as transformers wants a configuration: the same fields, the decoder's as a dictionary.
+    """`RetNetLMConfig` as a configuration of transformers: the same fields, the decoder's as a dictionary.
 
     Args:
         vocab_size: number of tokens V.
-        decoder: the fields of a `RetNetConfig`; None: of a small one.
+        decoder: the fields of a `RetNetConfig`; None: those of a small decoder.
         scale_embeddings: as in `RetNetLMConfig`.
         tie_embeddings: as there; ``tie_word_embeddings`` is the same.
-        options: as any configuration of transformers takes.
+        options: those of every configuration of transformers.
     """
 
     model_type = MODEL_TYPE
@@ -53,7 +53,7 @@ class RetNetForCausalLMConfig(PreTrainedConfig):
         super().__init__(**options)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """Itself: transformers would take ``decoder`` for a configuration of its own."""
+        """Return this configuration; transformers would mistake ``decoder`` for the one it looks for."""
         return self
 
     def language_model(self) -> RetNetLMConfig:
@@ -63,21 +63,21 @@ class RetNetForCausalLMConfig(PreTrainedConfig):
 
 
 class StateCache:
-    """A `RetNetState` in the place of a cache of keys and values: of one size, however much it has read."""
+    """A `RetNetState` in place of a cache of keys and values; its size does not grow with the tokens read."""
 
     is_compileable = False
     is_linear = (False,)
-    """So that transformers passes it only the tokens that it has not read: it counts those that it has."""
+    """True: transformers then passes only tokens that the cache has not read, by the count it keeps."""
 
     def __init__(self, state: RetNetState) -> None:
         self.state = state
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that the row which has read most has read."""
+        """The largest number of tokens that a row has read."""
         return int(self.state.position.max())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let every beam go on from the beam (B,) that it continues."""
+        """Give each beam the state of the beam that it continues; ``beam_idx`` is (B,)."""
         self.state = self.state.select(beam_idx)
 
 
@@ -116,23 +116,28 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T).
             attention_mask: (B, at least T), 0 for padding on any side; the last T columns count.
-            cache: what came before.
-            labels: (B, T), the tokens themselves, -100 where none counts: logits t are judged by label t + 1.
-            use_cache: whether the cache after the last token comes out; None: outside training.
+            cache: the cache after the tokens before; None for the start of a sequence.
+            labels: (B, T), the tokens themselves, -100 where none counts; label t + 1 is the target of logits
+                t.
+            use_cache: whether to return the cache after the last token; None: only outside training.
             logits_to_keep: how many of the last tokens get logits; 0: all.
-            num_items_in_batch: what the summed loss is divided by; None: the tokens that count.
+            num_items_in_batch: the divisor of the summed loss; None: the number of tokens that count.
             return_dict: False for a tuple.
-            inputs_embeds: (B, T, E), vectors in place of the embedding's of input_ids.
-            output_attentions, output_hidden_states: not supported; wrappers name them.
+            inputs_embeds: (B, T, E), used in place of the embeddings of input_ids.
+            output_attentions, output_hidden_states: not supported; accepted because wrappers pass them as
+                False.
 
         Returns:
             loss, logits (B, T, V) and cache, as transformers has them.
 
         Raises:
-            ValueError: what is not supported is asked for, or not exactly one of input_ids and inputs_embeds.
+            ValueError: an unsupported output is requested, or not exactly one of input_ids and inputs_embeds
+                is given.
         """
         if output_attentions or output_hidden_states:
-            raise ValueError("RetNetForCausalLM: output_attentions and output_hidden_states are not there.")
+            raise ValueError(
+                "RetNetForCausalLM: output_attentions and output_hidden_states must be False: not supported."
+            )
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("RetNetForCausalLM: exactly one of input_ids and inputs_embeds must be given.")
@@ -188,7 +193,7 @@ class RetNetForCausalLM(PreTrainedModel, GenerationMixin):
         return logits.unsqueeze(1) if last else pad_packed(packed.replace(logits)), state
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Start a module's weights as ours start, unless a checkpoint held them all."""
+        """Initialise a module's weights as `RetNetLM` does, unless a checkpoint held all of them."""
         loaded = all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters())
         if isinstance(module, INITIALISED_BY_US) and not loaded:
             module.reset_parameters()

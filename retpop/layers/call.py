@@ -1,4 +1,4 @@
-"""A call of a layer or a decoder: what it computes once for all layers, and passes from layer to layer.
+"""A call of a layer or a decoder: the values that it computes once and passes to every layer.
 
 A call is prepared once: arguments checked, backend chosen, powers of γ and rotation angles computed. Each
 layer then hands it queries, keys and values. `SequenceCall` runs them as a sequence. `PopCall` takes
@@ -36,7 +36,7 @@ class AnyCall:
     Attributes:
         rotation: of every token, or None without rotary positions.
         backend: the chosen backend.
-        slices: those of the ranks, of which this call takes one; None: the sequences are whole.
+        slices: the slices that the ranks hold, this call's among them; None: the sequences are whole.
     """
 
     rotation: Rotation | Phases | None
@@ -44,12 +44,12 @@ class AnyCall:
     slices: Slices | None = None
 
     def for_inner_layers(self) -> Self:
-        """The call for a layer that another layer follows, so that all of its tokens come out."""
+        """The call for a layer that is not the last: it returns the outputs of all tokens."""
         return self
 
     @property
     def tokens_apart(self) -> int | None:
-        """The call may be split after any multiple of this many tokens; None: nowhere."""
+        """The call may be split after any multiple of this number of tokens; None: nowhere."""
         return None
 
     def of_rows(self, rows: slice) -> Self:
@@ -101,7 +101,7 @@ class SequenceCall(AnyCall):
         return replace(super().of_rows(rows), packing=packing)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The part of the last layer's output that the caller gets."""
+        """The part of the last layer's output that is returned to the caller."""
         return (x,)
 
     def retention(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ class PopCall(AnyCall):
         return self.spec.readers(x)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The sequence's outputs and the predictions; in training in separate memory, so each can change."""
+        """The sequence's outputs and the predictions; in training in separate memory, to change in place."""
         main, pred = split_row(x, self.spec.predictions)
         return (main.clone(), pred.clone()) if x.requires_grad else (main, pred)
 
@@ -207,7 +207,7 @@ Layers = Callable[[Tensor, Tensor | None, Call], tuple[Tensor, Tensor]]
 
 
 def tokens_at_once(cfg: RetNetConfig, x: Tensor) -> int | None:
-    """Tokens of (B, T, E) in a microbatch; None: all tokens pass a layer before any passes the next.
+    """The number of tokens of (B, T, E) in a microbatch; None: the call is not split.
 
     It is None on a GPU, and where a gradient, a compiler or a transform would see the microbatches.
     """

@@ -16,7 +16,7 @@ class LearnedDecay(nn.Module):
 
     ``log_rate`` is the logarithm of the rate at which a head forgets, so a step of it changes a horizon of 32
     tokens and one of 512 by the same factor, and ln γ stays below 0. It is float32, or float64 in a float64
-    module, whatever the module is cast to: bfloat16 holds no two horizons closer than about 3 %.
+    module, even after a cast to 16 bits: bfloat16 cannot tell horizons apart that differ by under 3 %.
 
     Args:
         log_decays: ln γ at the start, each finite and below 0.
@@ -36,12 +36,12 @@ class LearnedDecay(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Go back to the first decays."""
+        """Reset the decays to those at construction."""
         self.start(self._first)
 
     @torch.no_grad()
     def start(self, log_decays: tuple[float, ...]) -> None:
-        """Learn on from these log-decays.
+        """Set the log-decays from which learning continues.
 
         Raises:
             ValueError: one is 0 or infinite.
@@ -59,7 +59,7 @@ class LearnedDecay(nn.Module):
         return -self.log_rate.to(state_dtype(self.log_rate.dtype)).exp()  # FSDP may have cast it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the parameter as torch does, and cast it to no lower precision than float32."""
+        """Move and cast the parameter as torch does, but never below float32."""
 
         def move(x: Tensor) -> Tensor:
             moved = fn(x)

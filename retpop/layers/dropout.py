@@ -13,7 +13,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """In training, zero each element with probability p and divide the others by 1 - p; else return x.
 
     In eager mode on a CPU the mask uses 16 random bits per element, so p is rounded to a multiple of 2^-16.
-    That is about three times as fast as torch's dropout, which draws a double per element.
+    This is about three times as fast as torch's dropout, which draws a double per element.
 
     Source: Srivastava et al. 2014.
     """

@@ -97,11 +97,11 @@ def with_log_decays(
 
 
 class Owner(NamedTuple):
-    """The called module, as far as preparation needs it.
+    """The properties of the called module that preparation needs.
 
     Attributes:
         where: begins every message, for example ``RetNetDecoder()``.
-        layers: its layers, or itself if it is a layer.
+        layers: its layers; a layer lists itself.
         log_decays: those of its config for the first layer.
         constants: those of its config.
     """
@@ -249,7 +249,7 @@ def _pop(
 
 
 def _facts(owner: Owner, state: RetNetState | None) -> dict[str, int]:
-    """What all ranks' calls must agree in, see `Slices.of`."""
+    """The properties in which the calls of all ranks must agree, see `Slices.of`."""
     gradient = int(torch.is_grad_enabled())
     return {"layers": len(owner.layers), "state": int(state is not None), "grad mode": gradient}
 
@@ -286,7 +286,7 @@ def _check_tokens(owner: Owner, name: str, x: Tensor, layout: str) -> None:
 
 
 def _first_weight(layer: nn.Module) -> object:
-    """The first weight that a layer's tokens meet; None if its module was replaced or computes its weight."""
+    """The weight of a layer's first projection; None if its module was replaced or computes its weight."""
     projection = getattr(getattr(layer, "retention", layer), "qkvg_proj", None)
     return own_parameter(projection, "weight") if isinstance(projection, nn.Linear) else None
 

@@ -250,7 +250,7 @@ class MultiScaleRetention(nn.Module):
         return self.cfg.describe()
 
     def _current_log_decays(self) -> tuple[float, ...] | Tensor:
-        """The layer's log-decays, with changes written into `log_decay`; learned or compiled: a tensor."""
+        """The layer's log-decays with changes written into `log_decay`; a tensor if learned or compiled."""
         if self.decay is not None:
             return self.decay()
         if self._shown is None:

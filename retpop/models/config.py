@@ -14,11 +14,11 @@ MODEL_TYPE = "retpop"
 
 @dataclass(frozen=True, kw_only=True)
 class RetNetLMConfig:
-    """Everything that shapes a `RetNetLM`; checked once, here.
+    """The configuration of a `RetNetLM`, checked when it is made.
 
     Attributes:
         vocab_size: number of tokens V.
-        decoder: of the decoder; ``final_norm=True`` is usual.
+        decoder: the decoder's configuration; ``final_norm=True`` is usual.
         tie_embeddings: whether the head's weight is the embedding's.
         scale_embeddings: whether embeddings are multiplied by sqrt(E), as in the Transformer
             (arXiv 1706.03762, section 3.4).
@@ -46,7 +46,7 @@ class RetNetLMConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values, ready for JSON, with ``model_type`` to recognise it by."""
+        """The configuration as JSON data for `from_dict`; ``model_type`` identifies it."""
         return {"model_type": MODEL_TYPE, **asdict(self), "decoder": self.decoder.to_dict()}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Text from a language model: prompts of different lengths in one packed pass, then one token a step."""
+"""Text generation: one packed pass over prompts of different lengths, then one token per step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Prompts: TypeAlias = Tensor | Sequence[Tensor | Sequence[int]]
 
 
 class GenerationStep(NamedTuple):
-    """One new token of every row.
+    """One new token for every row.
 
     Attributes:
         tokens: (B,), int64; a row that has ended gets ``eos`` again.
         ended: (B,), bool, whether the row has ended, with this token or before.
-        state: after all that came before ``tokens``: ``model(tokens[:, None], state)`` goes on from here, as
-            often as wanted.
+        state: the state before ``tokens``; ``model(tokens[:, None], state)`` continues from it, any number of
+            times.
     """
 
     tokens: Tensor
@@ -37,7 +37,7 @@ class GenerationStep(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn from logits; see `generate`."""
+    """How `generate` draws a token from logits."""
 
     temperature: float
     top_k: int | None
@@ -92,7 +92,7 @@ def generate(
         prompts: B prompts of at least one token: a tensor (B, T), or a list of 1-D tensors or lists of ints
             of any lengths, which are read in one packed pass.
         max_new_tokens: tokens to add at most, at least 1.
-        temperature: what logits are divided by; 0 takes the likeliest token.
+        temperature: the divisor of the logits; 0 takes the likeliest token.
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the likeliest tokens whose probabilities first sum to p only.
         eos: the token that ends a row; None: no token does.
@@ -148,8 +148,8 @@ def stream(
     """Continue prompts one token at a time; arguments and errors as `generate`.
 
     Returns:
-        an iterator over at most ``max_new_tokens`` steps, fewer if all rows end. A row that has ended goes on
-        as if it had been given ``eos``.
+        an iterator over at most ``max_new_tokens`` steps, fewer if all rows end. A row that has ended
+        continues with ``eos`` as its token.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     max_new_tokens = as_int("generate()", "max_new_tokens", max_new_tokens)
@@ -171,7 +171,7 @@ def _steps(
     max_new_tokens: int,
     eos: int | None,
 ) -> Iterator[GenerationStep]:
-    """Read the prompts, then draw a token and take it in, by turns."""
+    """Read the prompts, then alternate: draw a token, and run the model on it."""
     logits, state = read()
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for remaining in reversed(range(max_new_tokens)):

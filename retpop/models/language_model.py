@@ -82,10 +82,10 @@ class RetNetLM(nn.Module):
             state: carried from what came before; None for the start of a sequence.
             targets: (B, T), int64: the token that follows each token, -100 where none counts. The loss is
                 computed some tokens at a time and never holds all logits.
-            logits: the tokens whose logits are wanted: "all", or "last", the last one of each sequence.
+            logits: the tokens whose logits are returned: "all", or "last", the last one of each sequence.
             mode, chunk_size, cu_seqlens, reset, context_parallel, backend: as in `RetNetDecoder`.
-                With context_parallel, logits and loss are those of this rank's slice; with cu_seqlens, too,
-                ``logits="last"`` is refused.
+                With context_parallel, logits and loss are those of this rank's slice, and ``logits="last"``
+                together with cu_seqlens raises.
 
         Returns:
             logits (B, T, V), or (B, V) with ``logits="last"`` ((S, V) for S packed sequences), or, with
@@ -136,7 +136,7 @@ class RetNetLM(nn.Module):
     def _check_call(
         self, tokens: Tensor, targets: Tensor | None, logits: str, cu_seqlens: Tensor | None
     ) -> None:
-        """Raise unless targets or logits can be had of ``tokens``."""
+        """Raise unless targets and the choice of logits fit ``tokens``."""
         if logits not in ("all", "last"):
             raise ValueError(f'RetNetLM(): logits is {logits!r}; it must be "all" or "last".')
         if logits == "last":

@@ -17,12 +17,12 @@ IGNORED = -100
 def chunked_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """The mean cross-entropy of ``head(hidden)``, computed some tokens at a time.
 
-    What fits into one piece is computed plainly. Otherwise each piece's logits are dropped after the forward
-    pass and computed again in the backward pass: one more product with the head's weight, for memory that
-    does not grow with the number of tokens.
+    Tokens that fit into one piece are computed directly. Otherwise each piece's logits are dropped after the
+    forward pass and recomputed in the backward pass. This costs one more product with the head's weight, and
+    memory does not grow with the number of tokens.
 
-    `torch.nn.functional.linear_cross_entropy` (torch 2.13) needs no second product, but takes a weight and
-    not a module: adapters, quantised heads and hooks would not count.
+    `torch.nn.functional.linear_cross_entropy` (torch 2.13) needs no second product, but it takes a weight and
+    not a module, so adapters, quantised heads and hooks would have no effect.
 
     Args:
         head: maps (N, E) to logits (N, V).

@@ -54,7 +54,7 @@ def from_pretrained(
         the model, in evaluation mode.
 
     Raises:
-        ValueError: the configuration is of no such model.
+        ValueError: the configuration is not that of a `RetNetLM`.
         RuntimeError: weights are missing or do not fit; the message lists them.
     """
     from safetensors.torch import load_file

@@ -30,7 +30,7 @@ def default_scale(scale: float | None, head_key_dim: int) -> float:
 
 
 class Across(NamedTuple):
-    """γ^n = whole + rest, with whole 1 from γ^n = 1/2 on and 0 below; None: 1 for all. See `advance`."""
+    """γ^n = whole + rest; whole is 1 where γ^n is at least 1/2, else 0; None: 1 everywhere. See `advance`."""
 
     whole: Tensor | None
     rest: Tensor
@@ -98,7 +98,7 @@ class DecayPowers:
         return finite
 
     def of(self, log_decay: Tensor) -> DecayPowers:
-        """The same for log-decays of equal values that belong to another graph, or to none."""
+        """The powers of other log-decays with equal values, in another autograd graph or in none."""
         return DecayPowers(log_decay, self.scale, log_decay.dtype, self.values)
 
     def block(self, length: int) -> BlockPowers:
@@ -177,7 +177,7 @@ def restart(state: Tensor, reset: Tensor) -> Tensor:
 
 
 def advance_in_place(state: Tensor, across: Across, added: Tensor) -> Tensor:
-    """`advance` in place of ``added``, which has no other reader; fresh memory costs more than the sums."""
+    """`advance`, written into ``added``, which nothing else reads; new memory costs more than the sums."""
     if is_transformed():
         return advance(state, across, added)
     change = added.addcmul_(state, across.rest)

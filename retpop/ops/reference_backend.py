@@ -1,4 +1,4 @@
-"""The reference as a backend: `retpop.ops.reference` behind the same functions as the faster ones."""
+"""The reference as a backend: `retpop.ops.reference` with the functions that every backend has."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def retention(
 
 
 def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
-    """POP block by block, of every token; unread outputs of rows are dropped afterwards."""
+    """POP block by block, for every token; the outputs that a short row leaves out are dropped afterwards."""
     if len(tokens) == 3:
         q, k, v = tokens
         (q, q_pred), (k, k_pred), (v, v_pred) = (

@@ -3,13 +3,13 @@
 A slice of n tokens takes a state S to γ^n S + C, where C is what its tokens add. Every rank finds its C from
 keys and values alone, gathers those of all ranks, and so knows the state before its own slice, from which the
 operation then runs as for any carried state: modes, backends, predictions, resets and gradients are its own.
-The price is one product of keys and values more, about the work that a correction of the outputs would be.
+This costs one more product of keys and values, about as much as correcting the outputs would.
 
 A reset inside a slice hides what came before it: C then counts the tokens since the last reset, and no
 earlier state passes.
 
-Ranks cut one row of packed sequences like any other. What is said above of a slice then holds for the pieces
-of sequences in it: every rank has S of them, most of them empty, and S states move.
+A row of packed sequences is cut like any other. The above then holds for the pieces of sequences in each
+slice: every rank has S of them, most of them empty, and S states move.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Slices(NamedTuple):
             where: begins every message.
             group: as the user named it.
             tokens: this rank's, (B, T, ...).
-            facts: what all ranks must agree in, beside B, dtype and whether there are resets, as numbers.
+            facts: numbers in which all ranks must agree, beside B, dtype and whether there are resets.
             reset: (B, N), bool: the blocks of this rank that start a new episode.
             block_size: tokens in a block.
             cu_seqlens: (S + 1,), boundaries of sequences packed into the whole row, the same on every rank.
@@ -164,7 +164,7 @@ class Slices(NamedTuple):
         return zero_state(k, v, self.counts.shape[1]) + k.sum() + v.sum()
 
     def _following(self, ranks: int) -> tuple[Tensor, Tensor | None]:
-        """What lies between the end of each source and the start of rank number ``ranks``.
+        """The distance between the end of each source and the start of rank number ``ranks``.
 
         The sources of its state are the state before the sequence, and the slices of earlier ranks.
 
@@ -192,7 +192,7 @@ class Slices(NamedTuple):
 
 
 def op_facts(k: Tensor, v: Tensor, state: Tensor | None) -> dict[str, int]:
-    """What all ranks' calls of an operation must agree in, see `Slices.of`."""
+    """The properties in which all ranks' calls of an operation must agree, see `Slices.of`."""
     gradient = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     return {
         "H": k.shape[2],

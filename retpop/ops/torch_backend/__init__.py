@@ -1,8 +1,8 @@
 """The PyTorch backend: it chooses between eager and plain forms, and gives the eager ones their gradients.
 
 In eager PyTorch, chunkwise mode, packed sequences and POP have gradients by explicit formulas (`eager`,
-`packed`). Where every operation must be visible - to a compiler, a `torch.func` transform, forward-mode AD,
-a second derivative - `plain` forms run. The other modes are always plain.
+`packed`). Compilers, `torch.func` transforms, forward-mode AD and second derivatives must see every
+operation; for them the `plain` forms run. The other modes are always plain.
 """
 
 from __future__ import annotations

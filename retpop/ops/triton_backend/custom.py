@@ -4,7 +4,7 @@ On a GPU an op launches kernels. On a CPU it launches them in Triton's interpret
 Otherwise it computes the same in plain PyTorch, so that an exported or compiled program runs on a CPU too. A
 call with `backend="triton"` on a CPU without the interpreter raises earlier.
 
-An op takes tensors (or lists of them) first, then numbers. Its gradient is a separate op: it
+An op takes tensors (or lists of them), then numbers. Its gradient is a separate op: it
 takes the same tensors, the results' gradients, the same numbers, and a flag per tensor whether its gradient
 is needed. Unsupported transforms raise and name the backend that supports them.
 
@@ -95,7 +95,7 @@ _PLAIN = {Tensor, nn.Parameter}
 
 
 def _are_direct(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels run on these eager tensors, and only autograd is to see it."""
+    """Whether kernels run on these eager tensors and no tracer or mode has to see an op."""
     if mode_is_active() or transforms_are_active() or torch.jit.is_tracing():
         return False
     if not {type(x) for x in tensors} <= _PLAIN:
