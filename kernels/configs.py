@@ -301,7 +301,7 @@ def retention_config(
 
 
 def narrowed(cols_v: int, value_dim: int, pairs: int, multiprocessors: int) -> int:
-    """Slices of Dv, halved while there are fewer programs (pairs x slices) than multiprocessors."""
+    """Columns of a slice of Dv, halved while programs (pairs x slices) are fewer than multiprocessors."""
     while cols_v > NARROWEST_SLICE and pairs * -(-value_dim // cols_v) < multiprocessors:
         cols_v //= 2
     return cols_v

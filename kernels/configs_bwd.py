@@ -70,7 +70,7 @@ _SWAPPED = {"q": "g", "k": "v", "v": "k", "g": "q", "dk": "dv", "dv": "dk"}
 
 
 def sweeps_for(tokens: Tensors, configs: SweepConfigs) -> list[Sweep]:
-    """One sweep for dk and dv, or one for each, of those that are needed, that is, have a tensor."""
+    """One sweep for dk and dv, or one for each, as far as they are needed: a needed one has a tensor."""
     no_keys = {name: None for name in tokens if name.startswith("dk")}
     with_keys, with_values = (
         any(x is not None for name, x in tokens.items() if name.startswith(role)) for role in ("dk", "dv")

@@ -1,4 +1,4 @@
-"""A kernel launch as a value; what launchers ask of the device, and how they prepare tensors.
+"""A kernel launch as a value; the device's properties, and the preparation of tensors for launchers.
 
 A launcher is two functions: `plan_<op>(tensors, ..., target=...)`, which allocates the outputs and returns
 the launches and the outputs, and `<op>(tensors, ...)`, which runs the plan for the tensors' own device. A
@@ -24,7 +24,7 @@ from triton.compiler import CompiledKernel
 Tensors = Mapping[str, Tensor | None]
 
 INTERPRETED = "sm_90"
-"""The architecture whose configs tensors on a CPU (the interpreter) and meta tensors take."""
+"""The architecture whose configs are used for tensors on a CPU (the interpreter) and meta tensors."""
 
 
 def architecture_of(device: torch.device) -> str:
@@ -45,7 +45,7 @@ def multiprocessors_of(device: torch.device) -> int:
 
 
 class Target(NamedTuple):
-    """The GPU that a plan is for: `architecture_of` and `multiprocessors_of` its device."""
+    """The GPU for which a plan is made: `architecture_of` and `multiprocessors_of` of its device."""
 
     architecture: str
     multiprocessors: int
@@ -128,8 +128,8 @@ def launched(plan: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
     Args:
         plan: a `plan_<op>`.
-        arguments, options: its own: tensors, the first argument among them, tuples, and what is hashable.
-            The target is one, if the plan depends on it.
+        arguments, options: the plan's: tensors (the first argument is one), tuples, and hashable values. They
+            include the target if the plan depends on it.
     """
     tensors: list[Tensor] = []
     forms = _forms((*arguments, *options.values()), tensors)
@@ -162,7 +162,7 @@ class _Recipe:
     """A plan whose tensors are numbered: first those that it is given, then new ones.
 
     Attributes:
-        new: shape and dtype of each new tensor, and None, or of which tensor by which strides it is a copy.
+        new: shape and dtype of each new tensor; and for a copy its source and the strides of it, else None.
         launches: in order.
         outputs: the plan's, of a kind: a tuple, a list, or a single tensor.
     """
@@ -251,10 +251,10 @@ class _Watch(TorchFunctionMode):
     """Numbers the tensors of a plan by their memory.
 
     Attributes:
-        given: stand-ins for the tensors that the plan is given.
+        given: stand-ins for the plan's input tensors.
         new: the tensors that it makes, empty or as contiguous copies. They are numbered after those.
         sources: of the copies.
-        plain: False once the plan has filled a tensor, or uses one that is none of these.
+        plain: False once the plan has filled a tensor, or used one that is none of these.
     """
 
     def __init__(self) -> None:

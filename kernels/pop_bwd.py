@@ -130,7 +130,7 @@ def plan_pop_bwd(
     }
     sought = {f"d{name}": grads[name] for name in ("k", "k_pred", "v", "v_pred")}
     if all(grads[name] is None for name in ("k", "v", "state")):
-        # Only their own predictions give k_pred and v_pred a gradient.
+        # The gradients of k_pred and v_pred come from their own predictions only.
         common |= {"N": 0, "L": 0, "offset": 0, "num_boundaries": P}
         sweeps = _plan_alone(tokens | sought, common, config)
     else:

@@ -113,9 +113,10 @@ def pop_bwd_kernel(
 ):
     """For each boundary n: dk and dv of block n from E_(n+1), those of prediction n-offset from 0, and E_n.
 
-    One tile a step, formulas above. What has no pointer is not found: without dk and its twin dv comes alone,
-    in slices of Dv, without dv too only E. L = 0: predictions alone. Token strides of None are another's
-    (`launch.token_strides`). ONE_TILE: a prediction fits into one tile, so E need not be kept elsewhere
+    One tile a step, formulas above. Results without a pointer are not computed: without dk and its twin only
+    dv, in slices of Dv; without dv too only E. L = 0: predictions alone. A token stride of None equals
+    another one (`launch.token_strides`). ONE_TILE: a prediction fits into one tile, so E need not be kept
+    elsewhere
     meanwhile. SPLIT: one boundary, from its own E.
     """
     stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)

@@ -13,8 +13,8 @@ chooses:
 
 - line (this file): all tiles of a block and its prediction one after another in the loop's body. A block is
   full tiles and a masked tail of 16 rows or more (L = 65 is 64 + 16, not 128), each a chunk of its own; so is
-  a prediction. Tile counts are constexprs, there is no `if` and no inner loop, and what is absent is masked
-  to no rows: only so does Triton's pipeliner fetch the next block's tiles with async copies.
+  a prediction. Tile counts are constexprs, there is no `if` and no inner loop, and an absent tile is masked
+  to no rows: Triton's pipeliner fetches the next block's tiles with async copies only in such a loop.
 - steps (pop_fwd_steps.py): one tile at a time, whatever L, M and the head dims are.
 - split (split.py): where batch x heads x slices leave half of the GPU idle, the block states come first, by
   two small kernels, and then each block is a program of its own, in either form.
@@ -123,8 +123,8 @@ def pop_fwd_kernel(
     """For each block n: o_(n,i) and B_(n+1), and the o_(p,i) that start from B_(n+AFTER) (formulas above).
 
     A block is FULL_L tiles and a tail of up to TAIL_L rows, a prediction FULL_M and TAIL_M. Strides of token
-    tensors are counted in UNIT elements; token strides of None are another's (`launch.token_strides`). SPLIT:
-    one block a program, from its own state. p_out or p_pred is None: those outputs are not found.
+    tensors are counted in UNIT elements; a token stride of None equals another one (`launch.token_strides`).
+    SPLIT: one block a program, from its own state. p_out or p_pred is None: those outputs are not computed.
     """
     stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
     stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)
@@ -182,7 +182,7 @@ def pop_fwd_kernel(
 
     for n in range(first, last):
         if p_reset is not None:
-            # Asked for ahead of its use, so that no one waits for it.
+            # Loaded ahead of its use, to hide the latency.
             p_reset += stride_reset_n
             starts = tl.load(p_reset, mask=n + 1 < N, other=0)
         b_branch = b_state

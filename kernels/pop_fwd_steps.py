@@ -1,8 +1,8 @@
 """POP, forward, one tile a step: for any lengths and head dims, where the line of pop_fwd.py is too long.
 
 The tiles of each block come before or after those of its prediction, and one loop goes over all of them. A
-prediction runs on in the state's registers, and the next block takes up the state at its boundary from a
-second set of registers. Formulas: pop_fwd.py.
+prediction overwrites the state's registers; the next block restores the state at its boundary from a second
+set of registers. Formulas: pop_fwd.py.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def pop_fwd_steps_kernel(
     """For each block n: o_(n,i), B_(n+1), and the o_(p,i) that start from B_(n+AFTER) (see pop_fwd.py).
 
     Strides are as in `pop_fwd_kernel`. ONE_TILE: a prediction fits into one tile, and simply leaves the state
-    as it was. SPLIT: one block a program, from its own state. p_out or p_pred is None: those are not found.
+    as it was. SPLIT: one block a program, from its own state. p_out or p_pred is None: those are not
+    computed.
     """
     stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
     stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)

@@ -103,9 +103,10 @@ def retention_bwd_kernel(
         dv_j = γ^(n-1-j) k_j E  + Σ_{i>=j} c γ^(i-j) (k_j·q_i) g_i,    E <- γ^n E + Σ_i c γ^(i+1) q_iᵀ g_i
         dk_j = γ^(n-1-j) v_j Eᵀ + Σ_{i>=j} c γ^(i-j) (v_j·g_i) q_i
 
-    chunk by chunk from the last; what has no pointer (dk, dv, E before the stretch) is not found. Strides of
-    token tensors are counted in UNIT elements; token strides of None are another's (`launch.token_strides`).
-    TRANSPOSED: so lie the states. Where p_reset is set, a chunk begins, and E before it is 0.
+    chunk by chunk from the last; results without a pointer (dk, dv, E before the stretch) are not computed.
+    Strides of token tensors are counted in UNIT elements; a token stride of None equals another one
+    (`launch.token_strides`).
+    TRANSPOSED: the states are transposed. Where p_reset is set, a chunk begins, and E before it is 0.
     """
     stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
     stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)

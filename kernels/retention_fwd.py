@@ -13,8 +13,9 @@ Split: where batch x heads x slices leave much of the GPU idle, sequences are cu
 are three launches: what each stretch adds to the state (it reads k and v), a scan over stretches, and the
 sweep of every stretch from its own state. `configs.retention_config` chooses; results agree to rounding.
 
-Packed sequences find their bounds on the device, so that nothing is read on the host. How many stretches they
-have is known only there: the grid of a split has room for as many as there can be, and the rest do nothing.
+Packed sequences find their bounds on the device, so that nothing is read on the host. The number of their
+stretches is known only there: the grid of a split has room for the largest possible number, and the programs
+left over do nothing.
 
 Grid: (stretches · H · slices of Dv,), slices next to each other, because they read the same q and k.
 """

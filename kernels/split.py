@@ -1,4 +1,4 @@
-"""Sequences cut into stretches: which program walks which, what each adds to the state, a scan over them.
+"""Sequences cut into stretches: each program's stretch, what it adds to the state, and a scan over stretches.
 
 A *stretch* is a run of tokens of one sequence that one program walks, chunk by chunk. Where batch x heads x
 slices leave much of a GPU idle, sequences are split into several: first what each stretch of n tokens adds to
@@ -46,7 +46,8 @@ def count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES: tl.constexpr
 
 @triton.jit
 def find_stretch(i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES: tl.constexpr):
-    """Stretch i_n: its sequence, that one's row in the batch, first token, end, whether it ends its sequence.
+    """Stretch i_n: its sequence, the sequence's row in the batch, first token, end, whether it ends the
+    sequence.
 
     SEQUENCES is a power of two above num_sequences in a split of packed sequences, otherwise 0.
     """
@@ -247,7 +248,7 @@ def scan_states_kernel(
             if not REVERSE:
                 b_state = tl.where(starts != 0, 0.0, b_state)
         rows = DK
-        if not REVERSE:  # no tokens add nothing; backwards the predictions of their boundary do
+        if not REVERSE:  # a block of no tokens adds nothing; backwards, the predictions at its boundary do
             rows = tl.where(length > 0, DK, 0)
             if p_result is None:
                 rows = tl.where(i_m < count - 1, rows, 0)
@@ -291,13 +292,14 @@ def plan_states(
     every: bool,
     reset: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor]:
-    """The two launches that find the state before each stretch, and its place, (stretches, H, Dk, Dv).
+    """The two launches that find the state before each stretch, and the tensor for it, (stretches, H, Dk,
+    Dv).
 
     Args:
         k, v: (B, T, H, D), with contiguous rows.
         given, result, shared, reset: as in `plan_scan`.
         config, precision: of the kernel that then walks the stretches.
-        stretches: how many.
+        stretches: their number.
         rows: tokens of a chunk.
         every: also what a sequence's last stretch adds, and stretches that end in a chunk that is not full.
     """
@@ -329,7 +331,7 @@ def plan_scan(
     reset: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Launch, Tensor]:
-    """The scan over stretches, and where each one's state comes to be: as `added`, (stretches, H, Dk, Dv).
+    """The scan over stretches, and the tensor for each one's state: as `added`, (stretches, H, Dk, Dv).
 
     Args:
         added: what each stretch adds.

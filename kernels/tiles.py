@@ -43,9 +43,8 @@ def load_tile(
 ):
     """Rows first_row.. below num_rows, columns first_col.., of the matrix at p_rows; zeros elsewhere.
 
-    The matrix has D columns. A row index that a loop moves belongs into first_row, not into p_rows: then
-    offsets are not the same each time, and the compiler does not keep them all in registers, 8 bytes for each
-    load.
+    The matrix has D columns. Pass a row index that changes in a loop as first_row, not as part of p_rows: the
+    compiler would keep offsets that stay the same in registers, 8 bytes for each load.
     """
     o_row = first_row + tl.arange(0, ROWS)[:, None]
     o_col = first_col + tl.arange(0, COLS)[None, :]
@@ -280,7 +279,7 @@ def pull_tile(
 ):
     """Write dk and dv (where their pointers are) of one tile; return the gradient of the state before it.
 
-    The outputs' gradient may be wider than the other tokens, or where they have changed places q.
+    The outputs' gradient may be wider than the other tokens; so may q, if the two have changed places.
 
     Args:
         pointers, strides: of q, k, v, the outputs' gradient, dk and dv; strides are those of tokens.
