@@ -163,7 +163,7 @@ def _against(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from benchmarks import plots  # Matplotlib, which a machine that only measures can do without
+    from benchmarks import plots  # imports Matplotlib, which a machine that only measures need not have
 
     for path in plots.write(_results(options.results), options.out or page.PICTURES, options.format):
         print(path)

@@ -111,8 +111,8 @@ def compare_with(
 
 
 def serve(selection: dict[str, Any], device: str, **how: bool) -> None:
-    """A side: the selection's rows, as the questions on standard input want them."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # the library's own output is not an answer
+    """A side: measure the selection's rows as standard input asks for them."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # the library's own output must not mix with the answers
     effort = effort_of(**how)
 
     def answer(value: Any) -> None:

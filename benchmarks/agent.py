@@ -1,6 +1,6 @@
 """REM's imagination in the whole agent (rem_atari), at the paper's sizes and a batch of 8.
 
-"call" is what the controller's training asks for: 21 frames that were not seen before are encoded, the
+"call" is one update's imagination in the controller's training: 21 new frames are encoded, the
 controller is burnt in on 20 of them, and 9 steps are imagined from the last. "steps" are these 9 alone. The
 floor counts encoding and the decoder's products, 129 tokens a step; heads, controller and draws are left out.
 Outputs are drawn at random, so the comparison with float64 uses the logits of one step before any draw.
@@ -31,7 +31,7 @@ PART_SECONDS = 4.0
 """Time limit in seconds for each part of a training run."""
 
 ACTIONS = 4
-"""Actions of the game: as many as Breakout has."""
+"""Number of actions, as in Breakout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def problem(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
 
 
 def imagine(problem: Problem, *, mode: str) -> Work:
-    """The agent's own functions, as its controller is trained by."""
+    """The agent's own functions, as in the training of its controller."""
     from rem_atari.play.rollout import rollout
 
     agent, frames, actions = (*problem.shared.values(), *problem.tensors.values())
@@ -95,7 +95,7 @@ def imagine(problem: Problem, *, mode: str) -> Work:
     def start() -> Any:
         return _start(agent, agent.tokenizer.encode(frames), actions, generator)
 
-    begin = start if mode == "call" else cache(start)  # "steps" continues where the last ones ended
+    begin = start if mode == "call" else cache(start)  # "steps" continues where the last call ended
 
     @torch.no_grad()
     def run() -> tuple[Tensor, ...]:

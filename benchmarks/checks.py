@@ -25,7 +25,7 @@ TOLERANCES = {
     torch.float16: {"output": 5e-4, "state": 3.5e-4, "gradient": 6e-4},
     torch.bfloat16: {"output": 4e-3, "state": 2.5e-3, "gradient": 5e-3},
 }
-"""Largest errors of an operation: those that the tests hold it to."""
+"""Largest allowed errors of an operation, as in the tests."""
 
 MODEL_FACTOR = 2.0
 """Factors on an operation's allowed error for a model, and on the reference's own error in that dtype for a

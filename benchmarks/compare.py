@@ -1,7 +1,7 @@
 """Two sets of measurements side by side: which rows became faster or slower, beyond noise and a limit.
 
 One machine differs from day to day. So a second ratio divides each time by that of a matrix product timed in
-turn with it, which cancels slow moments of the machine.
+turn with it. Slow moments of the machine cancel.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def compare(before: Iterable[Measurement], after: Iterable[Measurement]) -> list
 
 
 def change(before: Measurement, after: Measurement, *, in_turn: bool = False) -> Change:
-    """What became of a row; with ``in_turn`` samples were taken in turn and are compared one by one."""
+    """The change of one row; with ``in_turn`` samples were taken in turn and are compared one by one."""
     factor = after.matrix_rate / before.matrix_rate if before.matrix_rate and after.matrix_rate else 1.0
     old = replace(before, date=after.date if in_turn else "")
     try:

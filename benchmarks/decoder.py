@@ -1,9 +1,9 @@
 """REM's decoder in training: a POP pass over a batch of sequences, and plain passes over a sequence.
 
 "paper_train" is the training pass at the paper's batch, for a GPU. Weights and inputs are float32, and
-autocast computes in bfloat16, as when a model is trained so. Floors count the products of the weights: two
-operations a weight and token, twice as many again in backward. Those of retention itself, about 8% more, are
-left out, as in the decoder's targets.
+autocast computes in bfloat16, as in mixed-precision training. Floors count the products of the weights: two
+operations a weight and token, twice as many again in backward. The products of retention itself, about 8%
+more, are left out, as in the decoder's targets.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def theirs(problem: Problem, *, mode: str) -> Work:
     """yet-another-retnet's layers: POP in two passes in each, or its own pass."""
     s, decoder, work = problem.sizes, problem.shared["theirs"], by_us(problem, mode=mode, backend="torch")
     x, state = problem.tensors["x"], state_of(problem)
-    # It divides keys by the factor by which we scale outputs.
+    # It divides the keys where we scale the outputs.
     states = None if state is None else state.kv * (s.embed_dim // s.num_heads) ** -0.5
     position = 0 if state is None else state.position[0]
 
@@ -216,11 +216,11 @@ def theirs(problem: Problem, *, mode: str) -> Work:
 
 
 CHUNK = 128
-"""Chunks that yet-another-retnet's decoder is called with; of its sizes, the fastest at these shapes."""
+"""Chunk size for yet-another-retnet's decoder: the fastest at these shapes."""
 
 
 def transformer(problem: Problem) -> Work:
-    """Causal attention over the sequence: every token is learned from those before it, none ahead of time."""
+    """Causal attention over the sequence: each token is predicted from the tokens before it, without POP."""
     s, x = problem.sizes, problem.tensors["x"]
     model = problem.shared["transformer"]
 

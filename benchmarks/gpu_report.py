@@ -225,7 +225,7 @@ def run_limited(command: Sequence[str], limit: float, log: Path, environment: Ma
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=GRACE)
         finally:
-            # Also what the process has left running; usually nothing is there any more.
+            # Also end what the process has left running; usually nothing is left.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -273,7 +273,7 @@ def _test_row(case: ElementTree.Element) -> Measurement:
 
 
 def print_report(found: Mapping[str, Rows]) -> None:
-    """Failures, the timings against their floors, and the tests in one line; short, for it is read last."""
+    """Print failures, the timings against their floors, and the tests in one line."""
     rows = [row for rows in found.values() for row in rows]
     for row in filter(_failed, rows):
         words = (row.op, row.mode, row.shape, row.dtype, row.backend, row.direction)
@@ -288,7 +288,7 @@ def print_report(found: Mapping[str, Rows]) -> None:
 
 
 def _lines(rows: Iterable[Measurement]) -> list[list[str]]:
-    """A line for a call and its graph, whose share of the floor is the kernels' and not Python's."""
+    """A line for a call and its graph; the graph's share of the floor excludes Python's time."""
     pairs: dict[object, dict[bool, Measurement]] = {}
     for row in rows:
         plain = replace(row, backend=row.backend.removesuffix(IN_GRAPH))

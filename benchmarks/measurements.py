@@ -74,7 +74,7 @@ class Measurement:
 
     @property
     def key(self) -> Key:
-        """What was measured, on one machine and commit."""
+        """The fields that identify a row among those of one machine and commit."""
         return (*self.group, self.backend, self.direction)
 
     @property

@@ -84,7 +84,7 @@ def render(text: str, results: Results) -> str:
     """A page with its generated parts made anew.
 
     Raises:
-        ValueError: a part has a name that nothing is made for.
+        ValueError: the page has a part with an unknown name.
     """
 
     def part(match: re.Match[str]) -> str:
@@ -270,7 +270,7 @@ def _table(measurements: Iterable[Measurement], share: str = "of the matrix rate
 
 
 def _best_chunks(group: list[Measurement]) -> list[Measurement]:
-    """A group without the rows of a chunk size that another size of the same pass beats."""
+    """A group without the rows whose chunk size is beaten by another size in the same pass."""
     chunked = [m for m in group if m.backend.startswith(f"{THEIRS}, chunks")]
     best = [fastest(m for m in chunked if m.direction == direction) for direction in (FORWARD, BOTH)]
     return [m for m in group if m not in chunked or m in best]

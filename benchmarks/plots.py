@@ -211,7 +211,7 @@ def digest(results: Results) -> str:
 
 
 def write(results: Results, folder: Path = PICTURES, formats: Sequence[str] = ("svg",)) -> list[Path]:
-    """Draw what there are results for; returns the files. What cannot be drawn any more is deleted."""
+    """Draw the pictures that there are results for and delete the others; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with plt.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""POP beside what it replaces: yet-another-retnet and flash-linear-attention in two passes.
+"""POP beside its alternatives: yet-another-retnet and flash-linear-attention in two passes.
 
 Shapes: "rem_train" is a batch of REM's world model in training, "rem_imagine" a step of its imagination;
 "paper_train" and "paper_imagine" are these at the paper's batch, for a GPU. Mode "pop" takes sequence and

@@ -204,7 +204,7 @@ def theirs(problem: Problem, *, run: Callable[..., Tensor]) -> Work:
 
 
 def their_token(problem: Problem) -> Work:
-    """yet-another-retnet's recurrent step, given all as it wants it: no dim of tokens, c in the state."""
+    """yet-another-retnet's recurrent step, in its convention: no dimension of tokens, c in the state."""
     q, k, v = (problem.tensors[name].squeeze(1) for name in "qkv")
     state = problem.sizes.D**-0.5 * problem.tensors["state"].detach()
     step = yet_another_retnet.step()
@@ -225,7 +225,7 @@ def fla_token(problem: Problem, *, step: Callable[..., tuple[Tensor, Tensor]]) -
 
 
 def attention(problem: Problem) -> Work:
-    """Causal softmax attention by torch, which is what a layer would otherwise be made of."""
+    """Causal softmax attention by torch, the usual alternative to retention in a layer."""
     s, tokens = problem.sizes, list(problem.tensors.values())
 
     def run() -> tuple[Tensor]:

@@ -156,7 +156,7 @@ def _graph_sampler(run: Run, device: torch.device, effort: Effort) -> Sampler:
 
 
 def _warmed_up(plans: dict[str, Callable[[], Sampler]]) -> tuple[dict[str, Sampler], dict[str, str]]:
-    """What takes the samples, by name, and notes on what failed."""
+    """The samplers by name, and notes on failed runs."""
     made, failed = {}, {}
     for name, plan in plans.items():
         try:
@@ -171,7 +171,7 @@ def _names(group: Group) -> dict[str, Any]:
 
 
 def failures(group: Group, device: torch.device, error: Exception) -> list[Measurement]:
-    """The rows that a group did not come to."""
+    """The rows of a group that could not be measured."""
     failed = partial(Measurement, **origin(device), **_names(group), verdict=FAILED, note=first_line(error))
     return [failed(backend=name, direction=d) for d in group.passes for name in group.contenders]
 
@@ -201,7 +201,7 @@ DIRECT: dict[str, Callable[[torch.device, Effort], Iterator[list[Measurement]]]]
     "rem_atari": agent.whole_run,
     "host": host.host,
 }
-"""What is measured without contenders where it is named; the first two are also part of a GPU's run."""
+"""Measurements without contenders, made if named; the first two are also part of a GPU's run."""
 
 
 def run(selection: Selection, device: torch.device, effort: Effort) -> Iterator[list[Measurement]]:

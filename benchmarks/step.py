@@ -1,6 +1,6 @@
 """Decoding: what one token costs, at positions from 256 to 65,536.
 
-REM's decoder carries a state of constant size; a transformer of its size looks at a cache of keys and values
+REM's decoder carries a state of constant size; a transformer of its size reads a cache of keys and values
 that grows with every token. "paper_token" is a batch of them on a GPU, in bfloat16.
 """
 

@@ -96,7 +96,7 @@ class Target:
     missing: str = "not in these results"
 
     def judge(self, results: Results) -> Judged:
-        """What became of it."""
+        """The verdict on this target."""
         figure = self.find(results)
         if figure is None:
             missing = self.missing if not results.gpu else Target.missing
@@ -110,7 +110,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A target, its figure and what that means."""
+    """A target, its figure and the verdict."""
 
     target: Target
     figure: Figure | None
@@ -307,7 +307,7 @@ CPU = [
     ),
     at_most("a recurrent step over the position", 1.1, _constant_step, "constant (within {}x)"),
 ]
-"""Those that a CPU answers."""
+"""The targets that are measured on a CPU."""
 
 
 DISPATCH = "torch.mm"
@@ -430,4 +430,4 @@ GPU = [
         missing=_NO_GPU,
     ),
 ]
-"""Those that a GPU's report answers (`benchmarks/gpu_report.sh`)."""
+"""The targets that a GPU's report measures (`benchmarks/gpu_report.sh`)."""

@@ -94,7 +94,7 @@ def in_turn(samplers: Mapping[str, Sampler], effort: Effort) -> dict[str, list[f
 def in_graph(run: Run, device: torch.device) -> Run:
     """Replays a CUDA graph of ``run``: the GPU's share of its time. On a CPU, for rehearsals, ``run`` itself.
 
-    Three calls on a side stream come first, as PyTorch's documentation of graphs has it.
+    Three calls on a side stream come first, as PyTorch's documentation of graphs recommends.
     """
     if device.type != "cuda":
         return run
@@ -142,7 +142,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _repeats(run: Run, effort: Effort) -> int:
-    """How many runs make a sample; finding out warms them up.
+    """The number of runs in a sample; measuring it warms them up.
 
     More and more of them are timed, because the first run, with a cold cache, may take ten times as long as
     the next hundred.

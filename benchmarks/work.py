@@ -1,4 +1,4 @@
-"""What is measured: problems, contenders that solve them, and groups of contenders timed together.
+"""Units of measurement: problems, contenders that solve them, and groups of contenders timed together.
 
 A `Problem` is inputs with sizes. A `Contender` makes a `Work` of it: times, memory, floors and the comparison
 with the reference are all taken from that. A `Group` is a problem and its contenders, timed in turn, so that
@@ -57,7 +57,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where it is solved."""
+        """The device of its inputs."""
         return next(iter(self.tensors.values())).device
 
     def first_row(self, dtype: torch.dtype) -> Problem:

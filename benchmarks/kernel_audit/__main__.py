@@ -2,11 +2,10 @@
 
     python -m benchmarks.kernel_audit [--part compile] [--arch sm_90] [--op pop_fwd] [--shape ...] [--csv ...]
 
-Three parts: every launch of every case compiled ahead of time, the TTIR of
-launches of more than 2^31 elements, and bytes and flops counted in the interpreter with the configurations
-of sm_90. Prints figures and targets; exits with 1 if a target is missed. The figures hold for the compiler of
-one version of Triton, which the CSV names. Each case's rows go into the CSV as they come, in place of that
-case's rows of before, with the commit that their part began on.
+Three parts: every launch of every case compiled ahead of time, the TTIR of launches of more than 2^31
+elements, and bytes and flops counted in the interpreter with the configurations of sm_90. Prints figures and
+targets; exits with 1 if a target is missed. The figures hold for one version of Triton, which the CSV names.
+Each case's rows replace its earlier rows in the CSV at once, with the commit at which their part began.
 """
 
 from __future__ import annotations

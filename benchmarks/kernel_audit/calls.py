@@ -77,7 +77,7 @@ def on_architecture(architecture: str, op: str, *, fraction: float = 1.0) -> Ite
 
 
 def launcher(op: str) -> Callable[..., Any]:
-    """A launcher by its name; imported late, because the environment decides what Triton makes of it."""
+    """A launcher by its name; imported late, because Triton reads TRITON_INTERPRET at import."""
     module, function = _PLACES.get(op, (op, op))
     return getattr(importlib.import_module(f"retpop.kernels.{module}"), function)
 
@@ -107,7 +107,7 @@ class Call:
 
     Attributes:
         names: the launchers of its forward and, if it has one, of its backward.
-        B: rows of the batch; a call is made for as many as it is told.
+        B: rows of the whole batch; a call is made for the number of rows it is given.
         H, D: heads and their dims.
     """
 
@@ -154,8 +154,8 @@ def _case(op: str, shape: str, dtype: torch.dtype, call: Call, run: Callable[...
 
 @dataclass(frozen=True, kw_only=True)
 class Pop(Call):
-    """``state``: with a first state, and a gradient of the last one. ``packed``: as the layers call it, with
-    views of a projection's q, k and v, and what comes out in rows of main and prediction tokens.
+    """POP. ``state``: with a first state, and a gradient of the last one. ``packed``: as the layers call it,
+    with views of a projection's q, k and v, and outputs in rows of main and prediction tokens.
     """
 
     names: ClassVar = ("pop_fwd", "pop_bwd")

@@ -159,7 +159,7 @@ HUGE = [
     backward(BF16, "large batch, D 128", replace(_REM, B=2**16, D=128, state=True)),
     backward(BF16, "long, D 128", Retention(B=1, T=2**24, H=2, D=128)),
 ]
-"""More than 2^31 elements along each dimension in turn: do offsets and grids hold? For meta tensors only."""
+"""More than 2^31 elements along each dimension in turn, to check offsets and grids; for meta tensors only."""
 
 PARTS = {"compile": CASES, "huge": HUGE, "traffic": COUNTED}
 """The cases of each part of the audit; within a part, op, shape and dtype identify a case."""

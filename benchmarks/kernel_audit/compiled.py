@@ -49,7 +49,7 @@ class Compilation:
 
     Attributes:
         kernel: the `triton.jit` function.
-        key: what Triton looks the compiled kernel up by: equal keys compile once.
+        key: Triton's key for the compiled kernel: equal keys compile once.
         signature, constants, attributes: the kernel's specialisation.
         options: Triton's, all of them, defaults included.
         arguments: the integers among the arguments, by name.
@@ -72,7 +72,7 @@ class Compilation:
 
     @property
     def source(self) -> ASTSource:
-        """What `triton.compile` takes first."""
+        """The first argument of `triton.compile`."""
         return ASTSource(self.kernel, self.signature, self.constants, self.attributes)
 
 
@@ -150,8 +150,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> str:
-        # A kernel keeps what it knows of a target under the device's name, so each target has a name of its
-        # own.
+        # A kernel caches its launches by the device's name, so each target has a name of its own.
         return f"{self.target.backend}:{self.target.arch}"
 
     def get_current_stream(self, device: str) -> int:
@@ -337,15 +336,15 @@ def read_amdgcn(text: str) -> list[Instruction]:
 def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
     """The instructions of one iteration of the longest loop; empty if there is no loop.
 
-    Loops are natural ones: a jump back to an instruction that every way to the jump passes through. So a slow
-    path that stands after the end of the kernel and jumps back is none, and neither is one that only waits.
+    Loops are natural ones: a jump back to an instruction that every path to the jump passes through. A slow
+    path behind the end of the kernel that jumps back is no loop. A loop that only waits does not count.
     """
     bodies = [[code[i] for i in body] for body in _natural_loops(code)]
     return max((body for body in bodies if not _only_waits(body)), key=len, default=[])
 
 
 def _only_waits(body: Sequence[Instruction]) -> bool:
-    """Whether a loop asks again and again if a barrier or a resource is free; sm_100 has many."""
+    """Whether a loop only polls a barrier or a resource; sm_100 has many."""
     waits, works = (count(body, pattern) for pattern in (r"SYNCS\S*TRYWAIT|NANOSLEEP", r"\w*MMA|LD|ST"))
     return waits > 0 and not works
 
@@ -365,7 +364,7 @@ def _natural_loops(code: Sequence[Instruction]) -> list[list[int]]:
             predecessors[after].append(block)
     loops = []
     for header, before in enumerate(predecessors):
-        # A jump back comes from a block that is out of reach without the header.
+        # A jump back comes from a block that cannot be reached without passing the header.
         others = _reached([0], successors, without=header) if before else set()
         tails = [block for block in before if block not in others]
         if tails == [header] and _is_padding(code[bounds[header] : bounds[header + 1]]):

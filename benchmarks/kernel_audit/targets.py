@@ -24,14 +24,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class AuditTarget:
-    """One promise of the audit.
+    """One target of the audit.
 
     Attributes:
-        name: what is promised.
+        name: its name.
         part: whose rows it covers: "compile", "huge" or "traffic"; empty for all, failures included.
-        covers: which of them.
+        covers: whether it covers a row.
         figure: the number that is judged.
-        limit: what it may be at most, or at least if ``at_least``.
+        limit: the largest allowed figure, or with ``at_least`` the smallest.
     """
 
     name: str
@@ -44,7 +44,7 @@ class AuditTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A target, the worst figure that stands for it and where, and whether it is met."""
+    """A target, the worst figure and its place, and whether the target is met."""
 
     target: AuditTarget
     worst: float
@@ -53,7 +53,7 @@ class Verdict:
 
 
 def judge(rows: Iterable[Row]) -> list[Verdict]:
-    """The verdicts on all targets that some row is covered by."""
+    """The verdicts on all targets that cover a row."""
     rows = list(rows)
     verdicts = []
     for target in TARGETS:

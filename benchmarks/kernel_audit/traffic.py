@@ -1,8 +1,8 @@
-"""What kernels move and multiply, counted in Triton's interpreter, and the accesses that no kernel may make.
+"""The bytes and products of kernels, counted in Triton's interpreter, and accesses that no kernel may make.
 
 Bytes are the unmasked lanes of loads and stores (a re-read counts), flops are 2·M·N·K a dot, both as the
-kernel asks for them: what a cache would spare and what tensor cores pad is not seen. Needs
-TRITON_INTERPRET=1, set before Triton decorates the kernels.
+kernel asks for them: caches and the padding of tensor cores are not modelled. Needs TRITON_INTERPRET=1, set
+before Triton decorates the kernels.
 
     with audit() as counts:
         out, state = retention_fwd(q, k, v, ...)
@@ -71,8 +71,8 @@ def audit(*, outputs: Sequence[Tensor] = (), races: bool = True) -> Iterator[Cou
 
     Args:
         outputs: tensors made outside whose memory counts as not yet written.
-        races: whether double stores and races are faults; not for inputs that are wrong, where all that is
-            promised is to stay inside the tensors.
+        races: whether double stores and races are faults; False for wrong inputs, for which kernels only
+            promise to stay inside the tensors.
 
     Raises:
         AuditError: at the first fault; its message names the kernel and the fault.
@@ -144,7 +144,7 @@ class _Memory:
 
 
 def _without_overflows(options: Any) -> Any:
-    """Without a second computation of each sum of integers; `offsets` looks for those that overflow."""
+    """Without a second computation of each sum of integers; `triton_ir` looks for those that overflow."""
     return replace(options, sanitize_overflow=False)
 
 
@@ -203,7 +203,7 @@ class _Recorder:
         return allocate
 
     def checking_other(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """Asked of `tl.load` itself: the builder is given None for an `other` that is 0 as well."""
+        """Wraps `tl.load` itself, because the builder gets None for an `other` of 0 too."""
 
         @functools.wraps(load)
         def checked_load(
@@ -273,7 +273,7 @@ class _Recorder:
         return refuse
 
     def access(self, what: str, pointers: Any, mask: Any) -> np.ndarray:
-        """Where the unmasked lanes lie; written[place] of an element stands at its first byte."""
+        """The places of the unmasked lanes; an element's place is that of its first byte."""
         lanes = np.broadcast_to(mask.data, pointers.data.shape)
         addresses = pointers.data[lanes].astype(np.int64)
         if not addresses.size:

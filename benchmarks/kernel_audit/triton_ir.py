@@ -61,7 +61,7 @@ def overflows(
     grid: Sequence[int],
     counters: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[str]:
-    """The operations in 32 bits that may leave their range and end in an address.
+    """The operations whose result may leave 32 bits and is part of an address.
 
     A product of a value of unknown range counts as an overflow; a sum does not.
 
@@ -69,8 +69,8 @@ def overflows(
         ttir: a kernel's TTIR.
         arguments: its integer arguments by name.
         grid: programs along three axes.
-        counters: the least and the most of what kernels count, by the name in their source: the range of a
-            value that a loop carries or that was found in memory does not follow from the TTIR.
+        counters: the ranges of kernels' counters, by their name in the source: the TTIR does not tell the
+            range of a value that a loop carries or that was loaded.
     """
     counters = counters or {}
     values = {f"%{name}": _Value(value, value) for name, value in arguments.items()}
@@ -104,7 +104,7 @@ def _counted(name: str, value: _Value, counters: Mapping[str, tuple[int, int]]) 
 
 
 def _enter_loop(text: str, values: dict[str, _Value], counters: Mapping[str, tuple[int, int]]) -> None:
-    """The loop's own variable has the range of its bounds; what it carries is unknown, but for counters."""
+    """The loop's own variable has the range of its bounds; carried values are unknown, except counters."""
     loop = _FOR.search(text)
     if loop is None:
         return
@@ -201,7 +201,7 @@ _CARRYING = (
 
 
 def hazards(ttgir: str) -> list[str]:
-    """A sentence for each product that has one of the two."""
+    """A sentence for each product with one of the two constructs."""
     lines = [match.groups() for line in ttgir.splitlines() if (match := _ASSIGNMENT.match(line))]
     made_by = {name: (operation, rest) for name, operation, rest in lines}
     found = []

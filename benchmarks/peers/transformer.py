@@ -1,4 +1,4 @@
-"""A transformer of the decoder's size on torch's attention: what POP's world models are instead of.
+"""A transformer of the decoder's size on torch's attention: the alternative to a world model with POP.
 
 It is trained on a sequence with causal attention, and writes one token after another with a cache of keys
 and values, as IRIS (arXiv 2209.00588) imagines.

@@ -1,4 +1,4 @@
-"""yet-another-retnet (PyPI, MIT; 0.5.1): its functions and layers, called as their authors meant them.
+"""yet-another-retnet (PyPI, MIT; 0.5.1): its functions and layers, called as its authors call them.
 
 Its caller loops over chunks and tokens and chooses the size of chunks; several sizes are measured. POP is a
 port in two passes on its layers: the states of all blocks first, then all predictions at once. It makes
@@ -79,7 +79,7 @@ def pop_retention(
 ) -> tuple[Tensor, Tensor]:
     """POP on its functions in two passes: outputs (B, T, H, D) and predictions (B, P, M, H, D).
 
-    ``state`` is as it keeps states: ours times Dk^-0.5.
+    ``state`` is in its convention: ours times Dk^-0.5.
     """
     from yet_another_retnet.retention import retention_chunkwise
 
