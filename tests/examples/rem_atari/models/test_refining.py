@@ -66,7 +66,7 @@ def train(model: BaseWorldModel, steps: int) -> None:
     for step in range(steps):
         # Small steps at the end: chances are to be those of the coin, not of the last batches.
         optimizer.param_groups[0]["lr"] = 1e-2 if step < 0.8 * steps else 1e-3
-        loss = model.loss(coins(32, seed=step), torch.zeros(CODES, WIDTH)).total
+        loss = model.loss(coins(64, seed=step), torch.zeros(CODES, WIDTH)).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -74,7 +74,7 @@ def train(model: BaseWorldModel, steps: int) -> None:
 
 def test_frames_that_must_agree_do_and_come_as_often_as_they_should():
     model = make(RefiningWorldModel)
-    train(model, steps=350)
+    train(model, steps=250)
     tokens = imagined(model)
     agrees = (tokens == tokens[:, :1]).all(dim=1)
     assert agrees.float().mean() > 0.97
