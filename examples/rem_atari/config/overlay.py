@@ -1,4 +1,4 @@
-"""Settings from a file over those of a preset: TOML or JSON, as few or as many as one likes."""
+"""Settings from a TOML or JSON file, which override any number of a preset's settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rem_atari.config.settings import Config
 from rem_atari.errors import UsageError
 
 DIGEST = "sha256"
-"""The entry of a run's config.json with a digest of all settings; no setting itself."""
+"""The entry of a run's config.json with a digest of all settings; it is no setting."""
 
 MOST_BYTES = 1_000_000
 
@@ -23,7 +23,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         path: TOML if its name ends in .toml, else JSON.
 
     Raises:
-        UsageError: it cannot be read, or holds something else.
+        UsageError: the file cannot be read, or holds no settings.
     """
     try:
         if path.stat().st_size > MOST_BYTES:

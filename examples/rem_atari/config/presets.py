@@ -34,11 +34,11 @@ MINATAR_ID = "MinAtar/Breakout-v1"
 
 PAPER = Config(
     preset="paper",
-    # The published agent's ways, where config.py's defaults are the better ones (docs: known differences).
+    # As published; the defaults of these two settings are better (docs: known differences).
     controller=ControllerConfig(burn_in_actions=False, mask_after_end=False),
 )
 
-# What the presets for a CPU share: small networks, and the settings that let them learn in few updates.
+# Shared by the presets for a CPU: small networks, and settings that let them learn in few updates.
 _SMALL_TOKENIZER = TokenizerConfig(
     channels=(8, 16, 32, 64),
     code_dim=32,
@@ -81,7 +81,8 @@ CATCH = Config(
         optim=_world_model_optim(
             lr=2e-3,
             batch_size=16,
-            # Cheap beside the controller's, whose policy settles before the model is right if these are few.
+            # These updates are cheap beside the controller's. With few of them the policy settles before the
+            # model is right.
             updates_per_epoch=100,
             first_updates=400,
         ),
@@ -90,7 +91,8 @@ CATCH = Config(
         _SMALL_CONTROLLER,
         channels=(32, 32),
         burn_in=3,
-        # To catch a ball five cells away the paddle must move from the first frame: imagination starts there.
+        # To catch a ball five cells away the paddle must move at the first frame, so imagination may start
+        # there.
         min_real_frames=1,
         horizon=6,
         gamma=0.95,
@@ -106,9 +108,9 @@ CATCH = Config(
 MINATAR = Config(
     preset="minatar",
     threads=1,
-    # Two by two cells to a token. A game that is played well has no end of its own.
+    # A token is two by two cells. A well-played game never ends by itself.
     env=EnvConfig(id=MINATAR_ID, frame_size=40, max_raw_frames=2_500, eval_max_raw_frames=2_500, num_envs=8),
-    # Nothing trains. A game shows some hundred kinds of patches, Seaquest above a thousand.
+    # Patches need no training. A game shows a few hundred kinds of patches, Seaquest over a thousand.
     tokenizer=replace(_SMALL_TOKENIZER, kind="patches", codebook_size=2_048),
     world_model=replace(
         _SMALL_WORLD_MODEL,
@@ -139,7 +141,8 @@ MINATAR = Config(
         burn_in=6,
         context_frames=5,
         reward_start_share=0.5,
-        # Large batches of long dreams: rewards are rare, and a gradient of a few of them is mostly noise.
+        # Large batches of long imagined episodes: rewards are rare, and a gradient from few of them is mostly
+        # noise.
         horizon=21,
         gamma=0.97,
         # With 0.02 and less policies became certain before they were good.
@@ -150,7 +153,7 @@ MINATAR = Config(
         random_repeat=16,
         optim=_controller_optim(lr=1e-3, batch_size=128, updates_per_epoch=30),
     ),
-    # Steps cost next to nothing here, and rewards are what the world model sees too few of.
+    # Steps are almost free here, and the world model lacks examples of rewards.
     schedule=ScheduleConfig(
         epochs=24, collect_epochs=24, steps_per_epoch=5_000, random_steps=30_000, checkpoint_every=5
     ),
@@ -160,9 +163,10 @@ MINATAR = Config(
 SMALL = Config(
     preset="small",
     threads=1,
-    # Few pixels in small patches show more of what moves than many in large ones, at as many codes.
+    # With the same number of codes, small patches of a small frame show movement better than large ones of a
+    # large frame.
     env=EnvConfig(game="Krull", frame_size=32, num_envs=8),
-    # Sprites move by single pixels: means of patches hold in a second what a network learns in minutes.
+    # Sprites move by single pixels. Means of patches are found in a second; a network needs minutes.
     tokenizer=replace(
         _SMALL_TOKENIZER,
         kind="patches",
@@ -184,7 +188,7 @@ SMALL = Config(
         random_repeat=8,
         optim=replace(MINATAR.controller.optim, updates_per_epoch=12),
     ),
-    # Some hundred rewards are learned by heart, and foretell none of others.
+    # With only a few hundred rewards, the model memorises them and does not generalise.
     schedule=ScheduleConfig(
         epochs=20, collect_epochs=20, steps_per_epoch=2_000, random_steps=30_000, checkpoint_every=5
     ),
@@ -193,18 +197,19 @@ SMALL = Config(
 
 TINY = Config(
     preset="tiny",
-    # On a machine with anything else to do, two threads wait for each other more than they compute.
+    # On a machine that does other work too, two threads spend more time waiting for each other than
+    # computing.
     threads=1,
     env=EnvConfig(game="Breakout", frame_size=64, num_envs=4),
     tokenizer=replace(
         _SMALL_TOKENIZER,
         codebook_size=128,
-        # The last two epochs give the world model tokens that keep their meaning.
+        # In the last two epochs the world model's tokens keep their meaning.
         freeze_epoch=3,
         freeze_foreground_error=0.04,
         optim=_tokenizer_optim(
             lr=2e-3,
-            # Small batches: in so little time many updates tell more than exact ones.
+            # Small batches: in so little time, many noisy updates teach more than few exact ones.
             batch_size=8,
             updates_per_epoch=500,
             max_seconds=20.0,

@@ -1,6 +1,6 @@
 """Every setting of a run, in one tree of frozen dataclasses; the command line is made from it.
 
-The defaults are the published agent's (arXiv 2402.05643), but for two fields of the controller whose
+The defaults are the published agent's (arXiv 2402.05643), except for two fields of the controller whose
 defaults are the better ones, `burn_in_actions` and `mask_after_end`: ``presets.PRESETS["paper"]`` sets these
 two as published and changes nothing else. The presets for a CPU override sizes, and switch on what the
 fields' docstrings call off in the paper.
@@ -22,9 +22,9 @@ class MinAtarConfig:
     """MinAtar's games (an `env.id` such as MinAtar/Breakout-v1); the defaults are its own."""
 
     sticky_actions: float = 0.1
-    """Chance that a step repeats the action before instead of the one that was chosen."""
+    """Probability that a step repeats the previous action instead of the chosen one."""
     difficulty_ramping: bool = True
-    """Whether a game grows harder as it goes on, where it can."""
+    """Whether a game grows harder as it goes on, if it has such a mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,13 @@ class EnvConfig:
     my_module:MyGame-v0, which imports my_module first. Pixels are RGB observations, or else rendered
     pictures. `game`, `frame_skip` and `noop_max` are not used. None: the ALE game `game`."""
     kwargs: tuple[str, ...] = ()
-    """With an `id`: what the environment is made with, as key=value words (size=8 mode=hard; a value that is
-    JSON is taken as JSON) or as one JSON object."""
+    """With an `id`: keyword arguments of the environment, as key=value words (size=8 mode=hard; a value that
+    is JSON is read as JSON) or as one JSON object."""
     wrapper: str | None = None
     """With an `id`: module:Name of a wrapper (anything that takes an environment and returns one) to put
     around the environment."""
     render: bool = False
-    """With an `id`: show what the environment renders although its observations are images too."""
+    """With an `id`: use the rendered picture even if the observations are images."""
     action_repeat: int = 1
     """With an `id`: steps of the environment that one action lasts; their rewards are added up, and the last
     frame is shown."""
@@ -66,7 +66,7 @@ class EnvConfig:
     timeout_seconds: float = 5.0
     """With `processes`: an environment that takes longer to answer counts as dead."""
     minatar: MinAtarConfig = field(default_factory=MinAtarConfig)
-    """What only MinAtar's games have."""
+    """Settings of MinAtar's games."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +80,8 @@ class OptimConfig:
     clip_norm: float
     """Gradients are clipped to this global norm."""
     average: float = 0.0
-    """Decay of a running mean of the weights over an epoch's updates, which replaces them at their end: what
-    rare events teach comes in jumps, which it evens out. 0 (paper): none."""
+    """Decay of a running mean of the weights over an epoch's updates. The mean replaces the weights at the
+    end of the epoch; it evens out the jumps that rare events cause. 0 (paper): none."""
     batch_size: int
     """Frames (tokenizer), sequences (world model) or segments (controller) in an update."""
     updates_per_epoch: int
@@ -96,7 +96,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """What turns a frame into a square of tokens."""
+    """The tokenizer, which turns a frame into a square of tokens."""
 
     kind: Literal["vq", "patches", "fsq"] = "vq"
     """vq (paper): a VQ-VAE. fsq: the same networks with finite scalar quantisation (arXiv 2309.15505) for the
@@ -138,7 +138,7 @@ class TokenizerConfig:
     restart_dead_codes: bool = False
     """With `vq`: move codes that no frame uses onto encoder outputs. Off in the paper."""
     freeze_epoch: int | None = None
-    """From this epoch on the tokenizer rests, if its foreground error allows it. None (paper): never."""
+    """From this epoch on the tokenizer is frozen if its foreground error allows it. None (paper): never."""
     freeze_foreground_error: float = 0.02
     """Mean squared error on foreground pixels (frames in [-1, 1]) above which it is not frozen yet."""
     optim: OptimConfig = field(
@@ -178,43 +178,43 @@ class WorldModelConfig:
     """Predict all tokens of an observation in one pass. False (an ablation of the paper): one after another,
     each from those before it, at a pass a token."""
     shared_prediction_token: bool = False
-    """One prediction token for all places of an observation, not one each. An ablation of the paper."""
+    """Share one prediction token among all places of an observation. An ablation of the paper."""
     position_in_block: bool = False
     """Add a learned embedding of a token's place in its block. Off in the paper."""
     local_frames: int = 0
-    """With `pop`: predict a next frame's tokens from what stood around their places in so many last frames,
-    by a short convolution, besides the memory: what moves, and when (5 show it in MinAtar's games).
-    0 (paper): from the memory alone."""
+    """With `pop`: predict a next frame's tokens not only from the memory but also, by a short convolution,
+    from the surroundings of their places in this number of last frames. They show what moves, and when (5
+    suffice in MinAtar's games). 0 (paper): from the memory alone."""
     local_outcomes: bool = False
-    """With `pop`, but not with `draw` refine: read rewards and ends off the predictions of the next frame,
-    the loudest of all places, besides the action token. Off in the paper."""
+    """With `pop`, but not with `draw` refine: predict rewards and ends from the action token and from the
+    predictions of the next frame, by the maximum over their places. Off in the paper."""
     event_share: float = 0.0
     """Share of a batch's sequences, below 1, that is drawn from those with a reward or an end. Weights make
-    the loss that of uniform draws on average, so that chances are learned as they are. 0 in the paper."""
+    the expected loss that of uniform draws, so that learned probabilities stay unbiased. 0 in the paper."""
     priority_share: float = 0.0
     """Share of a batch's sequences that is drawn by the softmax of their last losses, new ones first, as in
-    Simulus (arXiv 2502.11537: 0.3). They count for more on purpose. 0 in the paper."""
+    Simulus (arXiv 2502.11537: 0.3). No weights correct for it, on purpose. 0 in the paper."""
     draw: Literal["independent", "coupled", "refine"] = "independent"
-    """How imagination draws the tokens of a frame, with `pop`. independent (paper): each for itself. coupled:
-    all by one random number, with "as it was" first, so that things which move at the same times move in the
-    same frames. refine: in `refine_passes`, each of which reads the tokens that those before it were surest
-    of; the prediction stream is then twice as long."""
+    """How imagination draws the tokens of a frame, with `pop`. independent (paper): each by itself. coupled:
+    all with one random number, the unchanged token ordered first, so that things that move at the same times
+    move in the same frames. refine: in `refine_passes`, each of which reads the most certain tokens of the
+    passes before; the prediction stream is then twice as long."""
     refine_passes: int = 3
     """With `refine`: passes for a frame, at least 2."""
     reward_weight: float = 1.0
     """Weight of the rewards' part of the loss. More than 1 where rewards are rare (10: arXiv 2502.01591)."""
     end_weight: float = 1.0
-    """Weight of the part of the loss that foretells ends."""
+    """Weight of the ends' part of the loss."""
     reward_bins: int = 0
     """Learn the sizes of rewards, by classification over so many bins spaced evenly in symlog (an odd number;
     255 in DreamerV3, arXiv 2301.04104), and imagine their mean. 0 (paper): learn their signs."""
     disagreement_heads: int = 0
-    """With `pop`, but not with `draw` refine: so many heads besides, at least 2, learn to predict the next
-    observation too, and what they disagree about is new; see `controller.disagreement_weight` (Simulus, arXiv
-    2502.11537: 4). 0 in the paper."""
+    """With `pop`, but not with `draw` refine: number of further heads, at least 2, that also learn to predict
+    the next observation. Where they disagree, the situation is new; see `controller.disagreement_weight`
+    (Simulus, arXiv 2502.11537: 4). 0 in the paper."""
     freeze_at_init: bool = False
-    """Leave the world model as random as it was drawn: a control, which imagination can teach nothing.
-    Its updates are made with a learning rate of 0, so that everything else of the run stays the same."""
+    """Leave the world model at its random initial weights: a control, in which imagination can teach nothing.
+    Its updates have a learning rate of 0, so everything else in the run stays the same."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             lr=2e-4, weight_decay=0.05, clip_norm=100.0, batch_size=64, updates_per_epoch=200, start_epoch=25
@@ -228,8 +228,8 @@ class ControllerConfig:
     """The actor-critic, trained in imagination."""
 
     space: Literal["tokens", "pixels"] = "tokens"
-    """What it sees of an observation: the codes of its tokens, or the frame that the tokenizer decodes from
-    them (an ablation of the paper)."""
+    """Its input: the codes of an observation's tokens, or the frame that the tokenizer decodes from them (an
+    ablation of the paper)."""
     channels: tuple[int, int] = (128, 64)
     """In token space: channels of the two convolutions over the square of codes."""
     hidden_dim: int = 512
@@ -243,8 +243,8 @@ class ControllerConfig:
     action_input: bool = True
     """Feed the actions taken to the recurrent cell. Without: an ablation of the paper."""
     heads_see_features: bool = False
-    """Actor and critic read the features of the observation beside the cell's memory of it, and the policy
-    starts nearly uniform: it learns in fewer steps. Off in the paper, where all they read is the memory."""
+    """Actor and critic read the features of the observation as well as the cell's memory, and the policy
+    starts nearly uniform: it learns in fewer steps. Off in the paper, where they read only the memory."""
     normalize_codes: bool = False
     """Divide the codes by their standard deviation before the first convolution. Off in the paper."""
     burn_in: int = 20
@@ -253,7 +253,7 @@ class ControllerConfig:
     """A segment has at least this many real frames; the rest is padding on the left."""
     context_frames: int = 1
     """Frames before the one that imagination starts from which the world model reads, as far as they are
-    real; at most `burn_in`. More than one shows it what moves, and when (the paper: 1)."""
+    real; at most `burn_in`. With more than one it sees what moves, and when (the paper: 1)."""
     reward_start_share: float = 0.0
     """Share of imagination's starts that lie shortly before a known reward; the others, and all in the paper
     (0), lie anywhere."""
@@ -277,22 +277,21 @@ class ControllerConfig:
     """Random parts of the imagined episodes, with an update on each in every one of `uses`, clipped likewise
     (PPO, algorithm 1); at most `optim.batch_size`. 1 in the paper."""
     clip_ratio: float = 0.2
-    """With more than one of `uses` or `minibatches`: how far the chance of an action may move, as a share of
-    what it was."""
+    """With more than one of `uses` or `minibatches`: how far the probability of an action may move, relative
+    to the old one."""
     scale_advantages: bool = False
     """Divide advantages by their standard deviation in the batch, so that small rewards teach as much as
     large ones. Off in the paper."""
     disagreement_weight: float = 0.0
-    """Reward imagined steps besides, by so much for each nat that the world model's `disagreement_heads`
-    disagree about a token of what the step leads to, so that the agent looks for what is new (Simulus, arXiv
-    2502.11537). 0 in the paper."""
+    """Curiosity: bonus of an imagined step for each nat of disagreement, the mean over the next observation's
+    tokens, between the world model's `disagreement_heads` (Simulus, arXiv 2502.11537). 0 in the paper."""
     value_bins: int = 0
     """Learn values by classification over so many bins spaced evenly in symlog, as `reward_bins` of the world
     model does rewards. 0 (paper): by their squared error."""
     mask_after_end: bool = True
     """Leave imagined steps after an imagined end out of the loss. The published agent keeps them."""
     epsilon: float = 0.01
-    """While collecting: chance that a random action is taken, or that a repeated one begins."""
+    """While collecting: probability that a random action is taken, or a run of repeated ones begins."""
     random_repeat: int = 1
     """A random action, of random play and of `epsilon`, is repeated for 1 to so many steps (paper: 1)."""
     temperature: float = 1.0
@@ -351,7 +350,7 @@ class EvaluationConfig:
     max_seconds: float | None = None
     """Bound on an evaluation's wall time; episodes still open then are counted as they stand, and marked."""
     heldout_steps: int = 2_000
-    """Steps of the last evaluation so far that are kept in heldout/, for the report; never trained on."""
+    """Steps of the newest evaluation that are kept in heldout/ for the report; never trained on."""
 
 
 ADDED_FIELDS: dict[str, Any] = {
@@ -392,8 +391,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "controller.random_repeat": 1,
     "schedule.recorded": None,
 }
-"""Fields that run folders of earlier versions do not name, by their dotted paths, with the value that means
-what those runs did."""
+"""Fields that run folders of earlier versions lack, by their dotted paths, each with the value that
+reproduces those runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,13 +437,13 @@ class Config:
     def from_dict(cls, data: dict[str, Any]) -> Config:
         """A configuration from `to_dict`'s data; unknown and missing names raise ValueError.
 
-        What a run folder of an earlier version lacks, `ADDED_FIELDS`, is filled in.
+        Fields that a run folder of an earlier version lacks (`ADDED_FIELDS`) are filled in.
         """
         return from_dict(cls, _with_added_fields(data))
 
 
 def _with_added_fields(data: Any) -> Any:
-    """JSON data with `ADDED_FIELDS` where they are missing; what is no configuration stays as it is."""
+    """JSON data with missing `ADDED_FIELDS` filled in; data that is no configuration stays as it is."""
     for path, value in ADDED_FIELDS.items():
         data = _with_added_field(data, path, value)
     return data

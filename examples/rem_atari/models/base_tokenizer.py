@@ -19,7 +19,7 @@ FRAMES_AT_ONCE = 256
 """Frames encoded or decoded in one pass; bounds the memory of the first, widest layers."""
 
 FRAMES_AT_ONCE_ON_A_CPU = 16
-"""There a few frames, whose layers stay in the cache, are faster than many."""
+"""The same on a CPU, where a few frames are faster than many, because their layers stay in the cache."""
 
 
 class BaseTokenizer(nn.Module, ABC):
@@ -67,7 +67,7 @@ class BaseTokenizer(nn.Module, ABC):
         """Frames of tokens: int64 (B, K) to float32 (B, S, S, 3) about [-1, 1]."""
 
     def compile_networks(self) -> None:
-        """Let torch.compile optimise what computes most, if there are networks."""
+        """Compile the networks that take most of the time with torch.compile, if there are any."""
         return
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ class BaseTokenizer(nn.Module, ABC):
 
     @torch.no_grad()
     def images(self, tokens: Tensor) -> Tensor:
-        """What tokens decode to: int64 (..., K) to float32 (..., 3, S, S) about [-1, 1], without gradient."""
+        """Images of tokens: int64 (..., K) to float32 (..., 3, S, S) about [-1, 1], without gradient."""
         rows, leading = pack([tokens], "* token")
         images = _in_parts(lambda part: rearrange(self._draw(part), "b h w c -> b c h w"), rows)
         return unpack(images, leading, "* channel height width")[0]

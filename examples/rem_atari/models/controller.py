@@ -1,4 +1,4 @@
-"""The controller: an actor-critic with a memory, which sees observations as codes or as images."""
+"""The controller: a recurrent actor-critic that sees observations as codes or as images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rem_atari.config import ControllerConfig
 from rem_atari.models.two_hot import TwoHot
 
 Carry = tuple[Tensor, ...]
-"""All that the controller remembers, (B, lstm_dim) each: an LSTM's hidden and cell state, a GRU's hidden."""
+"""The controller's memory, (B, lstm_dim) each: an LSTM's hidden and cell state, a GRU's hidden state."""
 
 
 class Decision(NamedTuple):
-    """What the controller makes of an observation.
+    """The controller's output for one observation.
 
     Attributes:
         logits: of the policy, (B, A).
@@ -45,11 +45,11 @@ class Controller(nn.Module):
     pixel space (an ablation of the paper) it sees the frame that the tokenizer decodes: convolutions that
     each halve it. The cell, an LSTM's or a GRU's, takes two steps for each step of the environment: one on
     the observation, after which actor and critic read its hidden state, and one on the embedding of the
-    action that was taken (unless `action_input` is off). With `heads_see_features` they read the features of
-    the observation besides. Weights start as torch initialises them.
+    action that was taken (unless `action_input` is off). With `heads_see_features` they also read the
+    features of the observation. Weights start as torch initialises them.
 
     Args:
-        cfg: sizes and what the memory is fed.
+        cfg: sizes, and the inputs of the memory.
         grid: side of the square of tokens; an observation has grid² codes.
         code_dim: dimension of a code.
         frame_size: side of a frame in pixels.
@@ -85,7 +85,7 @@ class Controller(nn.Module):
         read = cfg.lstm_dim + (width if cfg.heads_see_features else 0)
         self.actor = nn.Linear(read, num_actions)
         self.critic = nn.Linear(read, max(cfg.value_bins, 1))
-        if cfg.heads_see_features:  # nearly uniform: no action is preferred before anything was learned
+        if cfg.heads_see_features:  # nearly uniform: no preference among actions at the start
             nn.init.orthogonal_(self.actor.weight, gain=0.01)
             nn.init.zeros_(self.actor.bias)
         self.value_code = None
@@ -102,9 +102,9 @@ class Controller(nn.Module):
         return tuple(self.critic.weight.new_zeros(shape) for _ in range(parts))
 
     def features(self, seen: Tensor) -> Tensor:
-        """What the cell is fed for observations: (..., hidden_dim), or in pixel space (..., flattened image).
+        """The cell's input for observations: (..., hidden_dim), or in pixel space (..., flattened image).
 
-        Observations do not depend on each other here, so any number of steps may go in at once.
+        Observations do not interact here, so any number of steps may be given at once.
 
         Args:
             seen: codes (..., K, E), or in pixel space images (..., 3, S, S) about [-1, 1].
@@ -118,14 +118,14 @@ class Controller(nn.Module):
         return self.cnn(squares).unflatten(0, leading)
 
     def decide(self, features: Tensor, carry: Carry) -> Decision:
-        """Take in an observation's `features` (B, hidden_dim) and judge the situation."""
+        """One step of the cell on an observation's `features` (B, hidden_dim), then actor and critic."""
         carry = self._remember(features, carry)
         read = self._read(carry[0], features)
         # float32 also under autocast: losses and returns are computed from these.
         return Decision(self.actor(read).float(), self.values(self.critic(read)), carry)
 
     def forward(self, seen: Tensor, carry: Carry) -> Decision:
-        """Take in an observation, as `features` sees it with one leading dimension, and judge it."""
+        """`decide` on the features of an observation, which has one leading dimension, see `features`."""
         return self.decide(self.features(seen), carry)
 
     def values(self, critic: Tensor) -> Tensor:
@@ -133,13 +133,13 @@ class Controller(nn.Module):
         return critic.squeeze(-1).float() if self.value_code is None else self.value_code.mean(critic)
 
     def value_loss(self, critic: Tensor, returns: Tensor) -> Tensor:
-        """How far the critic's outputs (..., C) are off returns (...): the squared error, or that of bins."""
+        """The loss of the critic's outputs (..., C) for returns (...): squared error, or that of bins."""
         if self.value_code is None:
             return (self.values(critic) - returns).square()
         return self.value_code.divergence(critic, returns)
 
     def judge(self, seen: Tensor, actions: Tensor, carry: Carry) -> tuple[Tensor, Tensor]:
-        """What `forward` and `observe_action` in turn make of T steps that were taken, all at once.
+        """The results of `forward` and `observe_action` in turn over T given steps, computed at once.
 
         The convolutions see all steps together, and so do actor and critic; only the cell goes through them
         one after another.
@@ -154,14 +154,14 @@ class Controller(nn.Module):
         """
         told = features = self.features(seen)
         if self.action_embedding is not None:
-            # What the cell is told, in order: an observation, the action taken on it, the next observation.
+            # The cell's inputs in order: an observation, the action taken on it, the next observation, ...
             told = torch.stack((told, self.action_embedding(actions).to(told.dtype)), dim=2).flatten(1, 2)
         remembered = self._remember_all(told, carry)[:, :: told.shape[1] // seen.shape[1]]
         read = self._read(remembered, features)
         return self.actor(read).float(), self.critic(read)
 
     def observe_action(self, actions: Tensor, carry: Carry) -> Carry:
-        """Take in the actions (B,) that were taken, if the memory is fed actions at all."""
+        """One step of the cell on the actions taken (B,), if `action_input` is on."""
         if self.action_embedding is None:
             return carry
         return self._remember(self.action_embedding(actions), carry)
@@ -188,7 +188,7 @@ class Controller(nn.Module):
         return carry
 
     def _read(self, remembered: Tensor, features: Tensor) -> Tensor:
-        """What actor and critic read: the memory (..., lstm_dim), and the features if they see them."""
+        """The input of actor and critic: the memory (..., lstm_dim), and the features if they see them."""
         if not self.heads_see_features:
             return remembered
         return torch.cat((remembered, features.to(remembered.dtype)), dim=-1)
@@ -201,7 +201,7 @@ class Controller(nn.Module):
 
     def _remember_all(self, told: Tensor, carry: Carry) -> Tensor:
         """The cell's hidden state after each of T steps, (B, T, hidden_dim) to (B, T, lstm_dim)."""
-        if told.device.type == "cpu":  # where torch's whole LSTM is two to three times as fast as its cell
+        if told.device.type == "cpu":  # torch's LSTM over all steps is two to three times as fast as its cell
             weights = list(self.lstm.parameters())
             start = [part[None] for part in carry]
             if isinstance(self.lstm, nn.LSTMCell):
@@ -219,7 +219,7 @@ CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
 
 def _deviation(codes: Tensor) -> Tensor:
     """The standard deviation of each observation's codes, (..., K, E) to (..., 1, 1)."""
-    # Many times faster on a CPU than `codes.std(dim=(-2, -1))`, which goes through them one by one.
+    # Many times faster on a CPU than `codes.std(dim=(-2, -1))`, which reduces them one by one.
     deviations = codes - codes.mean(dim=(-2, -1), keepdim=True)
     freedom = codes.shape[-2] * codes.shape[-1] - 1
     return torch.linalg.vector_norm(deviations, dim=(-2, -1), keepdim=True) / freedom**0.5

@@ -1,4 +1,4 @@
-"""The part of a tokenizer that is a pair of convolutional networks, around codes of some kind."""
+"""Tokenizers with a convolutional encoder and decoder around codes of some kind."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Quantized(NamedTuple):
     Attributes:
         tokens: indices of the codes, (B, K) int64.
         codes: the codes, through which gradients pass straight to the outputs, (B, K, E).
-        loss: what quantising adds to the loss, weighted; a scalar.
-        metrics: what it measured.
+        loss: the weighted part of the loss that comes from quantising; a scalar.
+        metrics: measurements of quantising.
     """
 
     tokens: Tensor
@@ -35,8 +35,8 @@ class ConvTokenizer(BaseTokenizer):
     """A convolutional encoder, codes, and a convolutional decoder.
 
     The side of a frame is halved between one of the configured channels and the next. A token is the index of
-    the code that stands for what the encoder says of its patch, whose surroundings it sees too, unless it is
-    patchwise. Weights start as torch initialises them.
+    the code for the encoder's output at its patch. The encoder also sees the patch's surroundings, unless it
+    is patchwise. Weights start as torch initialises them.
 
     Args:
         cfg: sizes and weights of the losses.
@@ -92,8 +92,8 @@ class ConvTokenizer(BaseTokenizer):
 
         Args:
             frames: uint8 (B, S, S, 3).
-            background: uint8 (S, S, 3), what of a frame never changes (the median frame). Pixels that differ
-                from it count 1 + foreground_weight times in the reconstruction. None: all count once.
+            background: uint8 (S, S, 3), the median frame. Pixels that differ from it count 1 +
+                foreground_weight times in the reconstruction. None: all count once.
             perceptual: the network of the perceptual loss; None without it, where perceptual_weight is 0.
 
         Returns:
@@ -124,7 +124,7 @@ class ConvTokenizer(BaseTokenizer):
         return self._reconstruct(self.embed(tokens))
 
     def _encoder_output(self, frames: Tensor) -> Tensor:
-        """What the encoder says of each patch: uint8 (B, S, S, 3) to (B, K, E)."""
+        """The encoder's output for each patch: uint8 (B, S, S, 3) to (B, K, E)."""
         images = _to_images(to_floats(frames))
         if self.cfg.patchwise:
             images = rearrange(images, "b c (h p) (w q) -> (b h w) c p q", h=self.grid, w=self.grid)
@@ -139,7 +139,7 @@ class ConvTokenizer(BaseTokenizer):
     def _image_loss(
         self, reconstructed: Tensor, frames: Tensor, background: Tensor | None, perceptual: Lpips | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is lost of the frames in their reconstruction (B, S, S, 3), weighted; the metrics of it."""
+        """The weighted loss of a reconstruction (B, S, S, 3) of frames, and its metrics."""
         wanted = to_floats(frames)
         weighted, metrics = self._pixel_losses((reconstructed - wanted).square(), frames, background)
         loss = self.cfg.reconstruction_weight * weighted

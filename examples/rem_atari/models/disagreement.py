@@ -1,4 +1,4 @@
-"""Curiosity: how far several heads disagree about what comes next."""
+"""Curiosity: the disagreement of several heads about the next observation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rem_atari.models.heads import code_logits, make_head
 
 
 class Disagreement(nn.Module):
-    """Heads that learn to predict the same tokens from the same outputs and differ in how they start.
+    """Heads that learn to predict the same tokens from the same outputs and differ in their initial weights.
 
-    What the game has shown often they all predict alike, chances included; elsewhere they still say what they
-    started with. So they disagree about what is new, and not about what is random.
+    Where the game has shown a situation often, all heads predict the same distribution; elsewhere they keep
+    their initial predictions. So they disagree about what is new, and not about what is random.
 
     Args:
         width: of the decoder's outputs.
@@ -36,7 +36,7 @@ class Disagreement(nn.Module):
         self.heads = nn.ModuleList(make_head(width, codebook_size) for _ in range(heads))
 
     def forward(self, outputs: Tensor, num_codes: int) -> Tensor:
-        """What each of H heads makes of outputs (..., width), which learn nothing from it: (H, ..., V)."""
+        """Logits (H, ..., V) of H heads from outputs (..., width), through which no gradient flows."""
         outputs = outputs.detach()
         return torch.stack([code_logits(head, outputs, num_codes) for head in self.heads])
 

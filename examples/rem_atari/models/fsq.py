@@ -17,8 +17,8 @@ SLACK = 1e-3
 class FsqTokenizer(ConvTokenizer):
     """A convolutional encoder and decoder, with each number of a code rounded to one of a few levels.
 
-    There is no codebook to learn, none that can collapse, and no loss of codes: every combination of levels
-    is a code. Gradients pass straight through the rounding.
+    No codebook is learned, so none can collapse, and codes have no loss: every combination of levels is a
+    code. Gradients pass straight through the rounding.
 
     Args:
         cfg: sizes, `fsq_levels` and weights of the losses; `codebook_size` and `code_dim` are not read.

@@ -1,4 +1,4 @@
-"""Heads: small networks that make logits of a decoder's outputs."""
+"""Heads: small networks from a decoder's outputs to logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def make_head(width: int, classes: int) -> nn.Sequential:
 def code_logits(
     head: nn.Sequential, outputs: Tensor, num_codes: int, more_weights: Tensor | None = None
 ) -> Tensor:
-    """The logits of the first `num_codes` classes, those of the codes there are: (..., num_codes).
+    """The logits of the first `num_codes` classes, one for each existing code: (..., num_codes).
 
     `more_weights` (num_codes, width), if any, are added to those of the last layer.
     """

@@ -1,4 +1,4 @@
-"""What the last frames show around each place: where predictions of the next one start from."""
+"""The surroundings of each place in the last frames, from which predictions of the next frame start."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.nn import functional
 class LocalPast(nn.Module):
     """A short causal convolution over frames, then one over neighbouring places.
 
-    Retention adds up all tokens of all frames; to find one place in one of them again, it must learn to match
-    positions. What stands beside a place now, and when that last changed, are what most of a next frame
-    follows from, and here they are read directly. (Short convolutions serve linear attention likewise in
-    Mamba, arXiv 2312.00752, and in its kin.)
+    Retention adds up all tokens of all frames; to recall one place of one frame, it must learn to match
+    positions. Most of the next frame follows from the present surroundings of a place and their last change,
+    which this module reads directly. (Mamba, arXiv 2312.00752, and other linear models use short convolutions
+    in the same way.)
 
     Args:
         width: of the embeddings.
-        frames: F, how many frames are read, the present one included.
+        frames: F, the number of frames read, the present one included.
         num_tokens: K, places of a frame, a square.
     """
 
@@ -32,10 +32,10 @@ class LocalPast(nn.Module):
         self.over_places = nn.Conv2d(width, width, kernel_size=3, padding=1)
 
     def forward(self, shown: Tensor) -> Tensor:
-        """What the last F frames show: (B, F - 1 + N, K, width) to (B, N, K, width).
+        """A summary of the last F frames: (B, F - 1 + N, K, width) to (B, N, K, width).
 
         Args:
-            shown: embeddings of N frames and of the F - 1 before them, 0 for those that there were not.
+            shown: embeddings of N frames and of the F - 1 frames before them, 0 for missing ones.
         """
         blocks = shown.shape[1] - self.frames + 1
         windows = torch.cat([shown[:, first : first + blocks] for first in range(self.frames)], dim=-1)

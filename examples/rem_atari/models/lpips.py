@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, by the features of a network that has seen many photographs."""
+"""LPIPS: a perceptual distance between images, from the features of a network trained on photographs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAGE_ENDS = (4, 9, 16, 23, 30)
 STAGE_CHANNELS = (64, 128, 256, 512, 512)
 
 SMALLEST_SIDE = 16
-"""Below it nothing is left of an image after the four poolings."""
+"""A smaller image has no pixels left after the four poolings."""
 
 EPSILON = 1e-10
 
@@ -31,14 +31,14 @@ class Lpips(nn.Module):
 
     At five depths the features of both images, a vector for each place, are scaled to length 1; the squares
     of their differences are summed over the channels with learned weights and averaged over the places. The
-    distance is the sum over the five depths. The dropout that LPIPS was itself trained with has no part here.
+    distance is the sum over the five depths. The dropout with which LPIPS was trained is left out.
 
-    None of its parameters requires a gradient, and the module belongs to no other one: a checkpoint, an
-    optimiser and a count of an agent's parameters do not see it.
+    None of its parameters requires a gradient, and no other module contains it, so checkpoints, optimisers
+    and counts of an agent's parameters do not include it.
 
     Args:
-        weights: the tensors of `expected_shapes`, of any floating point type; computed with in float32.
-            Tensors by other names are left alone (VGG16's classifier, for example).
+        weights: the tensors of `expected_shapes`, of any floating-point dtype, cast to float32. Tensors of
+            other names (VGG16's classifier, for example) are ignored.
 
     Raises:
         ValueError: a tensor is missing, has another shape, is not of floating point or not finite.
@@ -62,13 +62,13 @@ class Lpips(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [-1, 1], RGB, at least 16 pixels high and wide.
-            targets: what they should look like, of the same shape.
+            targets: the images to compare with, of the same shape.
 
         Returns:
             (B,) float32.
 
         Raises:
-            ValueError: the shapes differ or are of another kind.
+            ValueError: the shapes differ or do not fit.
         """
         _check_images(images, targets)
         seen = (images - self.shift) / self.scale

@@ -12,12 +12,12 @@ from retpop import RetNetState
 
 
 class Memory(NamedTuple):
-    """All that a world model knows of the past of B games; a value, like `RetNetState`.
+    """A world model's memory of B games; a value, like `RetNetState`.
 
     Attributes:
         decoder: the decoder's memory.
-        recent: what `LocalPast` is shown of the last frames, (B, F - 1, K, width), where predictions
-            start from F (`world_model.local_frames`); 0 where there was no frame. Without, it is empty.
+        recent: the input of `LocalPast` for the last frames, (B, F - 1, K, width), with F =
+            `world_model.local_frames`; 0 where there was no frame. Without local frames it is empty.
     """
 
     decoder: RetNetState

@@ -1,4 +1,4 @@
-"""The codebook of a game that shows more patches than there are codes: their k-means."""
+"""A codebook for a game that shows more patches than there are codes: the k-means of its patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PASSES = 12
 """Passes of Lloyd's algorithm."""
 
 MOST_PATCHES = 20_000
-"""Distinct patches that are looked at; more are drawn from."""
+"""Most distinct patches used; if there are more, a random choice of them."""
 
 ROWS_AT_ONCE = 4_096
 """Patches compared with all means together; bounds the memory."""
@@ -17,7 +17,7 @@ ROWS_AT_ONCE = 4_096
 
 def distinct_patches(patches: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct rows of patches (n, D) uint8, and how often each occurs, (m,) int64."""
-    # One number a row, mixed at random, sorts in a fraction of the time that rows take.
+    # Sorting one random hash per row takes a fraction of the time of sorting rows.
     mix = torch.randint(-(2**62), 2**62, patches.shape[1:], generator=torch.Generator().manual_seed(0))
     mix = mix.to(patches.device)
     keys = torch.cat([(part * mix).sum(dim=-1) for part in patches.split(ROWS_AT_ONCE)])
@@ -29,8 +29,8 @@ def distinct_patches(patches: Tensor) -> tuple[Tensor, Tensor]:
 def patch_means(patches: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Means of clusters of patches, for codes: (count, D) uint8, or all distinct patches if they are fewer.
 
-    A patch weighs the square root of how often it occurs: by their number the few patches of a still
-    background would take the codes, and once each the many that were seen a single time.
+    A patch has the square root of its count as weight. With the count itself, the few patches of a still
+    background would take the codes; with equal weights, the many patches that were seen only once would.
 
     Args:
         patches: uint8 (n, D).

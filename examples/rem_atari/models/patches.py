@@ -1,4 +1,4 @@
-"""Tokens that are patches of pixels: a codebook that only grows, and nothing that trains by gradients."""
+"""Tokens that are patches of pixels: the codebook only grows, and nothing is trained by gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PatchTokenizer(BaseTokenizer):
     """Each code is a patch of pixels that the game has shown, or the mean of some; it never changes.
 
     A token is the first code whose patch lies within `patch_threshold`, or, where none does, the nearest.
-    Codes are only added behind the others, so the token of a patch that was taken in never changes. Where
+    New codes come after the existing ones, so the token of a patch that was added never changes. Where
     the world is made of cells that keep to the grid, a threshold of 0 makes tokens exact: one for each kind
     of patch, from the first frame on. Where sprites move by single pixels and there are more patches than
     codes, `fit` makes the first codes means of many.
@@ -25,7 +25,8 @@ class PatchTokenizer(BaseTokenizer):
 
     Args:
         cfg: `channels` give the size of a patch, `codebook_size` bounds the number of codes,
-            `patch_threshold` is the error that a code is good for, `code_dim` the size of what is seen of it.
+            `patch_threshold` is the largest error at which a code stands for a patch, `code_dim` the size of
+        a code as other networks see it.
         frame_size: S, the side of a frame in pixels.
 
     Raises:
@@ -37,7 +38,7 @@ class PatchTokenizer(BaseTokenizer):
     patches: Tensor
     """Pixels of the codes, (V, 3 P²) uint8 for patches of P x P pixels; 0 for codes still to come."""
     num_codes: Tensor
-    """How many codes there are, () int64."""
+    """Number of codes so far, () int64."""
 
     def __init__(self, cfg: TokenizerConfig, frame_size: int) -> None:
         super().__init__(cfg, frame_size, code_dim=cfg.code_dim, codebook_size=cfg.codebook_size)
@@ -53,12 +54,12 @@ class PatchTokenizer(BaseTokenizer):
 
     @property
     def codes(self) -> Tensor:
-        """What is seen of the codes there are, (V, E); of none, a row of zeros."""
+        """The existing codes as other networks see them, (V, E); one row of zeros if there are none."""
         return self.code_table[: max(self._size, 1)]
 
     @torch.no_grad()
     def fit(self, frames: Tensor, generator: torch.Generator) -> None:
-        """Make the first codes means of patches, so that what is alike shares one; see `patch_means`.
+        """Make the first codes means of patches, so that similar patches share a code; see `patch_means`.
 
         Args:
             frames: uint8 (B, S, S, 3).
@@ -76,15 +77,15 @@ class PatchTokenizer(BaseTokenizer):
 
     @torch.no_grad()
     def grow(self, frames: Tensor) -> int:
-        """Make codes of the patches that no code is good for, as far as there is room.
+        """Add codes for the patches that no code covers, as far as there is room.
 
-        Common patches come first, so that a codebook that becomes full has those.
+        Common patches come first, so that a full codebook contains them.
 
         Args:
             frames: uint8 (B, S, S, 3).
 
         Returns:
-            How many codes were added.
+            The number of codes added.
         """
         self._check_frames("grow", frames, leading="B")
         if self._size == self.codebook_size:
@@ -101,14 +102,14 @@ class PatchTokenizer(BaseTokenizer):
         return size - before
 
     def _count(self, size: int) -> None:
-        """Note that there are `size` codes, and what is seen of the new ones."""
+        """Set the number of codes to `size`, and compute the new ones as other networks see them."""
         before, self._size = self._size, size
         self.num_codes.fill_(size)
         self.code_table[before:size] = (self.patches[before:size].float() / 255) @ self.projection
 
     @torch.no_grad()
     def coverage(self, frames: Tensor) -> float:
-        """Share of the patches of frames, uint8 (B, S, S, 3), that some code is good for."""
+        """Share of the patches of frames, uint8 (B, S, S, 3), that some code covers."""
         patches = self._split(frames).flatten(0, 1)
         return float(self._is_covered(patches, self.patches[: self._size]).float().mean())
 
@@ -134,7 +135,7 @@ class PatchTokenizer(BaseTokenizer):
         return rearrange(frames, "b (h p) (w q) c -> b (h w) (p q c)", h=self.grid, w=self.grid)
 
     def _is_covered(self, patches: Tensor, codes: Tensor) -> Tensor:
-        """Patches (n, 3 P²) that one of the codes (m, 3 P²) is good for, (n,) bool."""
+        """Patches (n, 3 P²) that one of the codes (m, 3 P²) covers, (n,) bool."""
         return (self._errors(patches, codes) <= self.cfg.patch_threshold).any(dim=-1)
 
     def _errors(self, patches: Tensor, codes: Tensor) -> Tensor:

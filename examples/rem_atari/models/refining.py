@@ -1,4 +1,4 @@
-"""The world model that draws an observation in a few passes, each of which reads what was drawn before."""
+"""The world model that draws an observation in a few passes; each pass reads the tokens drawn before."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rem_atari.models.world_model import WorldModel, WorldModelStep
 class RefiningWorldModel(WorldModel):
     """Predicts all unknown tokens of an observation in one pass, given those that are known.
 
-    Before the K prediction tokens of a block stand K hints: the prediction embedding of each place, plus the
-    embedding of its token where that is known. In training a random share of each observation is known, none
-    of it in half of the blocks; only unknown tokens carry a loss. Imagination draws in passes: the first
-    knows nothing and keeps the tokens it is surest of, the next reads these and keeps more, and the last
-    draws the few that are left. So tokens that depend on each other agree, at the price of the passes. The
-    parameters are those of `WorldModel`.
+    K hints precede the K prediction tokens of a block: the prediction embedding of each place, plus the
+    embedding of its token if that is known. In training a random share of each observation is known, none of
+    it in half of the blocks; only unknown tokens carry a loss. Imagination draws in passes: the first knows
+    nothing and keeps the tokens it is surest of, the next reads these and keeps more, and the last draws the
+    few that are left. So tokens that depend on each other agree, at the cost of more passes. The parameters
+    are those of `WorldModel`.
 
     Which tokens are kept depends on the entropy of their distributions and not on what was drawn, so draws
     follow the model's distribution of one token given others. (To keep what was drawn with a high chance, as
@@ -108,7 +108,7 @@ def _some(tokens: Tensor) -> Tensor:
 
 
 def _schedule(num_tokens: int, passes: int) -> list[int]:
-    """Unknown tokens before each pass, and 0 at last: fewer by the same factor from pass to pass.
+    """The number of unknown tokens before each pass, and finally 0; it shrinks by a constant factor.
 
     A pass draws its tokens independently of each other; the last ones, the least certain, are few.
     """

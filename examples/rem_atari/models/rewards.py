@@ -1,4 +1,4 @@
-"""The world model's target of a reward: its sign, or its size."""
+"""The world model's target for a reward: its sign or its size."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RewardCode(nn.Module):
         return self.two_hot.divergence(logits, self._learned(rewards))
 
     def base_rate(self, rewards: Tensor, weights: Tensor) -> Tensor:
-        """The least mean loss, weighted, of one distribution for all of the rewards (...); a scalar."""
+        """The least weighted mean loss that one fixed distribution reaches on the rewards (...); a scalar."""
         targets = self.two_hot.encode(self._learned(rewards)).flatten(0, -2)
         shares = weights.flatten() / weights.sum().clamp(min=TINY)
         own = (torch.special.entr(targets).sum(dim=-1) * shares).sum()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-6
-"""More than what sums of probabilities are off by in float32."""
+"""More than the rounding error of a sum of probabilities in float32."""
 
 
 def sample_categorical(logits: Tensor, generator: torch.Generator, *, temperature: float = 1.0) -> Tensor:
@@ -41,9 +41,9 @@ def sample_coupled(
 ) -> Tensor:
     """One draw from each of K distributions in every row, all K by one uniform number.
 
-    Each inverts its cumulated probabilities with the class `before` ordered first, so the draws of a row keep
-    their classes together and leave them together. Each draw for itself has the distribution of its logits.
-    No gradient flows, and the host never waits for the result.
+    Each inverts its cumulated probabilities with the class `before` ordered first, so the draws of a row tend
+    to keep or to change their classes together. Each single draw has the distribution of its logits. No
+    gradient flows, and the host never waits for the result.
 
     Args:
         logits: unnormalised log-probabilities, (B, K, classes), any floating dtype.
@@ -65,7 +65,7 @@ def sample_coupled(
     stays = chances.gather(-1, first)
     cumulated = chances.scatter(-1, first, 0.0).cumsum(dim=-1)
     uniform = torch.rand((logits.shape[0], 1, 1), generator=generator, device=logits.device)
-    # Below the last sum, whatever the rounding, so that no class without a chance is found.
+    # Below the last sum despite rounding, so that no class of probability 0 is drawn.
     beyond = torch.minimum((uniform - stays).clamp(min=0), cumulated[..., -1:] * (1 - ROUNDING))
     others = torch.searchsorted(cumulated, beyond, right=True).clamp(max=logits.shape[-1] - 1)
     return torch.where(uniform < stays, first, others).squeeze(-1)

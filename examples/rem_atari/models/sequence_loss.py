@@ -14,14 +14,14 @@ from rem_atari.models.sequence_tokens import SequenceTokens
 
 
 class SequenceLogits(NamedTuple):
-    """Predictions over a sequence of N blocks, those of a prefix left out where asked.
+    """Predictions over a sequence of N blocks, without those of the skipped first blocks.
 
     Attributes:
         tokens: of each block's own observation, from what came before the block, (B, N, K, V).
         rewards: of each block's reward, from the block and what came before, (B, N, C).
         ends: of each block's end flag, likewise, (B, N, 2).
         unknown: the tokens that were to be predicted, (B, N, K) bool; the others were given. None: all.
-        heads: what the heads of `Disagreement` say of the tokens, (H, B, N, K, V). None: there are none.
+        heads: the logits of `Disagreement`'s heads, (H, B, N, K, V). None: there are no heads.
     """
 
     tokens: Tensor
@@ -32,7 +32,7 @@ class SequenceLogits(NamedTuple):
 
 
 class WorldModelLoss(NamedTuple):
-    """The training loss, and what was measured on the way.
+    """The training loss and its metrics.
 
     Attributes:
         total: the loss, a scalar.
@@ -60,9 +60,9 @@ def sequence_loss(
     Args:
         logits: predictions for all blocks but the first `context_blocks`.
         batch: the sequences.
-        reward_code: what the classes of a reward are.
+        reward_code: the classes of rewards.
         cfg: the context and the weights of rewards and ends.
-        weights: how much each sequence counts, (B,); None: all the same.
+        weights: the weight of each sequence, (B,); None: equal weights.
     """
     skipped = cfg.context_blocks
     real = batch.mask[:, skipped:].float()

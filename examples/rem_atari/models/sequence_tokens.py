@@ -1,4 +1,4 @@
-"""Sequences of environment steps with their frames as tokens: what world model and imagination are given."""
+"""Sequences of environment steps with frames as tokens: the input of the world model and of imagination."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The world model without POP: it writes the tokens of a next observation one after another.
 
-This is the ablation that shows what POP is for: the same decoder and heads, K passes for an imagined
+This ablation shows what POP saves: the same decoder and heads, K passes for an imagined
 observation instead of one. Token i of an observation is predicted from everything before it, the tokens
 0 .. i-1 of the same observation included, so its draws agree with each other, which POP's do not.
 """
@@ -25,7 +25,7 @@ class TokenByTokenWorldModel(BaseWorldModel):
     and the action are read together, and every drawn token but the last is read to draw the next.
 
     Args:
-        cfg: sizes; nothing stands before the first block of a sequence, so `context_blocks` is at least 1.
+        cfg: sizes; `context_blocks` is at least 1, because no token precedes the first block of a sequence.
         num_tokens, code_dim, codebook_size, num_actions: as `BaseWorldModel`.
 
     Raises:
@@ -61,7 +61,7 @@ class TokenByTokenWorldModel(BaseWorldModel):
             )
         read, _ = self.decoder(self._embed_blocks(self._embed_tokens(tokens, codebook), actions))
         first = skip_blocks * self.block_size
-        # The output at a token speaks of the token after it; the one before an action speaks of no token.
+        # The output at a token predicts the token after it; the one before an action predicts no token.
         before = read[:, first - 1 : -1].unflatten(1, (-1, self.block_size))[:, :, : self.num_tokens]
         at_action = read.unflatten(1, (-1, self.block_size))[:, skip_blocks:, -1]
         return SequenceLogits(

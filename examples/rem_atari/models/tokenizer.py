@@ -13,7 +13,7 @@ from rem_atari.models.conv_tokenizer import ConvTokenizer, Quantized, count_uses
 class Tokenizer(ConvTokenizer):
     """A convolutional encoder, a learned codebook and a convolutional decoder.
 
-    A token is the index of the code nearest to what the encoder says of its patch. The codes start uniformly
+    A token is the index of the code nearest to the encoder's output at its patch. The codes start uniformly
     in ±1/codebook_size.
 
     Args:
@@ -66,7 +66,7 @@ class Tokenizer(ConvTokenizer):
             generator: source of the choice, on the module's device.
 
         Returns:
-            How many codes were moved.
+            The number of codes moved.
         """
         dead = self.uses == 0
         count = int(dead.sum())

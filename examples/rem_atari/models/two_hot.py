@@ -12,7 +12,8 @@ LARGEST = 10.0
 class TwoHot(nn.Module):
     """A number as weights on the two bins around it, whose mean it is.
 
-    Logits over the bins stand for the mean of their distribution. What lies beyond the last bin counts as it.
+    Logits over the bins stand for the mean of their distribution. Numbers beyond the last bin are clamped to
+    it.
 
     Args:
         values: the bins' numbers, ascending, (n,).
@@ -57,7 +58,7 @@ class TwoHot(nn.Module):
         return (logits.float().softmax(dim=-1) * self.values).sum(dim=-1)
 
     def divergence(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """Cross-entropy in nats of logits (..., n) and numbers (...), less the least that it can be."""
+        """Cross-entropy in nats of logits (..., n) and numbers (...), minus its smallest possible value."""
         weights = self.encode(numbers)
         cross_entropy = -(weights * logits.float().log_softmax(dim=-1)).sum(dim=-1)
         return cross_entropy - torch.special.entr(weights).sum(dim=-1)

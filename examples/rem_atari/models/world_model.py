@@ -27,14 +27,14 @@ from retpop import RetNetConfig, RetNetDecoder
 
 
 class WorldModelStep(NamedTuple):
-    """What the world model makes of an observation and an action.
+    """The world model's outputs for an observation and an action.
 
     Attributes:
         reward_logits: of the reward, (B, C), classes as in `RewardCode`.
-        end_logits: of the episode going on (0) or ending (1), (B, 2).
+        end_logits: of the episode continuing (0) or ending (1), (B, 2).
         token_logits: of the next observation's tokens, each place for itself, (B, K, V).
         state: the memory after observation and action.
-        prediction_tokens: what the next observation's tokens were predicted from, (B, 1, K, width).
+        prediction_tokens: the inputs for the next observation's tokens, (B, 1, K, width).
         disagreement: how far the heads of `Disagreement` differ about the next observation, the mean of its
             tokens in nats, (B,); None: there are no such heads.
     """
@@ -48,15 +48,15 @@ class WorldModelStep(NamedTuple):
 
 
 class Imagined(NamedTuple):
-    """What a world model dreams up after observations and actions.
+    """What a world model imagines after observations and actions.
 
     Attributes:
         rewards: the rewards, or their signs, see `RewardCode.draw`; (B,) float32.
         ended: the episode ended, (B,) bool.
         tokens: the next observations, (B, K) int64.
-        state: the memory to imagine on from.
-        reward_logits: what the rewards were drawn from, (B, C), classes as in `RewardCode`.
-        end_logits: what the ends were drawn from, going on (0) or ending (1), (B, 2).
+        state: the memory from which imagination continues.
+        reward_logits: the logits of the rewards, (B, C), classes as in `RewardCode`.
+        end_logits: the logits of the ends, continuing (0) or ending (1), (B, 2).
         disagreement: as in `WorldModelStep`, (B,).
     """
 
@@ -73,8 +73,8 @@ class BaseWorldModel(nn.Module, ABC):
     """A RetNet decoder over blocks, and heads for observation tokens, rewards and ends.
 
     A block is the K tokens of an observation and the action taken on it. The decoder reads blocks; its output
-    at the action token gives reward and end. How the K tokens of a next observation are found is what
-    subclasses are about.
+    at the action token gives reward and end. Subclasses differ in how they predict the K tokens of the next
+    observation.
 
     Observation tokens are embedded with the tokenizer's codebook, which every method is handed and into which
     no gradient flows; with `code_network`, by a network that reads it; or, with `own_token_embedding`, with a
@@ -147,12 +147,12 @@ class BaseWorldModel(nn.Module, ABC):
             tokens: observations, (B, N, K) int64.
             actions: (B, N) int64.
             codebook: the tokenizer's codes, (V, E); fewer than `codebook_size` where some are still to come.
-            skip_blocks: leave out the predictions of so many first blocks.
+            skip_blocks: number of first blocks whose predictions are left out.
         """
 
     @abstractmethod
     def begin(self, tokens: Tensor, codebook: Tensor, state: Memory) -> Memory:
-        """The memory that `imagine` wants at observations (B, K), from the one before them."""
+        """The memory that `imagine` needs at observations (B, K), from the memory before them."""
 
     @abstractmethod
     def imagine(
@@ -194,7 +194,7 @@ class BaseWorldModel(nn.Module, ABC):
         Args:
             batch: sequences of more than `context_blocks` steps.
             codebook: the tokenizer's codes, (V, E).
-            weights: how much each sequence counts in all means, (B,) float32; None: all the same.
+            weights: the weight of each sequence in all means, (B,) float32; None: equal weights.
 
         Raises:
             ValueError: the sequences are no longer than the context.
@@ -264,11 +264,11 @@ class BaseWorldModel(nn.Module, ABC):
         return together[:, together.shape[1] - before.recent.shape[1] :]
 
     def _make_prediction_embedding(self, cfg: WorldModelConfig) -> nn.Embedding | None:
-        """Prediction tokens, where the model has any."""
+        """The embedding of prediction tokens, if the model has any."""
         return None
 
     def _make_local_past(self, cfg: WorldModelConfig) -> LocalPast | None:
-        """What looks at the last frames, where the model has it."""
+        """The module that reads the last frames, if the model has it."""
         return None
 
     def _embed_blocks(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -441,7 +441,7 @@ class WorldModel(BaseWorldModel):
         """
         if not self.cfg.local_outcomes:
             return head(at_action)
-        # What happens does so in one place: each has its say, and the loudest is heard.
+        # An event happens in one place, so the largest logits over places count.
         said = head[:-1](torch.cat((at_action[..., None, :], led_to), dim=-2))
         return head[-1](said.amax(dim=-2))
 
