@@ -1,1 +1,1 @@
-"""Training the agent: one module per phase, and the trainer that goes through them epoch by epoch."""
+"""Training the agent: one module per phase, and the trainer that runs them epoch by epoch."""

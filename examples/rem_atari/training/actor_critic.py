@@ -25,7 +25,7 @@ LEAST_DEVIATION = 0.1
 
 
 class Imagination(NamedTuple):
-    """Imagined episodes, and what their loss needs besides.
+    """Imagined episodes, and the other inputs of their loss.
 
     Attributes:
         before: the controller's memory before the first observation.
@@ -49,7 +49,7 @@ class Imagination(NamedTuple):
 def controller_loss(
     agent: Agent, segments: SequenceTokens, cfg: ControllerConfig, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Imagine from the segments' last frames and judge what the controller did.
+    """Imagine from the segments' last frames, and return the loss of what the controller did.
 
     Args:
         agent: whose controller learns; world model in eval mode.
@@ -109,9 +109,8 @@ def learn_from(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of imagined episodes.
 
-    Of the observations that an episode shows, all but the last are learned from; the last gives the value
-    that the returns start from. What was seen and done does not depend on the weights, so the gradient needs
-    only the controller's view of it, all steps at once.
+    The loss covers all observations of an episode but the last, whose value is the bootstrap. Observations
+    and actions are fixed, so the gradient needs only one pass of the controller over all steps at once.
     """
     trajectory = imagination.trajectory
     # Autocast keeps the weights that it has cast. torch 2.9 hands out those that imagining cast without
@@ -163,7 +162,7 @@ def actor_critic_loss(
 
     with the advantage G - sg V scaled where `scale_advantages` says so, and, where imagined steps bring more
     than one update, PPO's clipped ratio of chances (arXiv 1707.06347, equation 7) in place of the logarithm;
-    averaged over the steps; with `mask_after_end`, over those that no end came before.
+    averaged over the steps; with `mask_after_end`, over those up to the first end.
 
     Args:
         trajectory: T steps in B environments.
@@ -218,7 +217,7 @@ def actor_critic_loss(
 
 
 def before_the_end(ended: Tensor) -> Tensor:
-    """Steps that no end came before, (B, T) bool; the step that ends an episode is one of them."""
+    """Steps up to the first end, (B, T) bool; the step that ends an episode is one of them."""
     ends = ended.long()
     return ends.cumsum(dim=1) - ends == 0
 
@@ -229,7 +228,7 @@ def _log_chances(logits: Tensor, actions: Tensor) -> Tensor:
 
 
 def _clipped_gain(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """PPO's objective: what moves the chances further than `clip` off 1 gains nothing more."""
+    """PPO's objective: a ratio further than `clip` from 1 gains nothing more."""
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 

@@ -1,4 +1,4 @@
-"""Puts the parts of a run together: what it trains, on what, and what it draws from."""
+"""Assembles a run: the parts that it trains, their data, and its sources of random numbers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from rem_atari.training.world_model_phase import WorldModelPhase
 
 
 def assemble(config: Config, parts: TrainingParts, replay: Replay, warn: Callable[[str], None]) -> RunState:
-    """A run at its beginning, its environments not started yet.
+    """A run at its beginning, with environments that have not been started.
 
     Args:
         config: the run's configuration, checked.
         parts: environments and agent, which is put in eval mode.
-        replay: where its experience goes.
+        replay: the replay for its experience.
         warn: told, in a sentence, what the user should know.
     """
     agent = parts.agent.eval()
@@ -52,10 +52,10 @@ def _make_phases(
     generators: Mapping[str, torch.Generator],
     warn: Callable[[str], None],
 ) -> dict[str, TrainingPhase]:
-    """The components' turns, by name."""
+    """The components' phases, by name."""
     agent, precision = parts.agent, config.precision
     groups = parameter_groups(agent.world_model, config.world_model.optim.weight_decay)
-    # AdamW without a learning rate leaves every bit as it is, its weight decay too.
+    # With a learning rate of 0 AdamW changes no bit, weight decay included.
     optim = config.world_model.optim
     optim = replace(optim, lr=0.0) if config.world_model.freeze_at_init else optim
     world_model = Component("world_model", agent.world_model, optim, groups, precision)
@@ -80,7 +80,7 @@ def _make_tokenizer_phase(
     generator: torch.Generator,
     warn: Callable[[str], None],
 ) -> TrainingPhase:
-    """The tokenizer's turn: it trains, or takes in patches in every epoch."""
+    """The tokenizer's phase: it trains, or adds patches in every epoch."""
     tokenizer, optim = parts.agent.tokenizer, config.tokenizer.optim
     if isinstance(tokenizer, PatchTokenizer):
         every = replace(optim, start_epoch=0, first_updates=None, updates_per_epoch=1)

@@ -49,13 +49,13 @@ class Component:
     def apply(self, loss: Tensor, metrics: Metrics, lap: Lap = untimed) -> Metrics:
         """One update: gradient of the loss, clipped to the global norm, and an AdamW step.
 
-        Whether everything is finite is asked once, of one number, so that a GPU is waited for once an update:
-        a gradient that is not finite anywhere makes the norm of all of them so.
+        One number tells whether everything is finite, because a gradient that is not finite makes the global
+        norm so too. The host waits for a GPU once per update.
 
         Args:
             loss: a scalar.
-            metrics: what else was measured on the batch, for the message.
-            lap: told as "backward" ends.
+            metrics: other measurements of the batch, for the message.
+            lap: called as "backward" ends.
         Returns:
             The metrics, and ``grad_norm``: the gradient's norm before clipping.
         Raises:
@@ -93,7 +93,7 @@ class Component:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """At the end of an epoch's updates: go on from the running means of the weights, if there are any."""
+        """At the end of an epoch's updates, replace the weights by their running means, if there are any."""
         for parameter, slot in self.optimizer.state.items():
             if "average" in slot:
                 parameter.copy_(slot.pop("average"))
@@ -108,10 +108,10 @@ class Component:
         }
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Give the optimiser back its :meth:`optimizer_tensors`; those of other components are ignored.
+        """Load :meth:`optimizer_tensors`; those of other components are ignored.
 
         Raises:
-            ValueError: they are those of other parameters.
+            ValueError: they belong to other parameters.
         """
         groups = self.optimizer.state_dict()["param_groups"]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -128,10 +128,10 @@ class Component:
 
 
 def _laid_out_like(parameter: Tensor, name: str, tensor: Tensor) -> Tensor:
-    """An optimiser's tensor in its parameter's shape and order in memory.
+    """An optimiser's tensor in its parameter's shape and memory layout.
 
-    torch takes whatever it is given here, and fails, or worse does not, at the next step: the fused AdamW
-    goes through both in the order in which they lie in memory.
+    torch does not check it, and the next step fails or silently goes wrong: the fused AdamW walks both in the
+    order of memory.
     """
     if tensor.shape != parameter.shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}")

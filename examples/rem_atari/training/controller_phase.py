@@ -1,4 +1,4 @@
-"""The controller's turn: learn to act in the world model's imagination."""
+"""The controller's phase: learn to act in the world model's imagination."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
     Args:
         agent: whose controller trains; tokenizer and world model, in eval mode, stay as they are.
         component: the controller's optimiser.
-        replay: where segments come from.
-        tokens: what makes tokens of their frames.
+        replay: the source of segments.
+        tokens: the cache of their frames' tokens.
         config: burn-in, horizon, loss.
         generator: source of draws, on the agent's device.
-        warn: told when there is nothing to train on yet.
+        warn: called when there is nothing to train on yet.
         cuda_graph: capture imagination in a CUDA graph; for an agent on a CUDA device.
     """
 
@@ -75,7 +75,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
         return True
 
     def go_on(self) -> None:
-        """Look for the rewards in what was collected; a graph is good for as many codes as it has seen."""
+        """Find the rewards in what was collected; a captured graph is valid for the codes that existed."""
         self._sampler.refresh()
         before, self._num_codes = self._num_codes, len(self._agent.tokenizer.codes)
         if self._cuda_graph and self._num_codes != before:
@@ -120,7 +120,7 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
     def imagine(self, segments: SequenceTokens, lap: Lap = untimed) -> Imagination:
         """Imagine from the segments' last frames, see `actor_critic.imagine`.
 
-        A graph has no parts: then `lap` is told "burn-in and steps".
+        A captured graph has no parts: `lap` is then called once, with "burn-in and steps".
         """
         if self._graph is None:
             return self._imagine(segments, lap=lap)

@@ -1,4 +1,4 @@
-"""The turn of a tokenizer of patches: take in what the game has shown since the last one."""
+"""The phase of a patch tokenizer: add the patches that the game has shown since the last phase."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from rem_atari.training.phase import TrainingPhase
 from rem_atari.training.updates import Metrics
 
 FRAMES_AT_ONCE = 256
-"""Frames taken in together; bounds the memory."""
+"""Frames processed together; bounds the memory."""
 
 FRAMES_FOR_MEANS = 8_192
-"""Frames whose patches the first codes are the means of, where they are."""
+"""Frames whose patches give the first codes, with `patch_means`."""
 
 
 class PatchPhase(TrainingPhase[torch.Tensor]):
-    """Gives the patches of new frames codes. Nothing trains, so there are no updates, in any epoch.
+    """Gives the patches of new frames codes. Nothing is trained, so no epoch has updates.
 
-    Tokens that were cached stay as they are: frames come here before anything encodes them, and the token of
-    a patch that was taken in never changes.
+    Cached tokens stay valid: frames come here before anything encodes them, and the token of an added patch
+    never changes.
 
     Args:
         tokenizer: the tokenizer that grows.
-        component: an optimiser of nothing.
-        replay: where frames come from.
+        component: an optimiser without parameters.
+        replay: the source of frames.
         generator: source of the draws of a tokenizer that starts from means, on its device.
-        warn: told once that the codebook is full.
+        warn: called once, when the codebook is full.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
 
     @property
     def is_over(self) -> bool:
-        """True: it will never make an update."""
+        """True: it never makes an update."""
         return True
 
     def prepare(self, epoch: int) -> bool:
-        """Take in the frames that came since the last turn; False: there is nothing to train."""
+        """Add codes for the frames collected since the last phase; False: there is nothing to train."""
         new = self._replay.stored_frames(self._taken_in)
         self._taken_in = self._replay.num_steps
         self._metrics = {"codes_added": 0.0}
@@ -66,7 +66,7 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
         return False
 
     def _take_in(self, new: torch.Tensor) -> dict[str, float]:
-        """Take in frames; what there is to say of them."""
+        """Add codes for frames; returns the metrics."""
         added, covered = 0, 0.0
         starts_from_means = self._tokenizer.cfg.patch_means
         if starts_from_means and self._tokenizer.num_codes == 0:
@@ -110,7 +110,7 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
         return {"frozen": 1.0, **self._metrics}
 
     def state(self) -> dict[str, Any]:
-        """How many frames were taken in."""
+        """The number of frames processed."""
         return {"taken_in": self._taken_in}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -122,5 +122,5 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
 
 
 def _spread(frames: torch.Tensor, most: int) -> torch.Tensor:
-    """At most so many of the frames, from first to last."""
+    """At most `most` of the frames, evenly from first to last."""
     return frames[:: -(-len(frames) // most)]

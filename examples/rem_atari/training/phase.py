@@ -19,11 +19,11 @@ Batch = TypeVar("Batch")
 
 
 class TrainingPhase(ABC, Generic[Batch]):
-    """A component's turn in each epoch.
+    """A component's phase in each epoch.
 
     Args:
-        component: what trains.
-        warn: told, in a sentence, what the user should know.
+        component: the part that is trained.
+        warn: called with a sentence for the user.
     """
 
     def __init__(self, component: Component, warn: Callable[[str], None]) -> None:
@@ -32,25 +32,25 @@ class TrainingPhase(ABC, Generic[Batch]):
 
     @property
     def is_over(self) -> bool:
-        """Whether the phase has made the last update it will ever make; never, unless a phase says so."""
+        """Whether the phase will make no further update in the whole run; by default False."""
         return False
 
     @abstractmethod
     def prepare(self, epoch: int) -> bool:
-        """Get ready for an epoch's updates; False: there are none in this epoch, the phase rests."""
+        """Prepare an epoch's updates; False: the phase makes none in this epoch."""
 
     def go_on(self) -> None:
-        """Get ready for the rest of an epoch's updates, of which some were made before the run was resumed.
+        """Prepare the rest of an epoch's updates after a resumption in the middle of them.
 
-        Nothing, unless `prepare` finds something out that no checkpoint holds.
+        Does nothing by default; a phase overrides it if `prepare` computes what no checkpoint holds.
         """
         return
 
     def update(self, lap: Lap = untimed) -> Metrics:
-        """Make one update, on a batch of its own, and say what it measured.
+        """Make one update on a new batch, and return its metrics.
 
         Args:
-            lap: told as each of `PARTS` ends.
+            lap: called as each of `PARTS` ends.
         """
         batch = self.draw()
         lap("data")
@@ -64,22 +64,22 @@ class TrainingPhase(ABC, Generic[Batch]):
 
     @abstractmethod
     def draw(self) -> Batch:
-        """A batch from the replay, on the device, with tokens where the component wants them."""
+        """A batch from the replay, on the device, with tokens if the component needs them."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """The loss on a batch, and what was measured on it."""
+        """The loss on a batch, and its metrics."""
 
     def after_update(self, metrics: Metrics) -> None:
-        """Do what follows an update; nothing unless a phase does."""
+        """Called after an update; does nothing by default."""
         return
 
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of the whole turn, given `means` of the updates'; none unless a phase adds some."""
+        """Metrics of the whole phase, given the `means` of the updates'; none by default."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What the phase remembers from epoch to epoch, plain JSON data; nothing unless a phase does."""
+        """The phase's state between epochs, as plain JSON data; empty by default."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ class TrainingPhase(ABC, Generic[Batch]):
         return
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the phase remembers as tensors; none unless a phase does."""
+        """The phase's state as tensors; none by default."""
         return {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Finding out where a run stopped, and bringing its files back to that point."""
+"""Resumption: find the checkpoint at which a run stopped, and restore its files to that point."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from rem_atari.training.seeding import derive_seed
 
 
 def newest_checkpoint(run: RunFolder, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint that a run goes on from; None if it was stopped before its first one.
+    """The checkpoint from which a run continues; None if it was stopped before its first one.
 
     Args:
         run: the run's folder.
-        say: told of every damaged checkpoint that is passed over.
+        say: called for every damaged checkpoint that is skipped.
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
     """
@@ -46,7 +46,7 @@ def newest_checkpoint(run: RunFolder, say: Callable[[str], None]) -> Checkpoint 
 
 
 def epochs_complete(checkpoint: Checkpoint | None) -> int:
-    """How many epochs a checkpoint says are complete.
+    """The number of complete epochs in a checkpoint.
 
     Raises:
         CheckpointError: it says nothing of the kind.
@@ -65,8 +65,8 @@ def reopen_replay(
     Args:
         config: the run's configuration.
         run: its folder.
-        checkpoint: where to go on from; None: from the run's beginning.
-        say: told what was set aside.
+        checkpoint: the checkpoint to continue from; None: the run's beginning.
+        say: called with what was set aside.
     Returns:
         The replay, and a sentence on each shard that was not whole.
     Raises:
@@ -99,11 +99,11 @@ def reopen_replay(
 
 @dataclass(frozen=True)
 class LogState:
-    """What a checkpoint says of what is shown and logged.
+    """A checkpoint's entries about progress and logs.
 
     Attributes:
         metric_lines: lines of metrics written before it.
-        seconds: how long the run had taken.
+        seconds: wall time of the run so far.
         cpu_seconds: how much time of processors; 0 in checkpoints of earlier versions, which do not say.
         pace: seconds a unit of each phase.
         machine: what it was made on, see `describe_machine`.
@@ -140,7 +140,7 @@ class LogState:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What the last bits of a run's numbers depend on, beside its configuration."""
+    """The properties of a machine that may change the last bits of a run's numbers."""
     is_cuda = torch.device(device).type == "cuda"
     return {
         "torch": str(torch.__version__),

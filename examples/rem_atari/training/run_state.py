@@ -27,25 +27,25 @@ from rem_atari.training.updates import Updates
 
 @dataclass
 class RunState:
-    """Where a run stands, and everything that it changes as it goes.
+    """The progress of a run, and everything that it changes.
 
     Attributes:
         agent: the networks.
-        phases: the components' turns, by name.
+        phases: the components' phases, by name.
         replay: the experience.
         env: the environments that collect.
         tokens: the tokens of the replay's frames.
         random: all sources of random numbers.
-        epoch: the epoch under way, from 0; so many are complete.
+        epoch: the current epoch, from 0, which is also the number of complete ones.
         phase: its phase under way; None: between two epochs.
-        units: what the phase under way is to do in all, steps, updates or games; None: it has not begun.
-        collection: what the collection under way did, and the controller's memory.
-        updates: what the training phase under way did.
-        evaluation: what the evaluation, or the random play, under way did.
+        units: all units (steps, updates or games) of the current phase; None: it has not begun.
+        collection: results of the current collection so far, and the controller's memory.
+        updates: results of the current training phase so far.
+        evaluation: results of the current evaluation or random play so far.
         played: environment steps of the evaluations that are done.
         best_return: the highest mean return of an evaluation so far, or None.
-        notes: sentences on what a resumption could not restore.
-        resumed: whether the run was stopped in `phase`, and has not come back to it yet.
+        notes: sentences about what a resumption could not restore.
+        resumed: whether the run was stopped in `phase` and has not reached it again.
     """
 
     agent: Agent
@@ -88,7 +88,7 @@ class RunState:
 
     @property
     def step(self) -> int:
-        """A number that grows with all that a run does, so that no two states share it.
+        """A number that grows with everything that a run does, so that no two states share it.
 
         Epochs count too, because one may do nothing but evaluate.
         """
@@ -135,7 +135,7 @@ class RunState:
         return Checkpoint(self.step, self.agent.state_dict(), optimizer, {**more, **state}, training, config)
 
     def load(self, checkpoint: Checkpoint, *, seed: int) -> list[int]:
-        """Become what a checkpoint says; the replay has been loaded by what it says.
+        """Load a checkpoint; the replay has already been loaded from it.
 
         Args:
             checkpoint: of a run of the same configuration.
@@ -143,7 +143,7 @@ class RunState:
         Returns:
             The indices of these environments.
         Raises:
-            CheckpointError: it is the checkpoint of another configuration, or not one of ours.
+            CheckpointError: it belongs to another configuration, or is no checkpoint of an agent.
         """
         try:
             return self._load(checkpoint, seed)
@@ -176,7 +176,7 @@ class RunState:
             self.played = int(state["played"])
             self.evaluation = Evaluation.from_state(state["evaluation"], _of("evaluation", training))
         restarted = self._load_play(state, training, seed)
-        # Last: to build and to load the parts may have drawn from them.
+        # Last, because building and loading the parts may draw from them.
         self.random.restore(RandomState(_of("random", training), state["random"]))
         return restarted
 
@@ -204,7 +204,7 @@ class RunState:
 
 
 def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that they have in a checkpoint."""
+    """Tensors under their names in a checkpoint."""
     return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -16,7 +16,7 @@ UNITS = {
     "controller": "updates",
     "evaluate": "episodes",
 }
-"""What each phase counts, which is also the metric that says how much it did."""
+"""The unit that each phase counts, which is also the name of a metric."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Work:
     Attributes:
         epoch: the epoch, from 0.
         phase: name of the phase.
-        units: how much it does, in `UNITS`.
+        units: its amount of work, in `UNITS`.
         max_seconds: bound on its wall time, or None.
     """
 
@@ -86,9 +86,9 @@ def evaluation_episodes(config: Config, epoch: int) -> int:
 
 
 def plan_run(config: Config) -> list[Work]:
-    """Everything a run is going to do, in order; what turns out otherwise (a frozen tokenizer) is left in.
+    """All phases of a run in order, as planned; a tokenizer that freezes may skip some.
 
-    Recorded episodes, which take no time beside it, are left out.
+    Reading recorded episodes is left out, because it takes almost no time.
     """
     schedule, evaluation = config.schedule, config.evaluation
     random_steps = schedule.random_steps if schedule.recorded is None else 0

@@ -1,4 +1,4 @@
-"""One seed of a run, many independent streams; and every source of random numbers, saved together."""
+"""Independent random streams from a run's one seed, and the state of all random sources."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where the sources stand.
+    """The states of all random sources.
 
     Attributes:
         tensors: torch's generators, by name.
@@ -61,7 +61,7 @@ class RandomSources:
         return self._generators[purpose]
 
     def snapshot(self) -> RandomState:
-        """Where all sources stand now. Takes microseconds, and no device is waited for."""
+        """The states of all sources now. Takes microseconds and waits for no device."""
         tensors = {name: generator.get_state() for name, generator in self._generators.items()}
         tensors["torch"] = torch.get_rng_state()
         if self._device.type == "cuda":
@@ -77,7 +77,7 @@ class RandomSources:
         return RandomState(tensors, data)
 
     def restore(self, state: RandomState) -> None:
-        """Bring all sources to where a `snapshot` saw them.
+        """Restore all sources to a `snapshot`.
 
         Raises:
             KeyError, ValueError, TypeError, RuntimeError: the state is not one of these sources.

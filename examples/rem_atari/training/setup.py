@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a training run, with everything checked before any of it starts."""
+"""The parts of a training run from its configuration, which is checked before anything starts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ SMALLEST = dict.fromkeys(AT_LEAST_ONE, 1) | {
 ABOVE_ZERO = ("controller.temperature", "env.timeout_seconds")
 
 MOST_THREADS = 1024
-"""CPU threads: torch does not check, and dies of very many."""
+"""Most CPU threads: torch does not check the number and crashes with too many."""
 
 AT_MOST_ONE = (
     "controller.gamma",
@@ -87,7 +87,7 @@ AT_MOST_ONE = (
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What a run is made of before it starts.
+    """The parts of a run before it starts.
 
     Attributes:
         envs: the environments that collect experience.
@@ -154,10 +154,10 @@ def _build_agent(config: Config, num_actions: int) -> Agent:
 
 
 def check_config(config: Config) -> None:
-    """Check what no part checks for itself.
+    """Check the settings that no part checks itself.
 
     Raises:
-        UsageError: a value is out of its range, or asks for what this machine or version does not have.
+        UsageError: a value is out of range, or needs what this machine or version does not have.
     """
     for path, number in _numbers(config):
         _check_number(path, number)
@@ -220,7 +220,7 @@ def check_device(name: str) -> None:
     """Check that torch can use the device.
 
     Raises:
-        UsageError: it is of another kind, or not there.
+        UsageError: it is of an unsupported kind, or missing.
     """
     try:
         kind = torch.device(name).type
@@ -229,11 +229,11 @@ def check_device(name: str) -> None:
     if kind not in ("cpu", "cuda", "mps"):
         raise UsageError(f"the device {name!r} cannot be used; wanted cpu, cuda or mps")
     if kind == "mps" and not torch.backends.mps.is_available():
-        # What torch itself says of it is a page long.
+        # torch's own message is a page long.
         raise UsageError(f"the device {name!r} cannot be used: torch finds no such GPU on this machine")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        # torch adds paragraphs of advice to the sentence that says what is wrong.
+        # torch's message has paragraphs of advice after its first sentence.
         reason = str(error).splitlines()[0]
         raise UsageError(f"the device {name!r} cannot be used: {reason}") from error

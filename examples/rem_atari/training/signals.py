@@ -1,4 +1,4 @@
-"""Stopping on a signal or a time limit, at a point where the run is consistent."""
+"""Stopping on a signal or a time limit, at a point where the run's state is consistent."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Remembers that a signal asked the run to stop; the run asks :meth:`check` between its steps.
 
-    A context manager: inside it the first signal is remembered, and a second one acts as it would without us,
-    so that a run that hangs can still be ended. Outside of it nothing ever stops.
+    A context manager: inside it the first signal is remembered, and a second one has its usual effect, so
+    that a run that hangs can still be ended. Outside of it `check` never raises.
 
     Args:
         after: seconds inside of it after which the run is to stop too; None: only a signal stops it.

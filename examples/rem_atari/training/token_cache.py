@@ -1,4 +1,4 @@
-"""Tokens of replay frames, each frame encoded once for as long as the tokenizer stays as it is."""
+"""Tokens of replay frames; each frame is encoded once while the tokenizer does not change."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rem_atari.replay.buffer import Replay, SequenceBatch
 
 
 class TokenCache:
-    """The tokenizer in front of the replay: world model and controller draw the same frames many times.
+    """A cache of frames' tokens, because world model and controller draw the same frames many times.
 
-    Which frames have tokens is kept on the CPU, so that a GPU is never waited for.
+    The table of frames with tokens is on the CPU, so that the host never waits for a GPU.
 
     Args:
         replay: whose rows are tokenised.
@@ -33,16 +33,15 @@ class TokenCache:
         self.known.zero_()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The rows that have tokens, and these, for a checkpoint.
+        """The rows that have tokens, and the tokens, for a checkpoint.
 
-        To encode the frames anew would not do: a frame's tokens may depend, by a rounding error, on the
-        batch that it was encoded in.
+        Encoding the frames again could differ: by rounding, a frame's tokens may depend on its batch.
         """
         rows = self.known.nonzero().squeeze(1)
         return {"rows": rows, "tokens": self._tokens[rows.to(self._tokens.device)].cpu()}
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over what :meth:`tensors` said, in place of all that is known.
+        """Replace the cache by what :meth:`tensors` returned.
 
         Raises:
             ValueError: these are no tokens of this tokenizer, or rows that the replay has no room for.

@@ -1,4 +1,4 @@
-"""The tokenizer's turn: reconstruct frames, until it is good enough to be left alone."""
+"""The tokenizer's phase: learn to reconstruct frames, and freeze once it is good enough."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ RESTART_EVERY = 20
 """Updates between two restarts of dead codes."""
 
 ERROR_MOMENTUM = 0.9
-"""How much of the running foreground error an update keeps."""
+"""Share of the running foreground error that an update keeps."""
 
 
 class TokenizerPhase(TrainingPhase[torch.Tensor]):
     """Trains the tokenizer on frames drawn from the replay.
 
-    Where the configuration says so the tokenizer freezes: world model and controller learn faster on tokens
-    that keep their meaning. But frozen before it sees the small things that move, it hides them from the
-    other two for good, so a freeze is granted only on a low error on foreground pixels.
+    If configured, the tokenizer freezes: world model and controller learn faster on tokens that keep their
+    meaning. A tokenizer frozen before it shows small moving objects would hide them from the other two for
+    good, so it freezes only at a low error on foreground pixels.
 
     Args:
         tokenizer: the tokenizer that `component` trains.
         component: its optimiser.
         replay: where frames come from.
         tokens: cleared at every update.
-        config: the freeze, the care for codes.
+        config: when it freezes, and how codes start and restart.
         generator: source of draws, on the tokenizer's device.
-        warn: told, once, when a freeze that is due is not granted.
+        warn: called once, when a freeze that is due is postponed.
         perceptual: the network of the perceptual loss, if the configuration asks for it.
     """
 
@@ -60,7 +60,7 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         """Running mean of the foreground error; None before an update that saw foreground."""
         self._has_warned = False
         self._tokenizer = tokenizer
-        # The only kind whose codes learn, and want care.
+        # The only kind with learned codes, which must start and restart.
         self._learned_codes = tokenizer if isinstance(tokenizer, Tokenizer) else None
         self._replay = replay
         self._tokens = tokens
@@ -75,7 +75,7 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         return self.frozen
 
     def prepare(self, epoch: int) -> bool:
-        """Freeze if it is time, else find the background anew; False once frozen."""
+        """Freeze if it is time, else compute the background; False once frozen."""
         due = self._config.freeze_epoch is not None and epoch >= self._config.freeze_epoch
         if due and not self.frozen and self.component.updates > 0:
             self._freeze_if_it_may()
@@ -85,11 +85,11 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         return True
 
     def go_on(self) -> None:
-        """Find the background, which is the same as long as nothing new is collected."""
+        """Compute the background, which is the same while nothing new is collected."""
         self._background = self._replay.median_frame().to(self._tokenizer.codes.device)
 
     def draw(self) -> torch.Tensor:
-        """Frames (B, S, S, 3), from which the codebook starts, or starts anew, if it is time to."""
+        """Frames (B, S, S, 3); codes start or restart from them when due."""
         batch_size = self._config.optim.batch_size
         frames = self._replay.sample_frames(batch_size).to(self._tokenizer.codes.device)
         if self._learned_codes is not None:
@@ -101,7 +101,7 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         return self._tokenizer.loss(batch, background=self._background, perceptual=self._perceptual)
 
     def after_update(self, metrics: Metrics) -> None:
-        """Forget the tokens, which are no longer the tokenizer's; judge whether it may freeze."""
+        """Clear the cached tokens, which are outdated; track the foreground error."""
         self._tokens.clear()
         if self._config.freeze_epoch is not None:
             self._track(float(metrics["foreground_error"]))
@@ -111,7 +111,7 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         return {"frozen": float(self.frozen)}
 
     def state(self) -> dict[str, Any]:
-        """The freeze, what it is judged by, and whether it was said to wait."""
+        """Whether it is frozen, the error that decides it, and whether the warning was given."""
         return {
             "frozen": self.frozen,
             "foreground_error": self.foreground_error,
@@ -155,7 +155,7 @@ class TokenizerPhase(TrainingPhase[torch.Tensor]):
         self.warn(f"warning: the tokenizer is due to freeze, but {reason}; it trains on until that is so")
 
     def _track(self, error: float) -> None:
-        """Take an update's foreground error into the running mean; NaN, without foreground, is none."""
+        """Add an update's foreground error to the running mean; NaN (no foreground) is skipped."""
         if math.isnan(error):
             return
         before = error if self.foreground_error is None else self.foreground_error

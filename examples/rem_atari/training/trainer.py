@@ -40,22 +40,22 @@ from rem_atari.training.signals import StopRequest
 from rem_atari.training.updates import Metrics, run_updates
 
 ENDS = (StoppedError, NonFiniteError, EnvironmentDiedError, EnvironmentAnswerError)
-"""What ends a run where it can be saved."""
+"""Errors that end a run in a state that can be saved."""
 
 
 class Trainer:
     """One training run, from fresh weights or a checkpoint to the last evaluation.
 
-    What a checkpoint does not hold of a folder's files (metrics, experience) is cut off: the run writes it
-    again, exactly as it was.
+    Metrics and experience that a folder's files hold beyond the checkpoint are cut off; the run writes them
+    again, exactly as they were.
 
     Args:
         config: the run's configuration, checked.
         run: its folder.
         parts: environments and agent.
         progress: shown to the user.
-        stop: asked between steps whether to stop.
-        checkpoint: where to go on from; None: from the beginning.
+        stop: checked between steps.
+        checkpoint: the checkpoint to continue from; None: the beginning.
 
     Raises:
         CheckpointError: the checkpoint is not one of this run.
@@ -84,7 +84,7 @@ class Trainer:
         replay, notes = reopen_replay(config, run, checkpoint, progress.say)
         self._state = assemble(config, parts, replay, progress.say)
         self.phases = self._state.phases
-        """The components' turns, by name."""
+        """The components' phases, by name."""
         log = LogState.of(checkpoint)
         if checkpoint is not None:
             self._load(checkpoint, notes, log)
@@ -135,7 +135,7 @@ class Trainer:
 
     @contextmanager
     def _saving_where_it_stops(self) -> Iterator[None]:
-        """Save the run where it's stopped or cannot go on; close its metrics in any case."""
+        """Save the run where it is stopped or cannot continue; always close its metrics."""
         try:
             yield
         except BaseException as error:
@@ -143,14 +143,14 @@ class Trainer:
                 if isinstance(error, ENDS) and self._state.env.is_started:
                     self._save_because_of(error)
             finally:
-                # What ended the run is to be told, not what a full disk makes of the log's end.
+                # Report the error that ended the run, not a failure to close the log on a full disk.
                 with suppress(OSError):
                     self._metrics.close()
             raise
         self._metrics.close()
 
     def _save_because_of(self, error: RunError) -> None:
-        """Save where the run is; a save that fails must not hide why the run ended."""
+        """Save the run's state; a failed save must not hide the error that ended the run."""
         try:
             self._save()
             self._write_interrupted()
@@ -179,13 +179,13 @@ class Trainer:
         self._write(result.metrics())
 
     def _collect_random(self) -> None:
-        """Random experience to begin with."""
+        """Collect random experience before the first epoch."""
         state = self._state
         play = partial(collect_random, state.env, state.collection, generator=state.random["random steps"])
         self._collect_steps(play, self._config.schedule.random_steps)
 
     def _read_recorded(self, source: str) -> None:
-        """Recorded episodes in place of any experience of the run's own, all at once or not at all."""
+        """Read recorded episodes in place of the run's own experience, all of them or none."""
         state = self._state
         with self._showing(state.replay.room):
             state.collection.take_recorded(
@@ -213,7 +213,7 @@ class Trainer:
         self._collect_steps(play, steps_in_epoch(self._config, state.epoch))
 
     def _collect_steps(self, play: Callable[..., None], steps: int) -> None:
-        """Play so many steps, or those of them that are left, into the replay."""
+        """Play `steps` steps, or the rest of them, into the replay."""
         if steps == 0:
             return
         state = self._state
@@ -250,7 +250,7 @@ class Trainer:
         self._write(means | phase.more_metrics(means))
 
     def _begin_training(self, phase: TrainingPhase) -> bool:
-        """Whether there are updates to make in this epoch; a phase that rests leaves a line of metrics."""
+        """Whether there are updates to make in this epoch; if not, write a line of metrics."""
         state, component = self._state, phase.component
         updates = updates_in_epoch(component.config, state.epoch, first=component.updates == 0)
         if updates == 0:
@@ -311,7 +311,7 @@ class Trainer:
         steps = self._config.evaluation.heldout_steps
         if steps == 0:
             return None
-        # Those of an earlier evaluation. What an interrupted one recorded is in its checkpoint.
+        # Files of an earlier evaluation. The recordings of an interrupted one are in its checkpoint.
         delete_shards(self._run.heldout)
         side = self._config.env.frame_size
         seed = derive_seed(self._config.seed, "heldout")
@@ -322,7 +322,7 @@ class Trainer:
         return self._progress.phase(self._state.epoch, self._state.phase, units, done=done)
 
     def _after_collected(self, units: int) -> None:
-        """Warn once, at first sight, of reward sizes that the world model does not learn."""
+        """Warn once about reward sizes that the world model does not learn."""
         sizes = self._state.collection.sizes
         learns_signs = self._config.world_model.reward_bins == 0
         if learns_signs and not sizes.are_signs and not self._told_of_rewards:
@@ -335,7 +335,7 @@ class Trainer:
         self._advance(units)
 
     def _advance(self, units: int = 1) -> None:
-        """Note progress of the running phase; a signal may stop the run here, between two steps."""
+        """Record progress of the current phase; a signal may stop the run here, between two steps."""
         self._progress.advance(units)
         self._stop.check()
 
@@ -345,10 +345,10 @@ class Trainer:
         self._metrics.write(state.phase, epoch=state.epoch, env_steps=state.replay.num_steps, values=values)
 
     def _write_interrupted(self) -> None:
-        """A line for the part that was done of the phase under way. When the run goes on, it is cut off."""
+        """Write a line for the finished part of the current phase. A resumption cuts it off."""
         state = self._state
         if state.units is None or state.phase in ("random", "evaluate"):
-            return  # half an evaluation is no result
+            return  # part of an evaluation is no result
         part = state.updates.means() if state.phase in self.phases else state.collection.metrics()
         self._write(part | {"interrupted": 1})
 
@@ -360,7 +360,7 @@ class Trainer:
             self._save(best=keep_this)
 
     def _save(self, *, best: bool = False) -> None:
-        """Save a checkpoint; what it refers to is on the disk before it."""
+        """Save a checkpoint; the files that it refers to are on the disk before it."""
         state, schedule = self._state, self._config.schedule
         state.replay.flush()
         self._metrics.sync()
@@ -382,7 +382,7 @@ class Trainer:
         )
 
     def _load(self, checkpoint: Checkpoint, notes: list[str], log: LogState) -> None:
-        """Go on from a checkpoint, and say what is not as it was."""
+        """Continue from a checkpoint, and report what could not be restored."""
         seed = derive_seed(self._config.seed, "environments", checkpoint.step)
         for index in self._state.load(checkpoint, seed=seed):
             notes.append(

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 Metrics = Mapping[str, Tensor | float]
-"""What one update measured: scalars by name; NaN where this update had nothing to measure it on."""
+"""One update's metrics: scalars by name; NaN if the update had no data for one."""
 
 Lap = Callable[[str], None]
-"""How work that is timed says where its parts end: called with a part's name, as the next one begins."""
+"""Called with a part's name as the part ends, by work that is timed."""
 
 
 def untimed(part: str) -> None:
-    """The `Lap` of work that nothing times."""
+    """The `Lap` of work that is not timed."""
 
 
 @dataclass
 class Updates:
-    """A training phase's updates in one epoch, as far as they have come; interrupted ones go on from here.
+    """A training phase's updates in one epoch so far; an interrupted phase continues from here.
 
     Attributes:
         done: updates made.
         seconds: wall time.
-        measured: what each of them measured, by name.
+        measured: their metrics, by name.
     """
 
     done: int = 0
@@ -43,11 +43,11 @@ class Updates:
         return means | {"updates": self.done, "phase_seconds": self.seconds, "rate": rate}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was measured, each metric as one tensor (n,), float32."""
+        """The metrics, each as one tensor (n,), float32."""
         return {name: torch.stack(values) for name, values in self.measured.items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`tensors` said."""
+        """Load what :meth:`tensors` returned."""
         self.measured = defaultdict(list, {name: list(values) for name, values in tensors.items()})
 
 
@@ -59,11 +59,11 @@ def run_updates(
     max_seconds: float | None,
     after_update: Callable[[], None],
 ) -> None:
-    """Make updates until there are `count`, fewer where the time is up, at least one.
+    """Make updates until there are `count` or the time is up, at least one.
 
     Args:
-        update: makes one update and says what it measured.
-        updates: those made so far, none or an interrupted part; it grows with every update.
+        update: makes one update and returns its metrics.
+        updates: those made so far (none, or those before an interruption); extended by each update.
         count: updates wanted, at least 1.
         max_seconds: no update starts later than this; None: no bound.
         after_update: called after each update; may raise to stop the run, and `updates` holds all that was

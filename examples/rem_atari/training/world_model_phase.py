@@ -1,4 +1,4 @@
-"""The world model's turn: predict what the game did."""
+"""The world model's phase: learn to predict the game."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rem_atari.training.updates import Metrics
 
 
 class WeightedSequences(NamedTuple):
-    """Sequences as tokens, where they come from, and how much each counts, (B,); None: all the same."""
+    """Sequences as tokens, their places in the replay, and their weights, (B,); None: equal weights."""
 
     sequences: SequenceTokens
     drawn: SequenceBatch
@@ -32,10 +32,10 @@ class WorldModelPhase(TrainingPhase[WeightedSequences]):
     Args:
         world_model: the world model that `component` trains.
         component: its optimiser.
-        replay: where sequences come from.
-        tokens: what makes tokens of their frames.
+        replay: the source of sequences.
+        tokens: the cache of their frames' tokens.
         config: length of a sequence and of its context, and which are drawn.
-        warn: told when there is nothing to train on yet.
+        warn: called when there is nothing to train on yet.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class WorldModelPhase(TrainingPhase[WeightedSequences]):
         return True
 
     def go_on(self) -> None:
-        """Look for the events in what was collected."""
+        """Find the rewards and ends in what was collected."""
         self._sampler.refresh()
 
     def changed_on_the_way(self) -> list[torch.Tensor]:
@@ -90,7 +90,7 @@ class WorldModelPhase(TrainingPhase[WeightedSequences]):
         return found.total, found.metrics
 
     def after_update(self, metrics: Metrics) -> None:
-        """Remember the losses of the sequences, by which some are drawn again."""
+        """Store the losses of the sequences, by which some are drawn again."""
         if self._to_note is not None:
             self._sampler.note(*self._to_note)
 
