@@ -1,8 +1,8 @@
-"""What policies that see nothing reach in a game: rivals that say more than random play.
+"""Returns of policies that see nothing: baselines that are stronger than random play.
 
-An agent that is said to see what it does must beat the best of them. All are measured under the conditions of
-an evaluation, in one environment, game after game, and on games that no search has played: the mean by which
-a list was chosen would be too high.
+An agent that uses what it sees must beat the best of them. All are measured under the conditions of an
+evaluation, in one environment, game after game. The games are not those of the search, because the mean by
+which a list was chosen is biased upwards.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Lists = dict[bytes, Actions]
 """Lists of actions by the start of the game in which each is played."""
 
 ANY_START = b""
-"""The key of a list that is played whatever the start."""
+"""The key of a list that is played for every start."""
 
 LOOK = 1
-"""Steps, taken with the game's first action, after which starts are told apart by their frames. The very
-first frame may hide what matters: in MinAtar's Breakout the ball is behind a brick."""
+"""Steps, taken with the game's first action, after which starts are distinguished by their frames. The very
+first frame may hide the difference: in MinAtar's Breakout the ball is behind a brick."""
 
 MOST_STARTS = 4
 """The most starts of a game for which a list is also searched for each of them."""
@@ -52,11 +52,11 @@ class BlindPlay:
 
     Args:
         config: the game, and how it is evaluated (`evaluation.playing_conditions`).
-        seed: what the seeds of all games and searches are derived from.
+        seed: the seeds of all games and searches are derived from it.
 
     Attributes:
         action_names: the game's names of its actions, in lower case.
-        num_starts: how many starts are told apart, see `count_starts`.
+        num_starts: number of distinguished starts, see `count_starts`.
 
     Searches are given a number of environment steps and call `advance` with 1 after each; measurements a
     number of games, and call it with how many have ended.
@@ -89,7 +89,7 @@ class BlindPlay:
         return {key: search.best() for key, search in searches.items()}
 
     def copy_lists(self, player: Policy) -> Lists:
-        """What a player that sees does after each start, where no action is sticky."""
+        """The actions of a player that sees after each start; for games without sticky actions."""
         env = self._config.env
         calm = replace(env, minatar=replace(env.minatar, sticky_actions=0.0))
         lists: dict[bytes, list[int]] = {}
@@ -119,7 +119,7 @@ class BlindPlay:
         return self.measure(lambda frame, clock: int(rng.integers(num_actions)), games, advance)
 
     def measure_lists(self, lists: Lists, games: int, advance: Advance) -> EvaluationResult:
-        """Play whole games, each with the list of its start, or where it has none with the first list."""
+        """Play whole games, each with the list of its start, or the first list if it has none."""
         policies = {key: _follow(actions) for key, actions in lists.items()}
         first = next(iter(policies.values()))
         look = 0 if ANY_START in lists else LOOK
@@ -148,7 +148,7 @@ class BlindPlay:
         *purpose: str | int,
         look: int = 0,
     ) -> None:
-        """Play the lists that are asked for, a game each, until the steps are used up."""
+        """Play the lists that `ask` returns, one game each, until the steps are used up."""
         now: TriedList
 
         def choose(start: np.ndarray) -> Policy:
@@ -172,14 +172,14 @@ class BlindPlay:
 
 
 def play_on(envs: VectorEnv, choose: Choose, *, look: int = 0) -> Iterator[list[GameReturn]]:
-    """Play game after game in the only environment, without an end.
+    """Play game after game in the single environment, endlessly.
 
     Args:
         envs: one environment.
         choose: called once a game, with the frame after the first `look` steps.
         look: steps taken with the game's first action before a policy is chosen.
     Returns:
-        After each step the games that ended in it.
+        The games that ended, after each step.
     """
     frame = envs.reset()[0]
     while True:
@@ -192,7 +192,7 @@ def play_on(envs: VectorEnv, choose: Choose, *, look: int = 0) -> Iterator[list[
 
 
 def count_starts(envs: VectorEnv) -> int:
-    """How many different frames the games begun in the only environment show after `LOOK` steps."""
+    """The number of different frames that new games show after `LOOK` steps."""
     starts = set()
     for _ in range(START_GAMES):
         frame = envs.reset()[0]
@@ -203,6 +203,6 @@ def count_starts(envs: VectorEnv) -> int:
 
 
 def _follow(actions: Actions) -> Policy:
-    """Play a list, again and again."""
+    """A policy that repeats a list."""
     listed = actions.tolist()
     return lambda frame, clock: listed[clock % len(listed)]

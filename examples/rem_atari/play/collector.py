@@ -23,7 +23,7 @@ from rem_atari.replay.recorded import RecordedEpisode
 
 @dataclass
 class RewardSizes:
-    """How large rewards are, whatever their sign; rewards of 0 do not count.
+    """The range of absolute rewards; rewards of 0 do not count.
 
     Attributes:
         smallest, largest: of those seen so far; 0 before the first one.
@@ -47,17 +47,17 @@ class RewardSizes:
 
 @dataclass
 class Collection:
-    """A collection as far as it has come; one that was interrupted goes on from here.
+    """A collection so far; an interrupted one continues from here.
 
     Attributes:
-        carry: the controller's memory, from the collections before too; None: blank.
+        carry: the controller's memory, carried over from earlier collections; None: blank.
         steps: environment steps, all environments together.
         episodes: episodes that ended, as they are stored (for Atari: lives).
         games: whole games that ended.
         total_entropy: sum over the steps of the policy's entropy in nats.
         seconds: wall time.
-        sizes: how large its rewards were.
-        exploration: the random actions under way.
+        sizes: the range of its rewards.
+        exploration: the current random actions.
     """
 
     carry: Carry | None = None
@@ -131,7 +131,7 @@ class Collection:
     def from_state(cls, state: Mapping[str, Any], carry: Carry | None) -> Collection:
         """The collection of a `state`, with the controller's memory."""
         games = [GameReturn(**game) for game in state["games"]]
-        # Checkpoints of earlier versions know of neither.
+        # Checkpoints of earlier versions have neither.
         sizes = RewardSizes(**state.get("sizes", {}))
         exploration = Exploration.from_state(state.get("exploration", Exploration().state()))
         kept = {"games": games, "sizes": sizes, "exploration": exploration}
@@ -154,13 +154,13 @@ def collect(
     """Let the controller play the real game, without gradient; the environment's replay records it.
 
     Args:
-        env: the environment, reset before the first collection and then left as the last one ended.
+        env: the environment; reset before the first collection, then as the last collection left it.
         controller: the playing controller; the caller sets its mode (train or eval).
-        collection: what was done so far, nothing or an interrupted part; it grows with every step.
+        collection: empty, or an interrupted part; extended with every step.
         steps: environment steps, all environments together, those of an interrupted part included; rounded up
             to whole steps of all of them.
         temperature: temperature of the actions.
-        epsilon: chance that a random action begins, drawn for each environment.
+        epsilon: probability that a random action begins, drawn for each environment.
         repeat: steps that a random action lasts at most, see `Exploration`.
         generator: source of the actions' randomness, on the controller's device.
         after_step: called after each step of all environments with their number; may raise to stop, and the
@@ -169,7 +169,7 @@ def collect(
     """
     if collection.carry is None:
         collection.carry = controller.initial_carry(env.num_envs)
-    # The tokenizer may have learned since the last collection: its codes of the frames are new.
+    # The tokenizer may have changed since the last collection, and with it the codes of the frames.
     observation = env.observe()
 
     def explore(actions: Tensor) -> Tensor:
@@ -234,8 +234,8 @@ def _step_until(
     after_step: Callable[[int], None],
     max_seconds: float | None,
 ) -> None:
-    """Take steps until there are enough or the time is up; `step` says how many episodes it ended, and the
-    rewards."""
+    """Take steps until there are enough or the time is up; `step` returns the number of ended episodes and
+    the rewards."""
     env.take_finished_games()
     started = time.monotonic() - collection.seconds
     while collection.steps < steps:

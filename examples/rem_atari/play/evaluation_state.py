@@ -16,10 +16,10 @@ from rem_atari.models.controller import Carry
 
 @dataclass(frozen=True)
 class Pause:
-    """Where the games and their player stood when an evaluation was interrupted.
+    """The state of the games and their player when an evaluation was interrupted.
 
     Attributes:
-        environments: what `VectorEnv.resume_states` said.
+        environments: from `VectorEnv.resume_states`.
         frames: the frames to act on, uint8 (E, S, S, 3).
         generator: state of the random numbers of the actions.
         carry: the controller's memory; None for random play.
@@ -35,13 +35,13 @@ class Pause:
 
 @dataclass
 class Evaluation:
-    """An evaluation as far as it has come; one that was interrupted goes on from here.
+    """An evaluation so far; an interrupted one continues from here.
 
     Attributes:
         games: the games that count so far, in the order in which they ended.
         steps: environment steps so far, all environments together.
         seconds: wall time so far.
-        pause: where it goes on; None: it begins.
+        pause: the state to continue from; None: the beginning.
     """
 
     games: list[GameReturn] = field(default_factory=list)

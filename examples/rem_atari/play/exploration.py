@@ -14,12 +14,11 @@ from torch import Tensor
 class Exploration:
     """Replaces chosen actions by random ones, each of which may be repeated for a while.
 
-    Actions that change from step to step cancel out: a game that is crossed by many equal steps is crossed by
-    repeated actions many times more often.
+    Random actions that change with every step cancel out. Repeated ones cross a board far more often.
 
     Attributes:
         actions: the random actions under way, an environment each; empty at the start.
-        left: steps that each of them still lasts.
+        left: the remaining steps of each.
     """
 
     actions: list[int] = field(default_factory=list)
@@ -34,7 +33,7 @@ class Exploration:
             chosen: the policy's actions, (E,) int64.
             num_actions: number of actions.
             generator: source of the draws, on the device of `chosen`.
-            epsilon: the chance that a random action begins where none is under way; at 1 no policy is left.
+            epsilon: probability that a random action begins where none is active; 1: only random actions.
             repeat: a random action lasts for a number of steps drawn uniformly from 1 to this.
         """
         rows, device = len(chosen), chosen.device
@@ -54,7 +53,7 @@ class Exploration:
         return taken
 
     def state(self) -> dict[str, Any]:
-        """What is under way, plain JSON data."""
+        """The current random actions, plain JSON data."""
         return {"actions": self.actions, "left": self.left}
 
     @classmethod

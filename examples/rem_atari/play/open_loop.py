@@ -1,9 +1,9 @@
 """A search for a fixed list of actions that scores well, whatever happens in the game.
 
-A list is played from a game's start, and again from its beginning once it is through: so a list of one action
-is a constant, "fire, left" six times and "fire, right" six times a sweep, and a list as long as the game a
-plan. The search is a small evolutionary one under a bound on steps, made for returns that vary from game to
-game: half of its games try new lists, half play the best so far once more, so that a lucky list is found out.
+A list is played from a game's start and then repeated: a list of one action is a constant policy, "fire,
+left" six times and "fire, right" six times is a sweep, and a list as long as the game is a plan. The search
+is a small evolutionary one with a budget of steps, for returns that vary from game to game: half of its games
+try new lists, half replay the best lists so far, so that a list that was only lucky loses its rank.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from rem_atari.envs.vector import GameReturn
 Actions = NDArray[np.int64]
 
 PARENTS = 8
-"""New lists are made of so many of the best."""
+"""New lists are made from this number of the best."""
 RANDOM_SHARE = 0.25
-"""Share of new lists that are drawn, and not made of others."""
+"""Share of new lists that are drawn at random, not made from others."""
 SURE_AFTER = 30
-"""Games after which a list is not played again to be sure of it."""
+"""Games after which a list is not replayed to confirm its return."""
 PRIOR_GAMES = 4
-"""A list's mean counts as if so many games with the mean of all games were in it."""
+"""A list's mean is shrunk towards that of all games, as if it included this number of average games."""
 KEPT = 500
-"""Lists that are remembered; the worst are forgotten."""
+"""Number of lists kept, the best ones."""
 MOST_ACTIONS = 4_096
-"""A list is no longer than this."""
+"""Length of the longest list."""
 MOST_REPEATS = 16
-"""A change is a run of one action, of at most so many steps."""
+"""Longest run of one action in a change."""
 
 
 @dataclass
 class TriedList:
-    """A list of actions, (L,), and how it did: games, their summed returns, steps of the longest one."""
+    """A list of actions, (L,), and its results: games, their summed returns, steps of the longest one."""
 
     actions: Actions
     games: int = 0
@@ -46,7 +46,7 @@ class TriedList:
 
     @property
     def mean(self) -> float:
-        """Mean return; that of no game is worse than any."""
+        """Mean return; minus infinity without a game."""
         return self.total / self.games if self.games else -math.inf
 
     def add(self, game: GameReturn) -> None:
@@ -57,11 +57,12 @@ class TriedList:
 
 
 class OpenLoopSearch:
-    """Looks for the best list of actions: `ask` which to play in the next game, and `add` the game to it.
+    """A search for the best list of actions: `ask` for the list to play next, and `add` the game's result to
+    it.
 
     Args:
         num_actions: actions of the game.
-        rng: what lists are drawn with.
+        rng: source of the draws.
     """
 
     def __init__(self, num_actions: int, rng: np.random.Generator) -> None:
@@ -71,22 +72,22 @@ class OpenLoopSearch:
         self._plays_again = False
 
     def ask(self) -> TriedList:
-        """The list to play next: first the constants, then the best so far and new ones by turns."""
+        """The list to play next: first the constants, then the best so far and new ones alternately."""
         if len(self._tried) < self._num_actions:
             return self._remember(np.array([len(self._tried)]))
         if len({tried.mean for tried in self._tried if tried.games}) == 1:
-            # As good as each other, where rewards are rare: there is nothing to choose by.
+            # Where rewards are rare all lists may be equal, so that no choice is possible.
             return self._remember(draw_list(self._num_actions, self._rng))
         self._plays_again = not self._plays_again
         if self._plays_again:
-            # By its plain mean: a list that was lucky once is the next to be doubted.
+            # By its plain mean, so that a list that was lucky once is replayed next.
             best = max(self._tried, key=lambda tried: tried.mean)
             if best.games < SURE_AFTER:
                 return best
         return self._remember(self._new_list())
 
     def best(self) -> Actions:
-        """The list that does best, with doubt about those that were played seldom."""
+        """The best list by shrunk means, which discount lists that were played rarely."""
         return self._ranked(1)[0].actions
 
     def _remember(self, actions: Actions) -> TriedList:
@@ -96,7 +97,7 @@ class OpenLoopSearch:
         return self._tried[-1]
 
     def _ranked(self, count: int) -> list[TriedList]:
-        """The best lists, best first; each mean is drawn towards that of all."""
+        """The best lists, best first, by means that are shrunk towards that of all games."""
         played = [tried for tried in self._tried if tried.games] or self._tried
         prior = sum(tried.total for tried in played) / max(1, sum(tried.games for tried in played))
 
@@ -126,7 +127,7 @@ def change_list(tried: TriedList, other: Actions, num_actions: int, rng: np.rand
     its speed, or its end replaced by that of another list."""
     actions = tried.actions
     if rng.random() < 0.5:
-        # As long as its game: a change is then one of that moment, and not of every round.
+        # As long as its game, so that a change affects one moment and not every repetition.
         actions = np.resize(actions, max(len(actions), tried.longest))
     for _ in range(rng.geometric(0.5)):
         start = int(rng.integers(len(actions)))
@@ -150,7 +151,7 @@ def change_list(tried: TriedList, other: Actions, num_actions: int, rng: np.rand
 
 
 def _weave(actions: Actions, action: int) -> Actions:
-    """An action before each of a list's."""
+    """Insert an action before each action of a list."""
     woven = np.full(2 * len(actions), action)
     woven[1::2] = actions
     return woven

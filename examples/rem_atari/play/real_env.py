@@ -1,4 +1,4 @@
-"""The real game in the agent's terms: an environment of tokens that records what is played."""
+"""The real game as an environment of tokens, which records every step."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class RealEnv:
 
     Args:
         env: E environments; `reset` starts them.
-        tokenizer: turns frames into codes, as it is at the time.
+        tokenizer: turns frames into codes, in its current state.
         replay: where steps are recorded, or None.
-        device: where the tokenizer is and codes are wanted.
+        device: the device of the tokenizer and of the codes.
         show: what the controller sees of tokens, as `Agent.show`; None: their codes.
         stop_recording_when_full: a full replay ends the recording, for a sample of an evaluation's episodes;
             otherwise it is an error, for experience that must not be lost.
@@ -61,7 +61,7 @@ class RealEnv:
 
     @property
     def is_started(self) -> bool:
-        """Whether the environments were started, or go on from a checkpoint."""
+        """Whether the environments were started or resumed."""
         return self._frames is not None
 
     @property
@@ -76,14 +76,14 @@ class RealEnv:
         return self._frames
 
     def reset(self) -> Tensor:
-        """Start all environments anew, give up open episodes, and return what to act on, as `observe`."""
+        """Restart all environments, end open episodes, and return the observation, as `observe`."""
         self._frames = self._env.reset()
         if self._replay is not None:
             self._replay.cut()
         return self.observe()
 
     def observe(self) -> Tensor:
-        """What the controller sees of the frames to act on, with the tokenizer as it is now."""
+        """The controller's view of the current frames, by the tokenizer's current state."""
         frames = torch.from_numpy(self.frames).to(self._device)
         return self._show(self._tokenizer.encode(frames))
 
@@ -123,7 +123,7 @@ class RealEnv:
         return finished
 
     def open_games(self) -> list[GameReturn]:
-        """The games under way as they stand, one an environment."""
+        """The unfinished games, one per environment."""
         return self._env.open_games()
 
     def resume_states(self) -> list[dict[str, Any] | None]:
@@ -131,13 +131,13 @@ class RealEnv:
         return self._env.resume_states()
 
     def resume(self, states: list[dict[str, Any] | None], frames: np.ndarray, *, seed: int) -> list[int]:
-        """Go on, in place of the first `reset`, where the environments stood.
+        """Resume the environments, in place of the first `reset`.
 
         An environment that could not be saved starts anew; its open episode in the replay ends as truncated.
 
         Args:
-            states: what `resume_states` said.
-            frames: what `frames` was.
+            states: from `resume_states`.
+            frames: the earlier `frames`.
             seed: for the environments that start anew.
         Returns:
             The indices of those that start anew.
@@ -158,7 +158,7 @@ class RealEnv:
         self._env.close()
 
     def _close_full_replay(self) -> None:
-        """Stop recording if the next step would not fit and that is what was asked for."""
+        """Stop recording if the next step would not fit and `stop_recording_when_full` is set."""
         if self._replay is None or not self._stop_recording_when_full:
             return
         if self._replay.room < self.num_envs:

@@ -15,13 +15,13 @@ from rem_atari.models.sampling import sample_categorical
 
 @dataclass(frozen=True)
 class TokenStep:
-    """What B environments answer to one action each.
+    """The answers of B environments to one action each.
 
     Attributes:
         seen: the observations to act on next, as the controller sees them (`Agent.show`: codes (B, K, E)
             unless it is in pixel space); already the new episode's first where `restarted`.
         rewards: rewards of the actions, (B,) float32.
-        ended: episodes that came to an end of their own, (B,) bool; no value lies beyond them.
+        ended: episodes that ended by themselves, (B,) bool; the value after them is 0.
         truncated: episodes cut short from outside, (B,) bool.
         restarted: rows whose `seen` begins a new episode, (B,) bool. A real environment restarts what ended
             or was truncated; an imagined one never restarts.

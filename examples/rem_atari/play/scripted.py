@@ -1,6 +1,6 @@
-"""Scripted players that see the game: a ceiling for the small games in which a few lines make one.
+"""Scripted players that see the game: an upper bound for small games.
 
-They read the frames that the agent sees, cell by cell, and know what the colours stand for.
+They read the agent's frames cell by cell and know the meaning of the colours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BREAKOUT_PADDLE, BREAKOUT_BALL, BREAKOUT_TRAIL = minatar.COLOURS[:3]
 
 
 def scripted_player(env: EnvConfig, action_names: Sequence[str]) -> Policy | None:
-    """The scripted player of a game; None where there is none, or where frames do not show whole cells.
+    """The scripted player of a game; None if there is none or frames do not show whole cells.
 
     Args:
         env: the game.
@@ -45,7 +45,7 @@ def scripted_player(env: EnvConfig, action_names: Sequence[str]) -> Policy | Non
 def _play(
     script: Callable[[np.ndarray], int], moves: Sequence[int], pixels: int, frame: np.ndarray, clock: int
 ) -> int:
-    """Ask a script where to go, -1, 0 or 1, and give the game's action for it."""
+    """The game's action for a script's move, -1, 0 or 1."""
     return moves[1 + script(frame[::pixels, ::pixels])]
 
 
@@ -58,8 +58,8 @@ def _towards_the_ball(cells: np.ndarray) -> int:
 def _ahead_of_the_ball(cells: np.ndarray) -> int:
     """Breakout: run to the column where the ball, which flies diagonally, will be next.
 
-    Its direction is that from its trail, but where it has just bounced: off a wall it stayed in its column,
-    and a paddle that came under it from ahead sends it back.
+    Its direction is that from its trail, unless it has just bounced: at a wall it stayed in its column, and a
+    paddle that met it from the front sends it back.
     """
     paddle, ball, trail = (
         _cell(cells, colour) for colour in (BREAKOUT_PADDLE, BREAKOUT_BALL, BREAKOUT_TRAIL)

@@ -1,1 +1,1 @@
-"""Experience: what was played, in memory and in files, and its recovery after a crash."""
+"""Experience: recorded steps in memory and in files, and their recovery after a crash."""

@@ -1,4 +1,4 @@
-"""The replay: every step played, in memory to sample from and on disk to come back to."""
+"""The replay: every step played, in memory for sampling and on disk for resumption."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rem_atari.errors import RunError
 from rem_atari.replay.shards import Rows, ShardEntry, find_shards, has_shards, read_shard, write_shard
 
 NONE = -1
-"""The row that is none: beyond an episode's edge, and padding."""
+"""Stands for no row: beyond an episode's edge, and padding."""
 
 MEDIAN_SAMPLE = 256
-"""Frames that `Replay.median_frame` looks at."""
+"""Number of frames for `Replay.median_frame`."""
 
 
 class ReplayFullError(RunError):
@@ -32,10 +32,10 @@ class SequenceBatch:
     Attributes:
         actions: the actions taken, (n, T) int64.
         rewards: the raw rewards that followed, (n, T) float32.
-        ended: the episode ended of itself with this step, (n, T) bool.
+        ended: the episode ended by itself with this step, (n, T) bool.
         truncated: the episode was cut short after this step, (n, T) bool.
         mask: the step is real, not padding, (n, T) bool.
-        rows: where in the replay the step is, (n, T) int64; -1 for padding.
+        rows: the step's row in the replay, (n, T) int64; -1 for padding.
         stored: all frames of the replay, (capacity, S, S, 3) uint8, not copied.
     """
 
@@ -63,21 +63,21 @@ class SequenceBatch:
 class Replay:
     """Steps of several environments in order of arrival, sampled without ever crossing an episode's edge.
 
-    Memory is reserved for `capacity` rows at once but taken only as rows arrive; frames stay uint8. Nothing
-    is ever overwritten: the schedule knows how many steps there will be, so a full replay is an error.
+    Memory is reserved for `capacity` rows but used only as rows arrive; frames stay uint8. No row is ever
+    overwritten: the schedule knows the number of steps, so a full replay is an error.
 
     Rows of one episode need not be neighbours, because environments take turns. Each row knows the rows
     before and after it in its episode; all samples of a batch walk along these links together.
 
     Args:
         frame_shape: (S, S, 3).
-        capacity: rows there is room for.
+        capacity: the largest number of rows.
         folder: where `flush` writes, or None for a replay in memory only. It must hold no shards yet: `load`
             opens one that does.
         seed: seed of the sampling.
 
     Raises:
-        ValueError: `frame_shape` or `capacity` makes no sense.
+        ValueError: `frame_shape` or `capacity` is invalid.
         FileExistsError: there are shards in `folder`.
     """
 
@@ -89,7 +89,7 @@ class Replay:
             raise FileExistsError(f"There is a replay in {folder} already; Replay.load() opens it.")
         self._rows = Rows.allocate(capacity, frame_shape)
         self._size = 0
-        # Links within an episode. Their extra last entry answers for row NONE: beyond an edge lies nothing.
+        # Links within an episode. Their extra last entry is that of row NONE: no row lies beyond an edge.
         self._before = np.zeros(capacity + 1, dtype=np.int64)
         self._after = np.zeros(capacity + 1, dtype=np.int64)
         self._before[NONE] = self._after[NONE] = NONE
@@ -120,8 +120,8 @@ class Replay:
         place and count as steps, but are never sampled; episodes that lost rows end, truncated, before them.
 
         Args:
-            folder: the shards' folder; later flushes go on there.
-            frame_shape: (S, S, 3); None: what the shards say, so that there must be one.
+            folder: the shards' folder, to which later flushes also write.
+            frame_shape: (S, S, 3); None: read from the shards, of which there must be one.
             capacity: rows there is room for; None: as many as there are.
             seed: seed of the sampling.
             entries: what `shards` returned for them; None if `shards` will not be called after loading.
@@ -155,12 +155,12 @@ class Replay:
 
     @property
     def capacity(self) -> int:
-        """Rows there is room for."""
+        """The largest number of rows."""
         return len(self._rows)
 
     @property
     def room(self) -> int:
-        """Rows that can still be stored."""
+        """The number of rows that can still be stored."""
         return self.capacity - self._size
 
     @property
@@ -255,7 +255,7 @@ class Replay:
                 self._cut_rows.append(row)
 
     def ready(self, min_real: int) -> bool:
-        """Whether some episode has `min_real` steps, so that there is something to sample."""
+        """Whether some episode has `min_real` steps and can be sampled."""
         return bool((self._place[: self._size] >= min_real - 1).any())
 
     def sample_frames(self, n: int) -> Tensor:
@@ -267,7 +267,7 @@ class Replay:
         return torch.from_numpy(self._rows.frames[self._draw(n, min_real=1)])
 
     def stored_frames(self, start: int) -> Tensor:
-        """All frames from row `start` on, but for lost ones, oldest first: (n, S, S, 3) uint8."""
+        """All frames from row `start` on except lost ones, oldest first: (n, S, S, 3) uint8."""
         rows = start + np.flatnonzero(self._place[start : self._size] != NONE)
         return torch.from_numpy(self._rows.frames[rows])
 
@@ -276,7 +276,7 @@ class Replay:
         return torch.from_numpy(self._rows.frames[rows])
 
     def rows_by_episode(self) -> np.ndarray:
-        """All rows but lost ones, episode after episode, each in the order of its steps: (n,) int64."""
+        """All rows except lost ones, episode after episode, each in the order of its steps: (n,) int64."""
         first = np.arange(self._size)
         for row in np.flatnonzero(self._place[: self._size] > 0):
             first[row] = first[self._before[row]]
@@ -314,7 +314,7 @@ class Replay:
         Returns:
             (n,) bool each.
         """
-        # The last entries answer for NONE: nothing happens beyond an episode's edge.
+        # The last entries belong to NONE: nothing happens beyond an episode's edge.
         pays, ends = np.append(self._rows.rewards != 0, False), np.append(self._rows.terminated, False)
         rows = _walk(self._after, starts, length)[:, skip:]
         return pays[rows].any(axis=1), ends[rows].any(axis=1)
@@ -326,9 +326,10 @@ class Replay:
         return self._generator.choice(rows, size=n, p=chances / chances.sum())
 
     def allot(self, n: int, chances: np.ndarray) -> np.ndarray:
-        """How many of n draws fall to each of some kinds with these `chances` (k,): (k,) int64.
+        """The number of n draws for each of k kinds with these `chances` (k,): (k,) int64.
 
-        On average n times the chance, and never off by 1 or more (systematic sampling). n may be 0.
+        Its mean is n times the chance, and it differs from that by less than 1 (systematic sampling). n may
+        be 0.
         """
         ticks = (self._generator.random() + np.arange(n)) / max(n, 1)
         kinds = np.searchsorted(np.cumsum(chances) / chances.sum(), ticks, side="right")
@@ -356,7 +357,7 @@ class Replay:
     def median_frame(self) -> Tensor:
         """Each pixel's median over a sample of the stored frames, evenly spaced in time: (S, S, 3) uint8.
 
-        The background, where the camera stands still. Of an even number of frames it is the upper median.
+        It is the background if the camera stands still. For an even number of frames it is the upper median.
 
         Raises:
             ValueError: the replay is empty.
@@ -371,7 +372,7 @@ class Replay:
         return torch.from_numpy(np.partition(self._rows.frames[chosen], count // 2, axis=0)[count // 2])
 
     def flush(self) -> Path | None:
-        """Write what came since the last flush as one new shard; None if there is nothing to write.
+        """Write the rows since the last flush as one new shard; None if there are none.
 
         A replay without a folder writes nothing.
 
@@ -393,11 +394,11 @@ class Replay:
         return dict(self._generator.bit_generator.state)
 
     def set_sampling_state(self, state: Mapping[str, Any]) -> None:
-        """Go on sampling from a `sampling_state`."""
+        """Restore a `sampling_state`."""
         self._generator.bit_generator.state = dict(state)
 
     def _link(self, row: int) -> None:
-        """Make the row that was just written the newest of its environment's episode."""
+        """Link the row just written as the newest of its environment's episode."""
         env_index = int(self._rows.env_indices[row])
         before = self._open.get(env_index, NONE)
         self._before[row], self._after[row] = before, NONE
@@ -413,10 +414,10 @@ class Replay:
         self._size += 1
 
     def _take_in(self, rows: Rows, cut_rows: np.ndarray) -> None:
-        """Repeat what happened between two flushes. Cuts of flushed rows came before the new rows."""
+        """Replay the rows and cuts between two flushes. Cuts of flushed rows came before the new rows."""
         for row in cut_rows:
             if self._place[row] == NONE:
-                continue  # it was lost, and with it all that was open then
+                continue  # it was lost, and with it all episodes open at the time
             self._rows.truncated[row] = True
             self._open.pop(int(self._rows.env_indices[row]), None)
         start = self._size

@@ -11,7 +11,7 @@ array             shape                                       content
 ``terminations``  bool (T,)                                   whether the episode ended of itself there
 ================  ==========================================  ==========================================
 
-An episode whose last step is no termination was cut short.
+An episode whose last step is not a termination was truncated.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RecordedEpisode:
         frames: the frames that were acted on, uint8 (T, S, S, 3).
         actions: int64 (T,).
         rewards: float32 (T,).
-        terminated: it ended of itself; otherwise it was cut short after its last step.
+        terminated: it ended by itself; otherwise it was truncated after its last step.
     """
 
     frames: np.ndarray
@@ -52,7 +52,7 @@ def count_recorded(source: str) -> int:
     """Steps of all recorded episodes.
 
     Raises:
-        UsageError: there are none, or they cannot be read.
+        UsageError: there are no episodes, or they cannot be read.
     """
     if source.startswith(MINARI):
         return int(_open_minari(source).total_steps)
@@ -69,7 +69,7 @@ def read_recorded(source: str, *, frame_size: int, num_actions: int) -> Iterator
         num_actions: actions of the game.
 
     Raises:
-        UsageError: there are none, or one is not as described above; the message names it.
+        UsageError: there are no episodes, or one has another format; the message names it.
     """
     if source.startswith(MINARI):
         for episode in _open_minari(source).iterate_episodes():

@@ -13,7 +13,7 @@ from rem_atari.replay.shards import ShardEntry, is_shard, named_shards, shard_na
 from rem_atari.runs.durable import replace_file, sync_folder
 
 SET_ASIDE = ".damaged"
-"""What the name of a damaged shard that was set aside ends with."""
+"""Ending of the name of a damaged shard that was set aside."""
 
 
 def recover_shards(
@@ -21,22 +21,22 @@ def recover_shards(
 ) -> tuple[list[ShardEntry], list[str]]:
     """Make `folder` hold exactly the shards of a checkpoint.
 
-    Shards written after the checkpoint are deleted: the run that goes on from it plays their steps again. A
+    Shards written after the checkpoint are deleted: the resumed run plays their steps again. A
     shard that is missing or altered is replaced by the checkpoint's own copy (a hard link, so that it helps
     where a file was deleted or replaced, not where its content was changed). Without a whole copy it is lost:
     what is left of it is set aside, and an empty shard takes its place.
 
     Args:
         folder: the replay's folder; it need not be there.
-        entries: what the checkpoint notes of its shards.
+        entries: the checkpoint's entries for its shards.
         frame_shape: shape of a frame, for a shard that is lost.
         copies: the checkpoint's folder of hard links; None: it has none.
 
     Returns:
-        The entries as they are now, and a sentence on everything that was done about damage.
+        The new entries, and a sentence about each repair.
 
     Raises:
-        ValueError: the entries make no sense.
+        ValueError: the entries are invalid.
         OSError: the folder cannot be read or written.
     """
     _check_entries(entries)
@@ -67,7 +67,7 @@ def recover_shards(
 
 
 def _check_entries(entries: Sequence[ShardEntry]) -> None:
-    """What is about to become a path and an amount of memory must look like it."""
+    """Raise unless names and sizes are valid, because they become paths and amounts of memory."""
     for number, entry in enumerate(entries):
         if entry.name != shard_name(number):
             raise ValueError(f"shard {number} of the replay is called {entry.name!r}")
@@ -82,7 +82,7 @@ def _is_whole(path: Path, entry: ShardEntry) -> bool:
 
 
 def _move_aside(path: Path) -> Path | None:
-    """Rename what lies at `path` so that no shard is called like it; None if there is nothing."""
+    """Rename `path` to a name that no shard has; None if there is nothing."""
     if not os.path.lexists(path):
         return None
     names = (f"{path.name}{SET_ASIDE}{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
@@ -91,7 +91,7 @@ def _move_aside(path: Path) -> Path | None:
 
 
 def _clear_away(path: Path) -> list[str]:
-    """Delete a shard; whatever else bears its name is nothing of ours, and only moved out of the way."""
+    """Delete a shard; anything else with its name was not written by the replay and is only renamed."""
     if is_shard(path):
         path.unlink()
         return []

@@ -1,4 +1,4 @@
-"""Where imagination begins: anywhere, or more often just before a reward."""
+"""The starts of imagination: uniform, or more often just before a reward."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from rem_atari.replay.buffer import Replay, SequenceBatch
 
 
 class SegmentSampler:
-    """Draws segments to imagine from, a share of them so that they end shortly before a known reward.
+    """Draws segments to imagine from; a share of them ends shortly before a known reward.
 
-    Where a policy learns is free to choose, so nothing is weighted.
+    A policy may learn from any distribution of starts, so no weights correct for the choice.
 
     Args:
-        replay: whose segments they are, and whose generator draws.
+        replay: the source of segments and of random numbers.
         length: steps of a segment; shorter ones are padded on the left.
-        min_real: steps of an episode that a segment has at least.
+        min_real: least number of real steps in a segment.
         reward_share: share of a batch that ends before a reward, from 0 to 1; the others, and all where no
             reward is known, end anywhere.
-        reward_steps: within so many steps, that of the segment's last frame included, the reward comes.
+        reward_steps: number of steps, the segment's last one included, within which the reward comes.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class SegmentSampler:
         self._before_rewards = np.empty(0, dtype=np.int64)
 
     def refresh(self) -> None:
-        """Look at what has been collected; to be called before the first `draw` after each collection."""
+        """Index the collected steps; call it before the first `draw` after each collection."""
         if self._reward_share == 0:
             return
         ends = self._replay.segment_ends(self.min_real)

@@ -1,4 +1,4 @@
-"""Which sequences the world model learns from: uniform ones, or more of those that teach more."""
+"""The world model's training sequences: uniform, or more of the informative ones."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rem_atari.replay.buffer import Replay, SequenceBatch
 
 
 class SequenceSampler:
-    """Draws sequences, shares of them for their events or for their losses, and says what each counts for.
+    """Draws sequences, with shares for events and for high losses, and the weight of each.
 
-    By events: sequences fall into strata, those that hold a reward, those that hold an end but no reward, and
-    the others. A share of the batch is drawn evenly from the first two, the rest uniformly from all. What is
-    drawn more often than its size deserves counts for less, so that weighted means are those of uniform
-    draws: the world model sees rare events in every batch, and still learns how rare they are.
+    By events: sequences fall into three strata: with a reward, with an end but no reward, and the others. A
+    share of the batch is drawn evenly from the first two, the rest uniformly from all. Weights compensate the
+    oversampling, so that weighted means are those of uniform draws: the world model sees rare events in every
+    batch, and still learns how rare they are.
 
     By losses: a share is drawn by the softmax of the loss that each sequence had when it was last drawn, and
-    sequences that were never drawn count as the worst. These are meant to count for more, and have weight 1.
+    sequences that were never drawn count as the worst. Their oversampling is intended, so they have weight 1.
 
     Args:
-        replay: whose sequences they are, and whose generator draws.
+        replay: the source of sequences and of random numbers.
         length: steps of a sequence; shorter ones are padded on the right.
-        skip: first steps of a sequence that carry no loss, so that events there are none.
+        skip: first steps of a sequence that carry no loss; events there do not count.
         event_share: of the sequences that are not drawn by their losses, the share that is drawn for their
             events, at least 0 and below 1.
         priority_share: share of a batch that is drawn by losses, from 0 to 1.
@@ -56,11 +56,11 @@ class SequenceSampler:
 
     @property
     def min_real(self) -> int:
-        """Steps that a sequence has at least: one that carries a loss."""
+        """Least number of steps in a sequence: at least one carries a loss."""
         return self._skip + 1
 
     def refresh(self) -> None:
-        """Look at what has been collected; to be called before the first `draw` after each collection."""
+        """Index the collected steps; call it before the first `draw` after each collection."""
         if self._event_share == self._priority_share == 0:
             return
         starts = self._replay.sequence_starts(self.min_real)
@@ -87,17 +87,17 @@ class SequenceSampler:
         return batch, torch.from_numpy(weights.astype(np.float32))
 
     def note(self, batch: SequenceBatch, losses: Tensor) -> None:
-        """Remember what the loss of each sequence of a batch was, (n,)."""
+        """Store the loss of each sequence of a batch, (n,)."""
         if self._priority_share > 0:
             self._losses[batch.rows[:, 0].numpy()] = losses.cpu().numpy()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The losses that are remembered and the first rows of their sequences, for a checkpoint."""
+        """The stored losses and the first rows of their sequences, for a checkpoint."""
         rows = np.flatnonzero(~np.isnan(self._losses))
         return {"rows": torch.from_numpy(rows), "losses": torch.from_numpy(self._losses[rows])}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` said, in place of all that is remembered."""
+        """Replace the stored losses by those of `tensors`."""
         self._losses[:] = np.nan
         self._losses[tensors["rows"].numpy()] = tensors["losses"].numpy()
 
@@ -116,7 +116,7 @@ class SequenceSampler:
         return np.concatenate(starts), np.concatenate(weights)
 
     def _chances(self, uniform: np.ndarray) -> np.ndarray:
-        """The chance that a sequence is drawn from each stratum, given that of a uniform draw."""
+        """The probability of a draw from each stratum, given that of a uniform draw."""
         wanted = (uniform > 0) & np.array([True, True, False])
         if not wanted.any():
             return uniform

@@ -3,10 +3,10 @@
 ``shard-00000000.safetensors`` holds the first rows, ``shard-00000001.safetensors`` those that came next, and
 so on. A shard holds the columns of `Rows` and `cut_rows`: rows of *earlier* shards whose episodes were given
 up after those were written, and which are truncated from here on. A shard is complete or absent: it is
-written under another name, synced and renamed. Files of other names are none of ours and are left alone.
+written under another name, synced and renamed. Files of other names are ignored.
 
-A shard that was lost (see :mod:`rem_atari.replay.recovery`) is replaced by one without rows whose header says
-how many there were, so that the rows after it keep their numbers.
+A lost shard (see :mod:`rem_atari.replay.recovery`) is replaced by one without rows. Its header gives the
+number of lost rows, so that the rows after it keep their numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Rows:
         env_indices: the environment of each, (N,) int32.
         actions: the actions taken, (N,) int32.
         rewards: the raw rewards that followed, (N,) float32.
-        terminated: the episode ended of itself with this step, (N,) bool.
+        terminated: the episode ended by itself with this step, (N,) bool.
         truncated: the episode was cut short after this step, (N,) bool.
     """
 
@@ -54,7 +54,7 @@ class Rows:
 
     @classmethod
     def allocate(cls, capacity: int, frame_shape: tuple[int, ...]) -> Rows:
-        """Room for `capacity` rows; the memory is the system's until a row is written."""
+        """Space for `capacity` rows; the system provides a row's memory when it is written."""
         return cls(
             frames=np.zeros((capacity, *frame_shape), dtype=np.uint8),
             env_indices=np.zeros(capacity, dtype=np.int32),
@@ -83,7 +83,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What a checkpoint notes of a shard, to know it again.
+    """A checkpoint's entry for a shard, which identifies it.
 
     Attributes:
         name: the file's name.
@@ -100,7 +100,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard's whereabouts and size, from its name and header; `lost_rows` are those of a lost one."""
+    """A shard's path and size, from its name and header; `lost_rows` are those of a lost shard."""
 
     path: Path
     first_row: int
@@ -110,12 +110,12 @@ class ShardFile:
 
 
 def has_shards(folder: Path) -> bool:
-    """Whether anything in `folder` bears a shard's name; False if there is no such folder."""
+    """Whether anything in `folder` has a shard's name; False if there is no such folder."""
     return bool(named_shards(folder))
 
 
 def delete_shards(folder: Path) -> None:
-    """Delete the shards in `folder`, for experience that is begun anew."""
+    """Delete the shards in `folder`, before experience is collected again from the start."""
     for path in named_shards(folder).values():
         path.unlink()
 
@@ -147,7 +147,7 @@ def write_shard(folder: Path, number: int, first_row: int, rows: Rows, cut_rows:
 def write_lost_shard(
     folder: Path, number: int, first_row: int, lost_rows: int, frame_shape: tuple[int, ...]
 ) -> ShardEntry:
-    """Write what stands for shard `number`, whose `lost_rows` rows are gone; otherwise as `write_shard`."""
+    """Write a placeholder for shard `number`, whose `lost_rows` rows are lost; otherwise as `write_shard`."""
     tensors = Rows.allocate(0, frame_shape).columns() | {"cut_rows": np.zeros(0, dtype=np.int64)}
     header = {"first_row": str(first_row), "lost_rows": str(lost_rows)}
     return _write_new(folder, number, tensors, header, num_rows=lost_rows)
@@ -221,7 +221,7 @@ def is_shard(path: Path) -> bool:
 
 
 def _read_header(path: Path) -> ShardFile:
-    """What a shard's header says, checked against the format: nothing else is read before that."""
+    """A shard's header, checked against the format before anything else is read."""
     if path.is_symlink() or not path.is_file():
         raise ReplayCorruptError(f"The replay shard {path} is no plain file.")
     try:

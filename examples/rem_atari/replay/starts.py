@@ -1,4 +1,4 @@
-"""Where dreams begin: real frames, each with the real steps before it."""
+"""Starts of dreams: real frames, each with the real steps before it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rem_atari.replay.buffer import Replay
 from rem_atari.replay.shards import has_shards
 
 MOST_BYTES = 2**30
-"""Larger files of starts are not read: a few kilobytes of zip can hold any number of zeros."""
+"""Size limit of a file of starts, unpacked: a few kilobytes of zip can hold any number of zeros."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Starts:
 
     Attributes:
         frames: uint8 (N, T, S, S, 3); a dream begins at the last of the T frames.
-        actions: what was really done at each frame, int64 (N, T).
+        actions: the actions taken at the frames, int64 (N, T).
         mask: bool (N, T), False where a frame is padding; that stands on the left, and the last is real.
     """
 
@@ -35,7 +35,7 @@ class Starts:
 
     @classmethod
     def at(cls, frames: np.ndarray) -> Starts:
-        """Starts at frames uint8 (N, S, S, 3) of which nothing is known that came before."""
+        """Starts at frames uint8 (N, S, S, 3) without known steps before them."""
         count = len(frames)
         return cls(frames[:, None], np.zeros((count, 1), dtype=np.int64), np.ones((count, 1), dtype=bool))
 
@@ -51,8 +51,8 @@ class Starts:
         """The moments one step on.
 
         Args:
-            actions: what was done at the last frames, (N,).
-            frames: what followed, uint8 (N, S, S, 3).
+            actions: the actions taken at the last frames, (N,).
+            frames: the next frames, uint8 (N, S, S, 3).
             length: T of the result, at most.
         """
         done = np.concatenate([self.actions[:, :-1], np.reshape(actions, (-1, 1))], axis=1)
@@ -65,11 +65,11 @@ class Starts:
 
 
 def draw_starts(replay: Path, count: int, length: int, *, seed: int = 0) -> Starts:
-    """Starts from a replay, each moment of it at most once.
+    """Draw starts from a replay, each moment of it at most once.
 
     Args:
         replay: the folder of its shards.
-        count: how many; fewer if the replay holds fewer moments.
+        count: number of starts; fewer if the replay holds fewer moments.
         length: T, the frames of a start.
         seed: seed of the choice.
 
@@ -97,7 +97,7 @@ def starts_from_bytes(data: bytes, frame_size: int) -> Starts:
     """The starts that `starts_to_bytes` wrote.
 
     Raises:
-        RunError: they are something else, or of another frame size.
+        RunError: the data are no starts, or of another frame size.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:

@@ -21,7 +21,7 @@ from rem_atari.training.returns import lambda_return
 from rem_atari.training.updates import Lap, untimed
 
 LEAST_DEVIATION = 0.1
-"""Advantages are scaled up ten times at most: without rewards they are the critic's errors."""
+"""Least divisor of advantages: without rewards, advantages are only the critic's errors."""
 
 
 class Imagination(NamedTuple):

@@ -95,7 +95,7 @@ class TrainingPhase(ABC, Generic[Batch]):
         return
 
     def changed_on_the_way(self) -> list[Tensor]:
-        """What `update` may change of the agent before its step is applied, so that it can be undone."""
+        """Tensors that `update` may change before its step is applied; they are restored if it fails."""
         return []
 
     def has_episode(self, replay: Replay, min_real: int) -> bool:

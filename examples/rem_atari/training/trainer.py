@@ -265,7 +265,7 @@ class Trainer:
         return False
 
     def _update(self, phase: TrainingPhase) -> Metrics:
-        """One update; where it is not applied, nothing has happened, so that it can be looked at again."""
+        """One update; if it is not applied, the state before it is restored, for inspection."""
         random = self._state.random.snapshot()
         kept = [(tensor, tensor.detach().clone()) for tensor in phase.changed_on_the_way()]
         try:
@@ -353,7 +353,7 @@ class Trainer:
         self._write(part | {"interrupted": 1})
 
     def _save_if_due(self, *, is_best: bool) -> None:
-        """At an epoch's end: save every so many epochs, at the run's end, and a best agent that is kept."""
+        """At an epoch's end, save if a checkpoint is due, the run ends, or the agent is the best so far."""
         epoch, schedule = self._state.epoch, self._config.schedule
         keep_this = is_best and schedule.keep_best
         if epoch % schedule.checkpoint_every == 0 or epoch == schedule.epochs or keep_this:
