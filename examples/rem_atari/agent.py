@@ -71,7 +71,7 @@ class Agent(nn.Module):
         self.controller.cnn.compile()
 
     def show(self, tokens: Tensor) -> Tensor:
-        """What the controller sees of tokens (..., K): their codes, or the images that they decode to.
+        """The controller's view of tokens (..., K): their codes, or the images that they decode to.
 
         Returns:
             Codes (..., K, E); for a controller in pixel space images (..., 3, S, S) about [-1, 1].

@@ -1,4 +1,4 @@
-"""Checks of the arguments that a user of the Python interface gives."""
+"""Checks of arguments of the Python interface."""
 
 from __future__ import annotations
 

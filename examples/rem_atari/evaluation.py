@@ -124,7 +124,7 @@ def playing_conditions(
 
 
 class GameWatcher(Protocol):
-    """Sees the games of an evaluation while they are played."""
+    """An observer of the games of an evaluation while they are played."""
 
     def see(self, frames: np.ndarray, step: VectorStep) -> None:
         """A step: the frames that were acted on, (E, S, S, 3) uint8, and what the environments answered."""
@@ -344,7 +344,7 @@ class _Count:
 
     @property
     def is_open(self) -> bool:
-        """Whether games are wanted still."""
+        """Whether more games are needed."""
         return any(self._wanted)
 
     def take(self, game: GameReturn) -> bool:

@@ -74,7 +74,7 @@ def _check(arguments: BenchmarkArguments) -> None:
 
 
 def describe(result: Benchmark) -> str:
-    """The tables, and what they do not say."""
+    """The tables, and their limits."""
     config = result.config
     lines = [
         f"preset {config.preset}, {env_name(config.env)}, {describe_device(config.device)},"

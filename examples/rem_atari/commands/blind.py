@@ -1,4 +1,4 @@
-"""``rem-atari blind``: what policies that see nothing reach in a game."""
+"""``rem-atari blind``: the returns of policies that see nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rem_atari.training.setup import check_config
 
 
 def blind(arguments: BlindArguments) -> None:
-    """Search, measure, write what came of it, and say it in a table.
+    """Search, measure, write the results, and print a table.
 
     Raises:
         UsageError: a value is out of its range, or there is no such run or game.
@@ -154,7 +154,7 @@ def describe(data: Mapping[str, Any]) -> str:
 
 
 def _in_words(lists: list[str], action_names: list[str]) -> str:
-    """A constant by its name, and of lists how long they are."""
+    """A constant action by its name; lists by their lengths."""
     lengths = [len(actions.split()) for actions in lists]
     if lengths == [1]:
         return action_names[int(lists[0])]

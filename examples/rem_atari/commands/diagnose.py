@@ -1,4 +1,4 @@
-"""``rem-atari diagnose RUN``: why does it not learn?"""
+"""``rem-atari diagnose RUN``: signs of why a run does not learn."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def _check(arguments: ExportArguments) -> None:
 
 
 def _make_room(out: Path) -> None:
-    """Make the folder and see that a file can be written there, before minutes go into games."""
+    """Make the folder and test that it is writable, before minutes are spent on games."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=out).close()
@@ -72,7 +72,7 @@ def _make_room(out: Path) -> None:
 
 
 def _checkpoint_of(trained: TrainedAgent, *, half: bool) -> Checkpoint:
-    """The weights, in float16 if they are to take half the room."""
+    """The weights, in float16 with `half`."""
     weights = trained.agent.state_dict()
     if half:
         floats = {name for name, tensor in weights.items() if tensor.dtype == torch.float32}
@@ -81,7 +81,7 @@ def _checkpoint_of(trained: TrainedAgent, *, half: bool) -> Checkpoint:
 
 
 def _state_of(trained: TrainedAgent) -> Mapping[str, Any]:
-    """What was noted of the agent; runs of earlier versions did not note what it sees."""
+    """The noted properties of the agent; runs of earlier versions lack what it sees."""
     if trained.sees is not None:
         return trained.state
     with closing(make_test_envs(trained.config, 1, seed=0)) as envs:
@@ -89,7 +89,7 @@ def _state_of(trained: TrainedAgent) -> Mapping[str, Any]:
 
 
 def _measure(trained: TrainedAgent, episodes: int) -> dict[str, Any]:
-    """Returns of the agent over some games, and those of random play, which its run has measured."""
+    """Returns of the agent over some games, and of random play as its run measured it."""
     if episodes == 0:
         return {}
     config = playing_conditions(trained.config)

@@ -59,11 +59,11 @@ def play(arguments: PlayArguments) -> None:
 
 
 def make_stage(trained: TrainedAgent, *, name: str, seed: int) -> Stage:
-    """What the tabs of the page share.
+    """The data that all tabs of the page share.
 
     Args:
         trained: the agent.
-        name: what it was loaded by.
+        name: the name by which it was loaded.
         seed: seed of the games.
     """
     config = playing_conditions(trained.config, num_envs=1)
@@ -82,13 +82,13 @@ def make_stage(trained: TrainedAgent, *, name: str, seed: int) -> Stage:
     }
     open_game = partial(_open_game, config, seed)
     trial = open_game(0)
-    trial.start()  # a game that cannot be played is told now
+    trial.start()  # report a game that cannot be played now
     trial.close()
     return Stage(agent=agent, recorded=recorded, open_game=open_game, about=about, fps=fps)
 
 
 def _returns_of(trained: TrainedAgent) -> tuple[Returns | None, Returns | None]:
-    """Returns of the agent and of random play, as far as the run or the exported agent tells them."""
+    """Returns of the agent and of random play, as far as the run or the exported agent has them."""
     if is_exported(trained.source):
         figures = read_about(trained.source)["figures"]
         return _figure(figures.get("agent")), _figure(figures.get("random_play"))

@@ -1,8 +1,7 @@
 """``rem-atari sweep``: a run per game and seed, on Ray, on one machine or a cluster.
 
-A run is one Ray task in a process of its own. Ray starts the task again where its process died; the task
-finds the run's folder and resumes it. So does the whole sweep, when it is started again: what has been done
-stands in the runs' folders alone.
+A run is one Ray task in a process of its own. If its process dies, Ray starts the task again, and the task
+resumes from the run's folder. The whole sweep resumes in the same way: the runs' folders hold its only state.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from rem_atari.runs.session import read_sessions
 from rem_atari.scores.published import atari100k_games
 
 REFRESH_SECONDS = 2.0
-"""Between looks at the runs' folders."""
+"""Seconds between reads of the runs' folders."""
 
 SAVING_SECONDS = 60.0
-"""Time that runs get to save after a signal."""
+"""Seconds that runs get to save after a signal."""
 
 
 ATTEMPTS = 4
-"""To start Ray, whose processes wait for each other for 15 to 30 seconds: too short on a busy machine."""
+"""Attempts to start Ray, whose own timeouts of 15 to 30 seconds are too short on a busy machine."""
 
 
 @dataclass
@@ -51,7 +50,7 @@ class SweptRun:
     Attributes:
         path: its folder.
         config: its configuration.
-        starts_before: how often it was started before this sweep.
+        starts_before: number of starts before this sweep.
         ended: whether its task ended.
         problem: what went wrong, or None.
     """
@@ -64,12 +63,12 @@ class SweptRun:
 
     @property
     def starts(self) -> int:
-        """How often it was started, by this sweep and before."""
+        """Number of starts, by this sweep and before."""
         return len(read_sessions(RunFolder(self.path).sessions))
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """The file of its output."""
         return self.path.parent / "logs" / f"{self.path.name}.log"
 
     def describe(self) -> list[str]:
@@ -89,7 +88,7 @@ class SweptRun:
 
 
 def sweep(arguments: SweepArguments) -> None:
-    """Run what is not done, show a table meanwhile, and print the scores.
+    """Run the unfinished runs, show a table meanwhile, and print the scores.
 
     Raises:
         UsageError: a game, a seed or a number is wrong, or a folder holds a run with other settings.
@@ -120,7 +119,7 @@ def plan(arguments: SweepArguments) -> list[SweptRun]:
             f"--cpus is {arguments.cpus:g}, wanted more than 0; --gpus is {arguments.gpus}, "
             f"--retries {arguments.retries}, wanted at least 0"
         )
-    if config.threads == 0:  # torch's own choice would be all cores of the machine, for each run
+    if config.threads == 0:  # by default torch would use all cores of the machine, in each run
         config = replace(config, threads=max(1, int(arguments.cpus)))
     runs = []
     for game in _games(arguments.games) or [None]:
@@ -139,7 +138,7 @@ def run_one(config: Config, path: Path, log: Path) -> str | None:
     """Train a run in this process from its beginning, or resume it.
 
     Returns:
-        None, or what went wrong.
+        None, or the problem.
     """
     from rem_atari.commands.resume import resume
     from rem_atari.commands.train import train
@@ -228,7 +227,7 @@ def _run_all(ray: Any, runs: Sequence[SweptRun], arguments: SweepArguments) -> N
     gpus = arguments.gpus
     if gpus is None:
         gpus = 0.0 if arguments.config.device == "cpu" else 1.0
-    # A process of its own for each run: it begins as one that is started by hand.
+    # A new process for each run, as if it were started by hand.
     task = ray.remote(num_cpus=arguments.cpus, num_gpus=gpus, max_retries=arguments.retries, max_calls=1)(
         run_one
     )
@@ -263,7 +262,7 @@ def _problem(ray: Any, reference: Any) -> str | None:
 
 @contextmanager
 def _table(runs: Sequence[SweptRun]) -> Iterator[Any]:
-    """A function that shows how the runs stand: on a terminal one table, else a line for each change."""
+    """A function that shows the state of the runs: on a terminal one table, else a line for each change."""
     header = ["run", "state", "epochs", "starts", "mean return"]
     if sys.stderr.isatty():
         with Live(console=Console(file=sys.stderr), auto_refresh=False) as live:

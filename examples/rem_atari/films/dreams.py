@@ -50,7 +50,7 @@ def make_scenes(
     temperature: float,
     seed: int,
 ) -> list[Scene]:
-    """Imagine on from held-out starts.
+    """Imagine episodes from held-out starts.
 
     Args:
         agent: in eval mode.
@@ -113,7 +113,7 @@ def _dream_freely(
 def _start(
     agent: Agent, batch: SequenceTokens, context: int, generator: torch.Generator
 ) -> tuple[_WatchedEnv, Tensor]:
-    """An imagined environment at step `context` of every row, and what the controller sees of it."""
+    """An imagined environment at step `context` of every row, and the controller's first observation."""
     env = ImaginedEnv(agent.world_model, agent.tokenizer, generator, agent.show)
     start = batch.tokens[:, context]
     codes = env.reset(start, batch.tokens[:, :context], batch.actions[:, :context])
@@ -125,8 +125,8 @@ def _imagined_films(
 ) -> list[Film]:
     """A film for every row of a dream.
 
-    The chances of rewards and ends come from reading the imagined episode again as one sequence, which gives
-    what the steps gave (a law of retention).
+    The chances of rewards and ends come from one pass over the imagined episode as a sequence, which equals
+    the single steps (a law of retention).
     """
     tokens = torch.cat([batch.tokens[:, :context], dream.tokens[:, :-1]], dim=1)
     actions = torch.cat([batch.actions[:, :context], dream.actions], dim=1)
@@ -154,10 +154,10 @@ def _imagined_films(
 
 
 def _real_film(frames: Tensor, batch: SequenceTokens, row: int, context: int, names: Sequence[str]) -> Film:
-    """What really happened in a row from step `context` on; `frames` (T, S, S, 3) begin there.
+    """The real continuation of a row from step `context` on; `frames` (T, S, S, 3) begin there.
 
-    The last frame of the row only shows where the step before it led, unless the episode has no more frames:
-    then its step is shown too, as the end or the cut.
+    The last frame of the row only shows the result of the step before it. If the episode has no more frames,
+    its step is shown too, as the end or the truncation.
     """
     real = int(batch.mask[row, context:].sum())
     complete = real == frames.shape[0]
@@ -177,7 +177,7 @@ def _real_film(frames: Tensor, batch: SequenceTokens, row: int, context: int, na
 
 
 def _cut(film: Film, steps: int) -> Film:
-    """The film's first `steps` steps: beyond them there is no real action to imagine with."""
+    """The film's first `steps` steps; no real actions are known after them."""
     if len(film.steps) <= steps:
         return film
     return Film(title=film.title, frames=film.frames[: steps + 1], steps=film.steps[:steps])

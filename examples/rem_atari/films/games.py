@@ -11,12 +11,12 @@ import numpy as np
 from rem_atari.envs.vector import GameReturn, VectorStep
 
 FASTEST = 1
-"""zlib's level: a game's frames take a tenth of their size at little cost, and a long game is thousands."""
+"""zlib's fastest level: frames take a tenth of their size at little cost, and a long game has thousands."""
 
 
 @dataclass(frozen=True)
 class GameFilm:
-    """A game and the frames of it, those that were acted on and the one it ended with, compressed."""
+    """A game and its compressed frames: those acted on, and the final one."""
 
     game: GameReturn
     frames: list[bytes]
@@ -43,13 +43,13 @@ class BestAndWorst:
         self._frame_shape: tuple[int, ...] = ()
 
     def see(self, frames: np.ndarray, step: VectorStep) -> None:
-        """Keep the frames acted on; a game that ended waits for whether it counts."""
+        """Keep the frames acted on; an ended game is held until `count` is or is not called for it."""
         self._frame_shape = frames.shape[1:]
         self._ended.clear()
         for index, frame in enumerate(frames):
             self._open.setdefault(index, []).append(_compress(frame))
             if step.lost[index]:
-                # The game was given up with its environment; another one has begun.
+                # The game was dropped with its environment; another one has begun.
                 del self._open[index]
         for game in step.game_returns:
             frames_of_game = self._open.pop(game.env_index, [])

@@ -39,11 +39,11 @@ class FilmStep:
 
     Attributes:
         action: name of the action taken.
-        reward: the reward that came of it; of an imagined one only the sign, -1, 0 or 1.
-        ended: the episode came to an end with this step.
+        reward: its reward; of an imagined step only the sign, -1, 0 or 1.
+        ended: the episode ended with this step.
         reward_chances: the world model's chances of the signs -1, 0, 1; None where the step is real.
         end_chance: the world model's chance of the end; None where the step is real.
-        cut: nothing is known beyond this step: a limit, and not the game, cut the episode.
+        cut: the episode was truncated after this step by a limit, not ended by the game.
     """
 
     action: str
@@ -69,7 +69,7 @@ class Film:
     steps: list[FilmStep]
 
     def caption(self, step: int) -> tuple[str, str]:
-        """Two short lines on the frame after `step` steps: what led to it, and what chance it had.
+        """Two short lines on the frame after `step` steps: the step that led to it, and its probability.
 
         Beyond the film's last step the caption stays at that step.
         """
@@ -88,7 +88,7 @@ class Film:
 
 @dataclass(frozen=True)
 class Scene:
-    """Films that share one held-out start: the real continuation first, then what was imagined."""
+    """Films that share one held-out start: the real continuation first, then the imagined ones."""
 
     films: list[Film]
 

@@ -29,7 +29,7 @@ class RealStep:
         action: name of the action.
         reward: its raw reward.
         game_return: sum of the game's raw rewards up to here.
-        ended: the game came to an end with it, or was cut short.
+        ended: the game ended or was truncated with it.
     """
 
     action: str
@@ -47,11 +47,11 @@ class Moment:
         frame: of the game, uint8 (S, S, 3).
         decoded: the same frame from its tokens.
         imagined: the world model's frame.
-        dream_step: how long it has imagined by itself; 0: it has just been shown the game.
-        latest: the step that led here, whose game may be over; None at the start of the film.
+        dream_step: imagined steps since it last saw the game; 0: it has just seen the game.
+        latest: the step that led here, which may have ended the game; None at the start of the film.
         imagined_reward: sign of its reward as imagined; None at the start of the film.
-        dream_over: the imagined episode has come to its end; what it shows now means nothing.
-        ending: where a game is over: the picture before this one, of the frame that the game ended with.
+        dream_over: the imagined episode has ended; its frames have no meaning now.
+        ending: if a game ended: the picture before this one, of the game's final frame.
     """
 
     step: int
@@ -66,7 +66,7 @@ class Moment:
 
 
 class _Dream:
-    """Imagines along with the game: told the actions, shown the game only where `begin` is called.
+    """Imagination alongside the game: it gets every action, but sees the game only at `begin`.
 
     The steps of the episode just before are its context, as many as training sequences have.
     """
@@ -92,7 +92,7 @@ class _Dream:
         self.steps, self.over = 0, False
 
     def step(self, tokens: Tensor, action: Tensor) -> float:
-        """The reward imagined for `action` (1,); what the game showed, `tokens` (1, K), is kept for later."""
+        """The reward imagined for `action` (1,); the game's frame, `tokens` (1, K), is stored as context."""
         self._past.append((tokens, action))
         answer = self._env.step(action)
         self.steps += 1
@@ -126,7 +126,7 @@ class _Player:
 
     @property
     def last_frame(self) -> Tensor | None:
-        """The frame that a game ended with in the last step, uint8 (1, S, S, 3); None: it goes on."""
+        """The final frame of a game that ended in the last step, uint8 (1, S, S, 3); None: none ended."""
         frame = self._env.last_frames.get(0)
         return None if frame is None else torch.from_numpy(frame)[None]
 
@@ -135,7 +135,7 @@ class _Player:
         self._observation = self._env.reset()
 
     def step(self) -> Tensor:
-        """Take a step; the action taken, (1,). What came of it is `latest`."""
+        """Take a step and return the action, (1,). The result is in `latest`."""
         assert self._observation is not None  # start() comes first
         played, self._carry, self._observation = rollout(
             self._env,

@@ -17,7 +17,7 @@ from rem_atari.runs.durable import publish_file
 MP4, GIF = ".mp4", ".gif"
 
 CONSTANT_QUALITY = "18"
-"""x264's rate factor: at 18 a film is hardly to be told from the frames."""
+"""x264's rate factor: at 18 a film hardly differs from the frames."""
 
 COLOURS = 128
 """Colours of a GIF's palette; each picture has its own."""
@@ -27,7 +27,7 @@ def check_video_path(path: Path) -> None:
     """Check that a film can be written to `path`.
 
     Raises:
-        UsageError: its name says neither MP4 nor GIF.
+        UsageError: its name has another ending than .mp4 or .gif.
         ModuleNotFoundError: an MP4 is wanted and imageio-ffmpeg is not installed.
     """
     if path.suffix.lower() not in (MP4, GIF):
@@ -40,7 +40,7 @@ def save_video(path: Path, pictures: Iterable[np.ndarray], fps: float) -> None:
     """Write a film; an earlier one at `path` is replaced when the new one is whole, and not before.
 
     Args:
-        path: its name says which kind, .mp4 or .gif; the folder is made if it is not there.
+        path: its ending, .mp4 or .gif, sets the format; the folder is made if it is missing.
         pictures: uint8 (H, W, 3), all of one size, at least one; drawn as they are written, so that a film is
             never in memory as a whole.
         fps: pictures a second.
@@ -71,13 +71,13 @@ def _replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
         try:
-            temporary.touch()  # what the system refuses is better told by it than by ffmpeg
+            temporary.touch()  # the system's error message is clearer than ffmpeg's
             yield temporary
             publish_file(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        # ffmpeg's last words are the ones that say what is wrong.
+        # ffmpeg's last line gives the reason.
         lines = [line.strip() for line in str(error.strerror or error).splitlines() if line.strip()]
         raise RunError(f"the film {path} cannot be written: {lines[-1] if lines else error}") from error
 
@@ -113,7 +113,7 @@ def _write_mp4(path: Path, pictures: Iterator[np.ndarray], fps: float) -> None:
     finally:
         if writer is not None:
             writer.close()
-    # An ffmpeg that a full disk has stopped leaves half a film, and the package says nothing of it.
+    # If a full disk stops ffmpeg, half a film is left, and the package reports no error.
     try:
         whole = imageio_ffmpeg.count_frames_and_secs(str(path))[0] == count
     except RuntimeError:

@@ -1,1 +1,1 @@
-"""A trained agent put to work: load it, let it act, and dream in its world model."""
+"""A trained agent in use: load it, let it act, and dream in its world model."""

@@ -1,4 +1,4 @@
-"""The agent as its user holds it: frames in, actions out, and dreams."""
+"""The user's interface to a trained agent: frames in, actions out, and dreams."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from rem_atari.training.seeding import derive_seed
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """What the agent remembers of n games, and what its next actions are drawn by: a value.
+    """The agent's memory of n games and the seed of its next actions: a value.
 
     Attributes:
         carry: the recurrent cell's state, tensors (n, width).
         steps: actions taken so far.
-        seed: what the next action is drawn by, together with `steps`.
-        owner: digest of the weights of the controller whose memory it is; another's means something else.
+        seed: seed of the next action, together with `steps`.
+        owner: digest of the controller's weights; the memory is only valid for this controller.
     """
 
     carry: Carry
@@ -44,7 +44,7 @@ class Memory:
         return len(self.carry[0])
 
     def restart(self, restarted: ArrayLike) -> Memory:
-        """The memory with nothing of the games in `restarted`, bool (n,): there a new game begins."""
+        """The memory with the games in `restarted`, bool (n,), reset to the start of a new game."""
         rows = torch.as_tensor(np.asarray(restarted, dtype=bool), device=self.carry[0].device)
         if rows.shape != (len(self),):
             raise ValueError(
@@ -60,13 +60,13 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """What the agent makes of n observations.
+    """The agent's judgement of n observations.
 
     Attributes:
         tokens: the observations, int64 (n, K).
-        policy: chances of the actions, float32 (n, A), before any temperature.
-        values: what the agent expects of the discounted rewards from here on, float32 (n,).
-        logits: logarithms of the chances up to a constant, tensor (n, A).
+        policy: probabilities of the actions, float32 (n, A), before any temperature.
+        values: expected discounted return from here on, float32 (n,).
+        logits: logarithms of the probabilities up to a constant, tensor (n, A).
         memory: the memory after the observations; `LoadedAgent.observe_action` comes next.
     """
 
@@ -81,15 +81,15 @@ class LoadedAgent:
     """A trained agent in eval mode, as `rem_atari.load_agent` gives it.
 
     Frames are uint8 (S, S, 3), as `make_env` gives them, or (n, S, S, 3) for n games side by side. Methods
-    take and give numpy arrays. They draw by the seeds in memory and dream, so they are functions of their
+    take and return numpy arrays. They draw by the seeds in memory and dream, so they are functions of their
     arguments.
 
     Attributes:
         networks: tokenizer, world model and controller.
         config: the configuration of its run.
-        name: where it was loaded from.
+        name: the place it was loaded from.
         action_names: a name for each action.
-        sees: what its frames show, in a few words; None if it was trained by a version that did not note it.
+        sees: the content of its frames in a few words; None if an earlier version trained it.
     """
 
     def __init__(self, trained: TrainedAgent, name: str, load_starts: Callable[[], Starts]) -> None:
@@ -125,7 +125,7 @@ class LoadedAgent:
         return self._load_starts()
 
     def make_env(self) -> gymnasium.Env:
-        """The game, prepared as in an evaluation: its frames are what the agent takes.
+        """The game, prepared as in an evaluation; the agent takes its frames.
 
         Raises:
             ValueError: the game is not installed.
@@ -146,7 +146,7 @@ class LoadedAgent:
 
     @torch.no_grad()
     def remember(self, starts: Starts, *, seed: int = 0) -> Memory:
-        """The memory just before the last frames of `starts`, of the steps before them."""
+        """The memory of the steps before the last frames of `starts`."""
         if not isinstance(starts, Starts):
             raise TypeError(f"LoadedAgent.remember(): starts is a {type(starts).__name__}; wanted Starts.")
         check_seed("LoadedAgent.remember()", seed)
@@ -156,7 +156,7 @@ class LoadedAgent:
 
     @torch.no_grad()
     def judge(self, seen: np.ndarray | Dream, memory: Memory) -> Judgement:
-        """What the agent makes of a frame, or of a dream.
+        """The agent's judgement of a frame or a dream.
 
         Raises:
             ValueError: the frame is of another shape or type, there are more or fewer than the games that
@@ -179,7 +179,7 @@ class LoadedAgent:
 
     @torch.no_grad()
     def observe_action(self, action: ArrayLike, memory: Memory) -> Memory:
-        """The memory after an action was taken, int or (n,), whether the agent chose it or not."""
+        """The memory after an action, int or (n,), chosen by the agent or not."""
         self._check_memory("observe_action", memory)
         actions = self._actions("observe_action", action, len(memory))
         carry = self.networks.controller.observe_action(actions, memory.carry)
@@ -188,7 +188,7 @@ class LoadedAgent:
     def act(
         self, seen: np.ndarray | Dream, memory: Memory, *, temperature: float | None = None
     ) -> tuple[int | np.ndarray, Memory]:
-        """Choose an action, and take it in as taken.
+        """Choose an action, and update the memory with it.
 
         Args:
             seen: a frame (S, S, 3), frames (n, S, S, 3), or a dream.
@@ -208,7 +208,7 @@ class LoadedAgent:
         return (int(chosen[0]) if is_single else chosen), memory
 
     def choose(self, judged: Judgement, *, temperature: float | None = None) -> np.ndarray:
-        """Choose an action for each of n observations, int64 (n,); nothing takes it in.
+        """Choose an action for each of n observations, int64 (n,); the memory does not change.
 
         Raises:
             ValueError: the temperature is below 0.
@@ -249,7 +249,7 @@ class LoadedAgent:
         Args:
             start: a frame (S, S, 3), frames (n, S, S, 3), or starts, whose frames before the last are read
                 first, as many as in training.
-            seed: what the dream is drawn by.
+            seed: seed of the dream.
 
         Raises:
             ValueError: the frames are of another shape or type, or the seed is negative.
@@ -297,7 +297,7 @@ class LoadedAgent:
 
     @cached_property
     def _digest(self) -> str:
-        """That of the controller's weights, as they were when it was first asked for."""
+        """The digest of the controller's weights, computed at the first call."""
         digest = hashlib.sha256()
         for weights in self.networks.controller.state_dict().values():
             digest.update(weights.cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""A dream: a moment of imagined games, with everything that follows from it, as a value."""
+"""A dream: a moment of imagined games as a value, from which imagination continues."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Dream:
         tokens: the observations, int64 (n, K); `LoadedAgent.decode` shows them.
         rewards: rewards of the step that led here, float32 (n,); 0 at the start. They are drawn from the
             world model, which knows only the signs of rewards unless `world_model.reward_bins` is set.
-        ended: the game ended with that step, bool (n,); then what follows has no meaning.
+        ended: the game ended with that step, bool (n,); later steps have no meaning.
         expected_rewards: mean of the predicted rewards of that step, float32 (n,).
         reward_chances: chances of a negative reward, of none and of a positive one, float32 (n, 3).
         end_chances: chance of the end, float32 (n,).
         steps: imagined steps since the start.
-        seed: what the next step is drawn by, together with `steps`.
+        seed: seed of the next step, together with `steps`.
         state: the world model's memory.
     """
 
@@ -81,7 +81,7 @@ class Dream:
         return len(self.tokens)
 
     def with_seed(self, seed: int) -> Dream:
-        """The same moment, from which other futures are drawn; `seed` is at least 0.
+        """The same moment with another seed, at least 0, which gives other futures.
 
         Raises:
             ValueError: `seed` is negative.

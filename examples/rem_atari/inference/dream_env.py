@@ -1,4 +1,4 @@
-"""The dream as an environment: a trained world model behind gymnasium's interface, for anyone's agent."""
+"""The dream as an environment: a trained world model behind gymnasium's interface, for any agent."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class DreamEnv(gymnasium.Env[np.ndarray, int]):
     `world_model.reward_bins`. After `horizon` steps the episode is truncated.
 
     Args:
-        agent: a loaded agent, or what `load_agent` takes: the folder of a run or of an exported agent, or the
-            name of one that comes with the package.
+        agent: a loaded agent, or the argument of `load_agent`: the folder of a run or of an exported agent,
+            or the name of one that comes with the package.
         horizon: most steps of an episode, at least 1.
-        starts: where episodes begin; None: the agent's own real frames.
+        starts: the starts of episodes; None: the agent's own real frames.
         temperature: of the draws; 0: always the most likely future.
         render_mode: "rgb_array", whose picture is the frame itself, or None.
 
     Attributes:
-        dream: the moment that the next step goes on from. Keep it, and set it again to rewind.
+        dream: the moment before the next step. Keep it, and set it again to rewind.
 
     Raises:
         ValueError: a value is out of its range, or there is no such agent.
@@ -66,7 +66,7 @@ class DreamEnv(gymnasium.Env[np.ndarray, int]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin at a start that is drawn, or at number `options["start"]`; the info says which.
+        """Begin at a random start, or at number `options["start"]`; the info gives the number.
 
         Raises:
             ValueError: there is no such start.
@@ -102,7 +102,7 @@ class DreamEnv(gymnasium.Env[np.ndarray, int]):
         return None if self.render_mode is None or self.dream is None else self._frame(self.dream)
 
     def get_action_meanings(self) -> list[str]:
-        """The game's names of the actions, in capitals, as ale-py's environments tell them."""
+        """The game's names of the actions, in capitals, as in ale-py's environments."""
         return [name.upper() for name in self.agent.action_names]
 
     def _frame(self, dream: Dream) -> np.ndarray:
@@ -120,7 +120,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarr
         num_envs: number of dreams, at least 1.
 
     Attributes:
-        dream: the moment that the next step goes on from.
+        dream: the moment before the next step.
 
     Raises:
         ValueError: a value is out of its range, or there is no such agent.
@@ -155,7 +155,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarr
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin all dreams anew."""
+        """Restart all dreams."""
         super().reset(seed=seed)
         self.dream = self._begin(self.num_envs)
         self._ages[:] = 0

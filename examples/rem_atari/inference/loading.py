@@ -1,4 +1,4 @@
-"""One line from a name to an agent: `load_agent`."""
+"""`load_agent`: a trained agent by its name or folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rem_atari.runs.exported import is_exported, read_exported_starts
 from rem_atari.runs.trained import Step, TrainedAgent, read_trained
 
 MOST_STARTS = 256
-"""Starts that are taken from a run's replay."""
+"""Number of starts drawn from a run's replay."""
 
 
 def load_agent(

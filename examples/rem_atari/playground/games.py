@@ -23,8 +23,8 @@ class Answer:
     Attributes:
         frame: the frame that follows, uint8 (S, S, 3); of a game that is over the one that it ended with.
         reward: the raw reward.
-        over: the game has ended, or was cut short.
-        place: where the game stands now, for its next `step`.
+        over: the game has ended or was truncated.
+        place: the game's state, for its next `step`.
     """
 
     frame: np.ndarray
@@ -34,13 +34,13 @@ class Answer:
 
 
 class Game(Protocol):
-    """A real game, as a function of where it stands and of the action."""
+    """A real game, as a function of its state and the action."""
 
     why_unknown: str
-    """Why `step` may have no answer, for the player."""
+    """The reason for a missing answer of `step`, for the player."""
 
     def step(self, place: Any, action: int) -> Answer | None:
-        """What follows `action` at a place that this game has given; None if the game cannot tell."""
+        """The answer to `action` at a place from this game; None if it is unknown."""
         ...
 
 
@@ -54,13 +54,13 @@ class Recorded(Game, Protocol):
         ...
 
     def enter(self, index: int) -> tuple[Starts, Any]:
-        """Frame number `index` with what came before it, N = 1, and its place."""
+        """Frame number `index` with the frames before it, N = 1, and its place."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where a live game stands: its saved state, or None where its environment cannot be saved."""
+    """The state of a live game: its saved state, or None if its environment cannot be saved."""
 
     saved: dict[str, Any] | None
 
@@ -124,7 +124,7 @@ class ReplayedGames:
 
     Args:
         replay: of a run.
-        length: frames that a player is given on entering, at most.
+        length: the most frames given to a player on entering.
     """
 
     why_unknown = "The recording took another action here. The dream goes on alone."
@@ -158,7 +158,7 @@ class ReplayedGames:
 
 
 class KeptStarts:
-    """The frames that come with an exported agent; nothing is known of what followed them.
+    """The frames that come with an exported agent; the steps after them are unknown.
 
     Args:
         starts: of the agent.

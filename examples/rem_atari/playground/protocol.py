@@ -1,4 +1,4 @@
-"""The words between the page and the server: JSON objects, each request answered once, in order.
+"""The protocol between page and server: JSON objects; each request is answered once, in order.
 
 ===========================================================  ============================================
 request                                                      answer
@@ -12,7 +12,7 @@ request                                                      answer
 ``{"do": "film", "at": 7, "format": "gif"}``                 ``{"film": name}``, then the file's bytes
 ===========================================================  ============================================
 
-What cannot be is answered by ``{"error": sentence}``, and the connection goes on.
+An impossible request is answered by ``{"error": sentence}``, and the connection stays open.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class LookRequest:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """Take an action, or the agent's by what it sees on a side, from moment `at`."""
+    """Take an action from moment `at`: a given one, or the agent's for what it sees on a side."""
 
     at: int
     action: int | Side
@@ -119,10 +119,10 @@ REQUESTS: dict[str, type[Request]] = {
 
 
 def parse_request(text: str) -> Request:
-    """What the page asks for.
+    """The request in a message of the page.
 
     Raises:
-        RequestError: it is no request; the message says what was wanted.
+        RequestError: it is no valid request; the message says what was wanted.
     """
     try:
         words = json.loads(text)

@@ -66,13 +66,13 @@ INTERNAL_ERROR, TRY_LATER = 1011, 1013
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What all tabs share.
+    """The data that all tabs share.
 
     Attributes:
         agent: the agent.
         recorded: recorded frames to start from, or None.
         open_game: makes the game of a tab from a seed.
-        about: what the page is told once, JSON data.
+        about: JSON data that the page gets once.
         fps: moments a second of a film.
     """
 
@@ -87,14 +87,14 @@ class Tabs:
     """The WebSocket endpoint: a session for each tab, whose requests are answered one after another.
 
     Args:
-        stage: what all tabs share.
+        stage: the data that all tabs share.
     """
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._open = 0
         self._seeds = count()
-        # One computation at a time: torch has the cores, and the tabs take turns.
+        # One computation at a time: torch uses all cores, so the tabs take turns.
         self._turn = anyio.CapacityLimiter(1)
 
     async def play(self, tab: WebSocket) -> None:
@@ -131,7 +131,7 @@ class Tabs:
         try:
             request = parse_request(text)
             if isinstance(request, FilmRequest):
-                # Not in turn: it takes seconds, and no network.
+                # Outside the queue: it takes seconds and runs no network.
                 path = session.path(request.at)
                 draw = partial(
                     make_film, path, self._stage.agent.action_names, request.format, self._stage.fps

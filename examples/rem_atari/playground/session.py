@@ -1,4 +1,4 @@
-"""What one tab plays: a tree of moments, each with the game and the dream as they stood."""
+"""The session of one tab: a tree of moments, each with the state of the game and of the dream."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rem_atari.replay.starts import Starts
 from rem_atari.training.seeding import derive_seed
 
 Side = Literal["game", "dream"]
-"""What the agent looks at where it chooses the action."""
+"""The side that the agent sees when it chooses the action."""
 
 MOST_MOMENTS = 2_000
-"""Moments that are kept; the oldest are forgotten."""
+"""Number of moments kept; the oldest are dropped."""
 
 
 class RequestError(ValueError):
-    """The page asked for something that cannot be; the message is for the player."""
+    """The page made an impossible request; the message is for the player."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -25,7 +25,7 @@ dream = rem_atari.DreamEnv(agent)  # or play in the dream
 
 
 def model_card(trained: TrainedAgent, figures: Mapping[str, Any]) -> str:
-    """What the agent is, how good it is, and how it was made.
+    """The model card: a description of the agent, its returns, and its training.
 
     Args:
         trained: the agent as it is exported.

@@ -1,4 +1,4 @@
-"""A trained agent from where it lies: a run, a checkpoint, an exported folder, or this package.
+"""Trained agents in a run, a checkpoint, an exported folder, or this package.
 
 A run may still be training: nothing is locked or changed.
 """
@@ -33,7 +33,7 @@ from rem_atari.runs.folder import RunFolder, open_run_folder
 from rem_atari.training.setup import check_device, set_threads
 
 ATTEMPTS = 3
-"""A training may delete the checkpoint that is being read; there is a newer one then."""
+"""Attempts to read: training may delete the checkpoint that is being read; then there is a newer one."""
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 """Agents that come with the package, an exported folder each."""
@@ -114,7 +114,7 @@ def read_trained(
             agent that comes with the package.
         step: of a run: number of the checkpoint, the newest whole one, or the one kept as the best.
         device: where the agent goes; None: where it was trained.
-        say: told of every damaged checkpoint that is passed over.
+        say: called for every damaged checkpoint that is skipped.
 
     Raises:
         UsageError: there is no such agent, the run has no such checkpoint, or the device is not there.
@@ -208,7 +208,7 @@ def _load_newest(run: RunFolder, say: Callable[[str], None]) -> Checkpoint:
 def build_agent(config: Config, checkpoint: Checkpoint) -> Agent:
     """The agent with a checkpoint's weights, on the CPU and in eval mode.
 
-    The number of actions is read off the weights.
+    The number of actions is read from the weights.
 
     Raises:
         CheckpointError: they do not fit the configuration.

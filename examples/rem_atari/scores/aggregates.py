@@ -1,4 +1,4 @@
-"""Aggregates over games and seeds, with intervals: the mean alone says little of 26 games and five seeds.
+"""Aggregates over games and seeds, with intervals: a mean alone says little about 26 games and five seeds.
 
 Source: Deep Reinforcement Learning at the Edge of the Statistical Precipice, arXiv 2108.13264, and its
 authors' package rliable, which computes them and draws the bootstrap.
@@ -36,7 +36,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregates:
-    """What an agent reached on some games.
+    """An agent's aggregated scores on some games.
 
     Attributes:
         agent: its name.
@@ -65,7 +65,7 @@ def aggregate(agent: str, scores: Mapping[str, Sequence[float]], *, resamples: i
     """Aggregate an agent's human-normalised scores; every game counts the same, however many seeds it has.
 
     The intervals are percentiles of a bootstrap that draws, for each game anew, as many of its scores as
-    there are, with replacement. They say how much depends on the seeds, not on the choice of games.
+    there are, with replacement. They measure the variation between seeds, not between choices of games.
 
     Args:
         agent: its name.
@@ -145,7 +145,7 @@ def _balance(columns: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed numpy's global random numbers, which are the only ones that rliable draws, for the block."""
+    """Seed numpy's global random numbers, the only ones that rliable uses, inside the block."""
     before = np.random.get_state()
     np.random.seed(seed % 2**32)
     try:

@@ -60,7 +60,7 @@ def _draw_metric(
         low, high = estimate.interval
         axes.barh(place, high - low, left=low, height=0.6, color=colour, alpha=0.75)
         axes.vlines(estimate.value, place - 0.3, place + 0.3, color="black", linewidth=1.2)
-    # A bar holds the axis to its own ends unless told not to: what lies there would be cut off.
+    # By default the axis ends at the bars' ends, where a line would be cut off.
     axes.use_sticky_edges = False
     axes.set_title(f"{name} ({'lower' if name == METRICS[-1] else 'higher'} is better)", fontsize=10)
     axes.set_ylim(len(results) - 0.5, -0.5)
@@ -73,7 +73,7 @@ def _draw_metric(
 def _draw_profiles(
     axes: Axes, results: Sequence[Aggregates], colours: dict[str, str], highlight: str | None
 ) -> None:
-    """How many scores are above each threshold."""
+    """Draw the share of scores above each threshold."""
     for result in results:
         colour, stands_out = colours[result.agent], result.agent == highlight
         width = 2.4 if stands_out else 1.3

@@ -1,4 +1,4 @@
-"""The weights of the perceptual loss (LPIPS): found on this machine, fetched once, read without trust."""
+"""The weights of the perceptual loss (LPIPS): finding, fetching and safely reading them."""
 
 from rem_atari.weights.fetch import convert_weights, fetch_weights
 from rem_atari.weights.files import cached_weights, find_weights, load_perceptual

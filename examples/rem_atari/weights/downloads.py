@@ -1,4 +1,4 @@
-"""Files from the network: each is known by its sha256 beforehand, and a download cut short goes on."""
+"""Downloads: each file is checked by its known sha256, and an interrupted download continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNK = 1 << 18
 """Bytes read at once."""
 
 TIMEOUT = 30.0
-"""Seconds without an answer after which a server is given up."""
+"""Seconds to wait for a server's answer."""
 
 
 class DownloadError(RunError):
@@ -38,8 +38,8 @@ class RemoteFile:
 
     Attributes:
         url: where, http or https; a user and a password in it are sent to its host and not shown.
-        sha256: its digest in hexadecimal digits, or how that begins.
-        most_bytes: nothing larger is fetched.
+        sha256: its digest in hexadecimal digits, or the first of them.
+        most_bytes: size limit in bytes.
     """
 
     url: str
@@ -68,7 +68,7 @@ class Network:
         """Ask for a page or file, answered with a status in the 200s.
 
         Raises:
-            DownloadError: it cannot be had.
+            DownloadError: it cannot be fetched.
         """
         request = _request(url, headers or {})
         with explained(url):
@@ -80,18 +80,18 @@ class Network:
 
 
 def fetch(remote: RemoteFile, folder: Path, network: Network, stream: TextIO) -> Path:
-    """Fetch a file into a folder, unless it is there already; what was fetched is checked before it counts.
+    """Fetch a file into a folder unless it is there already; it gets its name only after a check.
 
-    A download that was cut short is taken up where it ended, if the server can, and else begins anew.
+    An interrupted download continues where it stopped if the server allows, else it starts again.
 
     Args:
         remote: the file.
-        folder: where to; it exists.
+        folder: an existing folder for it.
         network: how to reach it.
         stream: where progress is shown.
 
     Raises:
-        DownloadError: the file cannot be had, is too large, or is not the one that was wanted.
+        DownloadError: the file cannot be fetched, is too large, or has another digest.
         OSError: it cannot be written.
     """
     path, part = folder / remote.name, folder / f"{remote.name}.part"
@@ -117,7 +117,7 @@ def sha256_of(path: Path) -> str:
 
 
 def shown(url: str) -> str:
-    """An address as it may be shown: without user and password."""
+    """An address without user and password, for messages."""
     parts = urllib.parse.urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
@@ -144,7 +144,7 @@ def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
     if parts.username is not None:
         user = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         token = base64.b64encode(user.encode()).decode("ascii")
-        # Unredirected: where the host sends us on to another, the password stays.
+        # Unredirected: the password does not go to another host after a redirection.
         request.add_unredirected_header("Authorization", f"Basic {token}")
     return request
 
@@ -176,12 +176,12 @@ def _transfer(remote: RemoteFile, part: Path, network: Network, stream: TextIO) 
 
 
 def _open_at(remote: RemoteFile, done: int, network: Network) -> tuple[http.client.HTTPResponse, int]:
-    """The file from byte `done` on, or from its start where the server has it no other way."""
+    """The file from byte `done` on, or from its start if the server cannot resume."""
     if done > 0:
         try:
             response = network.open(remote.url, {"Range": f"bytes={done}-"})
         except DownloadError as error:
-            # 416: there is nothing after that byte, so what we have is no beginning of this file.
+            # 416: there are no bytes after that, so our part is not the beginning of this file.
             if getattr(error.__cause__, "code", None) != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise
         else:

