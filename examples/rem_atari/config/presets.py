@@ -145,7 +145,7 @@ MINATAR = Config(
         # noise.
         horizon=21,
         gamma=0.97,
-        # With 0.02 and less policies became certain before they were good.
+        # With 0.02 or less, policies became deterministic before they were good.
         entropy_weight=0.03,
         uses=2,
         minibatches=4,

@@ -20,7 +20,7 @@ PEAK = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class FrameErrors:
-    """Errors of one way to redraw N frames.
+    """Errors of N frames against their reconstructions.
 
     Attributes:
         mse: mean squared error over all pixels and channels.
@@ -71,18 +71,18 @@ class TokenScores:
 
 @dataclass(frozen=True, kw_only=True)
 class EventScores:
-    """How good a predictor is of rare classes: rewards that are not 0, ends.
+    """Scores of a predictor on rare classes: rewards that are not 0, ends.
 
     Attributes:
         steps: steps scored.
-        events: how many of them brought an event, that is, any class but the usual one.
-        predicted: how many of them the most likely guess says it of.
-        recall: share of events that the most likely guess hits, its kind too; None without an event.
-        precision: share of its guesses of an event that are right; None if it makes none.
-        chance: mean chance given to the events that came, which is how often imagination, which draws, would
-            have shown them; None without an event.
-        calibration: the sum of all chances given to events, over the number that came: at 1 imagination shows
-            as many as the game, at 2 twice as many; None without an event.
+        events: number of steps with an event, that is, any class but the usual one.
+        predicted: number of steps whose most likely class is an event.
+        recall: share of events whose class is the most likely one; None without an event.
+        precision: share of predicted events that are right; None if there are none.
+        chance: mean probability of the events that came, the rate at which imagination would draw them; None
+            without an event.
+        calibration: sum of all probabilities of events over the number that came: at 1 imagination shows as
+            many as the game, at 2 twice as many; None without an event.
     """
 
     steps: int
@@ -95,7 +95,7 @@ class EventScores:
 
     @property
     def base_rate(self) -> float | None:
-        """Share of the steps that brought an event: the precision of guessing one at every step."""
+        """Share of the steps with an event: the precision of predicting one at every step."""
         return self.events / self.steps if self.steps else None
 
 
@@ -105,7 +105,7 @@ class CodebookUse:
 
     Attributes:
         used: codes that appear.
-        size: codes there are.
+        size: number of codes.
         perplexity: exp of the entropy of their use: the number of equally used codes with the same entropy.
     """
 
@@ -167,7 +167,7 @@ def frame_errors(
 
     Args:
         frames: real frames, (N, S, S, 3).
-        redrawn: what stands for them, (N, S, S, 3) or one frame for all, (S, S, 3).
+        redrawn: their reconstructions, (N, S, S, 3), or one frame for all, (S, S, 3).
         foreground: pixels that count as foreground, (N, S, S).
         moving: pixels that changed since the frame before, (N, S, S).
     """
@@ -200,8 +200,8 @@ def fit_baselines(
 ) -> TokenBaselines:
     """Fit the counting predictors on training frames.
 
-    The unigram adds one to each count, so that a code never seen keeps a chance; the unigram per place adds
-    the unigram itself as one pseudo-count.
+    The unigram adds one to each count, so that an unseen code keeps a probability above 0; the unigram per
+    place adds the unigram itself as one pseudo-count.
 
     Args:
         tokens: tokens of frames, (N, K).
@@ -222,7 +222,7 @@ def fit_baselines(
 def _fit_copy_weight(same: NDArray[np.bool_], chance: NDArray[np.float64], rounds: int = 50) -> float:
     """The weight w with the highest likelihood of w * same + (1 - w) * chance, by expectation maximisation.
 
-    One pseudo-count for "not a copy" keeps w below 1: a change must stay possible where training shows none.
+    One pseudo-count for "not a copy" keeps w below 1, so that changes stay possible if training shows none.
     """
     weight = 0.5
     for _ in range(rounds):
@@ -261,10 +261,10 @@ def score_events(
     """Score predictions of classes.
 
     Args:
-        predictions: they, (N, 1).
+        predictions: the predictions, (N, 1).
         target: the classes that came, (N, 1).
-        usual: the one class that is no event.
-        usual_chance: the chance that it was given, (N, 1).
+        usual: the class that is no event.
+        usual_chance: its predicted probability, (N, 1).
     """
     happened, said = target != usual, predictions.choice != usual
     hit = happened & (predictions.choice == target)
@@ -280,10 +280,10 @@ def score_events(
 
 
 def has_one_outcome(signs: NDArray[np.int64], ended: NDArray[np.bool_]) -> bool:
-    """Whether rewards tell nothing that the ends of episodes do not.
+    """Whether rewards carry no information beyond the ends of episodes.
 
-    So it is where they are the same at every step, or one kind comes with each end and no other at all: the
-    games of a perfect player of Catch all end with +1.
+    This holds if they are the same at every step, or if one sign comes with every end and no other sign
+    occurs: the games of a perfect player of Catch all end with +1.
 
     Args:
         signs: of the rewards, (N,).
@@ -305,10 +305,10 @@ class StepErrors:
 
     Attributes:
         step: steps imagined, from 1.
-        count: real frames that there were to compare with; where an episode ends there are no more.
+        count: number of real frames to compare with; an ended episode has no more.
         imagined: of the imagined frames.
         copied: of the real frame from which imagination began, shown unchanged.
-        redrawn: of the real frame seen through the tokenizer: what the tokenizer alone costs.
+        redrawn: of the real frame's reconstruction: the error of the tokenizer alone.
         imagined_moving, copied_moving: the same over the pixels that differ from the frame from which
             imagination began; None if there are none.
     """
@@ -323,7 +323,7 @@ class StepErrors:
 
     @property
     def passed(self) -> bool:
-        """Whether the imagined frames are nearer to the real ones than the last frame."""
+        """Whether the imagined frames are nearer to the real ones than the start frame is."""
         return self.imagined < self.copied
 
     def psnr(self, what: Drawn) -> float:
@@ -337,7 +337,7 @@ class HorizonErrors:
 
     Attributes:
         starts: held-out frames from which it began.
-        steps: the errors after 1, 2, ... steps, as far as there were real frames.
+        steps: the errors after 1, 2, ... steps, as far as real frames exist.
     """
 
     starts: int

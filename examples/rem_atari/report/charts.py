@@ -51,20 +51,20 @@ class Chart:
 
     @property
     def drawn(self) -> list[Series]:
-        """The curves that have a point that can be drawn, as far as they can."""
+        """The drawable parts of the curves that have any."""
         return [series for series in map(_drawable, self.series) if series.x]
 
     @property
     def heights(self) -> list[float]:
-        """Every height that the y axis must span."""
+        """All heights that the y axis must span."""
         level = [] if self.level is None or not math.isfinite(self.level[1]) else [_in_reach(self.level[1])]
         bands = [bound for series in self.drawn for bound in (series.low or []) + (series.high or [])]
         return [y for series in self.drawn for y in series.y] + bands + level
 
 
 def _drawable(series: Series) -> Series:
-    """The points of a series that are finite, within reach; a bound of the band that is not falls on the
-    curve."""
+    """The finite points of a series, clamped to the drawable range; a bound of the band that is not finite
+    becomes the curve."""
     low, high = series.low or series.y, series.high or series.y
     rows = [
         tuple(_in_reach(value if math.isfinite(value) else y) for value in (x, y, bottom, top))
@@ -108,7 +108,7 @@ LOSS_CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
 
 
 def charts_of(lines: Sequence[MetricLine]) -> list[Chart]:
-    """Every chart that the run's metrics have at least one point for, returns first."""
+    """Every chart with at least one point in the run's metrics, returns first."""
     charts = [_returns_chart(lines)]
     for phase, title, metrics in LOSS_CHARTS:
         series = [

@@ -1,4 +1,4 @@
-"""The content of the report's page: a run's folder, read and measured as far as it exists."""
+"""The content of the report's page, from the files of a run's folder that exist."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunData:
         lines: the readable lines of its metrics, oldest first.
         step: number of the newest whole checkpoint, or None.
         agent: its weights, on the CPU and in eval mode; None without a whole checkpoint.
-        state: what the trainer noted beside them; empty without a whole checkpoint.
+        state: the trainer's state beside them; empty without a whole checkpoint.
         training: the experience trained on, or None.
         heldout: the steps of the last evaluation, never trained on, or None.
         notes: a sentence on each thing that is missing or damaged.
@@ -155,12 +155,12 @@ class Report:
         command: the command that starts such a run again.
         play: the command that lets a person play in its dream; empty without weights.
         notes: sentences on what is missing or unusual, shown at the top.
-        step: number of the checkpoint whose weights were looked at, or None.
-        quality: what was measured on held-out frames.
+        step: number of the checkpoint whose weights were measured, or None.
+        quality: the measurements on held-out frames.
         scenes: imagined films; empty where none could be made.
-        edits: settings that were edited by hand after the run had begun: what each was, and what it is.
-        evaluation: what `rem-atari evaluate` found out, see `reading.newest_summary`, or None.
-        rivals: what `rem-atari blind` found out, or None.
+        edits: settings that were edited by hand after the start of the run, with old and new value.
+        evaluation: the results of `rem-atari evaluate`, see `reading.newest_summary`, or None.
+        rivals: the results of `rem-atari blind`, or None.
     """
 
     game: str
@@ -180,7 +180,7 @@ class Report:
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """The agent beside its rivals on held-out frames; empty where nothing could be measured."""
+        """The agent beside its rivals on held-out frames; empty if nothing could be measured."""
         return self.quality.comparisons
 
 
@@ -188,7 +188,7 @@ def attempt(part: str, notes: list[str], make: Callable[[], T]) -> T | None:
     """The result of `make`; if it fails, None and a note, so that one part does not cost the whole report.
 
     Raises:
-        OSError: the disk refused; that is no fault of the part.
+        OSError: a file cannot be read or written; this is no fault of the part.
     """
     try:
         return make()
@@ -235,7 +235,7 @@ def _imagine(data: RunData) -> list[Scene]:
 
 
 def quality_json(report: Report) -> str:
-    """What was measured on held-out frames as JSON text, with what it was measured of."""
+    """The measurements on held-out frames as JSON text, with the run and checkpoint measured."""
     steps = last_value(report.lines, "env_steps")
     of = {
         "game": report.game,
@@ -248,7 +248,7 @@ def quality_json(report: Report) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON data with null for every number that is not finite, which JSON cannot say."""
+    """JSON data with null for every number that is not finite, because JSON has none."""
     if isinstance(value, dict):
         return {name: without_nan(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -257,7 +257,7 @@ def without_nan(value: Any) -> Any:
 
 
 def measure_quality(data: RunData) -> Quality:
-    """Measure the networks on held-out frames, as far as there are both."""
+    """Measure the networks on held-out frames, if both exist."""
     agent, heldout, training = data.agent, data.heldout, data.training
     if agent is None or heldout is None:
         return Quality(steps=0 if heldout is None else heldout.num_steps)

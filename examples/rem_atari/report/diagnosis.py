@@ -15,23 +15,23 @@ from rem_atari.report.history import MetricLine, Series, reward_sizes, values_of
 from rem_atari.report.text import number
 
 BLIND_FACTOR = 2.0
-"""The tokenizer counts as blind above so many times the error with which it may rest; once its rest is due,
-above that error itself."""
+"""The tokenizer counts as blind above this multiple of the error at which it may freeze; once its freeze is
+due, above that error itself."""
 
 STUCK_SHARE = 0.8
-"""The reward loss counts as stuck above this share of what the base rate alone would score."""
+"""The reward loss counts as stuck above this share of the base rate's loss."""
 
 COLLAPSED_SHARE = 0.1
 """The entropy counts as near zero below this share of the highest that the run has shown."""
 
 MOVED_NOISES = 3.0
-"""The imagined return counts as moved beyond so many times its typical change from epoch to epoch."""
+"""The imagined return counts as moved beyond this multiple of its typical change from epoch to epoch."""
 
 RISEN_FACTOR = 1.15
 """The world model's loss counts as rising above this multiple of its lowest."""
 
 LEAST_RISE = 0.1
-"""Nats that the loss must have risen besides: a loss near zero multiplies by chance."""
+"""Nats that the loss must also have risen, because a loss near zero multiplies by chance."""
 
 USED_SHARE = 0.1
 """The codebook counts as collapsed when a batch uses a smaller share of its codes."""
@@ -40,7 +40,7 @@ LEAST_COVERED = 0.98
 """A codebook of patches counts as too small where a smaller share of new patches has a code."""
 
 CLIPPED_FACTOR = 2.0
-"""The value's scale counts as too large with gradients of so many times the norm they are clipped to."""
+"""The value's scale counts as too large with gradients of this multiple of the clipping norm."""
 
 SAME_SIZE = 1.001
 """Rewards count as equally large up to this ratio."""
@@ -55,8 +55,8 @@ class Finding:
 
     Attributes:
         check: its name, for scripts.
-        title: what it looks at.
-        sign: whether it sees the sign; None where the metrics do not tell (yet).
+        title: what it checks.
+        sign: whether the sign is there; None if the metrics do not show it (yet).
         says: the figures in a sentence.
         advice: what to try; empty without a sign.
         figures: the same figures by name.
@@ -74,7 +74,7 @@ def diagnose(lines: Sequence[MetricLine], config: Config) -> list[Finding]:
     """Run every check, in the order in which to act on them.
 
     Args:
-        lines: lines of metrics.jsonl, of a run that may still go on.
+        lines: lines of metrics.jsonl; the run may still train.
         config: its configuration.
     """
     return [check(lines, config) for check in CHECKS]
@@ -95,9 +95,9 @@ def check_moving_pixels(lines: Sequence[MetricLine], config: Config) -> Finding:
     limit = config.tokenizer.freeze_foreground_error
     if len(errors.y) < 2:
         return found(None, "The tokenizer has left too few figures so far.")
-    # Patches are at rest from the start, whatever they show.
+    # Patches are frozen from the start.
     frozen = learned and _last(values_of(lines, "tokenizer", "frozen")) > 0
-    # Its first epoch begins with a tokenizer that sees nothing.
+    # Its first epoch begins with an untrained tokenizer.
     error = statistics.fmean(errors.y[1:][-WINDOW:])
     freeze = config.tokenizer.freeze_epoch
     due = freeze is not None and errors.x[-1] >= freeze
@@ -118,7 +118,7 @@ def check_moving_pixels(lines: Sequence[MetricLine], config: Config) -> Finding:
 
 
 def _check_patches(found: Callable[..., Finding], lines: Sequence[MetricLine], config: Config) -> Finding:
-    """Whether a codebook that only grows still has codes for what comes."""
+    """Whether a growing codebook has room for the patches of new frames."""
     covered, codes = values_of(lines, "tokenizer", "covered"), values_of(lines, "tokenizer", "codes")
     if not covered.y:
         return found(None, "The tokenizer has left no figures so far.")
@@ -169,7 +169,7 @@ def check_entropy(lines: Sequence[MetricLine], config: Config) -> Finding:
     entropy, gained = (values_of(lines, "controller", name) for name in ("entropy", "imagined_return"))
     if len(entropy.y) < 2 or len(gained.y) != len(entropy.y):
         return found(None, "The controller has left too few figures so far.")
-    # At random the entropy is the highest there can be.
+    # Random play has the highest possible entropy.
     highest = max(entropy.y + values_of(lines, "collect_random", "entropy").y)
     figures = {"entropy": entropy.y[-1], "highest": highest, "imagined_return": gained.y[-1]}
     low = next((at for at, value in enumerate(entropy.y) if value < COLLAPSED_SHARE * highest), None)
@@ -300,11 +300,11 @@ CHECKS: tuple[Callable[[Sequence[MetricLine], Config], Finding], ...] = (
     check_value_scale,
     check_reward_sizes,
 )
-"""The checks, in the order in which to heed them."""
+"""The checks, in the order in which to act on them."""
 
 
 def _finding(check: str, title: str) -> Callable[..., Finding]:
-    """Makes the findings of one check; advice is only given with a sign."""
+    """Returns a function that makes the findings of one check; advice is only given with a sign."""
 
     def make(
         sign: bool | None, says: str, advice: str = "", figures: Mapping[str, float] | None = None

@@ -42,7 +42,7 @@ class PhaseThroughput:
         seconds: wall time.
         share: share of the run's wall time.
         amount: units of work done, or None where the phase counts none.
-        unit: what a unit of work is.
+        unit: the unit of work.
         rate: units a second over the phase's whole time, or None.
         frames_per_second: imagined frames a second (controller) over its whole time, or None.
         imagined_per_env_step: imagined frames for a step of the real game (controller), or None.
@@ -66,7 +66,7 @@ class Returns:
         mean: mean over episodes.
         standard_error: of that mean; None where single returns are unknown or too few.
         episodes: number of episodes.
-        unfinished: how many of them were cut off by the bound on the evaluation's time.
+        unfinished: how many of them were cut off by the evaluation's time limit.
     """
 
     mean: float
@@ -108,7 +108,7 @@ def returns_of(lines: Sequence[MetricLine], phase: str) -> Returns | None:
 
 
 def reward_sizes(lines: Sequence[MetricLine]) -> tuple[float, float] | None:
-    """Sizes of the smallest and the largest reward collected that is not 0; None where none is known."""
+    """The smallest and the largest absolute reward collected other than 0; None if none is known."""
     smallest = [size for phase in COLLECTIONS for size in values_of(lines, phase, "smallest_reward").y]
     largest = [size for phase in COLLECTIONS for size in values_of(lines, phase, "largest_reward").y]
     return (min(smallest), max(largest)) if smallest and largest else None

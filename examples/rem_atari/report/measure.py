@@ -55,7 +55,7 @@ SEQUENCES_AT_ONCE = 16
 
 
 def look_at_frames(agent: Agent, training: Replay, heldout: Replay) -> FrameQuality:
-    """Reconstruct held-out frames, beside the mean of training frames."""
+    """Reconstruct held-out frames, and compare with the mean of training frames."""
     frames, before = _draw_frames(heldout)
     tokens = agent.tokenizer.encode(frames)
     redrawn = agent.tokenizer.decode(tokens).numpy()
@@ -90,7 +90,7 @@ def _draw_frames(heldout: Replay) -> tuple[Tensor, Tensor]:
 def look_at_predictions(
     agent: Agent, config: Config, training: Replay, heldout: Replay
 ) -> PredictionQuality | None:
-    """The world model's predictions on held-out sequences beside predictors that count.
+    """The world model's predictions on held-out sequences beside counting predictors.
 
     None where no held-out or no training episode is long enough.
     """
@@ -137,8 +137,8 @@ def look_at_horizon(agent: Agent, config: Config, heldout: Replay) -> HorizonErr
 def imagine_scenes(agent: Agent, config: Config, heldout: Replay, action_names: Sequence[str]) -> list[Scene]:
     """Films imagined from held-out starts; empty where no held-out episode is long enough.
 
-    As many as possible of the first half of the starts are ones that a reward or an end follows; the others
-    are drawn uniformly.
+    In the first half of the starts, as many as possible are followed by a reward or an end; the others are
+    drawn uniformly.
     """
     context = _context(config)
     length = context + 1 + SCENE_STEPS
@@ -158,7 +158,7 @@ def imagine_scenes(agent: Agent, config: Config, heldout: Replay, action_names: 
 
 
 def _context(config: Config) -> int:
-    """Steps that give context alone: those without loss in training, and at least one."""
+    """Steps that only give context: those without loss in training, at least one."""
     return max(1, config.world_model.context_blocks)
 
 
@@ -176,9 +176,9 @@ class Evidence:
 
     Attributes:
         predictions: the world model's, (N, K).
-        target: what came, (N, K).
-        previous: what a token is compared with to tell whether it changed, (N, K).
-        previous_chance: the chance that the world model gives to that, (N, K).
+        target: the outcomes, (N, K).
+        previous: the earlier values, against which changes are counted, (N, K).
+        previous_chance: the world model's probability of the earlier value, (N, K).
     """
 
     predictions: TokenPredictions
@@ -187,7 +187,7 @@ class Evidence:
     previous_chance: NDArray[np.float64]
 
     def score(self, predictions: TokenPredictions) -> TokenScores:
-        """Scores of these predictions, the world model's or another's."""
+        """The scores of the given predictions against the outcomes."""
         return score_tokens(predictions, self.target, self.previous)
 
 
@@ -207,7 +207,7 @@ def predict_sequences(
         world_model: in eval mode.
         codebook: the tokenizer's codes, (V, E).
         batch: held-out sequences of more than `first` steps, padding on the right.
-        first: steps before this one give context alone; at least 1, since a first frame has none before it.
+        first: steps before this one only give context; at least 1, since a first frame has none before it.
     Returns:
         Evidence for tokens (N, K); for reward classes (N, 1), whose "previous" is the class of no reward; and
         for ends (M, 1), whose "previous" is no end, without steps after which an episode was cut short.
@@ -259,14 +259,14 @@ def _join(parts: Sequence[Evidence]) -> Evidence:
 def look_ahead(
     agent: Agent, frames: Tensor, batch: SequenceTokens, *, context: int, seed: int
 ) -> HorizonErrors:
-    """Imagine on from held-out starts with the actions that were really taken, and compare.
+    """Imagine from held-out starts with the real actions, and compare with the real frames.
 
     Args:
         agent: in eval mode.
         frames: held-out frames, uint8 (B, T, S, S, 3).
         batch: the same as tokens; the first `context` + 2 steps of each row are real.
         context: real steps that the world model takes in before the start.
-        seed: seed of what imagination draws.
+        seed: seed of imagination's draws.
     """
     generator = torch.Generator(batch.tokens.device).manual_seed(seed)
     dream = dream_along(agent, batch, context, generator)

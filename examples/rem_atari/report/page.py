@@ -51,8 +51,8 @@ def write_report(run: Path) -> Path:
 
     TensorBoard shows the same pictures and films, at the last epoch.
 
-    Whatever the run lacks (a run stopped early, no held-out frames, a part that never trained) is said in the
-    page instead of shown. Earlier reports are replaced.
+    The page names whatever the run lacks (a run stopped early, no held-out frames, a part that never
+    trained). Earlier reports are replaced.
 
     Args:
         run: the run's folder.
@@ -123,7 +123,7 @@ def _size_of(path: Path) -> int:
 
 
 def render(report: Report, run_files: Sequence[RunFile]) -> str:
-    """The whole page as HTML text; `run_files` is what lies in the run's folder."""
+    """The whole page as HTML text; `run_files` are the files in the run's folder."""
     from_top_to_bottom = (
         header,
         sections.imagination,

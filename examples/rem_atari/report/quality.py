@@ -49,9 +49,9 @@ class Comparison:
     """One measure of the agent beside a rival that needs no learning, and whether the agent wins.
 
     Attributes:
-        measure: name of the measure.
+        measure: its name.
         ours: the agent's value.
-        rival: name of what it is compared with.
+        rival: name of the rival.
         theirs: the rival's value.
         higher_is_better: direction of the measure.
         explanation: one sentence on what the measure means.
@@ -191,13 +191,13 @@ class Redrawn:
 
 @dataclass(frozen=True, kw_only=True)
 class FrameQuality:
-    """What the tokenizer does to held-out frames.
+    """The tokenizer's quality on held-out frames.
 
     Attributes:
         redrawn: some of them beside their reconstructions.
         count: frames measured.
         ours: errors of the reconstructions.
-        mean_frame: errors of the mean training frame, shown whatever the game does.
+        mean_frame: errors of the mean training frame as a constant reconstruction.
         codebook: use of the codes.
     """
 
@@ -215,16 +215,16 @@ class FrameQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionQuality:
-    """What the world model says of held-out steps, given the real past.
+    """The world model's quality on held-out steps, given the real past.
 
     Attributes:
-        tokens: how good its next-frame tokens are.
-        unigram, place_unigram, copy: how good those of predictors are that count.
-        copy_weight: the weight to copy of the last of them.
-        rewards: how good its reward signs are.
-        base_rate: how good it would be to know only how often each sign occurs.
-        reward_events, end_events: how it does on rewards that are not 0, and on ends.
-        one_outcome: the rewards tell nothing that the ends do not, see `analysis.has_one_outcome`.
+        tokens: scores of its next-frame tokens.
+        unigram, place_unigram, copy: scores of the counting predictors.
+        copy_weight: the weight of copying in the last of them.
+        rewards: scores of its reward signs.
+        base_rate: scores of a predictor that knows only how often each sign occurs.
+        reward_events, end_events: its scores on rewards that are not 0, and on ends.
+        one_outcome: the rewards carry no information beyond the ends, see `analysis.has_one_outcome`.
     """
 
     tokens: TokenScores
@@ -240,7 +240,7 @@ class PredictionQuality:
 
     @property
     def comparisons(self) -> list[Comparison]:
-        """The world model beside the predictors that count; in rewards only where these vary."""
+        """The world model beside the counting predictors; rewards are compared only if they vary."""
         return [
             *compare_tokens(
                 self.tokens,
@@ -255,13 +255,13 @@ class PredictionQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What could be measured on held-out steps; None for what could not.
+    """The measurements on held-out steps; None for missing ones.
 
     Attributes:
-        steps: held-out steps there are.
-        frames: how well the tokenizer keeps them.
-        predictions: how well the world model predicts them.
-        horizon: how far imagination drifts from them.
+        steps: number of held-out steps.
+        frames: the tokenizer's quality.
+        predictions: the world model's quality.
+        horizon: the errors of imagination over the horizon.
     """
 
     steps: int = 0
@@ -349,5 +349,5 @@ def _step(errors: StepErrors) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """None for the PSNR of a perfect copy, which JSON cannot say."""
+    """None for the infinite PSNR of a perfect copy, which JSON cannot express."""
     return value if math.isfinite(value) else None

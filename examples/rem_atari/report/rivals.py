@@ -1,4 +1,4 @@
-"""What `rem-atari blind` found out, and when an agent is said to have learned."""
+"""The results of `rem-atari blind`, and the criterion for an agent that has learned."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BLIND_POLICIES = {
     "list_by_start": "best list of actions for each start",
     "copied_by_start": "the script's actions for each start",
 }
-"""Policies that see nothing, or only which of a few starts it is, with what they are called. The last plays
-what the scripted player does after that start where nothing disturbs it."""
+"""Policies that see nothing, or only which of a few starts it is, with their names. The last repeats the
+scripted player's actions after that start in an undisturbed game."""
 
 SCRIPTED = "scripted"
-"""A player that sees the game and knows it: no rival, but a ceiling."""
+"""A player that sees the game and knows its rules: no rival, but an upper bound."""
 
 POLICY_NAMES = BLIND_POLICIES | {SCRIPTED: "scripted player, which sees"}
 
@@ -56,7 +56,7 @@ class Rivals:
 
 
 def read_rivals(path: Path) -> Rivals | None:
-    """What `rem-atari blind` wrote; None if it is not there, or not whole."""
+    """The results in the file of `rem-atari blind`; None if it is missing or not whole."""
     data = read_json(path)
     if data is None or data.get("schema") != SCHEMA or not is_number(data.get("search_steps")):
         return None
@@ -80,7 +80,7 @@ def _returns(policy: Any) -> Returns | None:
 
 
 def learned_sentence(agent: Returns, rivals: Rivals) -> str:
-    """How the agent of one run stands to the best policy that sees nothing."""
+    """A sentence that compares the agent of one run with the best policy that sees nothing."""
     blind = rivals.returns[rivals.best_blind]
     mean = describe_mean(blind.mean, blind.standard_error)
     verdict = {

@@ -111,7 +111,7 @@ def _how_it_imagines(config: Config) -> str:
 
 
 def _what_ends(config: Config) -> str:
-    """A sentence where an end means one thing in training and another in the held-out games."""
+    """A sentence for games in which an end means different things in training and in held-out games."""
     if config.env.id is not None:
         return ""
     return " It learned from training games, in which a lost life ends an episode; in these games none does."
@@ -280,7 +280,7 @@ def _comparison_row(row: Comparison) -> str:
 
 
 def _events(report: Report) -> str:
-    """How often the world model predicts the events that matter most and are rarest."""
+    """A table of the world model's scores on events, which are rare and matter most."""
     predictions = report.quality.predictions
     if predictions is None:
         return ""

@@ -23,7 +23,7 @@ from rem_atari.runs.reading import is_number
 PAPER_EPOCHS, PAPER_STEPS = 600, 100_000
 PLUMBING_PRESETS = ("debug", "tiny")
 MISSES_NAMED = 3
-"""The summary names at most so many misses; of more it gives the number."""
+"""Most misses that the summary names; of more it gives only the number."""
 TRAINED_PHASES = ("tokenizer", "world_model", "controller")
 
 VERDICTS = {
@@ -66,7 +66,7 @@ def agent_sentence(agent: Returns | None, random: Returns | None) -> str:
 
 
 def returns_text(returns: Returns) -> str:
-    """A mean return with its standard error, and how many games it rests on."""
+    """A mean return with its standard error and number of games."""
     mean = describe_mean(returns.mean, returns.standard_error).replace("-", "−")
     unfinished = f", {returns.unfinished} of them cut off by the clock" if returns.unfinished else ""
     return f"{mean} over {count(returns.episodes, 'game')}{unfinished}"
@@ -82,7 +82,7 @@ def learned(report: Report) -> str:
 
 
 def evaluation_sentence(report: Report) -> str:
-    """What `rem-atari evaluate` found out, if it was asked."""
+    """A sentence on the results of `rem-atari evaluate`, if there are any."""
     found = report.evaluation
     if found is None:
         return ""
@@ -168,7 +168,7 @@ def header(report: Report) -> str:
 
 
 def the_run(report: Report) -> str:
-    """How large the run was, and its key figures."""
+    """The size of the run, and its key figures."""
     return section(
         "The run",
         f"<p>{escape(what_ran(report))} {escape(evaluation_sentence(report))}"

@@ -1,4 +1,4 @@
-"""Numbers, names and fragments of HTML as the page writes them."""
+"""Numbers, names and fragments of HTML in the page's format."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ class Timing:
     """One part of the work.
 
     Attributes:
-        name: what is done.
-        batch: how many of what is done at once.
-        of: what these are.
-        seconds: of each repetition that was timed.
-        memory: bytes at most on the device in these repetitions; None where that is not known.
+        name: the part's name.
+        batch: items processed at once.
+        of: what the items are.
+        seconds: of each timed repetition.
+        memory: peak bytes on the device in these repetitions; None if unknown.
         parts: median seconds of what it consists of, in order; none where it was timed as a whole.
         flops: floating point operations of the matrix products and convolutions in each of `parts`, counted
             in a repetition of its own; none where they cannot be (on a GPU, compiled).
@@ -53,13 +53,13 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What was measured.
+    """The measurements.
 
     Attributes:
         config: the configuration asked for, with its whole batches.
         batch_scale: share of a batch that was computed.
         timings: by the parts' names, in order.
-        process_memory: bytes at most that the process had in memory, everything included.
+        process_memory: the process's peak memory in bytes.
         matrix_rate: on a CPU, floating point operations a second of a product of two square matrices in the
             run's precision, the median of what was measured between the timings; else None.
     """
@@ -98,7 +98,7 @@ class Benchmark:
         """Seconds of a whole run by part: the schedule's steps and updates times what one takes.
 
         Updates on a scaled batch count 1 / scale times their seconds. A phase takes no longer than its bound
-        on wall time. Evaluations are left out: how long a game lasts is not known.
+        on wall time. Evaluations are left out, because the length of a game is not known.
         """
         unit = {
             "collect_random": 1 / self.timings["play at random"].rate,
