@@ -207,7 +207,7 @@ class EvaluateArguments:
 
 @dataclass(frozen=True)
 class BlindArguments:
-    """Measure what policies that see nothing reach in a game: rivals that say more than random play.
+    """Measure policies that see nothing of a game: stronger rivals than random play.
 
     Random play, the best constant action, and the best list of actions that a small search finds, each
     measured on games that no search has played, under the conditions of `rem-atari evaluate`. Where a game

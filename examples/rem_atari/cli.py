@@ -42,7 +42,7 @@ commands:
   train      train an agent on a game, evaluate it, and write a report
   resume     go on with a run that was stopped
   evaluate   play whole games with a trained agent: scores and films
-  blind      measure what policies that see nothing reach in a game
+  blind      measure policies that see nothing of a game
   record     film the game, its reconstruction and the imagination side by side
   export     write a trained agent into a small folder, to keep and share
   play       play in the agent's dream, beside the real game, in the browser

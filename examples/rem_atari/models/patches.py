@@ -26,7 +26,7 @@ class PatchTokenizer(BaseTokenizer):
     Args:
         cfg: `channels` give the size of a patch, `codebook_size` bounds the number of codes,
             `patch_threshold` is the largest error at which a code stands for a patch, `code_dim` the size of
-        a code as other networks see it.
+            a code as other networks see it.
         frame_size: S, the side of a frame in pixels.
 
     Raises:

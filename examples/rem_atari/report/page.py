@@ -38,7 +38,7 @@ PURPOSES = {
     "replay": "the experience trained on, in append-only shards",
     "heldout": "steps of the last evaluation, never trained on",
     "evaluation": "whole games played by `rem-atari evaluate`: scores, episodes, films",
-    "blind.json": "what policies that see nothing reach, found out by `rem-atari blind`",
+    "blind.json": "returns of policies that see nothing, by `rem-atari blind`",
     "media/curves.png": "the curves of this page",
     "media/reconstructions.png": "frames beside their reconstructions",
     "media/imagination.gif": "the imagined films",
