@@ -62,7 +62,7 @@ FAULTS = (
 """Refused pairs of GPU and Triton.
 
 Reports about Hopper (sm_90) have no row here, because these kernels do not contain the reported constructs;
-the audit checks the compiled code (`benchmarks/kernel_audit/compiled.py`).
+the audit checks the compiled code (`benchmarks/kernel_audit/triton_ir.py`).
 """
 
 
