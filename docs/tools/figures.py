@@ -3,7 +3,7 @@
     python docs/tools/figures.py                                        # all pages and pictures anew
     python docs/tools/figures.py --add catch runs/catch-0 --name seed-0 # take in a finished run first
 
-What lies where is told in `raw_results.py`. A test holds that the page is up to date.
+`raw_results.py` describes the files. A test checks that the page is up to date.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ the one seed; that of the other policies is over games. The scripted player sees
 
 
 def main() -> None:
-    """Take a run in, if one is named, and write everything."""
+    """Add a run, if one is named, and write everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--add", nargs=2, metavar=("EXPERIMENT", "RUN"), help="a finished run to take in")
     parser.add_argument("--name", help="its name there: seed-N or VARIANT-seed-N")
@@ -119,7 +119,7 @@ def _machine(result: Result) -> str:
 
 
 Column = tuple[str, Callable[[Result], str]]
-"""A title, and what stands below it for a run."""
+"""A column of a table: its title, and the cell of a run."""
 
 RUN_COLUMNS: tuple[Column, ...] = (
     ("run", lambda result: result.name),
@@ -175,8 +175,8 @@ def _quality(*path: str, digits: int = 3, percent: bool = False) -> Callable[[Re
 
 
 def _base_rate(event: str) -> Callable[[Result], str]:
-    """A column: the share of the held-out steps that brought an event, which is the precision of always
-    foretelling it."""
+    """A column: the share of the held-out steps with an event, which is the precision of always predicting
+    one."""
 
     def cell(result: Result) -> str:
         scores = (result.quality or {}).get(event)
@@ -252,7 +252,7 @@ def _returns(found: Returns | None) -> str:
 
 
 def _ratio(agent: Returns | None, random: Returns | None) -> str:
-    """How many times random play's return; of one that may as well be 0 or less there are no multiples."""
+    """The ratio to random play's return; a dash if that is not clearly above 0."""
     if agent is None or random is None or random.mean <= 2 * (random.standard_error or 0.0):
         return "–"
     return f"{agent.mean / random.mean:.1f}"
@@ -275,7 +275,7 @@ def draw(experiment: Experiment, path: Path) -> None:
 
 
 def digest(experiment: Experiment) -> str:
-    """Names what a picture was drawn from, so that a test sees whether it is still that."""
+    """A digest of a picture's data, by which a test sees whether the picture is up to date."""
     drawn = [(result.name, _drawn(result)) for result in experiment.results]
     return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
 

@@ -18,7 +18,7 @@ VERDICTS = {True: "yes", False: "**no**", None: "–"}
 
 @dataclass(frozen=True)
 class Agents:
-    """The mean return of an experiment's agents, without its variants, and over what its error is."""
+    """The mean return of an experiment's agents without its variants, and the samples of its error."""
 
     returns: Returns
     over: str

@@ -1,4 +1,4 @@
-"""The raw results of training runs, which are kept beside the page: how a run gets there, and how it's read.
+"""The raw results of training runs, which are kept beside the page: adding and reading a run.
 
     docs/results/data/order.txt            the experiments, in the order of the page
     docs/results/data/EXPERIMENT/README.md what was tried: a title and a few sentences
@@ -68,7 +68,7 @@ class Result:
 
     @property
     def variant(self) -> str:
-        """What of the experiment was varied; empty for the thing itself."""
+        """The name of the variant; empty for the main runs."""
         found = RUN_NAME.fullmatch(self.name)
         return self.name if found is None else found["variant"] or ""
 
@@ -95,7 +95,7 @@ class Result:
 
     @property
     def random(self) -> Returns | None:
-        """Random play's mean return, of whichever measurement has more games."""
+        """Random play's mean return, from the measurement with more games."""
         found = [returns_of(self.lines, "random")]
         if self.evaluation is not None:
             found.append(_summary_returns(self.evaluation.get("random_play")))
@@ -137,7 +137,7 @@ def load_experiments(folder: Path = RESULTS) -> list[Experiment]:
 
 
 def load_experiment(folder: Path) -> Experiment:
-    """An experiment and its runs, those of the thing itself first, then the variants."""
+    """An experiment and its runs, the main ones first, then the variants."""
     readme = folder / "README.md"
     title, _, text = (readme.read_text() if readme.is_file() else f"# {folder.name}\n").partition("\n")
     results = [load_result(path) for path in folder.iterdir() if (path / "metrics.jsonl").is_file()]
@@ -160,7 +160,7 @@ def load_result(folder: Path) -> Result:
 
 
 def add_result(run: Path, experiment: str, name: str, folder: Path = RESULTS) -> Path:
-    """Copy what a run's folder tells of it into the raw results, in place of an earlier run of that name.
+    """Copy the results in a run's folder into the raw results, in place of an earlier run of that name.
 
     Raises:
         ValueError: the name is none of a run's.

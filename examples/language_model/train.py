@@ -4,9 +4,9 @@
     python examples/language_model/train.py novel.txt --folder runs/novel --steps 4000
     torchrun --nproc-per-node 2 examples/language_model/train.py novel.txt
 
-Every row of a batch reads a stretch of its own through the text, a window a step, and carries its state from
-step to step: gradients reach back one window, the memory reaches back as far as the decay lets it. A run that
-was stopped goes on, bit for bit as if it had not been, when it is started again with the same settings.
+Every row of a batch reads its own part of the text, one window per step, and carries its state from step to
+step: gradients reach back one window, the memory as far as the decay allows. A stopped run resumes, bit for
+bit as if it had not stopped, when it is started again with the same settings.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_bytes(path: Path | None) -> Tensor:
 
 
 class Streams:
-    """Rows that read a text side by side, each from a place of its own, over and over."""
+    """Rows that read a text side by side, each from its own place, repeatedly."""
 
     def __init__(self, text: Tensor, rows: int, window: int, rank: int = 0, world: int = 1) -> None:
         length = (len(text) - 1) // rows
@@ -66,7 +66,7 @@ class Streams:
         self.window = window
 
     def at(self, step: int) -> tuple[Tensor, Tensor, bool]:
-        """Tokens and targets (B, window) of a step, and whether the rows start over with it."""
+        """Tokens and targets (B, window) of a step, and whether the rows start over at it."""
         start = step % self.steps * self.window
         window = self.rows[:, start : start + self.window + 1].long()
         return window[:, :-1], window[:, 1:], start == 0
@@ -97,7 +97,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 @torch.no_grad()
 def bits_per_byte(model: RetNetLM, text: Tensor, window: int = 4096) -> float:
-    """Of a text read once from its start, the state carried from window to window."""
+    """Bits per byte of a text read once from its start, with the state carried from window to window."""
     nats, state = 0.0, None
     for start in range(0, len(text) - 1, window):
         piece = text[None, start : start + window + 1].long()
@@ -117,7 +117,7 @@ def sample(model: RetNetLM, prompts: list[str], length: int) -> None:
 
 
 class Trainer:
-    """One process of a run: the model, its optimizer, the rows it reads, and where it stands."""
+    """One process of a run: the model, its optimizer, its rows of the text, and its progress."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -180,7 +180,7 @@ class Trainer:
         os.replace(unfinished, self.file)
 
     def resume(self) -> None:
-        """Go on from where a run in the same folder was saved, if there is one."""
+        """Resume the run saved in the same folder, if there is one."""
         if self.file.exists():
             whole = torch.load(self.file, weights_only=True)
             self.step, self.state = whole["step"], whole["state"]

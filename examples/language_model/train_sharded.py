@@ -5,8 +5,8 @@
 
 Weights, gradients and the optimizer's moments are sharded over all ranks. With ``--context-ranks 1`` every
 rank has rows of its own; with 2, pairs of neighbouring ranks have the same rows, each a half of every
-sequence. A run that was stopped goes on when it is started again, also on another number of ranks: its
-batches depend on the step alone.
+sequence. A stopped run resumes when it is started again, also on another number of ranks, because its batches
+depend on the step alone.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Trainer:
         return bits
 
     def whole(self) -> dict[str, object]:
-        """All that the next step depends on; each rank holds its shards."""
+        """The state that the next step depends on; each rank holds its shards."""
         weights, moments = get_state_dict(self.model, self.optimizer)
         return {"step": self.step, "model": weights, "optimizer": moments}
 
@@ -113,7 +113,7 @@ class Trainer:
         dcp.save(self.whole(), checkpoint_id=self.args.folder / f"step-{self.step:08d}")
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint in the folder, if there is one."""
+        """Resume from the newest checkpoint in the folder, if there is one."""
         saved = sorted(self.args.folder.glob("step-*/.metadata"))  # written last
         if saved:
             whole = self.whole()

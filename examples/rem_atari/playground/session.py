@@ -58,11 +58,11 @@ class DreamSide:
     """The dream at a moment.
 
     Attributes:
-        dream: of one game; once it has ended it stands still, and its frame means nothing.
+        dream: of one game; after its end it does not change, and its frame has no meaning.
         judged: what the agent makes of it.
-        frame: what its tokens decode to, uint8 (S, S, 3); at its beginning the game's.
-        total: rewards dreamt since it was shown the game.
-        stands: it had ended before the step that led here.
+        frame: its decoded tokens, uint8 (S, S, 3); at its beginning the game's frame.
+        total: imagined rewards since it last saw the game.
+        stands: it had already ended before the step that led here.
     """
 
     dream: Dream
@@ -86,8 +86,8 @@ class Moment:
         parent: number of the moment before it; None at a start.
         step: steps since the start.
         action: the action that led here; None at a start.
-        game: the real game; None where its course is unknown.
-        why_unknown: why `game` is None.
+        game: the real game; None if its course is unknown.
+        why_unknown: the reason if `game` is None.
         dream: the dream.
     """
 
@@ -101,12 +101,12 @@ class Moment:
 
     @property
     def over(self) -> bool:
-        """Nothing can follow."""
+        """Whether no step can follow."""
         return self.dream.over and (self.game is None or self.game.over)
 
 
 class Session:
-    """Plays the real game and the dream with the same actions, from any moment that it has seen.
+    """Plays the real game and the dream with the same actions, from any of its moments.
 
     Args:
         agent: the agent that dreams.
@@ -146,22 +146,22 @@ class Session:
         return self._begin(recent, self._recorded, place)
 
     def look(self, at: int) -> Moment:
-        """The moment `at` once more, with a dream that has just been shown the game."""
+        """A copy of the moment `at` with a new dream, which begins at the game's frame."""
         moment = self._get(at)
         if moment.game is None or moment.game.over:
             raise RequestError("there is no game here that the dream could be shown")
         return self._keep(replace(moment, dream=self._fall_asleep(moment.game)))
 
     def step(self, at: int, action: int | Side, *, likely: bool, anew: bool) -> Moment:
-        """Take one step from the moment `at`, in the game and in the dream; what is over stands still.
+        """Take one step from the moment `at`, in the game and in the dream, unless they are over.
 
-        The same step from the same moment leads to the moment that is there already, unless it is taken anew.
+        The same step from the same moment returns the existing moment, unless `anew` is set.
 
         Args:
             at: number of the moment.
-            action: an action, or the side at whose sight the agent chooses it.
-            likely: dream what is most likely instead of a draw.
-            anew: draw the dream by another seed.
+            action: an action, or the side that the agent sees when it chooses one.
+            likely: take the most likely outcome in the dream instead of a draw.
+            anew: draw the dream's step with another seed.
         """
         moment = self._get(at)
         if moment.over:
@@ -213,7 +213,7 @@ class Session:
         return derive_seed(self._seed, "dream", next(self._dreams))
 
     def _choose(self, moment: Moment, side: Side) -> int:
-        """The agent's action; where the side it looks at is over, the other one counts."""
+        """The agent's action by one side, or by the other if that one is over."""
         game = moment.game
         sees_game = game is not None and not game.over and (side == "game" or moment.dream.over)
         return int(self._agent.choose(game.judged if sees_game else moment.dream.judged)[0])

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from rliable import library, metrics
 
 METRICS = ("mean", "median", "IQM", "optimality gap")
-"""Mean and median of the games' mean scores; the mean of the middle half of all scores; and by how much
-scores miss 1, a human's, on average, where what is above 1 counts as 1."""
+"""Mean and median of the games' mean scores; the mean of the middle half of all scores; and the mean
+shortfall of scores from 1, a human's, with scores above 1 counted as 1."""
 
 FEW_SEEDS = 3
 """Intervals from fewer seeds a game are too narrow to be believed."""

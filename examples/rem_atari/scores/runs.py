@@ -27,9 +27,9 @@ class RunScore:
         config: its configuration.
         score: mean raw return.
         normalised: the same, human-normalised.
-        episodes: games that it is the mean of.
-        source: where it was found.
-        notes: what makes it less than the score of a finished run, sentences without the run's name.
+        episodes: number of games of that mean.
+        source: the file or evaluation that it comes from.
+        notes: its limits compared with the score of a finished run, sentences without the run's name.
     """
 
     path: Path

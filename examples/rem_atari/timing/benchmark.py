@@ -37,20 +37,20 @@ from rem_atari.training.updates import Lap
 from rem_atari.weights import find_weights
 
 FILL_STEPS, MOST_FILL_STEPS = 600, 20_000
-"""Steps played at random to have something to train on, and the bound where episodes are too short for it."""
+"""Random steps for training data, and their bound if episodes are too short."""
 
 PLAY_STEPS = 50
 """Steps of play that are timed."""
 
 ENCODED = 256
-"""Frames that are encoded to time it."""
+"""Frames encoded to time the encoding."""
 
 CPU_UPDATE = 300e9
 """Floating point operations that an update of the world model may take on a CPU where the user does not say
 what share of a batch to compute: a second or two of two cores."""
 
 MATRIX = 1024
-"""Side of the square matrices whose product is the rate that a CPU's work is measured by."""
+"""Side of the square matrices whose product gives a CPU's matrix rate."""
 
 COVERING = 8
 """Draws for each stored frame after which all but one in e^8 have their tokens."""
@@ -166,7 +166,7 @@ def _time_parts(config: Config, state: RunState, repeat: _Repeat) -> Iterator[Ti
 
     yield repeat("encode", encode, batch=ENCODED, of="frames")
     blocks = config.world_model.sequence_blocks
-    # Frames that are drawn again need no encoding; what encoding takes is a part of its own.
+    # Frames drawn again need no encoding; encoding is timed as a part of its own.
     rows = -(-COVERING * state.replay.num_steps // blocks)
     state.tokens.tokenize(state.replay.sample_sequences(rows, blocks, min_real=1))
     for name in ("world_model", "controller"):
@@ -276,7 +276,7 @@ def _time(
 
 
 class _Laps:
-    """Times the parts of what is done again and again; the seconds of each part by its name."""
+    """Times the parts of repeated work: the seconds of each part by its name."""
 
     def __init__(self, device: str) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -297,7 +297,7 @@ class _Laps:
 
 
 def _count_flops(work: Callable[[Lap], object]) -> dict[str, int]:
-    """What each part of the work computes in matrix products and convolutions."""
+    """The floating point operations of each part's matrix products and convolutions."""
     flops: dict[str, int] = {}
     with FlopCounterMode(display=False) as counter:
 
@@ -332,7 +332,7 @@ def _wait(device: str) -> None:
 
 @contextmanager
 def _with_weights(config: Config) -> Iterator[Config]:
-    """The configuration, with random weights for LPIPS where its own are needed and not here."""
+    """The configuration, with random weights for LPIPS if its own are needed and missing."""
     try:
         find_weights(config.tokenizer)
     except UsageError:
