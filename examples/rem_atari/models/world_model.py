@@ -250,7 +250,7 @@ class BaseWorldModel(nn.Module, ABC):
         return Memory(memory, self._keep(before, seen))
 
     def _see(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """What `LocalPast` is shown of embedded frames (B, N, K, width) and the actions (B, N) taken on them.
+        """The input of `LocalPast` for embedded frames (B, N, K, width) and the actions (B, N) taken on them.
 
         (B, N, K, width), or without one nothing, (B, N, 0).
         """
