@@ -125,6 +125,7 @@ MINATAR = Config(
         reward_weight=3.0,
         end_weight=3.0,
         event_share=0.3,
+        muon=True,
         optim=_world_model_optim(
             lr=2e-3,
             average=0.98,

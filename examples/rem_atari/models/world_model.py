@@ -176,6 +176,10 @@ class BaseWorldModel(nn.Module, ABC):
             temperature: temperature of the draws; 0: always the most likely.
         """
 
+    def hidden_layers(self) -> list[nn.Module]:
+        """The parts between embeddings and heads."""
+        return [part for part in (self.decoder, self.local_past) if part is not None]
+
     def init_state(self, batch_size: int) -> Memory:
         """The memory before `batch_size` sequences have begun."""
         weight = self.action_embedding.weight

@@ -54,7 +54,8 @@ def _make_phases(
 ) -> dict[str, TrainingPhase]:
     """The components' phases, by name."""
     agent, precision = parts.agent, config.precision
-    groups = parameter_groups(agent.world_model, config.world_model.optim.weight_decay)
+    orthogonal = agent.world_model.hidden_layers() if config.world_model.muon else ()
+    groups = parameter_groups(agent.world_model, config.world_model.optim.weight_decay, orthogonal)
     # With a learning rate of 0 AdamW changes no bit, weight decay included.
     optim = config.world_model.optim
     optim = replace(optim, lr=0.0) if config.world_model.freeze_at_init else optim

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from rem_atari.config import OptimConfig
 from rem_atari.errors import NonFiniteError
+from rem_atari.training.muon import Muon
 from rem_atari.training.updates import Lap, Metrics, untimed
 
 
 class Component:
-    """A module, its AdamW and the number of updates it has had.
+    """A module, its optimiser and the number of updates it has had.
+
+    The optimiser is AdamW, or `Muon` where a group asks for orthogonal steps.
 
     Args:
         name: name of the part, for messages and for the names of its optimiser's tensors.
@@ -36,10 +39,7 @@ class Component:
         self.config = config
         self.updates = 0
         self._precision = precision
-        parameters = list(module.parameters()) if groups is None else groups
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = _make_optimizer(groups or [{"params": list(module.parameters())}], config)
 
     def autocast(self) -> torch.autocast:
         """The context to compute a loss in, and nothing but a loss."""
@@ -47,7 +47,7 @@ class Component:
         return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16")
 
     def apply(self, loss: Tensor, metrics: Metrics, lap: Lap = untimed) -> Metrics:
-        """One update: gradient of the loss, clipped to the global norm, and an AdamW step.
+        """One update: gradient of the loss, clipped to the global norm, and a step of the optimiser.
 
         One number tells whether everything is finite, because a gradient that is not finite makes the global
         norm so too. The host waits for a GPU once per update.
@@ -125,6 +125,12 @@ class Component:
             own = tensor.clone() if is_count else _laid_out_like(parameters[int(index)], name, tensor)
             state.setdefault(int(index), {})[slot] = own
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    if any(group.get("orthogonal", False) for group in groups):
+        return Muon(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def _laid_out_like(parameter: Tensor, name: str, tensor: Tensor) -> Tensor:
