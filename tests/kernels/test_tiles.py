@@ -36,6 +36,33 @@ def test_what_is_left_of_a_state(gamma: float) -> None:
 
 
 @triton.jit
+def decayed_kernel(p_log_decay, p_tokens, p_state, chunks, ROWS: tl.constexpr):
+    log_decay = tiles.load_log_decay(p_log_decay, 0)
+    b_state = tiles.load_tile(p_state, 16, 16, 0, 16, 16, 16)
+    b_tokens = tiles.load_tile(p_tokens, 16, 16, 0, ROWS, 16, 16)
+    b_to_end = tiles.decay_to_end(log_decay, ROWS, ROWS)
+    whole, rest = tiles.decay_across(log_decay, ROWS)
+    for _ in range(chunks):
+        b_state = tiles.chunk_state(b_state, b_tokens, b_tokens, b_to_end, whole, rest, "ieee")
+    tiles.store_tile(p_state, b_state, 16, 16, 0, 16, 16, 16)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-6), (torch.float16, 9e-5)], ids=str)
+def test_a_state_after_many_chunks(dtype: torch.dtype, limit: float) -> None:
+    """As many tokens as γ remembers, all zeros. In float32 1,562 roundings add up like a random walk, to about
+    40 · 2^-24; with 16-bit tokens, which err more, γ^n is one number whose rounding adds up straight.
+    """
+    rows, chunks = 64, 1562
+    across = 1 - 10737.5 * 2**-24  # half way between two numbers: the largest rounding; γ is 1 - 1e-5
+    log_decay = torch.tensor([math.log(across) / rows])
+    start = torch.linspace(0.5, 2, 256).reshape(16, 16)
+    state = start.clone()
+    decayed_kernel[(1,)](log_decay, torch.zeros(16, 16, dtype=dtype), state, chunks, ROWS=rows)
+    wanted = start.double() * math.exp(log_decay.double().item() * rows * chunks)
+    torch.testing.assert_close(state.double(), wanted, rtol=limit, atol=0)
+
+
+@triton.jit
 def operand_kernel(p_state, p_operand, p_grow, HALF: tl.constexpr):
     b_state = tiles.load_tile(p_state, 16, 16, 0, 16, 16, 16)
     b_operand, grow = tiles.as_operand(b_state, tl.float16 if HALF else tl.float32)
