@@ -49,8 +49,10 @@ def decayed_kernel(p_log_decay, p_tokens, p_state, chunks, ROWS: tl.constexpr):
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-6), (torch.float16, 9e-5)], ids=str)
 def test_a_state_after_many_chunks(dtype: torch.dtype, limit: float) -> None:
-    """As many tokens as γ remembers, all zeros. In float32 1,562 roundings add up like a random walk, to about
-    40 · 2^-24; with 16-bit tokens, which err more, γ^n is one number whose rounding adds up straight.
+    """As many tokens as γ remembers, all zeros.
+
+    In float32 1,562 roundings add up like a random walk, to about 40 · 2^-24. With 16-bit tokens, which err
+    more themselves, γ^n is one number, and its rounding adds up straight.
     """
     rows, chunks = 64, 1562
     across = 1 - 10737.5 * 2**-24  # half way between two numbers: the largest rounding; γ is 1 - 1e-5
