@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,12 +72,12 @@ PARTS = {
     "pop": Part(limit=60, ops="pop", backends="triton", shapes=_LONG),
     "retention": Part(limit=60, ops="retention", backends="triton", shapes=_LONG),
     "token-wise": Part(limit=40, ops="token_wise", backends="triton", dtypes="bf16"),
-    "decoder": Part(limit=50, backends="triton", **_DECODER),
-    "rem_atari": Part(limit=90, ops="rem_atari"),
-    "compiled decoder": Part(limit=100, backends="triton-compile", **_DECODER),
     "peers": Part(limit=60, ops="pop,retention", backends="torch,fla", shapes=_LONG, dtypes="bf16"),
+    "rem_atari": Part(limit=90, ops="rem_atari"),
+    "decoder": Part(limit=50, backends="triton", **_DECODER),
+    "compiled decoder": Part(limit=100, backends="triton-compile", **_DECODER),
 }
-"""The parts in the order in which they run, the most important first."""
+"""The parts in the order in which they run, the most telling first: where time runs out, the last are cut."""
 
 WHOLE = 455
 """Time limit in seconds for all parts together."""
@@ -104,14 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     with TemporaryDirectory() as folder:
         environment = _environment(Path(folder), dry_run=options.dry_run)
+        device = "rehearsal" if options.dry_run else torch.cuda.get_device_name()
+        path = options.out / f"gpu_{slug(device)}_{slug(commit())}.csv"
+        path.unlink(missing_ok=True)
         found: dict[str, Rows] = {}
         for part in options.parts:
             left = WHOLE * (REHEARSED if options.dry_run else 1) - (time.monotonic() - started)
-            found[part] = _run_part(part, left, Path(folder), environment, dry_run=options.dry_run)
-    device = "rehearsal" if options.dry_run else torch.cuda.get_device_name()
-    path = options.out / f"gpu_{slug(device)}_{slug(commit())}.csv"
-    path.unlink(missing_ok=True)
-    append(path, [row for rows in found.values() for row in rows])
+            found[part] = _run_part(part, left, path, Path(folder), environment, dry_run=options.dry_run)
     print_report(found)
     versions = ", ".join(
         f"{name} {version_of(name)}" for name in ("torch", "triton", "flash-linear-attention")
@@ -150,22 +150,30 @@ def _environment(folder: Path, *, dry_run: bool) -> dict[str, str]:
     return environment_with(ROOT, packages) | extra
 
 
-def _run_part(part: str, left: float, folder: Path, environment: Mapping[str, str], *, dry_run: bool) -> Rows:
+def _run_part(
+    part: str, left: float, csv: Path, folder: Path, environment: Mapping[str, str], *, dry_run: bool
+) -> Rows:
+    """Run a part; its rows go to ``csv`` as they come, so that a report that is killed leaves them."""
     if left <= 0:
         print(f"{part}: not started, no time is left", flush=True)
-        return [_failure(part, "not started: no time was left")]
+        late = [_failure(part, "not started: no time was left")]
+        append(csv, late)
+        return late
     limit = min(PARTS[part].limit * (REHEARSED if dry_run else 1), left)
-    path, log = (folder / f"{slug(part)}{suffix}" for suffix in (".rows", ".log"))
-    is_tests = part == TESTS
+    junit, log = (folder / f"{slug(part)}{suffix}" for suffix in (".xml", ".log"))
+    is_tests, before = part == TESTS, read(csv)
     command = (
-        pytest_command(path, dry_run=dry_run) if is_tests else PARTS[part].command(path, dry_run=dry_run)
+        pytest_command(junit, dry_run=dry_run) if is_tests else PARTS[part].command(csv, dry_run=dry_run)
     )
     ended = run_limited(command, limit, log, environment)
-    found = rows_of_tests(path) if is_tests else read(path)
+    measured = [] if is_tests else [row for row in read(csv) if row not in before]
+    found = rows_of_tests(junit) if is_tests else []
     if ended.status is None:
         found.append(_failure(part, f"stopped after {limit:.0f} s"))
-    elif ended.status and not any(map(_failed, found)):
+    elif ended.status and not any(map(_failed, measured + found)):
         found.append(_failure(part, f"ended with status {ended.status}"))
+    append(csv, found)
+    found = measured + found
     failures = sum(map(_failed, found))
     print(f"{part}: {len(found)} rows, {failures} failed, {ended.seconds:.0f} s", flush=True)
     if failures:
@@ -284,7 +292,24 @@ def print_report(found: Mapping[str, Rows]) -> None:
     tests = found.get(TESTS, [])
     skipped, failed = sum(row.note.startswith("skipped") for row in tests), sum(map(_failed, tests))
     if tests:
-        print(f"\ntests: {len(tests) - skipped - failed} passed, {failed} failed, {skipped} skipped")
+        print()
+        for line in worst_errors(tests):
+            print(line)
+        print(f"tests: {len(tests) - skipped - failed} passed, {failed} failed, {skipped} skipped")
+
+
+def worst_errors(tests: Rows) -> list[str]:
+    """For each dtype the error that comes nearest to what is allowed, of the tests that record errors."""
+    worst: dict[str, tuple[float, str]] = {}
+    for row in tests:
+        dtype = re.search(r"torch\.(\w+)", row.mode)
+        for what, error, limit in re.findall(r"([^;]+?) (\S+) of ([^\s;]+)(?:;|$)", row.note):
+            share, words = float(error) / float(limit), f"{what.strip()} of {row.mode}"
+            name = dtype[1] if dtype else "other dtypes"
+            worst[name] = max(worst.get(name, (0.0, "")), (share, words))
+    return [
+        f"worst error, {name}: {share:.0%} of the bound, {words}" for name, (share, words) in worst.items()
+    ]
 
 
 def _lines(rows: Iterable[Measurement]) -> list[list[str]]:

@@ -9,9 +9,11 @@
 # makes the tests' compiling parallel; flash-linear-attention, gymnasium and ale-py are used where they are.
 #
 # Prints a line a part as it ends, then failures, and a table last: median times, and the floor's share of them
-# (1 is as fast as the GPU copies and multiplies). All rows, with every test's errors against float64, go to
-# gpu_<GPU>_<commit>.csv in --out, else $OUT, else benchmarks/results. RETPOP_COMMIT names the commit of a copy
-# without git. Exit status: 0; 1: the tests did not pass; 2: they did, but another part failed or was stopped.
+# (1 is as fast as the GPU copies and multiplies); then, for each dtype, the test that came nearest to its bound.
+# All rows, with every test's errors against float64, go to gpu_<GPU>_<commit>.csv in --out, else $OUT, else
+# benchmarks/results, as they are measured: a report that is killed leaves them. RETPOP_COMMIT names the commit
+# of a copy without git. Exit status: 0; 1: the tests did not pass; 2: they did, but another part failed or was
+# stopped.
 #
 # --dry-run walks the same way on a CPU: Triton's interpreter, tiny shapes, no result that means anything.
 set -euo pipefail

@@ -198,6 +198,22 @@ def test_tests_become_rows_with_their_errors(tmp_path: Path) -> None:
     assert (skipped.note, skipped.verdict) == ("skipped: needs memory", "right")
 
 
+def test_the_worst_error_of_each_dtype_is_named() -> None:
+    rows = [
+        replace(ROW, op="tests", mode=f"test_{name}[torch.{dtype}]", note=note)
+        for name, dtype, note in (
+            ("pop", "bfloat16", "out 0.002 of 0.004; grad q 0.004 of 0.005"),
+            ("step", "bfloat16", "out 0.001 of 0.004"),
+            ("pop", "float32", "state 1e-06 of 5e-06"),
+            ("pop", "float16", "skipped: needs memory"),
+        )
+    ]
+    assert report.worst_errors(rows) == [
+        "worst error, bfloat16: 80% of the bound, grad q of test_pop[torch.bfloat16]",
+        "worst error, float32: 20% of the bound, state of test_pop[torch.float32]",
+    ]
+
+
 ALL_SKIPPED = '<testsuite><testcase name="a"><skipped message="no GPU"/></testcase></testsuite>'
 
 
@@ -278,11 +294,13 @@ def test_rows_of_a_part_that_is_cut_are_kept(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(report, "run_limited", run_limited)
     (tmp_path / "pop.log").touch()
-    kept, cut = report._run_part("pop", 1000.0, tmp_path, {}, dry_run=False)
+    csv = tmp_path / "report.csv"
+    kept, cut = report._run_part("pop", 1000.0, csv, tmp_path, {}, dry_run=False)
     assert kept == ROW
     assert (cut.verdict, cut.note) == ("failed", "stopped after 60 s")
-    (late,) = report._run_part("pop", -1.0, tmp_path, {}, dry_run=True)
+    (late,) = report._run_part("retention", -1.0, csv, tmp_path, {}, dry_run=True)
     assert late.note == "not started: no time was left"
+    assert read(csv) == [kept, cut, late]
 
 
 def rehearse(folder: Path, *arguments: str) -> tuple[str, list[dict[str, str]]]:
