@@ -95,6 +95,7 @@ class Captured(Generic[Result]):
 
     def __call__(self, *arguments: Any, **named: Any) -> Result:
         """The function's result; the next call overwrites its tensors."""
+        named = dict(sorted(named.items()))
         if self._arguments is None:
             self._arguments = _Arguments((arguments, named), self._generators)
         else:
@@ -115,7 +116,8 @@ class Captured(Generic[Result]):
     def _run(self) -> Any:
         assert self._arguments is not None
         arguments, named = self._arguments.values()
-        return pytree.tree_map_only(Tensor, Tensor.detach, self._function(*arguments, **named))
+        result = self._function(*arguments, **named)
+        return pytree.tree_map_only(Tensor, self._arguments.apart, result)
 
     def _kept(self, result: Any) -> Any:
         """The result in the tensors of the first one, as a graph leaves it."""
@@ -216,6 +218,15 @@ class _Arguments:
             for own, new in zip(self._leaves, leaves, strict=True):
                 if isinstance(own, Tensor):
                     own.copy_(new)
+
+    def apart(self, result: Tensor) -> Tensor:
+        """A result without gradient, and in memory of its own where it lies in an argument's.
+
+        The next call copies its arguments one by one, and this result may be one of them.
+        """
+        owned = {x.untyped_storage().data_ptr() for x in self._leaves if isinstance(x, Tensor)}
+        found = result.detach()
+        return found.clone() if found.untyped_storage().data_ptr() in owned else found
 
     def values(self) -> Any:
         """What the function is called with: positional arguments and named ones."""

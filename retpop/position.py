@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retpop._torch import transforms_are_active
+
 KINDS = ("retnet", "rope")
 BASE = 10000.0
 
@@ -138,11 +140,12 @@ def rotate(x: Tensor, rotation: Rotation | Phases, kind: str) -> Tensor:
 def _turned(x: Tensor, phases: Tensor) -> Tensor:
     """Neighbouring pairs of (..., Dk) times complex numbers, given as (..., Dk / 2, 2)."""
     pairs = x.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # compilers do not support complex numbers
+    # Compilers do not support complex numbers, and under vmap strides do not tell how memory lies.
+    if torch.compiler.is_compiling() or transforms_are_active():
         (a, b), (cos, sin) = pairs.unbind(-1), phases.unbind(-1)
         return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     even = all(step % 2 == 0 for step in (*pairs.stride()[:-1], pairs.storage_offset()))
-    viewable = pairs if even and pairs.stride(-1) == 1 else pairs.contiguous()
+    viewable = pairs if even and pairs.stride(-1) == 1 else pairs.clone(memory_format=torch.contiguous_format)
     product = torch.view_as_complex(viewable) * torch.view_as_complex(phases)
     return torch.view_as_real(product).flatten(-2)
 

@@ -94,6 +94,34 @@ def test_training_takes_one_step_a_call(graphs: list[PretendedGraph] | None) -> 
     expect_calls(counted, graphs)
 
 
+def test_results_that_are_arguments_may_come_back_in_other_places(
+    graphs: list[PretendedGraph] | None,
+) -> None:
+    """A stack of the last frames, and a swap: no result lies where the next call's arguments are put."""
+
+    def step(frame: Tensor, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return frame + two, frame, one
+
+    captured, swapped = retpop.capture(step, warm_up=WARM_UP), retpop.capture(lambda a, b: (b, a), warm_up=1)
+    one = two = torch.zeros(1)
+    mine = torch.zeros(1), torch.zeros(1)
+    pair, wanted = (torch.tensor([1.0]), torch.tensor([2.0])), (1.0, 2.0)
+    for i in range(STEPS):
+        frame = torch.full((1,), float(i + 1))
+        expected = step(frame, *mine)
+        found, one, two = captured(frame, one, two)
+        assert torch.equal(found, expected[0])
+        mine = expected[1:]
+        pair, wanted = swapped(*pair), wanted[::-1]
+        assert (pair[0].item(), pair[1].item()) == wanted
+
+
+def test_named_arguments_may_come_in_any_order() -> None:
+    captured = retpop.capture(lambda x, y: x - y)
+    for named in ({"x": torch.ones(1), "y": torch.zeros(1)}, {"y": torch.zeros(1), "x": torch.ones(1)}):
+        assert captured(**named).item() == 1.0
+
+
 def test_random_numbers_are_those_of_the_function(graphs: list[PretendedGraph] | None) -> None:
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
 

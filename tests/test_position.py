@@ -144,6 +144,17 @@ def test_phases_rotate_as_cosines_and_sines_do(num_heads: int, rows: int, of: st
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
 
 
+def test_phases_rotate_what_lies_at_odd_places_in_memory() -> None:
+    """After an odd number of features, and under vmap with an odd step from one sample to the next."""
+    frequencies, positions = rotary_frequencies("retnet", 8), torch.arange(5)[None]
+    phases, plain = phases_at(positions, frequencies, 2), rotation_at(positions, frequencies, "retnet")
+    many = normal(4, 81, seed=0, dtype=torch.float32)[:, 1:].unflatten(1, (1, 5, 2, 8))
+    expected = rotate(many, plain, "retnet")
+    torch.testing.assert_close(rotate(many[0], phases, "retnet"), expected[0], rtol=0, atol=1e-6)
+    by_vmap = torch.func.vmap(lambda x: rotate(x, phases, "retnet"))(many)
+    torch.testing.assert_close(by_vmap, expected, rtol=0, atol=1e-6)
+
+
 def test_phases_in_a_compiled_layer() -> None:
     """A decoder that runs eagerly hands them to a layer that was compiled by itself."""
     phases = phases_at(torch.arange(5)[None], rotary_frequencies("retnet", 8), 3)

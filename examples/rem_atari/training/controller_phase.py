@@ -104,6 +104,8 @@ class ControllerPhase(TrainingPhase[SequenceTokens]):
             with self.component.autocast():
                 loss, metrics = learn_from(part, self._agent.controller, self._config)
             found.append(self.component.apply(loss, metrics))
+        if len(found) > 1:
+            lap("later updates")
         return _means(found[: self._config.minibatches])
 
     def _cut(self, imagination: Imagination) -> Iterator[Imagination]:

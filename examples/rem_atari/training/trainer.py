@@ -101,7 +101,7 @@ class Trainer:
 
         Raises:
             StoppedError: a signal asked for it; a checkpoint has been saved.
-            NonFiniteError: a loss or gradient was not finite; the state before it has been saved.
+            NonFiniteError: a loss or gradient was not finite and not applied; the state has been saved.
             EnvironmentDiedError: an environment died too often; the state before that has been saved.
             EnvironmentAnswerError: an environment answered what none may; the state before has been saved.
             RunError: one of these, and the state could not be saved.
@@ -265,7 +265,7 @@ class Trainer:
         return False
 
     def _update(self, phase: TrainingPhase) -> Metrics:
-        """One update; if it is not applied, the state before it is restored, for inspection."""
+        """One update; if it is not applied, the random state before it is restored, for inspection."""
         random = self._state.random.snapshot()
         kept = [(tensor, tensor.detach().clone()) for tensor in phase.changed_on_the_way()]
         try:
