@@ -1,4 +1,4 @@
-"""Codes read by what they look like, besides tables with a row for each."""
+"""Networks that read what codes look like, where a table has a row for each code."""
 
 from __future__ import annotations
 

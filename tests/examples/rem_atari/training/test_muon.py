@@ -39,7 +39,7 @@ def test_a_step_keeps_directions_and_evens_out_their_sizes(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, sizes, v = torch.linalg.svd(matrix, full_matrices=False)
     along = torch.diagonal(u.T @ orthogonal(matrix) @ v.T)
-    assert sizes.max() > 2 * sizes.min() or shape != (8, 8)
+    assert sizes.max() > 1.5 * sizes.min()
     assert (along > 0.6).all()
     assert (along < 1.3).all()
     torch.testing.assert_close(orthogonal(3 * matrix), orthogonal(matrix), atol=1e-4, rtol=1e-4)
