@@ -115,7 +115,8 @@ def imagine(problem: Problem, *, mode: str) -> Work:
                 agent.tokenizer.codes,
                 world.init_state(len(frames)),
             )
-        return step.token_logits, step.reward_logits[:, None], step.end_logits[:, None]
+            token_logits = world.token_logits(step, agent.tokenizer.codes)
+        return token_logits, step.reward_logits[:, None], step.end_logits[:, None]
 
     world = agent.world_model
     flops = STEPS * (world.block_size + world.num_tokens) * product_flops(world.decoder)

@@ -9,6 +9,7 @@ from rem_atari.config import Config
 from rem_atari.models.base_tokenizer import BaseTokenizer
 from rem_atari.models.controller import Controller
 from rem_atari.models.fsq import FsqTokenizer
+from rem_atari.models.grouped import GroupedWorldModel
 from rem_atari.models.patches import PatchTokenizer
 from rem_atari.models.refining import RefiningWorldModel
 from rem_atari.models.token_by_token import TokenByTokenWorldModel
@@ -45,11 +46,14 @@ class Agent(nn.Module):
         tokenizer = TOKENIZERS[cfg.tokenizer.kind](cfg.tokenizer, cfg.env.frame_size)
         kind: type[BaseWorldModel] = TokenByTokenWorldModel
         if cfg.world_model.pop:
-            kind = RefiningWorldModel if cfg.world_model.draw == "refine" else WorldModel
+            kind = {"refine": RefiningWorldModel, "groups": GroupedWorldModel}.get(
+                cfg.world_model.draw, WorldModel
+            )
         world_model = kind(
             cfg.world_model,
             num_tokens=tokenizer.num_tokens,
             code_dim=tokenizer.code_dim,
+            code_parts=tokenizer.code_parts,
             codebook_size=tokenizer.codebook_size,
             num_actions=num_actions,
         )

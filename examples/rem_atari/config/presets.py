@@ -119,7 +119,8 @@ MINATAR = Config(
         sequence_blocks=13,
         # A table would learn the player on each ground, and at each place of a patch, by itself.
         own_token_embedding=False,
-        code_network=128,
+        code_network=64,
+        draw="groups",
         local_frames=5,
         local_outcomes=True,
         reward_weight=3.0,

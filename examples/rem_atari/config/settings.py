@@ -194,11 +194,12 @@ class WorldModelConfig:
     priority_share: float = 0.0
     """Share of a batch's sequences that is drawn by the softmax of their last losses, new ones first, as in
     Simulus (arXiv 2502.11537: 0.3). No weights correct for it, on purpose. 0 in the paper."""
-    draw: Literal["independent", "coupled", "refine"] = "independent"
+    draw: Literal["independent", "coupled", "refine", "groups"] = "independent"
     """How imagination draws the tokens of a frame, with `pop`. independent (paper): each by itself. coupled:
     all with one random number, the unchanged token ordered first, so that things that move at the same times
     move in the same frames. refine: in `refine_passes`, each of which reads the most certain tokens of the
-    passes before; the prediction stream is then twice as long."""
+    passes before; the prediction stream is then twice as long. groups: in four groups of places, each of
+    which reads its neighbours of the groups before; the decoder runs once (arXiv 1703.03664)."""
     refine_passes: int = 3
     """With `refine`: passes for a frame, at least 2."""
     reward_weight: float = 1.0

@@ -54,6 +54,11 @@ class BaseTokenizer(nn.Module, ABC):
         self.codebook_size = codebook_size
 
     @property
+    def code_parts(self) -> int:
+        """The number of parts that a code consists of: it is their concatenation, and they are of a kind."""
+        return 1
+
+    @property
     @abstractmethod
     def codes(self) -> Tensor:
         """The codes as a table without gradient, (V, E)."""

@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ReadCodes:
+    """The tokenizer's codes as a world model reads them with the weights that it has.
+
+    Attributes:
+        embeddings: of tokens, (V, width) or more rows.
+        head_weights: a part of the token head's weights, besides those of its own, (V, width); None: no part.
+        num_codes: V.
+    """
+
+    embeddings: Tensor
+    head_weights: Tensor | None
+    num_codes: int
+
+    def __len__(self) -> int:
+        return self.num_codes
+
+
+Codes = Tensor | ReadCodes
+"""The tokenizer's codes (V, E), or what a world model has made of them."""
+
+PART_UNITS = 32
+"""Units that say what a part of a code shows."""
 
 
 class CodeNetwork(nn.Module):
@@ -14,25 +43,48 @@ class CodeNetwork(nn.Module):
 
     Args:
         code_dim: E, dimension of the codes.
+        parts: P, the number of parts of equal size that a code consists of, see `BaseTokenizer.code_parts`.
         hidden: units of a hidden layer.
         width: of the world model.
     """
 
-    def __init__(self, code_dim: int, hidden: int, width: int) -> None:
+    def __init__(self, code_dim: int, parts: int, hidden: int, width: int) -> None:
         super().__init__()
-        self.embed = _layers(code_dim, hidden, width)
+        self.parts = parts
+        self.embed = _Reader(code_dim // parts, parts, hidden, width)
         # About as far apart as the rows of a new table.
-        nn.init.normal_(self.embed[-1].weight, std=2 / hidden**0.5)
-        self.weigh = _layers(code_dim, hidden, width)
+        nn.init.normal_(self.embed.each.weight, std=4 / (parts * PART_UNITS) ** 0.5)
+        self.weigh = _Reader(code_dim // parts, parts, hidden, width)
 
-    def embeddings(self, codebook: Tensor) -> Tensor:
-        """The embeddings of codes (V, E): (V, width)."""
-        return self.embed(codebook.detach())
+    def forward(self, codebook: Tensor) -> ReadCodes:
+        """What it makes of codes (V, E)."""
+        parts = self._parts_of(codebook)
+        return ReadCodes(self.embed(parts), self.weigh(parts), len(codebook))
 
-    def head_weights(self, codebook: Tensor) -> Tensor:
-        """A part of the token head's weights for codes (V, E), besides those of its own: (V, width)."""
-        return self.weigh(codebook.detach())
+    def _parts_of(self, codebook: Tensor) -> Tensor:
+        """The parts of codes (V, E), each number with mean 0 and variance 1 over all of them: (V, P, E / P).
+
+        Colours differ little beside what they have in common.
+        """
+        parts = rearrange(codebook.detach(), "v (p e) -> v p e", p=self.parts)
+        variance, mean = torch.var_mean(parts, dim=(0, 1), correction=0)
+        return (parts - mean) * (variance + 1e-6).rsqrt()
 
 
-def _layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+class _Reader(nn.Module):
+    """Says what each part shows, by one layer for all, and what they show together.
+
+    One linear layer takes each part for itself, so what is known of a thing in one part holds whatever is
+    beside it; a network adds what depends on several.
+    """
+
+    def __init__(self, part_dim: int, parts: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(part_dim, PART_UNITS), nn.ReLU())
+        self.each = nn.Linear(parts * PART_UNITS, width)
+        self.whole = nn.Sequential(nn.Linear(parts * PART_UNITS, hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """Parts (V, P, E / P) to (V, width)."""
+        shown = self.part(parts).flatten(1)
+        return self.each(shown) + self.whole(shown)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -20,8 +22,8 @@ class PatchTokenizer(BaseTokenizer):
     of patch, from the first frame on. Where sprites move by single pixels and there are more patches than
     codes, `fit` makes the first codes means of many.
 
-    Controller and world model see a code as its pixels in [0, 1] under a fixed random projection, so a new
-    code looks like the codes that it resembles.
+    Controller and world model see a code as the pixels in [0, 1] of its four quarters, each under the same
+    fixed random projection, so a new code looks like the codes that it resembles.
 
     Args:
         cfg: `channels` give the size of a patch, `codebook_size` bounds the number of codes,
@@ -43,14 +45,36 @@ class PatchTokenizer(BaseTokenizer):
     def __init__(self, cfg: TokenizerConfig, frame_size: int) -> None:
         super().__init__(cfg, frame_size, code_dim=cfg.code_dim, codebook_size=cfg.codebook_size)
         size = 3 * (frame_size // self.grid) ** 2
-        projection = nn.init.orthogonal_(torch.empty(size, cfg.code_dim))
         self.register_buffer("patches", torch.zeros(cfg.codebook_size, size, dtype=torch.uint8))
         self.register_buffer("num_codes", torch.zeros((), dtype=torch.int64))
-        # A patch of one colour then has codes of about the size of its pixels.
-        self.register_buffer("projection", projection * (size / cfg.code_dim) ** 0.5)
+        self.register_buffer("projection", self._draw_projection())
         self.register_buffer("code_table", torch.zeros(cfg.codebook_size, cfg.code_dim))
         self._size = 0  # `num_codes`, for which a GPU need not be waited for
         self.register_load_state_dict_post_hook(_count_codes)
+
+    def _draw_projection(self) -> Tensor:
+        """Random columns (3 P², E), each of which reads one part of a patch."""
+        parts, side = self.code_parts, self.frame_size // self.grid
+        rows, columns = 3 * side**2 // parts, self.code_dim // parts
+        one = nn.init.orthogonal_(torch.empty(rows, columns))
+        # A patch of one colour then has codes of about the size of its pixels.
+        one = one * (rows / columns) ** 0.5
+        halves = isqrt(parts)
+        whole = rearrange(
+            torch.block_diag(*[one] * parts),
+            "(y x p q c) e -> (y p x q c) e",
+            y=halves,
+            x=halves,
+            p=side // halves,
+            q=side // halves,
+        )
+        return whole.contiguous()
+
+    @property
+    def code_parts(self) -> int:
+        """Four, the quarters of a patch; 1 where patch or code cannot be divided."""
+        can_be_divided = (self.frame_size // self.grid) % 2 == 0 and self.code_dim % 4 == 0
+        return 4 if can_be_divided else 1
 
     @property
     def codes(self) -> Tensor:

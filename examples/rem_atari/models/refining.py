@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.code_network import Codes, ReadCodes
 from rem_atari.models.controller import entropy
 from rem_atari.models.sampling import sample_categorical
 from rem_atari.models.sequence_loss import SequenceLogits
@@ -29,7 +30,7 @@ class RefiningWorldModel(WorldModel):
     MaskGIT does, would draw likely tokens too often.)
 
     Args:
-        cfg, num_tokens, code_dim, codebook_size, num_actions: as `WorldModel`.
+        cfg, num_tokens, code_dim, codebook_size, num_actions, code_parts: as `WorldModel`.
 
     Raises:
         ValueError: as `WorldModel`, or `local_outcomes` is on.
@@ -46,27 +47,28 @@ class RefiningWorldModel(WorldModel):
         super().__init__(cfg, **sizes)
 
     def forward(
-        self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
+        self, tokens: Tensor, actions: Tensor, codebook: Codes, *, skip_blocks: int = 0
     ) -> SequenceLogits:
         """See `BaseWorldModel.forward`; in eval mode no token is known."""
+        codes = self.read_codes(codebook)
         if not self.training:
-            return super().forward(tokens, actions, codebook, skip_blocks=skip_blocks)
+            return super().forward(tokens, actions, codes, skip_blocks=skip_blocks)
         known = _some(tokens)
-        observations = self._embed_tokens(tokens, codebook)
+        observations = self._embed_tokens(tokens, codes)
         plain = self._sequence_prediction_tokens(observations, actions, skip_blocks)
-        stream = self._with_hints(plain, tokens[:, skip_blocks:], known[:, skip_blocks:], codebook)
-        logits = self._predict_blocks(observations, actions, codebook, stream, skip_blocks)
+        stream = self._with_hints(plain, tokens[:, skip_blocks:], known[:, skip_blocks:], codes)
+        logits = self._predict_blocks(observations, actions, codes, stream, skip_blocks)
         return logits._replace(unknown=~known[:, skip_blocks:])
 
     def _draw_tokens(
         self,
         step: WorldModelStep,
         before: Tensor,
-        codebook: Tensor,
+        codes: ReadCodes,
         generator: torch.Generator,
         temperature: float,
     ) -> Tensor:
-        logits, tokens = step.token_logits, torch.zeros_like(before)
+        logits, tokens = self.token_logits(step, codes), torch.zeros_like(before)
         known = torch.zeros_like(before, dtype=torch.bool)
         left = _schedule(self.num_tokens, self.cfg.refine_passes)
         for now, later in pairwise(left):
@@ -77,28 +79,28 @@ class RefiningWorldModel(WorldModel):
             doubt = entropy(logits.float()).masked_fill(known, torch.inf)
             kept = doubt.topk(now - later, dim=-1, largest=False).indices
             known = known.scatter(-1, kept, True)
-            logits = self._predict_unknown(tokens, known, codebook, step)
+            logits = self._predict_unknown(tokens, known, codes, step)
         return tokens
 
     def _predict_unknown(
-        self, tokens: Tensor, known: Tensor, codebook: Tensor, step: WorldModelStep
+        self, tokens: Tensor, known: Tensor, codes: ReadCodes, step: WorldModelStep
     ) -> Tensor:
         """Logits (B, K, V) of the observation after `step`, given its known tokens (B, K)."""
-        stream = self._with_hints(step.prediction_tokens, tokens[:, None], known[:, None], codebook)
+        stream = self._with_hints(step.prediction_tokens, tokens[:, None], known[:, None], codes)
         nothing = stream.new_empty(stream.shape[0], 0, stream.shape[-1])
         _, predicted, _ = self.decoder.pop(nothing, stream, step.state.decoder, block_size=self.block_size)
-        return self._token_logits(predicted[:, 0], codebook)
+        return self._token_logits(predicted[:, 0], codes)
 
-    def _with_hints(self, plain: Tensor, tokens: Tensor, known: Tensor, codebook: Tensor) -> Tensor:
+    def _with_hints(self, plain: Tensor, tokens: Tensor, known: Tensor, codes: ReadCodes) -> Tensor:
         """The prediction stream's input, given some of the tokens (B, N, K): (B, N, 2 K, width)."""
-        hints = plain + self._embed_tokens(tokens, codebook) * known[..., None]
+        hints = plain + self._embed_tokens(tokens, codes) * known[..., None]
         return torch.cat((hints, plain), dim=2)
 
     def _stream(self, prediction_tokens: Tensor) -> Tensor:
         return torch.cat((prediction_tokens, prediction_tokens), dim=2)
 
-    def _token_logits(self, predicted: Tensor, codebook: Tensor) -> Tensor:
-        return super()._token_logits(predicted[..., self.num_tokens :, :], codebook)
+    def _token_logits(self, predicted: Tensor, codes: ReadCodes) -> Tensor:
+        return super()._token_logits(predicted[..., self.num_tokens :, :], codes)
 
 
 def _some(tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.code_network import Codes
 from rem_atari.models.memory import Memory
 from rem_atari.models.sampling import sample_categorical
 from rem_atari.models.world_model import BaseWorldModel, Imagined, SequenceLogits
@@ -26,7 +27,7 @@ class TokenByTokenWorldModel(BaseWorldModel):
 
     Args:
         cfg: sizes; `context_blocks` is at least 1, because no token precedes the first block of a sequence.
-        num_tokens, code_dim, codebook_size, num_actions: as `BaseWorldModel`.
+        num_tokens, code_dim, codebook_size, num_actions, code_parts: as `BaseWorldModel`.
 
     Raises:
         ValueError: as `BaseWorldModel`, or there is no context.
@@ -34,59 +35,54 @@ class TokenByTokenWorldModel(BaseWorldModel):
     Source: arXiv 2402.05643, section 4 (the ablation "no POP"); IRIS, arXiv 2209.00588.
     """
 
-    def __init__(
-        self, cfg: WorldModelConfig, *, num_tokens: int, code_dim: int, codebook_size: int, num_actions: int
-    ) -> None:
+    def __init__(self, cfg: WorldModelConfig, **sizes: int) -> None:
         if cfg.context_blocks < 1:
             raise ValueError(
                 "world_model.context_blocks is 0; with world_model.pop off it must be at least 1, because"
                 " nothing stands before the first token of a sequence that could predict it."
             )
-        super().__init__(
-            cfg,
-            num_tokens=num_tokens,
-            code_dim=code_dim,
-            codebook_size=codebook_size,
-            num_actions=num_actions,
-        )
+        super().__init__(cfg, **sizes)
 
     def forward(
-        self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 1
+        self, tokens: Tensor, actions: Tensor, codebook: Codes, *, skip_blocks: int = 1
     ) -> SequenceLogits:
         """See `BaseWorldModel.forward`; at least one block must be left out."""
+        codes = self.read_codes(codebook)
         if skip_blocks < 1:
             raise ValueError(
                 f"TokenByTokenWorldModel(): skip_blocks is {skip_blocks}; it must be at least 1, because"
                 " nothing predicts the first token of a sequence."
             )
-        read, _ = self.decoder(self._embed_blocks(self._embed_tokens(tokens, codebook), actions))
+        read, _ = self.decoder(self._embed_blocks(self._embed_tokens(tokens, codes), actions))
         first = skip_blocks * self.block_size
         # The output at a token predicts the token after it; the one before an action predicts no token.
         before = read[:, first - 1 : -1].unflatten(1, (-1, self.block_size))[:, :, : self.num_tokens]
         at_action = read.unflatten(1, (-1, self.block_size))[:, skip_blocks:, -1]
         return SequenceLogits(
-            tokens=self._token_logits(before, codebook),
+            tokens=self._token_logits(before, codes),
             rewards=self.reward_head(at_action),
             ends=self.end_head(at_action),
         )
 
-    def begin(self, tokens: Tensor, codebook: Tensor, state: Memory) -> Memory:
+    def begin(self, tokens: Tensor, codebook: Codes, state: Memory) -> Memory:
         """The memory after all but the last token of the observations (B, K)."""
-        _, memory = self.decoder(self._place(self._embed_tokens(tokens[:, :-1], codebook), 0), state.decoder)
+        shown = self._embed_tokens(tokens[:, :-1], self.read_codes(codebook))
+        _, memory = self.decoder(self._place(shown, 0), state.decoder)
         return state._replace(decoder=memory)
 
     def imagine(
         self,
         tokens: Tensor,
         actions: Tensor,
-        codebook: Tensor,
+        codebook: Codes,
         state: Memory,
         generator: torch.Generator,
         *,
         temperature: float = 1.0,
     ) -> Imagined:
         """Draw what follows observations and actions: reward and end, then token by token."""
-        last = self._embed_tokens(tokens[:, -1:], codebook)
+        codes = self.read_codes(codebook)
+        last = self._embed_tokens(tokens[:, -1:], codes)
         action = self.action_embedding(actions)[:, None]
         block = self._place(torch.cat((last, action), dim=1), self.num_tokens - 1)
         out, memory = self.decoder(block, state.decoder)
@@ -95,10 +91,10 @@ class TokenByTokenWorldModel(BaseWorldModel):
         rewards = self.reward_code.draw(reward_logits, generator, temperature=temperature)
         draw = partial(sample_categorical, generator=generator, temperature=temperature)
         ended = draw(end_logits).bool()
-        drawn = [draw(self._token_logits(at_action, codebook))]
+        drawn = [draw(self._token_logits(at_action, codes))]
         for place in range(self.num_tokens - 1):
-            embedded = self._embed_tokens(drawn[-1][:, None], codebook)
+            embedded = self._embed_tokens(drawn[-1][:, None], codes)
             out, memory = self.decoder(self._place(embedded, place), memory)
-            drawn.append(draw(self._token_logits(out[:, -1], codebook)))
+            drawn.append(draw(self._token_logits(out[:, -1], codes)))
         state = state._replace(decoder=memory)
         return Imagined(rewards, ended, torch.stack(drawn, dim=1), state, reward_logits, end_logits)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
-from rem_atari.models.code_network import CodeNetwork
+from rem_atari.models.code_network import CodeNetwork, Codes, ReadCodes
 from rem_atari.models.disagreement import Disagreement, divergence
 from rem_atari.models.heads import code_logits, make_head
 from rem_atari.models.local_past import LocalPast
@@ -32,7 +32,7 @@ class WorldModelStep(NamedTuple):
     Attributes:
         reward_logits: of the reward, (B, C), classes as in `RewardCode`.
         end_logits: of the episode continuing (0) or ending (1), (B, 2).
-        token_logits: of the next observation's tokens, each place for itself, (B, K, V).
+        predicted: the outputs at the places of the next observation, (B, M, width).
         state: the memory after observation and action.
         prediction_tokens: the inputs for the next observation's tokens, (B, 1, K, width).
         disagreement: how far the heads of `Disagreement` differ about the next observation, the mean of its
@@ -41,7 +41,7 @@ class WorldModelStep(NamedTuple):
 
     reward_logits: Tensor
     end_logits: Tensor
-    token_logits: Tensor
+    predicted: Tensor
     state: Memory
     prediction_tokens: Tensor
     disagreement: Tensor | None
@@ -88,6 +88,7 @@ class BaseWorldModel(nn.Module, ABC):
         code_dim: E, dimension of the tokenizer's codes.
         codebook_size: the most codes that there will be.
         num_actions: number of actions.
+        code_parts: the number of parts that a code consists of, see `BaseTokenizer.code_parts`.
 
     Raises:
         ValueError: the codes do not fit the decoder's width and the model has no table of its own, the
@@ -95,7 +96,14 @@ class BaseWorldModel(nn.Module, ABC):
     """
 
     def __init__(
-        self, cfg: WorldModelConfig, *, num_tokens: int, code_dim: int, codebook_size: int, num_actions: int
+        self,
+        cfg: WorldModelConfig,
+        *,
+        num_tokens: int,
+        code_dim: int,
+        codebook_size: int,
+        num_actions: int,
+        code_parts: int = 1,
     ) -> None:
         super().__init__()
         _check_config(cfg, code_dim)
@@ -109,7 +117,7 @@ class BaseWorldModel(nn.Module, ABC):
         self.token_embedding = nn.Embedding(codebook_size, width) if cfg.own_token_embedding else None
         self.code_network = None
         if cfg.code_network > 0:
-            self.code_network = CodeNetwork(code_dim, cfg.code_network, width)
+            self.code_network = CodeNetwork(code_dim, code_parts, cfg.code_network, width)
         self.action_embedding = nn.Embedding(num_actions, width)
         self.prediction_embedding = self._make_prediction_embedding(cfg)
         self.position_embedding = nn.Embedding(self.block_size, width) if cfg.position_in_block else None
@@ -139,7 +147,7 @@ class BaseWorldModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
+        self, tokens: Tensor, actions: Tensor, codebook: Codes, *, skip_blocks: int = 0
     ) -> SequenceLogits:
         """Predictions over whole sequences, from an empty memory.
 
@@ -151,7 +159,7 @@ class BaseWorldModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def begin(self, tokens: Tensor, codebook: Tensor, state: Memory) -> Memory:
+    def begin(self, tokens: Tensor, codebook: Codes, state: Memory) -> Memory:
         """The memory that `imagine` needs at observations (B, K), from the memory before them."""
 
     @abstractmethod
@@ -159,7 +167,7 @@ class BaseWorldModel(nn.Module, ABC):
         self,
         tokens: Tensor,
         actions: Tensor,
-        codebook: Tensor,
+        codebook: Codes,
         state: Memory,
         generator: torch.Generator,
         *,
@@ -189,7 +197,7 @@ class BaseWorldModel(nn.Module, ABC):
             kept = (self.local_past.frames - 1, self.num_tokens, weight.shape[1])
         return Memory(memory, weight.new_zeros(batch_size, *kept))
 
-    def loss(self, batch: SequenceTokens, codebook: Tensor, weights: Tensor | None = None) -> WorldModelLoss:
+    def loss(self, batch: SequenceTokens, codebook: Codes, weights: Tensor | None = None) -> WorldModelLoss:
         """The training loss: the weighted sum of the cross-entropies of tokens, rewards and ends.
 
         The first `context_blocks` of a sequence and padding carry no loss, and a truncated step teaches no
@@ -216,7 +224,7 @@ class BaseWorldModel(nn.Module, ABC):
         self,
         tokens: Tensor,
         actions: Tensor,
-        codebook: Tensor,
+        codebook: Codes,
         state: Memory | None = None,
         *,
         mask: Tensor | None = None,
@@ -231,8 +239,9 @@ class BaseWorldModel(nn.Module, ABC):
             mask: (B, N) bool, False where a block is padding, which comes before all real blocks and leaves
                 an empty memory; None: all are real.
         """
+        codes = self.read_codes(codebook)
         before = self.init_state(tokens.shape[0]) if state is None else state
-        observations = self._embed_tokens(tokens, codebook)
+        observations = self._embed_tokens(tokens, codes)
         seen = self._see(observations, actions)
         blocks = self._embed_blocks(observations, actions)
         is_first = None
@@ -280,16 +289,25 @@ class BaseWorldModel(nn.Module, ABC):
         blocks = torch.cat([observations, self.action_embedding(actions)[:, :, None]], dim=2)
         return rearrange(self._place(blocks, 0), "b n l e -> b (n l) e")
 
-    def _embed_tokens(self, tokens: Tensor, codebook: Tensor) -> Tensor:
-        table = codebook.detach() if self.token_embedding is None else self.token_embedding.weight
-        if self.code_network is not None:
-            table = self.code_network.embeddings(codebook)
-        return functional.embedding(tokens, table)
+    def read_codes(self, codebook: Codes) -> ReadCodes:
+        """The tokenizer's codes, (V, E), as the weights at this time read them.
 
-    def _token_logits(self, predicted: Tensor, codebook: Tensor) -> Tensor:
+        Every method that wants the codes takes the result in their place. That saves time where the weights
+        stay the same for many calls.
+        """
+        if isinstance(codebook, ReadCodes):
+            return codebook
+        if self.code_network is not None:
+            return self.code_network(codebook)
+        own = self.token_embedding
+        return ReadCodes(codebook.detach() if own is None else own.weight, None, len(codebook))
+
+    def _embed_tokens(self, tokens: Tensor, codes: ReadCodes) -> Tensor:
+        return functional.embedding(tokens, codes.embeddings)
+
+    def _token_logits(self, predicted: Tensor, codes: ReadCodes) -> Tensor:
         """What the decoder's outputs (..., width) say of a token: logits of the codes there are, (..., V)."""
-        weights = None if self.code_network is None else self.code_network.head_weights(codebook)
-        return code_logits(self.token_head, predicted, len(codebook), weights)
+        return code_logits(self.token_head, predicted, len(codes), codes.head_weights)
 
     def _place(self, embedded: Tensor, first: int) -> Tensor:
         """Add to (..., n, width) the embeddings of places `first` .. `first + n - 1` of a block, if any."""
@@ -305,18 +323,19 @@ class WorldModel(BaseWorldModel):
     started from the state before a block, give that block's K observation tokens.
 
     Args:
-        cfg, num_tokens, code_dim, codebook_size, num_actions: as `BaseWorldModel`.
+        cfg, num_tokens, code_dim, codebook_size, num_actions, code_parts: as `BaseWorldModel`.
 
     Source: arXiv 2402.05643; 4,628,997 parameters at the published size with 18 actions.
     """
 
     def forward(
-        self, tokens: Tensor, actions: Tensor, codebook: Tensor, *, skip_blocks: int = 0
+        self, tokens: Tensor, actions: Tensor, codebook: Codes, *, skip_blocks: int = 0
     ) -> SequenceLogits:
         """See `BaseWorldModel.forward`."""
-        observations = self._embed_tokens(tokens, codebook)
+        codes = self.read_codes(codebook)
+        observations = self._embed_tokens(tokens, codes)
         stream = self._stream(self._sequence_prediction_tokens(observations, actions, skip_blocks))
-        return self._predict_blocks(observations, actions, codebook, stream, skip_blocks)
+        return self._predict_blocks(observations, actions, codes, stream, skip_blocks)
 
     def _sequence_prediction_tokens(self, observations: Tensor, actions: Tensor, skip_blocks: int) -> Tensor:
         """What a sequence's observations are predicted from besides the memory, (B, N', K, width).
@@ -331,7 +350,7 @@ class WorldModel(BaseWorldModel):
         return self._prediction_tokens(torch.cat((nothing, seen), dim=1)[:, skip_blocks:last])
 
     def _predict_blocks(
-        self, observations: Tensor, actions: Tensor, codebook: Tensor, stream: Tensor, skip_blocks: int
+        self, observations: Tensor, actions: Tensor, codes: ReadCodes, stream: Tensor, skip_blocks: int
     ) -> SequenceLogits:
         """`forward`, given embedded observations and the prediction stream's input, (B, N', M, width)."""
         at_action, predicted, _ = self.decoder.pop(
@@ -344,15 +363,16 @@ class WorldModel(BaseWorldModel):
         at_action = at_action[:, skip_blocks:]
         blocks = at_action.shape[1]
         of_tokens, of_outcomes = predicted[:, :blocks], predicted[:, -blocks:]
-        heads = None if self.disagreement is None else self.disagreement(of_tokens, len(codebook))
+        given = self._given_neighbours(of_tokens, observations[:, skip_blocks:])
+        heads = None if self.disagreement is None else self.disagreement(of_tokens, len(codes))
         return SequenceLogits(
-            tokens=self._token_logits(of_tokens, codebook),
+            tokens=self._token_logits(given, codes),
             rewards=self._outcome(self.reward_head, at_action, of_outcomes),
             ends=self._outcome(self.end_head, at_action, of_outcomes),
             heads=heads,
         )
 
-    def begin(self, tokens: Tensor, codebook: Tensor, state: Memory) -> Memory:
+    def begin(self, tokens: Tensor, codebook: Codes, state: Memory) -> Memory:
         """The memory before the observations, as it is: `imagine` reads them with their actions."""
         return state
 
@@ -360,25 +380,26 @@ class WorldModel(BaseWorldModel):
         self,
         tokens: Tensor,
         actions: Tensor,
-        codebook: Tensor,
+        codebook: Codes,
         state: Memory,
         generator: torch.Generator,
         *,
         temperature: float = 1.0,
     ) -> Imagined:
         """Draw what follows observations and actions; the tokens as `world_model.draw` says."""
-        step = self.step(tokens, actions, codebook, state)
+        codes = self.read_codes(codebook)
+        step = self.step(tokens, actions, codes, state)
         return Imagined(
             rewards=self.reward_code.draw(step.reward_logits, generator, temperature=temperature),
             ended=sample_categorical(step.end_logits, generator, temperature=temperature).bool(),
-            tokens=self._draw_tokens(step, tokens, codebook, generator, temperature),
+            tokens=self._draw_tokens(step, tokens, codes, generator, temperature),
             state=step.state,
             reward_logits=step.reward_logits,
             end_logits=step.end_logits,
             disagreement=step.disagreement,
         )
 
-    def step(self, tokens: Tensor, actions: Tensor, codebook: Tensor, state: Memory) -> WorldModelStep:
+    def step(self, tokens: Tensor, actions: Tensor, codebook: Codes, state: Memory) -> WorldModelStep:
         """Read one block and predict what follows it, in one pass of the decoder.
 
         Args:
@@ -387,7 +408,8 @@ class WorldModel(BaseWorldModel):
             codebook: the tokenizer's codes, (V, E).
             state: the memory before the block.
         """
-        block = self._embed_tokens(tokens[:, None], codebook), actions[:, None]
+        codes = self.read_codes(codebook)
+        block = self._embed_tokens(tokens[:, None], codes), actions[:, None]
         seen = self._see(*block)
         prediction_tokens = self._prediction_tokens(torch.cat((state.recent, seen), dim=1))
         at_action, predicted, memory = self.decoder.pop(
@@ -402,30 +424,44 @@ class WorldModel(BaseWorldModel):
         return WorldModelStep(
             reward_logits=self._outcome(self.reward_head, at_action, predicted),
             end_logits=self._outcome(self.end_head, at_action, predicted),
-            token_logits=self._token_logits(predicted, codebook),
+            predicted=predicted,
             state=Memory(memory, self._keep(state, seen)),
             prediction_tokens=prediction_tokens,
-            disagreement=self._disagreement(predicted, codebook),
+            disagreement=self._disagreement(predicted, codes),
         )
+
+    def token_logits(self, step: WorldModelStep, codebook: Codes) -> Tensor:
+        """Logits of the next observation's tokens after a step, each place for itself, (B, K, V)."""
+        return self._token_logits(step.predicted, self.read_codes(codebook))
 
     def _draw_tokens(
         self,
         step: WorldModelStep,
         before: Tensor,
-        codebook: Tensor,
+        codes: ReadCodes,
         generator: torch.Generator,
         temperature: float,
     ) -> Tensor:
         """The tokens of the observations after those `before`, (B, K) int64 both."""
+        logits = self.token_logits(step, codes)
         if self.cfg.draw == "coupled":
-            return sample_coupled(step.token_logits, before, generator, temperature=temperature)
-        return sample_categorical(step.token_logits, generator, temperature=temperature)
+            return sample_coupled(logits, before, generator, temperature=temperature)
+        return sample_categorical(logits, generator, temperature=temperature)
 
-    def _disagreement(self, predicted: Tensor, codebook: Tensor) -> Tensor | None:
+    def _given_neighbours(self, predicted: Tensor, observations: Tensor) -> Tensor:
+        """What tokens are predicted from.
+
+        Args:
+            predicted: the decoder's outputs at their places, (B, N, M, width).
+            observations: the embedded observations that are predicted, (B, N, K, width).
+        """
+        return predicted
+
+    def _disagreement(self, predicted: Tensor, codes: ReadCodes) -> Tensor | None:
         """How far heads differ about the tokens of outputs (B, K, width): the mean in nats, (B,)."""
         if self.disagreement is None:
             return None
-        return divergence(self.disagreement(predicted, len(codebook))).mean(dim=-1)
+        return divergence(self.disagreement(predicted, len(codes))).mean(dim=-1)
 
     def _make_local_past(self, cfg: WorldModelConfig) -> LocalPast | None:
         if cfg.local_frames == 0:

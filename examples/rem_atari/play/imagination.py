@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rem_atari.models.base_tokenizer import BaseTokenizer
+from rem_atari.models.code_network import Codes, ReadCodes
 from rem_atari.models.memory import Memory
 from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.play.rollout import TokenStep
@@ -17,7 +18,7 @@ Context = tuple[Tensor, Tensor, Tensor | None]
 mask, (B, N) bool, False where a step is padding, on the left; None: all are real."""
 
 
-def state_at(world_model: BaseWorldModel, codes: Tensor, tokens: Tensor, context: Context | None) -> Memory:
+def state_at(world_model: BaseWorldModel, codes: Codes, tokens: Tensor, context: Context | None) -> Memory:
     """The memory that `world_model.imagine` wants at observations `tokens` (B, K), after a context if any."""
     if context is None:
         state = world_model.init_state(tokens.shape[0])
@@ -36,8 +37,8 @@ class ImaginedEnv:
     and nothing waits for the device, unless ended episodes are skipped.
 
     With POP the tokens of an observation are drawn independently of each other (that is what makes it fast),
-    so where the world can go one way or another a drawn frame may show both or neither; `world_model.draw`
-    "coupled" makes that rarer.
+    so where the world can go one way or another a drawn frame may show both or neither; other values of
+    `world_model.draw` make that rarer.
 
     Args:
         world_model: in eval mode.
@@ -78,6 +79,7 @@ class ImaginedEnv:
         self._disagreement_weight = disagreement_weight
         self._skip_ended = skip_ended
         self._imagined: Tensor | None = None  # the episodes that are, (n,) int64; None: all
+        self._codes: ReadCodes | None = None
         self._state: Memory | None = None
         self._tokens: Tensor | None = None
 
@@ -117,7 +119,8 @@ class ImaginedEnv:
         if (context_tokens is None) != (context_actions is None):
             raise ValueError("ImaginedEnv.reset(): context_tokens and context_actions must come together.")
         context = None if context_tokens is None else (context_tokens, context_actions, context_mask)
-        self._state = state_at(self._world_model, self._tokenizer.codes, tokens, context)
+        self._codes = self._world_model.read_codes(self._tokenizer.codes)
+        self._state = state_at(self._world_model, self._codes, tokens, context)
         self._tokens, self._imagined = tokens, None
         return self._show(tokens)
 
@@ -127,9 +130,7 @@ class ImaginedEnv:
         rows, before = self._imagined, self.tokens
         if rows is not None:
             before, actions = before[rows], actions[rows]
-        answer = self._world_model.imagine(
-            before, actions, self._tokenizer.codes, self._state, self._generator
-        )
+        answer = self._world_model.imagine(before, actions, self._codes, self._state, self._generator)
         self._state = answer.state
         self._tokens = self._among_all(answer.tokens, self.tokens)
         nothing = torch.zeros_like(self._tokens[:, 0])

@@ -26,6 +26,7 @@ WORLD_MODELS = {
     "independent": {},
     "coupled": {"draw": "coupled"},
     "refine": {"draw": "refine"},
+    "groups": {"draw": "groups"},
     "token by token": {"pop": False},
     "reward bins": {"reward_bins": 5},
 }

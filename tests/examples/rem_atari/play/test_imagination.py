@@ -153,7 +153,8 @@ def test_what_is_imagined_follows_the_context_and_the_past_steps():
     env.step(segments.actions[:, 2])
     with torch.no_grad():
         whole = model(tokens, segments.actions, codebook)
-    torch.testing.assert_close(seen[0].token_logits, whole.tokens[:, 3], atol=1e-5, rtol=1e-5)
+        token_logits = model.token_logits(seen[0], codebook)
+    torch.testing.assert_close(token_logits, whole.tokens[:, 3], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seen[0].reward_logits, whole.rewards[:, 2], atol=1e-5, rtol=1e-5)
 
 
@@ -448,6 +449,7 @@ class Operations(TorchDispatchMode):
         {"kind": "patches", "world_model": {"draw": "coupled", "reward_bins": 5}},
         {"kind": "patches", "space": "pixels", "pixel_channels": (4,)},
         {"world_model": {"draw": "refine"}},
+        {"world_model": {"draw": "groups"}},
         {"context_frames": 3, "world_model": {"local_frames": 3, "local_outcomes": True}},
         {"disagreement_weight": 0.5, "world_model": {"disagreement_heads": 2}},
     ],

@@ -458,8 +458,9 @@ def test_predictions_equal_the_world_models_steps(agent: Agent) -> None:
     with torch.no_grad():
         state = agent.world_model.take_in(batch.tokens[:, :1], batch.actions[:, :1], codes)
         step = agent.world_model.step(batch.tokens[:, 1], batch.actions[:, 1], codes, state)
+        token_logits = agent.world_model.token_logits(step, codes)
         after = agent.world_model.step(batch.tokens[:, 2], batch.actions[:, 2], codes, step.state)
-    chances = step.token_logits.log_softmax(dim=-1).gather(-1, batch.tokens[:, 2, :, None])[..., 0]
+    chances = token_logits.log_softmax(dim=-1).gather(-1, batch.tokens[:, 2, :, None])[..., 0]
     np.testing.assert_allclose(tokens.predictions.log_prob[::2], chances.numpy(), atol=1e-4)
     signs = batch.rewards[:, 2].sign().long() + 1
     reward_chances = after.reward_logits.log_softmax(dim=-1).gather(-1, signs[:, None])
