@@ -157,7 +157,7 @@ MINATAR = Config(
     ),
     # Steps are almost free here, and the world model lacks examples of rewards.
     schedule=ScheduleConfig(
-        epochs=24, collect_epochs=24, steps_per_epoch=5_000, random_steps=30_000, checkpoint_every=5
+        epochs=16, collect_epochs=16, steps_per_epoch=5_000, random_steps=30_000, checkpoint_every=5
     ),
     evaluation=EvaluationConfig(every=5, episodes=20, final_episodes=100, random_episodes=100),
 )
