@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rem_atari.models.grouped import Neighbours
 from rem_atari.models.sampling import sample_categorical, sample_coupled
 
 asterix = pytest.importorskip(
@@ -24,7 +25,7 @@ asterix = pytest.importorskip(
 )
 
 FRAMES, OUTCOMES, DRAWS = 12, 300, 200
-UP = 2
+LEFT, UP = 1, 2
 
 
 def a_game(steps: int, seed: int) -> Any:
@@ -46,8 +47,8 @@ def tokens_of(game: Any) -> np.ndarray:
     return blocks @ (16 ** np.arange(4))
 
 
-def outcomes(game: Any, *, timers_known: bool) -> np.ndarray:
-    """What may follow a frame and the action "up", (OUTCOMES, 25)."""
+def outcomes(game: Any, *, timers_known: bool, sticky: float) -> np.ndarray:
+    """What may follow a frame and the action "up", which by chance `sticky` is "left": (OUTCOMES, 25)."""
     numbers = np.random.RandomState(0)
     rows = []
     for _ in range(OUTCOMES):
@@ -57,33 +58,57 @@ def outcomes(game: Any, *, timers_known: bool) -> np.ndarray:
         if not timers_known:
             branch.move_timer = numbers.randint(branch.move_speed)
             branch.spawn_timer = numbers.randint(branch.spawn_speed)
-        branch.act(UP)
+        branch.act(LEFT if numbers.rand() < sticky else UP)
         rows.append(tokens_of(branch))
     return np.stack(rows)
 
 
-def impossible_share(draw: Callable[[Tensor, Tensor], Tensor], *, timers_known: bool) -> float:
-    """Share of drawn frames that no real outcome shows."""
+def impossible_share(
+    draw: Callable[[Tensor, Tensor, int], Tensor], *, timers_known: bool, sticky: float = 0.0
+) -> float:
+    """Share of drawn frames that no real outcome shows.
+
+    `draw` gives DRAWS frames from what may follow, (OUTCOMES, 25), the frame before, and the number of codes.
+    """
     wrong = 0
     for seed in range(FRAMES):
         game = a_game(50 + 7 * seed, seed)
-        real = outcomes(game, timers_known=timers_known)
+        real = outcomes(game, timers_known=timers_known, sticky=sticky)
         codes, coded = np.unique(np.concatenate((real, tokens_of(game)[None])), return_inverse=True)
         coded = torch.from_numpy(coded.reshape(OUTCOMES + 1, 25))
-        chances = torch.nn.functional.one_hot(coded[:-1], len(codes)).double().mean(dim=0)
-        logits = chances.log().float().expand(DRAWS, -1, -1)
         possible = {tuple(row) for row in coded[:-1].tolist()}
-        drawn = draw(logits, coded[-1].expand(DRAWS, -1))
+        drawn = draw(coded[:-1], coded[-1].expand(DRAWS, -1), len(codes))
         wrong += sum(tuple(row) not in possible for row in drawn.tolist())
     return wrong / (FRAMES * DRAWS)
 
 
-def independent(logits: Tensor, before: Tensor) -> Tensor:
-    return sample_categorical(logits, torch.Generator().manual_seed(0))
+def logits_of(real: Tensor, codes: int) -> Tensor:
+    chances = torch.nn.functional.one_hot(real, codes).double().mean(dim=0)
+    return chances.log().float().expand(DRAWS, -1, -1)
 
 
-def coupled(logits: Tensor, before: Tensor) -> Tensor:
-    return sample_coupled(logits, before, torch.Generator().manual_seed(0))
+def independent(real: Tensor, before: Tensor, codes: int) -> Tensor:
+    return sample_categorical(logits_of(real, codes), torch.Generator().manual_seed(0))
+
+
+def coupled(real: Tensor, before: Tensor, codes: int) -> Tensor:
+    return sample_coupled(logits_of(real, codes), before, torch.Generator().manual_seed(0))
+
+
+def in_groups(real: Tensor, before: Tensor, codes: int) -> Tensor:
+    """Each token from the outcomes that agree with its neighbours of earlier groups."""
+    neighbours, generator = Neighbours(2, 25), torch.Generator().manual_seed(0)
+    drawn = torch.zeros_like(before)
+    for places in neighbours.groups:
+        for place in places.tolist():
+            fits = torch.ones(len(drawn), len(real), dtype=torch.bool)
+            for near in neighbours.table[place].tolist():
+                if near < 25:
+                    fits &= drawn[:, near, None] == real[:, near]
+            fits |= ~fits.any(dim=1, keepdim=True)  # a surrounding that no outcome has: any of them
+            outcome = torch.multinomial(fits.float(), 1, generator=generator)[:, 0]
+            drawn[:, place] = real[outcome, place]
+    return drawn
 
 
 def test_a_model_of_one_frame_draws_far_fewer_impossible_frames_when_tokens_are_coupled():
@@ -97,3 +122,14 @@ def test_a_model_that_knows_the_timers_needs_no_coupling():
     alone = impossible_share(independent, timers_known=True)
     assert alone < 0.1
     assert alone < impossible_share(coupled, timers_known=True) < 0.2
+
+
+def test_a_player_that_may_go_either_way_is_neither_lost_nor_doubled_when_neighbours_are_read():
+    """One action in ten is the one before, as in the game: the player leaves a patch, or it does not."""
+    assert impossible_share(independent, timers_known=True, sticky=0.1) > 0.11
+    assert impossible_share(coupled, timers_known=True, sticky=0.1) > 0.11
+    assert impossible_share(in_groups, timers_known=True, sticky=0.1) < 0.07, "as without chance"
+
+
+def test_neighbours_that_are_read_help_where_timers_are_unknown():
+    assert impossible_share(in_groups, timers_known=False) < 0.2
