@@ -144,11 +144,12 @@ class ReportArguments:
 
 @dataclass(frozen=True)
 class DiagnoseArguments:
-    """Say why a run does not learn: seven signs, most important first, each with its figures.
+    """Say why a run does not learn: eight signs, most important first, each with its figures.
 
-    Reads only config.json and metrics.jsonl, so it works while the run trains. The checks:
-    error on moving pixels, reward loss stuck high, entropy near zero before the imagined return moves,
-    world-model loss rising, codebook use, value scale, rewards of different sizes.
+    Reads config.json, metrics.jsonl and, where a report has measured it, quality.json; it works while
+    the run trains. The checks: error on moving pixels, rewards foretold, drift of dreams, entropy near
+    zero before the imagined return moves, world-model loss rising, codebook use, value scale, rewards
+    of different sizes.
 
     Example: rem-atari diagnose runs/pong --json
 

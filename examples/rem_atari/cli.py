@@ -47,7 +47,7 @@ commands:
   export     write a trained agent into a small folder, to keep and share
   play       play in the agent's dream, beside the real game, in the browser
   report     write a run's report anew
-  diagnose   say why a run does not learn, from its metrics alone
+  diagnose   say why a run does not learn, from its metrics and report
   scores     aggregate runs over games and seeds, beside the published agents
   sweep      train a run for each of many games and seeds, on Ray
   benchmark  measure this machine: how long would a run take?

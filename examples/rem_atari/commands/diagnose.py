@@ -11,18 +11,22 @@ from rem_atari.arguments import DiagnoseArguments
 from rem_atari.commands.counting import tell
 from rem_atari.errors import RunError
 from rem_atari.evaluation import describe_mean
-from rem_atari.report.diagnosis import Finding, diagnose, first_sign
+from rem_atari.report.diagnosis import diagnose
+from rem_atari.report.findings import Finding, first_sign
+from rem_atari.report.heldout_signs import is_of_now
 from rem_atari.report.history import MetricLine, Returns, last_value, read_lines, returns_of
+from rem_atari.report.quality import QUALITY_FILE
 from rem_atari.runs.folder import open_run_folder
+from rem_atari.runs.reading import read_json
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the --json output; docs/does_not_learn.md describes it."""
 
 WORDS = {True: "SIGN", False: "fine", None: "unknown"}
 
 
 def diagnose_run(arguments: DiagnoseArguments) -> None:
-    """Print the signs in a run's metrics of why it does not learn; the run may still train.
+    """Print the signs of why a run does not learn; the run may still train.
 
     Raises:
         UsageError: there is no run, or its configuration cannot be read.
@@ -33,9 +37,16 @@ def diagnose_run(arguments: DiagnoseArguments) -> None:
     lines = read_lines(run.metrics, notes)
     if not lines:
         raise RunError(f"{run.metrics} has no line yet: there is nothing to diagnose")
+    quality = read_json(run.path / QUALITY_FILE)
+    if quality is not None and not is_of_now(quality, lines):
+        notes.append(
+            f"the run has gone on since {QUALITY_FILE} was measured, so it is not heeded; rem-atari report"
+            " measures again"
+        )
+        quality = None
     for note in notes:
         tell(f"note: {note}")
-    findings = diagnose(lines, config)
+    findings = diagnose(lines, config, quality)
     if arguments.json:
         print(json.dumps(as_data(str(run.path), lines, findings), indent=2, allow_nan=False))
     else:

@@ -67,7 +67,7 @@ def make_scenes(
     generator = torch.Generator(batch.tokens.device).manual_seed(seed)
     dreams = {
         "imagined, same actions": dream_along(agent, batch, context, generator),
-        "imagined, agent plays": _dream_freely(agent, batch, context, temperature, generator),
+        "imagined, agent plays": dream_freely(agent, batch, context, temperature, generator),
     }
     same, own = (
         _imagined_films(agent, batch, context, dream, title, action_names) for title, dream in dreams.items()
@@ -92,7 +92,7 @@ def dream_along(agent: Agent, batch: SequenceTokens, context: int, generator: to
     )
 
 
-def _dream_freely(
+def dream_freely(
     agent: Agent,
     batch: SequenceTokens,
     context: int,

@@ -50,6 +50,10 @@ class SequenceTokens:
         """Some of the B sequences."""
         return SequenceTokens(*(getattr(self, column.name)[sequences] for column in fields(self)))
 
+    def since(self, step: int) -> SequenceTokens:
+        """The steps from `step` on."""
+        return SequenceTokens(*(getattr(self, column.name)[:, step:] for column in fields(self)))
+
 
 def tokenize(batch: SequenceBatch, tokenizer: BaseTokenizer) -> SequenceTokens:
     """A batch from the replay on the tokenizer's device, its frames tokenised."""

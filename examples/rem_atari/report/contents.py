@@ -24,7 +24,15 @@ from rem_atari.errors import RunError, RunWarning, explain
 from rem_atari.films.pictures import Scene
 from rem_atari.replay.buffer import Replay
 from rem_atari.report.history import MetricLine, last_value, read_lines
-from rem_atari.report.measure import imagine_scenes, look_at_frames, look_at_horizon, look_at_predictions
+from rem_atari.report.measure import (
+    dream_ahead,
+    imagine_scenes,
+    look_at_drift,
+    look_at_frames,
+    look_at_horizon,
+    look_at_predictions,
+    look_at_returns,
+)
 from rem_atari.report.quality import Comparison, Quality
 from rem_atari.report.rivals import Rivals, read_rivals
 from rem_atari.runs.checkpoint import Checkpoint, CheckpointError, load_checkpoint
@@ -236,12 +244,13 @@ def _imagine(data: RunData) -> list[Scene]:
 
 def quality_json(report: Report) -> str:
     """The measurements on held-out frames as JSON text, with the run and checkpoint measured."""
-    steps = last_value(report.lines, "env_steps")
+    epoch, steps = last_value(report.lines, "epoch"), last_value(report.lines, "env_steps")
     of = {
         "game": report.game,
         "preset": report.config.preset,
         "seed": report.config.seed,
         "step": report.step,
+        "epoch": None if epoch is None else int(epoch),
         "env_steps": None if steps is None else int(steps),
     }
     return json.dumps(without_nan({**of, **report.quality.to_dict()}), indent=2, allow_nan=False) + "\n"
@@ -267,6 +276,19 @@ def measure_quality(data: RunData) -> Quality:
         frames = attempt("What is measured of frames", data.notes, look)
         look_on = partial(look_at_predictions, agent, data.config, training, heldout)
         predictions = attempt("What is measured of predictions", data.notes, look_on)
-    look_ahead = partial(look_at_horizon, agent, data.config, heldout)
-    horizon = attempt("What is measured of the horizon", data.notes, look_ahead)
-    return Quality(steps=heldout.num_steps, frames=frames, predictions=predictions, horizon=horizon)
+    ahead = attempt("Dreams to measure", data.notes, partial(dream_ahead, agent, data.config, heldout))
+    horizon = drift = returns = None
+    if ahead is not None:
+        look_ahead = partial(look_at_horizon, agent, ahead)
+        horizon = attempt("What is measured of the horizon", data.notes, look_ahead)
+        drift = attempt("What is measured of drift", data.notes, partial(look_at_drift, agent, ahead))
+        earned = partial(look_at_returns, ahead, data.config)
+        returns = attempt("What is measured of imagined returns", data.notes, earned)
+    return Quality(
+        steps=heldout.num_steps,
+        frames=frames,
+        predictions=predictions,
+        horizon=horizon,
+        drift=drift,
+        returns=returns,
+    )

@@ -1,4 +1,5 @@
-"""Why a run does not learn: signs in metrics.jsonl, in the order in which to look for them.
+"""Why a run does not learn: signs in its metrics and in what the report measured on held-out games, in the
+order in which to look for them.
 
 The order is that of cause and effect. The world model cannot predict what the tokenizer does not see, and the
 controller cannot learn what the world model does not predict. So begin with the first sign.
@@ -6,20 +7,20 @@ controller cannot learn what the world model does not predict. So begin with the
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
-from rem_atari.config import Config
-from rem_atari.report.history import MetricLine, Series, reward_sizes, values_of
+from rem_atari.config import Config, TokenizerConfig
+from rem_atari.report.findings import Finding, findings_of
+from rem_atari.report.heldout_signs import check_dreams, check_rewards
+from rem_atari.report.history import MetricLine, Series, late, reward_sizes, values_of
 from rem_atari.report.text import number
 
 BLIND_FACTOR = 2.0
 """The tokenizer counts as blind above this multiple of the error at which it may freeze; once its freeze is
 due, above that error itself."""
-
-STUCK_SHARE = 0.8
-"""The reward loss counts as stuck above this share of the base rate's loss."""
 
 COLLAPSED_SHARE = 0.1
 """The entropy counts as near zero below this share of the highest that the run has shown."""
@@ -49,45 +50,32 @@ WINDOW = 3
 """Epochs averaged before a curve's lowest and its present height are compared."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """The result of a check.
-
-    Attributes:
-        check: its name, for scripts.
-        title: what it checks.
-        sign: whether the sign is there; None if the metrics do not show it (yet).
-        says: the figures in a sentence.
-        advice: what to try; empty without a sign.
-        figures: the same figures by name.
-    """
-
-    check: str
-    title: str
-    sign: bool | None
-    says: str
-    advice: str = ""
-    figures: Mapping[str, float] = field(default_factory=dict)
-
-
-def diagnose(lines: Sequence[MetricLine], config: Config) -> list[Finding]:
+def diagnose(
+    lines: Sequence[MetricLine], config: Config, quality: Mapping[str, Any] | None = None
+) -> list[Finding]:
     """Run every check, in the order in which to act on them.
 
     Args:
         lines: lines of metrics.jsonl; the run may still train.
         config: its configuration.
+        quality: the JSON data of what was measured on held-out games (`Quality.to_dict`); None: nothing was.
     """
-    return [check(lines, config) for check in CHECKS]
-
-
-def first_sign(findings: Sequence[Finding]) -> Finding | None:
-    """The first check that found its sign; begin there."""
-    return next((finding for finding in findings if finding.sign), None)
+    held_out = quality or {}
+    return [
+        check_moving_pixels(lines, config),
+        check_rewards(lines, held_out),
+        check_dreams(held_out),
+        check_entropy(lines),
+        check_world_model_loss(lines),
+        check_codebook(lines, config),
+        check_value_scale(lines, config),
+        check_reward_sizes(lines, config),
+    ]
 
 
 def check_moving_pixels(lines: Sequence[MetricLine], config: Config) -> Finding:
     """Whether the tokenizer sees what moves: its error on pixels that differ from the median frame."""
-    found = _finding("moving_pixels", "Error on moving pixels")
+    found = findings_of("moving_pixels", "Error on moving pixels")
     learned = config.tokenizer.kind != "patches"
     if not learned and not config.tokenizer.patch_means:
         return _check_patches(found, lines, config)
@@ -136,36 +124,9 @@ def _check_patches(found: Callable[..., Finding], lines: Sequence[MetricLine], c
     return found(share < LEAST_COVERED, says, advice, figures)
 
 
-def check_reward_loss(lines: Sequence[MetricLine], config: Config) -> Finding:
-    """Whether the world model predicts rewards better than their base rate does."""
-    found = _finding("reward_loss", "Reward loss stuck high")
-    loss, base = values_of(lines, "world_model", "reward"), values_of(lines, "world_model", "reward_base")
-    if len(loss.y) < 2 or len(base.y) < 2:
-        return found(None, "The world model has left too few figures of its reward loss and the base rate's.")
-    figures = {"loss": _late(loss), "base_rate": _late(base), "first": loss.y[0]}
-    if figures["base_rate"] == 0:
-        return found(
-            True,
-            "The experience that it trains on holds no reward.",
-            "There is nothing to learn from yet: raise schedule.random_steps or controller.epsilon, or let"
-            " single runs of the game be longer (env.max_raw_frames).",
-            figures,
-        )
-    says = (
-        f"It is {number(figures['loss'])} nats; knowing only how often each sign of a reward occurs gives"
-        f" {number(figures['base_rate'])}. In the first epoch it was {number(figures['first'])}."
-    )
-    advice = (
-        "The world model does not foresee rewards. If the error on moving pixels is low, train it more"
-        " (world_model.optim.updates_per_epoch, lr), give it more context (world_model.context_blocks,"
-        " sequence_blocks) or more random experience (schedule.random_steps)."
-    )
-    return found(figures["loss"] > STUCK_SHARE * figures["base_rate"], says, advice, figures)
-
-
-def check_entropy(lines: Sequence[MetricLine], config: Config) -> Finding:
+def check_entropy(lines: Sequence[MetricLine]) -> Finding:
     """Whether the policy stopped exploring before it had learned anything in imagination."""
-    found = _finding("entropy", "Entropy near zero before the imagined return moves")
+    found = findings_of("entropy", "Entropy near zero before the imagined return moves")
     entropy, gained = (values_of(lines, "controller", name) for name in ("entropy", "imagined_return"))
     if len(entropy.y) < 2 or len(gained.y) != len(entropy.y):
         return found(None, "The controller has left too few figures so far.")
@@ -198,9 +159,9 @@ def check_entropy(lines: Sequence[MetricLine], config: Config) -> Finding:
     return found(gain <= MOVED_NOISES * noise, says, advice, figures)
 
 
-def check_world_model_loss(lines: Sequence[MetricLine], config: Config) -> Finding:
+def check_world_model_loss(lines: Sequence[MetricLine]) -> Finding:
     """Whether the world model chases tokens whose meaning changes."""
-    found = _finding("world_model_loss", "World-model loss rising")
+    found = findings_of("world_model_loss", "World-model loss rising")
     loss = values_of(lines, "world_model", "tokens")
     means = [statistics.fmean(loss.y[at : at + WINDOW]) for at in range(len(loss.y) - WINDOW + 1)]
     if len(means) < WINDOW:
@@ -228,32 +189,58 @@ def check_world_model_loss(lines: Sequence[MetricLine], config: Config) -> Findi
 
 
 def check_codebook(lines: Sequence[MetricLine], config: Config) -> Finding:
-    """Whether a few codes encode all frames."""
-    found = _finding("codebook", "Codebook use")
-    used = values_of(lines, "tokenizer", "codes_used")
-    if config.tokenizer.kind == "patches":
-        return found(False, "The codes are patches of pixels: those that differ have codes of their own.")
-    if not used.y:
+    """Whether frames that differ share a few codes; what that means depends on the kind of tokenizer."""
+    found = findings_of("codebook", "Codebook use")
+    tokenizer = config.tokenizer
+    if tokenizer.kind == "patches" and not tokenizer.patch_means:
+        apart = "" if tokenizer.patch_threshold == 0 else " by more than tokenizer.patch_threshold"
+        return found(
+            False,
+            f"The codes are patches of pixels: those that differ{apart} have codes of their own as long as"
+            " there is room, which the first check looks at.",
+        )
+    in_batches = values_of(lines, "tokenizer", "codes_used").y
+    if not in_batches:
         return found(None, "The tokenizer has left no figures so far.")
-    size = config.tokenizer.codebook_size
-    figures = {"used": used.y[-1], "size": float(size)}
-    advice = (
-        "Frames that differ get the same tokens. Start the codes from data (tokenizer.init_from_data),"
-        " restart unused ones (tokenizer.restart_dead_codes), or raise tokenizer.commitment_weight."
-    )
-    says = f"A batch of frames uses {number(used.y[-1])} of {size} codes."
-    return found(used.y[-1] < max(2.0, USED_SHARE * size), says, advice, figures)
+    used = in_batches[-1]
+    size, least, advice = _codes_wanted(tokenizer)
+    figures = {"used": used, "size": float(size), "least": least}
+    says = f"A batch of frames uses {number(used)} of {size} codes; fewer than {number(least)} are a sign."
+    return found(used < least, says, f"Frames that differ get the same tokens. {advice}", figures)
+
+
+def _codes_wanted(tokenizer: TokenizerConfig) -> tuple[int, float, str]:
+    """The number of codes, the fewest that a batch should use, and what to do where it uses fewer."""
+    size, least = tokenizer.codebook_size, max(2.0, USED_SHARE * tokenizer.codebook_size)
+    if tokenizer.kind == "fsq":
+        # Codes are combinations and none can die. With fewer than this, one number would do for all.
+        size, least = math.prod(tokenizer.fsq_levels), float(max(tokenizer.fsq_levels))
+        advice = (
+            "The encoder's outputs hardly vary: train it more (tokenizer.optim.updates_per_epoch, lr), or"
+            " raise tokenizer.foreground_weight."
+        )
+    elif tokenizer.kind == "patches":
+        advice = (
+            "The codes are means of the patches of the first epoch's frames and never change, and the game"
+            " now shows others: collect more before that epoch (schedule.random_steps)."
+        )
+    else:
+        advice = (
+            "Start the codes from data (tokenizer.init_from_data), restart unused ones"
+            " (tokenizer.restart_dead_codes), or raise tokenizer.commitment_weight."
+        )
+    return size, least, advice
 
 
 def check_value_scale(lines: Sequence[MetricLine], config: Config) -> Finding:
     """Whether the critic's errors drown the policy's signal."""
-    found = _finding("value_scale", "Value scale")
+    found = findings_of("value_scale", "Value scale")
     value, norm = (values_of(lines, "controller", name) for name in ("value", "grad_norm"))
     if len(value.y) < 2 or not norm.y:
         return found(None, "The controller has left too few figures so far.")
     figures = {
-        "error": _late(value) ** 0.5,
-        "grad_norm": _late(norm),
+        "error": late(value) ** 0.5,
+        "grad_norm": late(norm),
         "clip_norm": config.controller.optim.clip_norm,
     }
     says = (
@@ -272,7 +259,7 @@ def check_value_scale(lines: Sequence[MetricLine], config: Config) -> Finding:
 
 def check_reward_sizes(lines: Sequence[MetricLine], config: Config) -> Finding:
     """Whether rewards differ in size, which a world model of reward signs does not learn."""
-    found = _finding("reward_sizes", "Rewards of different sizes")
+    found = findings_of("reward_sizes", "Rewards of different sizes")
     sizes = reward_sizes(lines)
     if sizes is None:
         return found(None, "No reward has been seen so far, or the run did not note how large they are.")
@@ -289,41 +276,6 @@ def check_reward_sizes(lines: Sequence[MetricLine], config: Config) -> Finding:
         " give rewards of one size for what really counts by a wrapper (env.wrapper)."
     )
     return found(True, f"{says}, and the world model learns their signs alone.", advice, figures)
-
-
-CHECKS: tuple[Callable[[Sequence[MetricLine], Config], Finding], ...] = (
-    check_moving_pixels,
-    check_reward_loss,
-    check_entropy,
-    check_world_model_loss,
-    check_codebook,
-    check_value_scale,
-    check_reward_sizes,
-)
-"""The checks, in the order in which to act on them."""
-
-
-def _finding(check: str, title: str) -> Callable[..., Finding]:
-    """Returns a function that makes the findings of one check; advice is only given with a sign."""
-
-    def make(
-        sign: bool | None, says: str, advice: str = "", figures: Mapping[str, float] | None = None
-    ) -> Finding:
-        return Finding(
-            check=check,
-            title=title,
-            sign=sign,
-            says=says,
-            advice=advice if sign else "",
-            figures=figures or {},
-        )
-
-    return make
-
-
-def _late(series: Series) -> float:
-    """Mean of the last quarter of a curve's values, of the last one at least."""
-    return statistics.fmean(series.y[-max(1, len(series.y) // 4) :])
 
 
 def _last(series: Series) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,11 @@ def values_of(lines: Sequence[MetricLine], phase: str, name: str, *, x: str = "e
         if line.get("phase") == phase and is_number(line.get(name)) and is_number(line.get(x))
     ]
     return Series(name, [point[0] for point in points], [point[1] for point in points])
+
+
+def late(series: Series) -> float:
+    """Mean of the last quarter of a curve's values, of the last one at least."""
+    return statistics.fmean(series.y[-max(1, len(series.y) // 4) :])
 
 
 def was_trained(lines: Sequence[MetricLine], phase: str) -> bool:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from rem_atari.agent import Agent
 from rem_atari.config import Config
-from rem_atari.films.dreams import dream_along, make_scenes
+from rem_atari.films.dreams import Dream, dream_along, dream_freely, make_scenes
 from rem_atari.films.pictures import Scene
 from rem_atari.models.base_tokenizer import foreground_of
 from rem_atari.models.rewards import REWARD_CLASSES, reward_classes
@@ -35,14 +35,16 @@ from rem_atari.report.analysis import (
     score_tokens,
     to_signed,
 )
-from rem_atari.report.quality import FrameQuality, PredictionQuality, Redrawn
+from rem_atari.report.drift import Drift, compare_colours
+from rem_atari.report.quality import DreamReturns, FrameQuality, PredictionQuality, Redrawn
+from rem_atari.training.actor_critic import before_the_end
 
 HELDOUT_FRAMES, TRAINING_FRAMES = 256, 512
 """Frames drawn for the reconstructions, and for the mean frame."""
 HELDOUT_SEQUENCES, TRAINING_SEQUENCES = 128, 128
 """Sequences drawn for the world model, and for the predictors that count."""
-HORIZON_STARTS = 128
-"""Starts from which imagination is compared with the game, step by step."""
+DREAM_STARTS, HORIZON_STARTS = 256, 128
+"""Starts from which dreams are compared with the game, and those of them whose frames are, step by step."""
 SHOWN_FRAMES = 9
 """Reconstructions shown in the page."""
 SCENES, SCENE_CANDIDATES, SCENE_STEPS = 4, 64, 12
@@ -122,16 +124,90 @@ def look_at_predictions(
     )
 
 
-def look_at_horizon(agent: Agent, config: Config, heldout: Replay) -> HorizonErrors | None:
-    """Imagined frames beside real ones, over the controller's horizon; None where no episode is so long."""
-    context = _context(config)
+@dataclass(frozen=True)
+class Ahead:
+    """Dreams from held-out starts beside what the game did there.
+
+    Attributes:
+        frames: the game's frames, the start the first of them, uint8 (B, T+1, S, S, 3).
+        real: the same as tokens, with actions and rewards.
+        along: T imagined steps under the actions that were really taken.
+        free: T imagined steps in which the controller acts, as it did in the game.
+    """
+
+    frames: Tensor
+    real: SequenceTokens
+    along: Dream
+    free: Dream
+
+
+@torch.no_grad()
+def dream_ahead(agent: Agent, config: Config, heldout: Replay) -> Ahead | None:
+    """Dreams over the controller's horizon; None where no held-out episode shows what follows a start.
+
+    They begin as those that the controller learns from, after `controller.context_frames` real frames.
+    """
+    context = _dream_context(config)
     if not heldout.ready(context + 2):
         return None
-    # The horizon counts observations, the one it starts from included.
-    batch = heldout.sample_sequences(
-        HORIZON_STARTS, context + config.controller.horizon, min_real=context + 2
+    # The horizon counts observations, the one it starts from included. Starts are not chosen for what
+    # follows, or the game would never end at a first step, as dreams do.
+    length = context + config.controller.horizon
+    batch = heldout.sample_sequences(DREAM_STARTS, length, min_real=context + 1)
+    tokens = tokenize(batch, agent.tokenizer)
+    generator = torch.Generator(tokens.tokens.device).manual_seed(0)
+    return Ahead(
+        batch.frames[:, context:],
+        tokens.since(context),
+        along=dream_along(agent, tokens, context, generator),
+        free=dream_freely(agent, tokens, context, config.evaluation.temperature, generator),
     )
-    return look_ahead(agent, batch.frames, tokenize(batch, agent.tokenizer), context=context, seed=0)
+
+
+def look_at_horizon(agent: Agent, ahead: Ahead) -> HorizonErrors | None:
+    """Imagined frames beside real ones, over the controller's horizon; None without a real one."""
+    rows = slice(HORIZON_STARTS)
+    real = ahead.real.select(rows)
+    errors = list(_errors(agent, ahead.frames[rows], real.tokens, real.mask, ahead.along.tokens[rows]))
+    return HorizonErrors(len(real.tokens), errors) if errors else None
+
+
+def look_at_drift(agent: Agent, ahead: Ahead) -> Drift | None:
+    """How much imagined frames show of each colour beside real ones; None without a frame to compare.
+
+    Only starts whose episode goes on, in the game and in the dream, are compared at a step.
+    """
+    imagined, real = ahead.along.tokens, ahead.real
+    goes_on = (ahead.along.ended.cumsum(dim=1) == 0) & real.mask[:, 1:]
+    horizon = goes_on.shape[1]
+    found = []
+    for step in sorted({2**power for power in range(horizon.bit_length())} | {horizon}):
+        rows = goes_on[:, step - 1]
+        if rows.any():
+            frames = (
+                agent.tokenizer.decode(each[rows, step]).cpu().numpy() for each in (imagined, real.tokens)
+            )
+            found.append(compare_colours(*frames, step=step))
+    return Drift(len(imagined), found) if found else None
+
+
+def look_at_returns(ahead: Ahead, config: Config) -> DreamReturns:
+    """What the controller earns in its dreams beside what it earned in the game from the same states."""
+    real, steps = ahead.real, ahead.free.rewards.shape[1]
+    happened = real.mask[:, :steps]
+    # Nothing is earned after the end of an episode; after its truncation it is unknown.
+    known = happened | (real.ended[:, :steps].cumsum(dim=1) > 0)
+    earned = real.rewards[:, :steps] if config.world_model.reward_bins > 0 else real.rewards[:, :steps].sign()
+    earned = earned * happened
+    dreamt = ahead.free.rewards * before_the_end(ahead.free.ended) * known
+    gaps = (dreamt - earned).sum(dim=1)
+    return DreamReturns(
+        steps=steps,
+        imagined=float(dreamt.sum(dim=1).mean()),
+        real=float(earned.sum(dim=1).mean()),
+        standard_error=float(gaps.std() / len(gaps) ** 0.5),
+        size=float(earned.abs().sum(dim=1).mean()),
+    )
 
 
 def imagine_scenes(agent: Agent, config: Config, heldout: Replay, action_names: Sequence[str]) -> list[Scene]:
@@ -140,7 +216,7 @@ def imagine_scenes(agent: Agent, config: Config, heldout: Replay, action_names: 
     In the first half of the starts, as many as possible are followed by a reward or an end; the others are
     drawn uniformly.
     """
-    context = _context(config)
+    context = _dream_context(config)
     length = context + 1 + SCENE_STEPS
     real = next((steps for steps in range(length, context + 1, -1) if heldout.ready(steps)), None)
     if real is None:
@@ -160,6 +236,11 @@ def imagine_scenes(agent: Agent, config: Config, heldout: Replay, action_names: 
 def _context(config: Config) -> int:
     """Steps that only give context: those without loss in training, at least one."""
     return max(1, config.world_model.context_blocks)
+
+
+def _dream_context(config: Config) -> int:
+    """Real steps before an imagined one: as many as before those that the controller learns from."""
+    return max(1, config.controller.context_frames)
 
 
 def _choose(batch: SequenceBatch, context: int) -> SequenceBatch:
@@ -253,27 +334,6 @@ def _join(parts: Sequence[Evidence]) -> Evidence:
         np.concatenate([part.previous for part in parts]),
         np.concatenate([part.previous_chance for part in parts]),
     )
-
-
-@torch.no_grad()
-def look_ahead(
-    agent: Agent, frames: Tensor, batch: SequenceTokens, *, context: int, seed: int
-) -> HorizonErrors:
-    """Imagine from held-out starts with the real actions, and compare with the real frames.
-
-    Args:
-        agent: in eval mode.
-        frames: held-out frames, uint8 (B, T, S, S, 3).
-        batch: the same as tokens; the first `context` + 2 steps of each row are real.
-        context: real steps that the world model takes in before the start.
-        seed: seed of imagination's draws.
-    """
-    generator = torch.Generator(batch.tokens.device).manual_seed(seed)
-    dream = dream_along(agent, batch, context, generator)
-    errors = _errors(
-        agent, frames[:, context:], batch.tokens[:, context:], batch.mask[:, context:], dream.tokens
-    )
-    return HorizonErrors(frames.shape[0], list(errors))
 
 
 def _errors(

@@ -18,6 +18,7 @@ from rem_atari.films.pictures import save_imagination, save_reconstructions
 from rem_atari.report import sections
 from rem_atari.report.charts import charts_of, save_curves
 from rem_atari.report.contents import Report, RunFile, attempt, gather, load_run, quality_json
+from rem_atari.report.dream_section import horizon
 from rem_atari.report.quality import QUALITY_FILE
 from rem_atari.report.summary import header, the_run
 from rem_atari.report.text import section, size, table
@@ -129,7 +130,7 @@ def render(report: Report, run_files: Sequence[RunFile]) -> str:
         sections.imagination,
         the_run,
         sections.reconstructions,
-        sections.horizon,
+        horizon,
         sections.measures,
         sections.rivals,
         sections.curves,

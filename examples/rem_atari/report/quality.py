@@ -18,6 +18,7 @@ from rem_atari.report.analysis import (
     TokenScores,
     psnr,
 )
+from rem_atari.report.drift import Drift, StepDrift
 
 QUALITY_FILE = "quality.json"
 
@@ -254,6 +255,27 @@ class PredictionQuality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DreamReturns:
+    """Rewards that the controller collects in its dreams beside those that it collected in the game.
+
+    Both are mean undiscounted sums from the same held-out states over the same number of steps, up to the
+    end of an episode; rewards are signs unless the world model learns their sizes.
+
+    Attributes:
+        steps: steps from a state on.
+        imagined, real: the sums.
+        standard_error: of their difference; NaN for a single state.
+        size: the sum of the real rewards without their signs.
+    """
+
+    steps: int
+    imagined: float
+    real: float
+    standard_error: float
+    size: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quality:
     """The measurements on held-out steps; None for missing ones.
 
@@ -262,12 +284,16 @@ class Quality:
         frames: the tokenizer's quality.
         predictions: the world model's quality.
         horizon: the errors of imagination over the horizon.
+        drift: how far dreams show more or less than the game.
+        returns: what the controller earns in dreams and in the game.
     """
 
     steps: int = 0
     frames: FrameQuality | None = None
     predictions: PredictionQuality | None = None
     horizon: HorizonErrors | None = None
+    drift: Drift | None = None
+    returns: DreamReturns | None = None
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -288,6 +314,8 @@ class Quality:
             "rewards": None if self.predictions is None else _rewards(self.predictions),
             "ends": None if self.predictions is None else asdict(self.predictions.end_events),
             "horizon": None if self.horizon is None else _horizon(self.horizon),
+            "drift": None if self.drift is None else _drift(self.drift),
+            "returns": None if self.returns is None else asdict(self.returns),
         }
 
 
@@ -345,6 +373,18 @@ def _step(errors: StepErrors) -> dict[str, Any]:
             "tokenizer": _finite(errors.psnr("redrawn")),
         },
         "moving_mse": {"imagined": errors.imagined_moving, "copy_last_frame": errors.copied_moving},
+    }
+
+
+def _drift(drift: Drift) -> dict[str, Any]:
+    return {"starts": drift.starts, "steps": [_step_drift(step) for step in drift.steps]}
+
+
+def _step_drift(drift: StepDrift) -> dict[str, Any]:
+    return {
+        **{name: getattr(drift, name) for name in ("step", "count", "distance", "chance", "colour")},
+        "pixels": {"imagined": drift.imagined_pixels, "real": drift.real_pixels},
+        "without": {"imagined": drift.imagined_without, "real": drift.real_without},
     }
 
 

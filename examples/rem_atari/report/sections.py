@@ -7,23 +7,17 @@ from html import escape
 
 from rem_atari.config import Config
 from rem_atari.films.pictures import DIFFERENCE_CEILING, Film, Scene, data_uri, difference_image, filmstrip
-from rem_atari.report.analysis import Drawn, EventScores, HorizonErrors, StepErrors
+from rem_atari.report.analysis import EventScores
 from rem_atari.report.charts import Chart, chart_svg, charts_of
 from rem_atari.report.contents import Report
-from rem_atari.report.diagnosis import Finding, diagnose, first_sign
-from rem_atari.report.history import PhaseThroughput, Series, returns_of, throughput
+from rem_atari.report.diagnosis import diagnose
+from rem_atari.report.findings import Finding, first_sign
+from rem_atari.report.history import PhaseThroughput, returns_of, throughput
 from rem_atari.report.quality import Comparison
 from rem_atari.report.rivals import POLICY_NAMES, learned_sentence
 from rem_atari.report.text import PHASE_NAMES, count, duration, number, percent, section, table
 
 STEP_WIDTH, CHANCE_HEIGHT, END_HEIGHT = 10, 14, 10
-
-HORIZON_CURVES: tuple[tuple[Drawn, str], ...] = (
-    ("imagined", "imagined"),
-    ("copied", "copy the last frame"),
-    ("redrawn", "real, through the tokenizer"),
-)
-"""The curves over the imagined steps, by the names of `StepErrors`."""
 
 
 def curves(report: Report) -> str:
@@ -194,7 +188,7 @@ def rivals(report: Report) -> str:
 def signs(report: Report) -> str:
     """The findings of `rem-atari diagnose`."""
     title = "Signs that it does not learn"
-    findings = diagnose(report.lines, report.config)
+    findings = diagnose(report.lines, report.config, report.quality.to_dict())
     first = first_sign(findings)
     unknown = sum(finding.sign is None for finding in findings)
     begin = (
@@ -204,8 +198,8 @@ def signs(report: Report) -> str:
         " follow from it."
     )
     lead = (
-        "<p>Read off the run's metrics as <code>rem-atari diagnose</code> does, in the order in which to heed"
-        f" them. {begin}</p>"
+        "<p>Read off the run's metrics and the measurements above as <code>rem-atari diagnose</code> does, in"
+        f" the order in which to heed them. {begin}</p>"
     )
     rows = "".join(map(_sign_row, findings))
     return section(title, f"{lead}{table(('Sign', 'Seen?'), rows)}")
@@ -335,52 +329,3 @@ def _codebook(report: Report) -> str:
         f"<p>Codebook use: {use.used} of {use.size} codes appear in these frames, with a perplexity of"
         f" {number(use.perplexity)} (the number of codes that, used equally often, would say as much).</p>"
     )
-
-
-def horizon(report: Report) -> str:
-    """Imagined frames beside the real ones, step by step."""
-    title = "Imagination against the game, step by step"
-    errors = report.quality.horizon
-    if errors is None:
-        return section(title, "<p>There are no held-out frames from which to imagine.</p>")
-    lead = (
-        f"<p>From {count(errors.starts, 'held-out start')} the world model imagines as many steps as the"
-        " controller learns from, under the actions that were really taken, drawing as it does in training."
-        " Each imagined frame is compared with the real one of that step: the PSNR of the mean error, in dB;"
-        " higher is better. Copying shows the real start, unchanged. The real frame seen through the"
-        " tokenizer is what no imagination can surpass, and what the game itself draws, none can foresee.</p>"
-    )
-    chart = Chart(
-        title="PSNR against the real frame, dB",
-        x_label="imagined steps",
-        series=[_psnr_curve(errors, what, name) for what, name in HORIZON_CURVES],
-    )
-    drawing = chart_figure(chart) if chart.drawn else ""
-    numeric = ("Frames", "Imagined", "Copied", "Tokenizer", "Moving: imagined", "Moving: copied")
-    rows = "".join(map(_horizon_row, errors.steps))
-    steps = table(("Step", *numeric, "Better?"), rows, numeric=numeric)
-    note = (
-        '<p class="small faint">Moving: mean squared error over the pixels in which the real frame'
-        " differs from the start.</p>"
-    )
-    return section(title, f'{lead}<div class="charts">{drawing}</div>{steps}{note}')
-
-
-def _psnr_curve(errors: HorizonErrors, what: Drawn, name: str) -> Series:
-    """A curve over the steps, without those at which the copy is perfect."""
-    points = [(float(step.step), step.psnr(what)) for step in errors.steps if getattr(step, what) > 0]
-    return Series(name, [x for x, _ in points], [y for _, y in points])
-
-
-def _horizon_row(step: StepErrors) -> str:
-    badge = '<span class="yes">yes</span>' if step.passed else '<span class="no">no</span>'
-    cells = "".join(
-        f'<td class="number">{cell}</td>'
-        for cell in (
-            f"{step.count:,}",
-            *(f"{number(step.psnr(what))} dB" for what, _ in HORIZON_CURVES),
-            number(step.imagined_moving),
-            number(step.copied_moving),
-        )
-    )
-    return f"<tr><td>{step.step}</td>{cells}<td>{badge}</td></tr>"

@@ -84,16 +84,23 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
                 " new patches get the codes that are nearest"
             )
         metrics = {"codes_added": float(added), "covered": covered}
-        return metrics | (self._foreground_error(new) if starts_from_means else {})
+        return metrics | (self._look_at_means(new) if starts_from_means else {})
 
-    def _foreground_error(self, new: torch.Tensor) -> dict[str, float]:
-        """The mean squared error on foreground pixels, frames in [-1, 1]; nothing where there are none."""
+    def _look_at_means(self, new: torch.Tensor) -> dict[str, float]:
+        """What codes that are means make of new frames, as `ConvTokenizer.loss` measures it.
+
+        The number of codes used, and the mean squared error on foreground pixels, frames in [-1, 1]; without
+        the latter where there are none.
+        """
         device = self._tokenizer.codes.device
         frames = _spread(new, FRAMES_AT_ONCE).to(device)
-        redrawn = self._tokenizer.decode(self._tokenizer.encode(frames))
-        errors = (to_floats(redrawn) - to_floats(frames)).square().mean(dim=-1)
+        tokens = self._tokenizer.encode(frames)
+        metrics = {"codes_used": float(len(tokens.unique()))}
+        errors = (to_floats(self._tokenizer.decode(tokens)) - to_floats(frames)).square().mean(dim=-1)
         foreground = foreground_of(frames, self._replay.median_frame().to(device))
-        return {"foreground_error": float(errors[foreground].mean())} if foreground.any() else {}
+        if foreground.any():
+            metrics["foreground_error"] = float(errors[foreground].mean())
+        return metrics
 
     def draw(self) -> NoReturn:
         """Never called."""
@@ -106,7 +113,7 @@ class PatchPhase(TrainingPhase[torch.Tensor]):
     def more_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """frozen (1: nothing trains), codes (in all), codes_added, and covered: the share of the new patches
         that some code is good for; without it where there were none. With `patch_means` foreground_error
-        too, of new frames, see `ConvTokenizer.loss`."""
+        and codes_used too, of new frames, see `ConvTokenizer.loss`."""
         return {"frozen": 1.0, **self._metrics}
 
     def state(self) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_folders import DEBUG
 
 from rem_atari.cli import main
 from rem_atari.config import Config
-from rem_atari.report.diagnosis import CHECKS, Finding, diagnose, first_sign
+from rem_atari.report.diagnosis import diagnose
+from rem_atari.report.findings import Finding, first_sign
 from rem_atari.report.history import MetricLine
 from rem_atari.runs.folder import create_run_folder
 
@@ -20,7 +23,8 @@ RESULTS = Path(__file__).resolve().parents[4] / "docs" / "results" / "data"
 
 NAMES = (
     "moving_pixels",
-    "reward_loss",
+    "rewards",
+    "dreams",
     "entropy",
     "world_model_loss",
     "codebook",
@@ -69,14 +73,38 @@ def lines_of(curves: dict[str, dict[str, list[float]]]) -> list[MetricLine]:
     ]
 
 
-def signs(lines: list[MetricLine], config: Config = CONFIG) -> list[str]:
-    return [finding.check for finding in diagnose(lines, config) if finding.sign]
+def measured() -> dict[str, Any]:
+    """What a report measures of a run that learns."""
+
+    def step(number: int, distance: float) -> dict[str, Any]:
+        sides = {"pixels": {"imagined": 15.0, "real": 16.0}, "without": {"imagined": 0.06, "real": 0.0}}
+        return {
+            "step": number,
+            "count": 100,
+            "distance": distance,
+            "chance": 0.03,
+            "colour": "#50a0ff",
+        } | sides
+
+    return {
+        "rewards": {
+            "steps": 1000,
+            "events": 40,
+            "recall": 0.9,
+            "precision": 0.8,
+            "calibration": 1.1,
+            "one_outcome": False,
+            "cross_entropy": {"world_model": 0.02, "base_rate": 0.2},
+        },
+        "drift": {"starts": 256, "steps": [step(1, 0.02), step(2, 0.06), step(4, 0.05)]},
+        "returns": {"steps": 4, "imagined": 0.5, "real": 0.52, "standard_error": 0.02, "size": 0.6},
+    }
 
 
 def test_a_run_that_learns_shows_no_sign() -> None:
-    findings = diagnose(lines_of(healthy()), CONFIG)
+    findings = diagnose(lines_of(healthy()), CONFIG, measured())
     assert [finding.check for finding in findings] == list(NAMES)
-    assert [finding.sign for finding in findings] == [False] * 7
+    assert [finding.sign for finding in findings] == [False] * len(NAMES)
     assert all(finding.says and not finding.advice for finding in findings)
     assert first_sign(findings) is None
 
@@ -86,7 +114,8 @@ def test_runs_that_learned_show_none_at_any_time(seed: int) -> None:
     """Catch, as it was committed; those metrics do not hold the rewards' base rate."""
     path = RESULTS / "catch" / f"seed-{seed}" / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert all(signs(lines[:count]) == [] for count in range(len(lines) + 1))
+    for count in range(len(lines) + 1):
+        assert not any(finding.sign for finding in diagnose(lines[:count], CONFIG))
 
 
 def blind(curves: dict[str, dict[str, list[float]]]) -> None:
@@ -126,7 +155,7 @@ def unequal(curves: dict[str, dict[str, list[float]]]) -> None:
     ("spoil", "check", "figures"),
     [
         (blind, "moving_pixels", {"error": 0.3, "limit": 0.02, "epoch": EPOCHS, "frozen": 0.0}),
-        (stuck, "reward_loss", {"loss": 0.41, "base_rate": 0.4, "first": 0.41}),
+        (stuck, "rewards", {"loss": 0.41, "base_rate": 0.4, "first": 0.41}),
         (collapsed, "entropy", {"entropy": 0.01, "highest": 1.0986, "epoch": 2, "gain": 0.1, "noise": 0.1}),
         (collapsed_while_the_return_trembles, "entropy", {"gain": -0.2, "noise": 0.2}),
         (running_after, "world_model_loss", {"loss": 1.0, "lowest": 1 / 3, "tokenizer_trains": 1.0}),
@@ -190,7 +219,7 @@ def test_a_tokenizer_that_is_not_to_rest_yet_has_some_time(error: float, sign: b
 def test_experience_without_a_reward_is_a_sign_of_its_own() -> None:
     curves = healthy()
     curves["world_model"] |= {"reward": [0.0] * EPOCHS, "reward_base": [0.0] * EPOCHS}
-    finding = only("reward_loss", curves)
+    finding = only("rewards", curves)
     assert finding.sign is True
     assert "holds no reward" in finding.says
     assert "random_steps" in finding.advice
@@ -221,10 +250,110 @@ def test_large_values_alone_are_no_sign() -> None:
 def test_too_few_figures_say_nothing() -> None:
     for lines in ([], lines_of(healthy())[:2]):
         findings = diagnose(lines, CONFIG)
-        assert len(findings) == len(CHECKS)
+        assert [finding.check for finding in findings] == list(NAMES)
         at_once = ("codebook", "reward_sizes")
         assert all(finding.sign is None or finding.check in at_once for finding in findings)
         assert all(finding.says for finding in findings)
+
+
+def held_out(check: str, quality: dict[str, Any]) -> Finding:
+    found = diagnose(lines_of(healthy()), CONFIG, quality)
+    return next(finding for finding in found if finding.check == check)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "sign"),
+    [
+        ({"calibration": 0.79}, False),  # 8 of 40 too few: within what chance does
+        ({"calibration": 0.6}, True),
+        ({"calibration": 2.0}, True),
+        ({"calibration": 1.25, "events": 4000}, False),
+        ({"calibration": 1.26, "events": 4000}, True),
+        ({"cross_entropy": {"world_model": 0.17, "base_rate": 0.2}, "recall": 0.0, "precision": None}, True),
+        ({"cross_entropy": {"world_model": 0.17, "base_rate": 0.2}, "one_outcome": True}, False),
+    ],
+)
+def test_rewards_are_judged_by_held_out_steps(rewards: dict[str, Any], sign: bool) -> None:
+    quality = measured()
+    quality["rewards"] |= rewards
+    finding = held_out("rewards", quality)
+    assert finding.sign is sign
+    assert "in training" not in finding.says
+    assert finding.figures["calibration"] == quality["rewards"]["calibration"]
+
+
+def test_an_agent_that_exploits_its_model_is_seen_whatever_the_losses_say() -> None:
+    """It earns nothing in its dreams and loses in the game."""
+    quality = measured()
+    quality["returns"] |= {"imagined": 0.0, "real": -0.3, "size": 0.35, "standard_error": 0.09}
+    finding = held_out("rewards", quality)
+    assert finding.sign is True
+    assert (finding.figures["imagined_return"], finding.figures["real_return"]) == (0.0, -0.3)
+    quality["returns"]["standard_error"] = 0.11
+    assert held_out("rewards", quality).sign is False
+    quality["returns"] |= {"standard_error": 0.01, "real": -0.08}
+    assert held_out("rewards", quality).sign is False, "clear, but small beside what the game pays"
+
+
+@pytest.mark.parametrize("rewards", [None, {"events": 9}, {"calibration": None}])
+def test_without_held_out_rewards_the_loss_in_training_is_named(rewards: dict[str, Any] | None) -> None:
+    quality = measured()
+    quality["rewards"] = rewards if rewards is None else quality["rewards"] | rewards
+    quality["returns"] = None
+    finding = held_out("rewards", quality)
+    assert finding.sign is False
+    assert finding.says.startswith("Judged by the loss in training, for want of held-out rewards")
+
+
+def test_dreams_that_drift_are_seen_with_the_step_and_the_colour() -> None:
+    quality = measured()
+    steps = quality["drift"]["steps"]
+    steps[1] |= {"distance": 0.4, "without": {"imagined": 0.39, "real": 0.0}}
+    finding = held_out("dreams", quality)
+    assert finding.sign is True
+    assert "After 2 imagined steps at least 40% of the frames" in finding.says
+    assert "Of #50a0ff" in finding.says
+    assert "39% of the imagined frames" in finding.says
+    for harmless in ({"distance": 0.25}, {"chance": 0.4}, {"count": 29}):
+        assert held_out("dreams", measured_with(steps[1] | harmless)).sign is not True
+
+
+def measured_with(step: dict[str, Any]) -> dict[str, Any]:
+    return measured() | {"drift": {"starts": 256, "steps": [step]}}
+
+
+@pytest.mark.parametrize(
+    "quality",
+    [
+        {},
+        {"rewards": 3, "drift": [], "returns": "x"},
+        {"rewards": {"events": "40"}, "drift": {"steps": {}}, "returns": {"steps": None}},
+        {"drift": {"steps": [None, 7, {"step": 1, "count": 100}, {"step": True}]}},
+    ],
+)
+def test_a_quality_file_of_anything_is_no_quality(quality: dict[str, Any]) -> None:
+    lines = lines_of(healthy())
+    assert diagnose(lines, CONFIG, quality) == diagnose(lines, CONFIG)
+
+
+def patch_kind(**settings: Any) -> Config:
+    return replace(CONFIG, tokenizer=replace(CONFIG.tokenizer, kind="patches", **settings))
+
+
+def test_what_few_codes_mean_depends_on_the_tokenizer() -> None:
+    curves = healthy()
+    few_codes(curves)
+    exact, rough = patch_kind(), patch_kind(patch_threshold=0.01)
+    assert only("codebook", curves, exact).sign is False
+    assert "more than tokenizer.patch_threshold" in only("codebook", curves, rough).says
+    means = only("codebook", curves, patch_kind(patch_means=True))
+    assert means.sign is True
+    assert "random_steps" in means.advice
+    for levels, sign in (((3, 3, 3), True), ((2, 2, 2, 2), False)):
+        tokenizer = replace(CONFIG.tokenizer, kind="fsq", fsq_levels=levels)
+        found = only("codebook", curves, replace(CONFIG, tokenizer=tokenizer))
+        assert (found.sign, found.figures["size"]) == (sign, math.prod(levels))
+        assert "restart" not in found.advice
 
 
 @pytest.fixture
@@ -243,10 +372,11 @@ def test_the_command_says_where_to_begin(run: Path, capsys: pytest.CaptureFixtur
     assert main(["diagnose", str(run)]) == 0
     shown = capsys.readouterr()
     assert "1. Error on moving pixels: fine" in shown.out
-    assert "2. Reward loss stuck high: SIGN\n   It is 0.410 nats;" in shown.out
-    assert "5. Codebook use: SIGN" in shown.out
+    assert "2. Rewards foretold: SIGN\n   Judged by the loss in training" in shown.out
+    assert "3. Drift of dreams: unknown" in shown.out
+    assert "6. Codebook use: SIGN" in shown.out
     assert shown.out.count("   Try: ") == 2
-    assert shown.out.splitlines()[-1].startswith("Begin with the first sign: reward loss stuck high.")
+    assert shown.out.splitlines()[-1].startswith("Begin with the first sign: rewards foretold.")
     assert "1 of 38 lines of metrics.jsonl cannot be read" in shown.err
     assert not list(run.glob("*.html"))
 
@@ -254,12 +384,26 @@ def test_the_command_says_where_to_begin(run: Path, capsys: pytest.CaptureFixtur
 def test_the_command_gives_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diagnose", str(run), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert (data["schema"], data["epoch"], data["env_steps"]) == (1, 11, 100)
-    assert data["first_sign"] == "reward_loss"
+    assert (data["schema"], data["epoch"], data["env_steps"]) == (2, 11, 100)
+    assert data["first_sign"] == "rewards"
     assert [check["check"] for check in data["checks"]] == list(NAMES)
-    assert [check["sign"] for check in data["checks"]] == [False, True, False, False, True, False, False]
+    expected = [False, True, None, False, False, True, False, False]
+    assert [check["sign"] for check in data["checks"]] == expected
     assert data["checks"][1]["figures"]["base_rate"] == pytest.approx(0.4)
     assert data["returns"] == {"agent": None, "random": None}
+
+
+def test_the_command_heeds_what_the_report_measured_unless_the_run_has_gone_on(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = {"epoch": EPOCHS - 1, "env_steps": 100}
+    for earlier in ({}, {"epoch": EPOCHS - 2}, {"env_steps": 90}):
+        (run / "quality.json").write_text(json.dumps(measured() | of | earlier))
+        assert main(["diagnose", str(run)]) == 0
+        shown = capsys.readouterr()
+        assert ("3. Drift of dreams: fine" in shown.out) == (not earlier)
+        assert ("2. Rewards foretold: fine" in shown.out) == (not earlier)
+        assert ("has gone on since quality.json was measured" in shown.err) == bool(earlier)
 
 
 @pytest.mark.parametrize(

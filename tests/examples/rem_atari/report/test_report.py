@@ -38,7 +38,14 @@ from rem_atari.replay.buffer import Replay
 from rem_atari.report import write_report
 from rem_atari.report.analysis import codebook_use, frame_errors
 from rem_atari.report.contents import Report, action_names
-from rem_atari.report.measure import look_ahead, predict_sequences, token_pairs
+from rem_atari.report.measure import (
+    Ahead,
+    look_at_drift,
+    look_at_horizon,
+    look_at_returns,
+    predict_sequences,
+    token_pairs,
+)
 from rem_atari.report.page import render
 from rem_atari.report.quality import FrameQuality, Quality, Redrawn
 from rem_atari.report.rivals import read_rivals
@@ -50,6 +57,7 @@ from rem_atari.runs.session import train_command
 DEBUG = PRESETS["debug"]
 ACTIONS, SIDE, EPISODE = 3, 24, 6
 NAMES = ("left", "stay", "right")
+PARTS = ("frames", "tokens", "rewards", "ends", "horizon", "drift", "returns")
 SECTIONS = (
     "Imagination",
     "The run",
@@ -480,22 +488,29 @@ def test_an_episode_that_was_cut_short_says_nothing_of_its_end(agent: Agent) -> 
     assert len(ends.target) == 5 * 2 - int((~batch.ended[:, 3]).sum()) < 5 * 2
 
 
+def ahead_of(agent: Agent, steps: int, min_real: int) -> Ahead:
+    """Dreams beside held-out episodes, from their second frames on."""
+    frames, batch = held_out(agent, steps, min_real)
+    dream = dream_along(agent, batch, 1, torch.Generator().manual_seed(0))
+    return Ahead(frames[:, 1:], batch.since(1), along=dream, free=dream)
+
+
 def test_imagination_is_compared_with_the_frame_of_its_own_step(agent: Agent) -> None:
-    frames, batch = held_out(agent, EPISODE + 2, min_real=EPISODE)
-    errors = look_ahead(agent, frames, batch, context=1, seed=0)
+    ahead = ahead_of(agent, EPISODE + 2, min_real=EPISODE)
+    errors = look_at_horizon(agent, ahead)
+    assert errors is not None
     assert errors.starts == 5
     assert [(step.step, step.count) for step in errors.steps] == [(step, 5) for step in range(1, EPISODE - 1)]
-    dream = dream_along(agent, batch, 1, torch.Generator().manual_seed(0))
     for step in errors.steps:
-        real, start = (frames[:, at].double() / 127.5 - 1 for at in (1 + step.step, 1))
+        real, start = (ahead.frames[:, at].double() / 127.5 - 1 for at in (step.step, 0))
         imagined, redrawn = (
             agent.tokenizer.decode(tokens[:, at]).double() / 127.5 - 1
-            for tokens, at in ((dream.tokens, step.step), (batch.tokens, 1 + step.step))
+            for tokens, at in ((ahead.along.tokens, step.step), (ahead.real.tokens, step.step))
         )
         assert step.imagined == pytest.approx((imagined - real).square().mean().item(), rel=1e-3)
         assert step.copied == pytest.approx((start - real).square().mean().item(), rel=1e-4)
         assert step.redrawn == pytest.approx((redrawn - real).square().mean().item(), rel=1e-3)
-        levels = (frames[:, 1 + step.step].int() - frames[:, 1].int()).abs()
+        levels = (ahead.frames[:, step.step].int() - ahead.frames[:, 0].int()).abs()
         moving = (levels > FOREGROUND_THRESHOLD).any(dim=-1)
         assert step.copied_moving == pytest.approx((start - real)[moving].square().mean().item(), rel=1e-4)
         assert step.passed == (step.imagined < step.copied)
@@ -504,11 +519,46 @@ def test_imagination_is_compared_with_the_frame_of_its_own_step(agent: Agent) ->
 
 
 def test_a_horizon_ends_with_its_episodes(agent: Agent) -> None:
-    frames, batch = held_out(agent, 4, min_real=4)
-    batch.mask[:, 3] = False
-    batch.mask[1:, 2] = False
-    (step,) = look_ahead(agent, frames, batch, context=1, seed=0).steps
-    assert (step.step, step.count) == (1, 1)
+    ahead = ahead_of(agent, 4, min_real=4)
+    ahead.real.mask[:, 2] = False
+    ahead.real.mask[1:, 1] = False
+    errors = look_at_horizon(agent, ahead)
+    assert errors is not None
+    assert [(step.step, step.count) for step in errors.steps] == [(1, 1)]
+    ahead.real.mask[:, 1] = False
+    assert look_at_horizon(agent, ahead) is None
+    assert look_at_drift(agent, ahead) is None
+
+
+def test_drift_is_that_of_episodes_that_go_on_in_both(agent: Agent) -> None:
+    ahead = ahead_of(agent, EPISODE, min_real=EPISODE)
+    ahead.along.ended[:] = False
+    ahead.along.ended[0, 1] = True
+    ahead.along.ended[1, 0] = True
+    ahead.real.mask[2, 4] = False
+    drift = look_at_drift(agent, ahead)
+    assert drift is not None
+    assert [(step.step, step.count) for step in drift.steps] == [(1, 4), (2, 3), (4, 2)]
+    assert drift.starts == 5
+
+
+def test_imagined_returns_are_compared_as_far_as_the_game_is_known(agent: Agent) -> None:
+    ahead = ahead_of(agent, EPISODE, min_real=EPISODE)
+    real, free = ahead.real, ahead.free
+    for column in (real.rewards, real.ended, real.truncated, free.rewards, free.ended):
+        column.zero_()
+    free.rewards[:] = 1.0
+    free.ended[0, 1] = True  # two steps of four are paid
+    real.mask[1, 3:] = False  # cut short: the fourth step is not known
+    real.mask[2, 3:], real.ended[2, 2] = False, True  # over: the fourth step pays nothing, and that is known
+    real.rewards[3, 0], real.rewards[3, 2] = -7.0, 3.0
+    returns = look_at_returns(ahead, DEBUG)
+    assert (returns.steps, returns.real) == (4, 0.0)
+    assert returns.imagined == pytest.approx((2 + 3 + 4 + 4 + 4) / 5)
+    assert returns.size == pytest.approx(2 / 5)
+    assert returns.standard_error == pytest.approx(np.std([2, 3, 4, 4, 4], ddof=1) / 5**0.5)
+    sized = replace(DEBUG, world_model=replace(DEBUG.world_model, reward_bins=41))
+    assert look_at_returns(ahead, sized).real == pytest.approx(-4 / 5)
 
 
 def test_quality_is_written_as_json_too(run: RunFolder, page: str) -> None:
@@ -526,6 +576,11 @@ def test_quality_is_written_as_json_too(run: RunFolder, page: str) -> None:
     assert 0 < quality["rewards"]["events"] < quality["rewards"]["steps"]
     assert quality["ends"]["events"] == quality["rewards"]["events"]  # each last step gives a reward here
     assert [step["step"] for step in quality["horizon"]["steps"]] == [1, 2]
+    assert quality["epoch"] == 1
+    assert [step["step"] for step in quality["drift"]["steps"]] == [1, 2]
+    assert "Drift: share of frames" in page
+    assert quality["drift"]["steps"][-1]["colour"] in page
+    assert quality["returns"]["steps"] == 2
     last = quality["horizon"]["steps"][-1]["psnr"]
     assert "<td>2</td>" in page
     for name in ("imagined", "copy_last_frame", "tokenizer"):
@@ -537,7 +592,7 @@ def test_quality_of_a_run_without_held_out_frames_says_that_it_is_unknown(tmp_pa
     write_report(run.path)
     quality = json.loads((run.path / "quality.json").read_text())
     assert quality["heldout_steps"] == 0
-    assert [quality[part] for part in ("frames", "tokens", "rewards", "ends", "horizon")] == [None] * 5
+    assert [quality[part] for part in PARTS] == [None] * len(PARTS)
 
 
 def test_scenes_show_the_real_continuation_and_two_imagined_ones(agent: Agent) -> None:
