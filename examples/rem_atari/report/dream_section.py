@@ -55,11 +55,11 @@ def _drift_chart(report: Report) -> str:
         return ""
     steps = [float(step.step) for step in drift.steps]
     chart = Chart(
-        title="Drift: share of frames with too much or too little of a colour",
+        title="Drift: frames with too much or too little of a colour, share",
         x_label="imagined steps",
         series=[
-            Series("at least so many", steps, [step.distance for step in drift.steps]),
-            Series("by chance alone", steps, [step.chance for step in drift.steps]),
+            Series("dreams, at least", steps, [step.distance for step in drift.steps]),
+            Series("chance alone", steps, [step.chance for step in drift.steps]),
         ],
         level=("a sign above", MOST_DRIFT),
     )
@@ -76,9 +76,9 @@ def _drift(report: Report) -> str:
     return (
         "<p>Drift counts the pixels of each colour in a frame, in dreams from"
         f" {count(drift.starts, 'held-out start')} and in the real frames after as many steps: a thing that"
-        " vanishes from a dream, or shows twice, shows here. The curve is the largest gap between the two"
-        " cumulative distributions of any colour; chance alone comes to the other in one of twenty"
-        f" comparisons. The gap is largest after {count(worst.step, 'step')}, in {swatch}:"
+        " vanishes from a dream, or shows twice, shows here. The curve of dreams is the largest gap between"
+        " the two cumulative distributions of any colour; that of chance is what dreams without drift reach"
+        f" in one of twenty comparisons. The gap is largest after {count(worst.step, 'step')}, in {swatch}:"
         f" {number(worst.imagined_pixels)} pixels an imagined frame, {number(worst.real_pixels)} a real one;"
         f" {percent(worst.imagined_without)} of the imagined frames and {percent(worst.real_without)} of the"
         " real ones show none of it.</p>"

@@ -578,7 +578,7 @@ def test_quality_is_written_as_json_too(run: RunFolder, page: str) -> None:
     assert [step["step"] for step in quality["horizon"]["steps"]] == [1, 2]
     assert quality["epoch"] == 1
     assert [step["step"] for step in quality["drift"]["steps"]] == [1, 2]
-    assert "Drift: share of frames" in page
+    assert "Drift: frames with too much" in page
     assert quality["drift"]["steps"][-1]["colour"] in page
     assert quality["returns"]["steps"] == 2
     last = quality["horizon"]["steps"][-1]["psnr"]
