@@ -23,7 +23,7 @@ from rem_atari.training.component import Component
 from rem_atari.training.token_cache import TokenCache
 from rem_atari.training.world_model_phase import WorldModelPhase
 
-SIDE, ACTIONS, UPDATES = 4, 3, 250
+SIDE, ACTIONS, UPDATES = 4, 3, 150
 PAYS, ENDS = 0.25, 0.06
 
 MINATAR = PRESETS["minatar"].world_model
