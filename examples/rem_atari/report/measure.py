@@ -284,6 +284,9 @@ def predict_sequences(
 ) -> tuple[Evidence, Evidence, Evidence]:
     """The world model's predictions of next frames, rewards and ends, given the real past.
 
+    With `world_model.draw` groups a token is also given its neighbours of earlier groups, see
+    `GroupedWorldModel`.
+
     Args:
         world_model: in eval mode.
         codebook: the tokenizer's codes, (V, E).
