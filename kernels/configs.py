@@ -6,6 +6,7 @@ is tested without a GPU. `launch.architecture_of` names a device's architecture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -218,11 +219,13 @@ class RetentionConfig:
 NARROWEST_SLICE = 32
 """Columns of Dv: half the slice means twice the reads of q and k, if mostly from the cache."""
 
+WAVES = 2
+"""Programs a multiprocessor that are wanted: two hide each other's waits."""
+
 SPLIT_FROM = 2048
 SHORTEST_STRETCH = 256
-FEWEST_STRETCHES = 4
 """A split reads k and v twice, moves each stretch's state four times and takes three launches. It needs
-sequences of 2,048 tokens, 4 stretches, and stretches whose tokens outweigh their state."""
+sequences of 2,048 tokens, and stretches whose tokens outweigh their state."""
 
 MOST_PACKED_IN_A_SPLIT = 511
 """Each program of a split searches all sequences for its own; this many fill a GPU without a split."""
@@ -280,19 +283,25 @@ def retention_config(
 ) -> RetentionConfig:
     """The tiles and the schedule of `retention_fwd` for `tokens` tokens of `sequences` sequences together.
 
-    1. Slices of Dv are halved, down to 32 columns, while there are fewer programs (sequences x heads x
-       slices) than multiprocessors.
-    2. One sweep, unless sequences have 2,048 tokens on average and a cut into stretches that aims at two
-       programs a multiprocessor gives each of them 4 or more. A stretch has at least 256 tokens and 4 Dk.
+    A schedule is enough if it has two programs a multiprocessor (`enough`). The first of these that is, or
+    else the one with the most programs:
 
-    Packed sequences are judged by their mean length, because their lengths are on the device.
+    1. One sweep: a program is a sequence, a head and a slice of Dv.
+    2. The same with slices of 32 columns, where Dv has two of them at most: each slice reads all of q and k,
+       from the cache, whose rate is little above that of the memory.
+    3. A split into as few stretches as are enough.
+    4. With slices of 32 columns: one sweep, or a split.
+
+    A split needs sequences of 2,048 tokens, and stretches of at least 256 tokens and 4 Dk. Packed sequences
+    are judged by their mean length, because their lengths are on the device.
     """
     config = retention_tiles(head_dims, dtype, precision, architecture)
-    cols_v = narrowed(config.cols_v, head_dims[1], sequences * num_heads, multiprocessors)
-    stretch = stretch_of(
+    cols_v, stretch = schedule(
+        [config.cols_v, min(config.cols_v, NARROWEST_SLICE)],
         tokens=tokens,
         sequences=sequences,
-        pairs=num_heads * -(-head_dims[1] // cols_v),
+        num_heads=num_heads,
+        value_dim=head_dims[1],
         rows=config.rows,
         cols_k=config.cols_k,
         multiprocessors=multiprocessors,
@@ -300,22 +309,52 @@ def retention_config(
     return replace(config, cols_v=cols_v, stretch=stretch)
 
 
+def enough(programs: int, multiprocessors: int) -> bool:
+    """Whether programs are `WAVES` a multiprocessor, but for one in sixteen: 256 are, on an H200's 132."""
+    return 16 * programs >= 15 * WAVES * multiprocessors
+
+
+def schedule(
+    widths: Sequence[int],
+    *,
+    tokens: int,
+    sequences: int,
+    num_heads: int,
+    value_dim: int,
+    rows: int,
+    cols_k: int,
+    multiprocessors: int,
+) -> tuple[int, int | None]:
+    """Columns of a slice, one of `widths`, and a stretch's tokens, None for one sweep: see
+    `retention_config`."""
+    each = -(-tokens // max(1, sequences))
+    may_split = 0 < sequences <= MOST_PACKED_IN_A_SPLIT and tokens >= sequences * SPLIT_FROM
+
+    def programs(option: tuple[int, int | None]) -> int:
+        cols_v, stretch = option
+        pairs = sequences * num_heads * -(-value_dim // cols_v)
+        return pairs if stretch is None else pairs * -(-each // stretch)
+
+    def cut(cols_v: int) -> tuple[int, int]:
+        stretches = -(-WAVES * multiprocessors // programs((cols_v, None)))
+        stretch = max(-(-each // stretches), SHORTEST_STRETCH, 4 * cols_k)
+        return cols_v, -(-stretch // rows) * rows
+
+    sweeps: list[tuple[int, int | None]] = [(cols_v, None) for cols_v in widths]
+    cuts = [cut(cols_v) for cols_v in widths] if may_split else sweeps
+    if value_dim <= 2 * widths[-1]:
+        options = [*sweeps, *cuts]
+    else:
+        options = [option for pair in zip(sweeps, cuts, strict=True) for option in pair]
+    chosen = (option for option in options if enough(programs(option), multiprocessors))
+    return next(chosen, max(options, key=programs))
+
+
 def narrowed(cols_v: int, value_dim: int, pairs: int, multiprocessors: int) -> int:
     """Columns of a slice of Dv, halved while programs (pairs x slices) are fewer than multiprocessors."""
     while cols_v > NARROWEST_SLICE and pairs * -(-value_dim // cols_v) < multiprocessors:
         cols_v //= 2
     return cols_v
-
-
-def stretch_of(
-    *, tokens: int, sequences: int, pairs: int, rows: int, cols_k: int, multiprocessors: int
-) -> int | None:
-    """A stretch's tokens by the rule of `retention_config`, with `pairs` programs each; None: one sweep."""
-    wanted = max(1, 2 * multiprocessors // pairs)
-    stretch = max(-(-tokens // wanted), SHORTEST_STRETCH, 4 * cols_k)
-    stretch = -(-stretch // rows) * rows
-    pays = 0 < sequences * max(SPLIT_FROM, FEWEST_STRETCHES * stretch) <= tokens
-    return stretch if pays and sequences <= MOST_PACKED_IN_A_SPLIT else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,13 @@ import torch
 from .configs import (
     FEWEST_SPLIT_BLOCKS,
     LARGEST_KEY_DIM,
+    NARROWEST_SLICE,
     STEPS,
     entry_of,
     narrowed,
     padded,
     retention_tiles,
-    stretch_of,
+    schedule,
 )
 from .launch import Tensors
 
@@ -183,7 +184,7 @@ class RetentionBwdConfig(SweepConfigs):
     """The reverse sweeps of `retention_bwd`.
 
     Attributes:
-        stretch: tokens that one program walks; None: whole sequences, in one sweep.
+        stretch: tokens that one program walks, a multiple of the tile; None: whole sequences, in one sweep.
     """
 
     stretch: int | None = None
@@ -212,9 +213,9 @@ def retention_bwd_config(
     kind = precision if dtype is torch.float32 else architecture
     both = _sweep_for_both(head_dims, kind)
 
-    def alone(key_dim: int, value_dim: int) -> SweepConfig:
+    def alone(key_dim: int, value_dim: int, widest: int = LARGEST_KEY_DIM) -> SweepConfig:
         config = retention_tiles((key_dim, value_dim), dtype, precision, architecture)
-        cols_v = narrowed(config.cols_v, value_dim, sequences * num_heads, multiprocessors)
+        cols_v = min(config.cols_v, widest)
         # On sm_90 with 128 x 64, E before the stretch is a pointer more than 4 warps have registers for.
         full = kind == "sm_90" and config.cols_k * cols_v == 128 * 64
         return SweepConfig(
@@ -226,14 +227,18 @@ def retention_bwd_config(
         )
 
     keys, values = alone(*reversed(head_dims)), alone(*head_dims)
-    slices = 1 if both is not None else -(-head_dims[1] // values.cols_v)
     sweeps = [keys, values] if both is None else [both]
-    stretch = stretch_of(
+    widths = [values.cols_v, min(values.cols_v, NARROWEST_SLICE)] if both is None else [both.cols_v]
+    cols_v, stretch = schedule(
+        widths,
         tokens=tokens,
         sequences=sequences,
-        pairs=num_heads * slices,
+        num_heads=num_heads,
+        value_dim=head_dims[1],
         rows=max(sweep.tile for sweep in sweeps),
         cols_k=padded(max(head_dims)),
         multiprocessors=multiprocessors,
     )
+    if cols_v < values.cols_v:
+        keys, values = alone(*reversed(head_dims), cols_v), alone(*head_dims, cols_v)
     return RetentionBwdConfig(both=both, keys=keys, values=values, stretch=stretch)

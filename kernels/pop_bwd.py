@@ -191,7 +191,7 @@ def _plan_sweeps(
     added = torch.empty((B * boundaries, H, Dk, Dv), dtype=torch.float32, device=tokens["q"].device)
     shared = {
         **{"p_log_decay": common["p_log_decay"], "p_bounds": None, "H": H, "T": T, "num_sequences": B},
-        **{"stretch": common["L"], "per_sequence": boundaries, "SEQUENCES": 0},
+        **{"stretch": common["L"], "per_sequence": boundaries, "SEQUENCES": 0, "EARLY": False},
     }
     scan, ends = plan_scan(added, after, before, shared, reset=reset, reverse=True)
     added, ends = (x.unflatten(0, (B, boundaries)) for x in (added, ends))

@@ -102,6 +102,7 @@ def pop_fwd_kernel(
     stride_state_n: tl.int64,
     stride_state_h,
     stride_state_k,
+    stride_state_v,
     stride_reset_b: tl.int64,
     stride_reset_n: tl.int64,
     H: tl.constexpr,
@@ -165,7 +166,8 @@ def pop_fwd_kernel(
         b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
     else:
         p_state += i_b * stride_state_b + first * stride_state_n + i_h * stride_state_h
-        b_state = tiles.load_tile(p_state, stride_state_k, DK, first_col, COLS_K, COLS_V, DV)
+        strides_state = (stride_state_k, stride_state_v)
+        b_state = tiles.load_state(p_state, strides_state, first_col, COLS_K, COLS_V, DK, DV)
     if p_reset is not None:
         p_reset += i_b * stride_reset_b + first * stride_reset_n
         starts = tl.load(p_reset, mask=first < N, other=0)
@@ -314,19 +316,18 @@ def plan_pop_fwd(
         )
     tokens = dict(zip(_TOKENS, (q, k, v, q_pred, k_pred, v_pred), strict=True))
     tokens = {name: with_contiguous_rows(x) for name, x in tokens.items()}
-    before = None if state is None else with_contiguous_rows(state)
+    before = state
     programs = B * H * cdiv(Dv, config.cols_v)
     launches: list[Launch] = []
     last = final if wanted[2] else None
     if config.split:
         shared = {"p_log_decay": log_decay, "p_bounds": None, "H": H, "T": T, "num_sequences": B}
-        shared |= {"stretch": L, "per_sequence": num_blocks, "SEQUENCES": 0}
+        shared |= {"stretch": L, "per_sequence": num_blocks, "SEQUENCES": 0, "EARLY": False}
         launches, states = split.plan_states(
             *(tokens["k"], tokens["v"], before, last, shared, config),
             stretches=B * num_blocks,
             rows=config.tile,
             precision=precision,
-            every=True,
             reset=reset,
         )
         before = states.unflatten(0, (B, num_blocks))
@@ -352,7 +353,7 @@ def plan_pop_fwd(
             **_tiling(config, Dk, L, M),
             **token_strides(tokens),
             **named_strides("reset", reset, "bn"),
-            **named_strides("state", before, "bnhk" if config.split else "bhk"),
+            **named_strides("state", before, "bnhkv" if config.split else "bhkv"),
             **({} if config.split else {"stride_state_n": 0}),
         },
         num_warps=config.num_warps,

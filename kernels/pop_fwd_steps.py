@@ -69,6 +69,7 @@ def pop_fwd_steps_kernel(
     stride_state_n: tl.int64,
     stride_state_h,
     stride_state_k,
+    stride_state_v,
     stride_reset_b: tl.int64,
     stride_reset_n: tl.int64,
     H: tl.constexpr,
@@ -123,7 +124,8 @@ def pop_fwd_steps_kernel(
         b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
     else:
         p_state += i_b * stride_state_b + first * stride_state_n + i_h * stride_state_h
-        b_state = tiles.load_tile(p_state, stride_state_k, DK, first_col, COLS_K, COLS_V, DV)
+        strides_state = (stride_state_k, stride_state_v)
+        b_state = tiles.load_state(p_state, strides_state, first_col, COLS_K, COLS_V, DK, DV)
     if p_reset is not None:
         p_reset += i_b * stride_reset_b + first * stride_reset_n
         starts = tl.load(p_reset, mask=first < N, other=0)

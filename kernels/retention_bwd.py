@@ -50,6 +50,58 @@ from .launch import (
 from .retention_fwd import plan_retention_fwd
 
 
+@triton.jit
+def _pull_chunks(
+    pointers,
+    strides,
+    place,
+    b_grad,
+    powers,
+    p_reset,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr,
+):
+    """`tiles.pull_tile` for each chunk, the last first; returns the gradient of the state before the first.
+
+    Args:
+        pointers, strides: as `tiles.pull_tile` takes them.
+        place: first token, end, first column of the slice.
+        b_grad: E after the last token.
+        powers: ln γ, within (transposed), from_start.
+        p_reset: of token 0, or None.
+    """
+    start, end, first_col = place
+    log_decay, b_within, b_from_start = powers
+    num_chunks = tl.cdiv(end - start, ROWS)
+    if p_reset is not None:
+        num_chunks += split.count_resets(p_reset, start, end)  # each may cut a chunk in two
+    for i in range(num_chunks):
+        if p_reset is None:
+            i_t = start + (num_chunks - 1 - i) * ROWS
+        else:
+            i_t = split.start_of_chunk(p_reset, start, end, ROWS)
+        length = tl.minimum(end - i_t, ROWS)
+        whole, rest = tiles.decay_across(log_decay, length)
+        b_grad = tiles.pull_tile(
+            pointers,
+            strides,
+            (i_t, end, end, end, first_col),
+            b_grad,
+            b_grad,
+            (tiles.decay_to_end(log_decay, length, ROWS), b_within, b_from_start, whole, rest),
+            ROWS,
+            COLUMNS,
+            PRECISION,
+            SCALE_V,
+        )
+        if p_reset is not None:
+            b_grad = tl.where(split.is_reset(p_reset, i_t, end), 0.0, b_grad)
+            end = i_t
+    return b_grad
+
+
 @triton.jit(do_not_specialize=split.RUN_TIME)
 def retention_bwd_kernel(
     p_q,
@@ -97,6 +149,8 @@ def retention_bwd_kernel(
     SCALE_V: tl.constexpr,
     UNIT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    EARLY: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """The reverse sweep of one stretch, with p_after E after each stretch (None: zeros):
 
@@ -107,6 +161,9 @@ def retention_bwd_kernel(
     Strides of token tensors are counted in UNIT elements; a token stride of None equals another one
     (`launch.token_strides`).
     TRANSPOSED: the states are transposed. Where p_reset is set, a chunk begins, and E before it is 0.
+    EARLY: a split. With p_before, what each stretch adds; for a sequence's first one only if FIRST, and for a
+    head that forgets fast enough (`split.forgets`) for no other. Without, such a head starts its stretches
+    early, from zeros or at the end of the sequence.
     """
     stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
     stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)
@@ -120,9 +177,24 @@ def retention_bwd_kernel(
     i_nh = tl.program_id(0) // SLICES
     i_n = i_nh // H
     i_h = (i_nh % H).to(tl.int64)
-    _, i_row, start, end, is_last = split.find_stretch(
+    _, i_row, start, end, first, last = split.find_stretch(
         i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
     )
+    log_decay = tiles.load_log_decay(p_log_decay, i_h)
+    early = 0
+    rows = DK
+    if SEQUENCES > 0:
+        rows = tl.where((start < end) | (end == last), DK, 0)  # a stretch that is left over has no state
+    if EARLY:
+        if p_before is None:
+            early = tl.minimum(split.early_tokens(log_decay, stretch, ROWS), last - end)
+            early = tl.where(start < end, early, 0)
+        else:
+            wanted = (start == first) | ~split.forgets(log_decay, stretch)
+            if not FIRST:
+                wanted = (start != first) & wanted
+            end = tl.where(wanted, end, start)
+            rows = tl.where(wanted, rows, 0)
     i_row = i_row.to(tl.int64) if p_bounds is None else 0
     p_q += (i_row * stride_q_b + i_h * stride_q_h) * UNIT
     p_g += (i_row * stride_g_b + i_h * stride_g_h) * UNIT
@@ -133,44 +205,42 @@ def retention_bwd_kernel(
         p_v += (i_row * stride_v_b + i_h * stride_v_h) * UNIT
         p_dk += (i_row * stride_dk_b + i_h * stride_dk_h) * UNIT
 
-    rows = DK
-    if SEQUENCES > 0:
-        rows = tl.where((start < end) | is_last, DK, 0)  # a stretch that is left over has no state
     strides = (1, DK) if TRANSPOSED else (DV, 1)
     if p_after is None:
         b_grad = tl.zeros((COLS_K, COLS_V), tl.float32)
     else:
-        p_after += i_nh.to(tl.int64) * (DK * DV)
-        b_grad = tiles.load_state(p_after, strides, first_col, COLS_K, COLS_V, rows, DV)
-    log_decay = tiles.load_log_decay(p_log_decay, i_h)
+        # A start at the end of the sequence is from the E after its last stretch, the next one.
+        i_after = i_nh + tl.where((early > 0) & (end + early == last), H, 0)
+        p_after += i_after.to(tl.int64) * (DK * DV)
+        here = tl.where((early > 0) & (end + early < last), 0, rows)
+        b_grad = tiles.load_state(p_after, strides, first_col, COLS_K, COLS_V, here, DV)
     b_within = tl.trans(tiles.decay_within(log_decay, scale, ROWS))
     b_from_start = tiles.decay_from_start(log_decay, scale, ROWS)
-    num_chunks = tl.cdiv(end - start, ROWS)
-    if p_reset is not None:
-        p_reset += i_row * T
-        num_chunks += split.count_resets(p_reset, start, end)  # each may cut a chunk in two
-    for i in range(num_chunks):
-        if p_reset is None:
-            i_t = start + (num_chunks - 1 - i) * ROWS
-        else:
-            i_t = split.start_of_chunk(p_reset, start, end, ROWS)
-        length = tl.minimum(end - i_t, ROWS)
-        whole, rest = tiles.decay_across(log_decay, length)
-        b_grad = tiles.pull_tile(
-            (p_q, p_k, p_v, p_g, p_dk, p_dv),
-            (stride_q_t, stride_k_t, stride_v_t, stride_g_t, stride_dk_t, stride_dv_t),
-            (i_t, end, end, end, first_col),
+    if EARLY and p_before is None:
+        b_grad = _pull_chunks(
+            (p_q, None, None, p_g, None, None),
+            (stride_q_t, 0, 0, stride_g_t, 0, 0),
+            (end, end + early, first_col),
             b_grad,
-            b_grad,
-            (tiles.decay_to_end(log_decay, length, ROWS), b_within, b_from_start, whole, rest),
+            (log_decay, b_within, b_from_start),
+            None,
             ROWS,
             COLUMNS,
             PRECISION,
             SCALE_V,
         )
-        if p_reset is not None:
-            b_grad = tl.where(split.is_reset(p_reset, i_t, end), 0.0, b_grad)
-            end = i_t
+    b_grad = _pull_chunks(
+        (p_q, p_k, p_v, p_g, p_dk, p_dv),
+        (stride_q_t, stride_k_t, stride_v_t, stride_g_t, stride_dk_t, stride_dv_t),
+        (start, end, first_col),
+        b_grad,
+        (log_decay, b_within, b_from_start),
+        None if p_reset is None else p_reset + i_row * T,
+        ROWS,
+        COLUMNS,
+        PRECISION,
+        SCALE_V,
+    )
     if p_before is not None:
         p_before += i_nh.to(tl.int64) * (DK * DV)
         tiles.store_state(p_before, b_grad, strides, first_col, COLS_K, COLS_V, rows, DV)
@@ -254,7 +324,7 @@ def _plan_sweeps(
     only_states = Sweep(config.values, {**tokens, "dk": None, "dv": None}, swapped=False)
     packed = shared["p_bounds"] is not None
     stretches, stretch = split.cut(shared["T"], shared["num_sequences"], config.stretch, packed=packed)
-    shared |= stretch
+    shared |= {**stretch, "FIRST": before is not None}
     if config.stretch is None:
         sweeps = sweeps or ([only_states] if before is not None else [])
         befores = [before, None]  # the first sweep finds it on its way

@@ -76,6 +76,7 @@ def retention_fwd_kernel(
     stride_state_b,
     stride_state_h,
     stride_state_k,
+    stride_state_v,
     DK: tl.constexpr,
     DV: tl.constexpr,
     ROWS: tl.constexpr,
@@ -85,13 +86,15 @@ def retention_fwd_kernel(
     PRECISION: tl.constexpr,
     SCALE_V: tl.constexpr,
     UNIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The sweep of one stretch, with p_state the state before each stretch (None: zeros):
 
         o_i = c γ^(i+1) q_i S + Σ_{j<=i} c γ^(i-j) (q_i · k_j) v_j,   S <- γ^n S + Σ_j γ^(n-1-j) k_jᵀ v_j
 
     chunk by chunk; the stretch that ends a sequence leaves S in p_final (None: nowhere). Strides of token
-    tensors are counted in UNIT elements. Where p_reset is set, a chunk begins, and S before it is 0.
+    tensors are counted in UNIT elements. Where p_reset is set, a chunk begins, and S before it is 0. EARLY: a
+    split, in which a head that forgets fast enough starts its stretches early, from zeros (`split.forgets`).
     """
     stride_q_t = tiles.token_stride(stride_q_t, None, UNIT)
     stride_k_t = tiles.token_stride(stride_k_t, None, UNIT)
@@ -102,9 +105,13 @@ def retention_fwd_kernel(
     i_nh = tl.program_id(0) // SLICES
     i_n = i_nh // H
     i_h = (i_nh % H).to(tl.int64)
-    i_s, i_row, start, end, is_last = split.find_stretch(
+    i_s, i_row, start, end, first, last = split.find_stretch(
         i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
     )
+    log_decay = tiles.load_log_decay(p_log_decay, i_h)
+    early = 0
+    if EARLY:
+        early = tl.where(first < start, split.early_tokens(log_decay, stretch, ROWS), 0)
     if p_bounds is None:
         p_q += i_row.to(tl.int64) * stride_q_b * UNIT
         p_k += i_row.to(tl.int64) * stride_k_b * UNIT
@@ -119,17 +126,35 @@ def retention_fwd_kernel(
         b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
     else:
         p_state += i_n.to(tl.int64) * stride_state_b + i_h * stride_state_h
-        rows = tl.where((start < end) | is_last, DK, 0)  # a stretch that is left over has no state
-        b_state = tiles.load_tile(p_state, stride_state_k, rows, first_col, COLS_K, COLS_V, DV)
-    log_decay = tiles.load_log_decay(p_log_decay, i_h)
+        has_state = ((start < end) | (end == last)) & (early == 0)  # one that is left over has none
+        rows = tl.where(has_state, DK, 0)
+        strides = (stride_state_k, stride_state_v)
+        b_state = tiles.load_state(p_state, strides, first_col, COLS_K, COLS_V, rows, DV)
+    if EARLY:
+        b_state = split.take_in(
+            b_state,
+            p_k,
+            p_v,
+            stride_k_t,
+            stride_v_t,
+            tl.where(start < end, start - early, start),
+            start,
+            first_col,
+            log_decay,
+            ROWS,
+            (COLS_K, COLS_V, DK, DV),
+            PRECISION,
+            SCALE_V,
+            True,
+        )
     b_within = tiles.decay_within(log_decay, scale, ROWS)
     b_from_start = tiles.decay_from_start(log_decay, scale, ROWS)
-    last = end
+    loop_end = end
     if p_reset is not None:
         p_reset += i_row.to(tl.int64) * T
-        last += split.count_resets(p_reset, start, end) * ROWS  # each may cut a chunk in two
+        loop_end += split.count_resets(p_reset, start, end) * ROWS  # each may cut a chunk in two
     stop = start
-    for i in range(start, last, ROWS):
+    for i in range(start, loop_end, ROWS):
         if p_reset is None:
             i_t = i
             stop = end
@@ -150,7 +175,7 @@ def retention_fwd_kernel(
         b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
     if p_final is not None:
         p_final += (i_s.to(tl.int64) * H + i_h) * (DK * DV)
-        tiles.store_tile(p_final, b_state, DV, tl.where(is_last, DK, 0), first_col, COLS_K, COLS_V, DV)
+        tiles.store_tile(p_final, b_state, DV, tl.where(end == last, DK, 0), first_col, COLS_K, COLS_V, DV)
 
 
 def plan_retention_fwd(
@@ -205,7 +230,7 @@ def plan_retention_fwd(
         **{"p_bounds": None if cu_seqlens is None else cu_seqlens.contiguous()},
     }
     tokens = {"q": q, "k": k, "v": v, "out": out}
-    before = None if state is None else with_contiguous_rows(state)
+    before = state
     launches: list[Launch] = []
     stretches, stretch = split.cut(T, sequences, config.stretch, packed=cu_seqlens is not None)
     shared |= stretch
@@ -215,7 +240,6 @@ def plan_retention_fwd(
             stretches=stretches,
             rows=config.rows,
             precision=precision,
-            every=False,
         )
     sweep = Launch(
         kernel=retention_fwd_kernel,
@@ -228,7 +252,7 @@ def plan_retention_fwd(
             **{"DK": Dk, "DV": Dv, "ROWS": config.rows, "COLS_K": config.cols_k, "COLS_V": config.cols_v},
             **{"PRECISION": precision, "SCALE_V": config.scale_v},
             **token_strides(tokens, shared=False),
-            **named_strides("state", before, "bhk"),
+            **named_strides("state", before, "bhkv"),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,

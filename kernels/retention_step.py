@@ -42,6 +42,7 @@ def retention_step_kernel(
     stride_state_b,
     stride_state_h,
     stride_state_k,
+    stride_state_v,
     DK: tl.constexpr,
     DV: tl.constexpr,
     ROWS: tl.constexpr,
@@ -67,7 +68,7 @@ def retention_step_kernel(
     b_state = b_k[:, None] * b_v[None, :]
     if p_state is not None:
         p_old = p_state + i_b * stride_state_b + i_h * stride_state_h
-        b_old = tiles.load_tile(p_old, stride_state_k, DK, i_v * COLS, ROWS, COLS, DV)
+        b_old = tiles.load_state(p_old, (stride_state_k, stride_state_v), i_v * COLS, ROWS, COLS, DK, DV)
         whole, rest = tiles.decay_across(tiles.load_log_decay(p_log_decay, i_h), 1)
         b_state = tiles.advance(b_old, whole, rest, b_state)
     if p_new_state is not None:
@@ -100,7 +101,6 @@ def plan_retention_step(
         target = target or target_of(q.device)
         config = step_config(B * H, (Dk, Dv), target.multiprocessors)
     q, k, v = (with_contiguous_rows(x) for x in (q, k, v))
-    state = None if state is None else with_contiguous_rows(state)
     launch = Launch(
         kernel=retention_step_kernel,
         grid=(B * H * triton.cdiv(Dv, config.cols),),
@@ -111,7 +111,7 @@ def plan_retention_step(
             **named_strides("q", q, "bh"),
             **named_strides("k", k, "bh"),
             **named_strides("v", v, "bh"),
-            **named_strides("state", state, "bhk"),
+            **named_strides("state", state, "bhkv"),
         },
         num_warps=config.num_warps,
         num_stages=1,

@@ -8,10 +8,17 @@ the state, then a scan over the stretches of a sequence, then each stretch from 
 
 Backwards E_m = γ^n E_(m+1) + A_m, with A_m from a reverse sweep. POP's blocks are stretches of L tokens, and
 a boundary after the last block is one of no tokens.
+
+A head that keeps at most 2^-24 of a state, a rounding error of float32, over half a stretch needs no scan:
+its programs start each stretch some tokens early, from zeros. Kernels find such heads on the device, by one
+comparison (`forgets`). The limit is the same for 16-bit tokens, because one old token may outweigh thousands
+of others. Only what is 2^24 times as large as the rest, or is not finite, makes a difference: it is not seen
+past the stretch after its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +33,24 @@ from .launch import Launch, named_strides, token_strides
 
 # Arguments that differ from call to call: none of their values compiles a kernel anew.
 RUN_TIME = ["H", "T", "num_sequences", "stretch", "per_sequence"]
+
+FORGOTTEN = tl.constexpr(24 * math.log(2))
+"""-ln of what counts as nothing."""
+
+
+@triton.jit
+def forgets(log_decay, stretch):
+    """Whether γ^n is at most 2^-24 for half a stretch, so that a program may start it early."""
+    return -log_decay * stretch >= 2 * FORGOTTEN
+
+
+@triton.jit
+def early_tokens(log_decay, stretch, ROWS: tl.constexpr):
+    """The tokens by which a stretch starts early, whole chunks: γ^n is then at most 2^-24; 0: in time."""
+    is_early = forgets(log_decay, stretch)
+    exponent = tl.where(is_early, -log_decay, 1.0)
+    chunks = (1.0 / exponent * (FORGOTTEN / ROWS)).to(tl.int32) + 1
+    return tl.where(is_early, chunks * ROWS, 0)
 
 
 @triton.jit
@@ -46,21 +71,23 @@ def count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES: tl.constexpr
 
 @triton.jit
 def find_stretch(i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES: tl.constexpr):
-    """Stretch i_n: its sequence, the sequence's row in the batch, first token, end, whether it ends the
-    sequence.
+    """Stretch i_n: its sequence, the sequence's row in the batch, first token and end; those of the sequence.
 
-    SEQUENCES is a power of two above num_sequences in a split of packed sequences, otherwise 0.
+    A stretch that is left over has no tokens, and its sequence ends at -1. SEQUENCES is a power of two above
+    num_sequences in a split of packed sequences, otherwise 0.
     """
     i_row = 0
     here = i_n >= 0
     if p_bounds is None:
         i_s = i_n // per_sequence
         i_row = i_s
+        first = 0
         start = (i_n % per_sequence) * stretch
         last = T
     elif SEQUENCES == 0:
         i_s = i_n
-        start = inside(tl.load(p_bounds + i_s), T)
+        first = inside(tl.load(p_bounds + i_s), T)
+        start = first
         last = inside(tl.load(p_bounds + i_s + 1), T)
     else:
         b_count = count_stretches(p_bounds, T, num_sequences, stretch, SEQUENCES)
@@ -69,10 +96,11 @@ def find_stretch(i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENC
         here = i_s < num_sequences
         i_s = tl.minimum(i_s, num_sequences - 1)
         i_stretch = i_n - tl.sum(tl.where(m_before, b_count, 0), 0)
-        start = inside(tl.load(p_bounds + i_s), T) + i_stretch * stretch
+        first = inside(tl.load(p_bounds + i_s), T)
+        start = first + i_stretch * stretch
         last = inside(tl.load(p_bounds + i_s + 1), T)
     length = tl.where(here, tl.minimum(last - start, stretch), 0)
-    return i_s, i_row, start, start + length, here & (start + length == last)
+    return i_s, i_row, start, start + length, first, tl.where(here, last, -1)
 
 
 @triton.jit
@@ -107,6 +135,41 @@ def start_of_chunk(p_reset, start, i_t, ROWS: tl.constexpr):
     return tl.max(tl.where(m_reset, o_t, tl.maximum(i_t - ROWS, start)), 0)
 
 
+@triton.jit
+def take_in(
+    b_state,
+    p_k,
+    p_v,
+    stride_k,
+    stride_v,
+    start,
+    end,
+    first_col,
+    log_decay,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_V: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The state after tokens start.. below end; WHOLE: chunks of ROWS tokens, to save registers."""
+    COLS_K: tl.constexpr = COLUMNS[0]
+    COLS_V: tl.constexpr = COLUMNS[1]
+    DK: tl.constexpr = COLUMNS[2]
+    DV: tl.constexpr = COLUMNS[3]
+    b_to_end = tiles.decay_to_end(log_decay, ROWS, ROWS)
+    whole, rest = tiles.decay_across(log_decay, ROWS)
+    for i_t in range(start, end, ROWS):
+        b_k = tiles.load_tile(p_k, stride_k, end, 0, ROWS, COLS_K, DK, i_t)
+        b_v = tiles.load_tile(p_v, stride_v, end, first_col, ROWS, COLS_V, DV, i_t)
+        if not WHOLE:
+            length = tl.minimum(end - i_t, ROWS)
+            b_to_end = tiles.decay_to_end(log_decay, length, ROWS)
+            whole, rest = tiles.decay_across(log_decay, length)
+        b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
+    return b_state
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def added_states_kernel(
     p_k,
@@ -134,12 +197,12 @@ def added_states_kernel(
     PRECISION: tl.constexpr,
     SCALE_V: tl.constexpr,
     UNIT: tl.constexpr,
-    EVERY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A_m = Σ_j γ^(n-1-j) k_jᵀ v_j, what stretch m of n tokens adds to the state.
 
-    Strides are counted in UNIT elements; that of v's tokens is k's where it is None. EVERY: also what a
-    sequence's last stretch adds, and n is any number; otherwise it is a multiple of ROWS in all but the last.
+    Strides are counted in UNIT elements; that of v's tokens is k's where it is None. EARLY: n is a multiple
+    of ROWS, and nothing is found for a sequence's last stretch nor for a head that starts stretches early.
 
     Grid: (stretches · H · slices of DV,).
     """
@@ -150,25 +213,30 @@ def added_states_kernel(
     i_nh = tl.program_id(0) // SLICES
     i_n = i_nh // H
     i_h = (i_nh % H).to(tl.int64)
-    _, i_row, start, end, is_last = find_stretch(
+    _, i_row, start, end, _, last = find_stretch(
         i_n, p_bounds, T, num_sequences, stretch, per_sequence, SEQUENCES
     )
-    if not EVERY:
-        end = tl.where(is_last, start, end)
+    log_decay = tiles.load_log_decay(p_log_decay, i_h)
+    if EARLY:
+        end = tl.where((end == last) | forgets(log_decay, stretch), start, end)
     p_k += (i_row.to(tl.int64) * stride_k_b + i_h * stride_k_h) * UNIT
     p_v += (i_row.to(tl.int64) * stride_v_b + i_h * stride_v_h) * UNIT
-    log_decay = tiles.load_log_decay(p_log_decay, i_h)
-    b_to_end = tiles.decay_to_end(log_decay, ROWS, ROWS)
-    whole, rest = tiles.decay_across(log_decay, ROWS)
-    b_state = tl.zeros((COLS_K, COLS_V), tl.float32)
-    for i_t in range(start, end, ROWS):
-        b_k = tiles.load_tile(p_k, stride_k_t, end, 0, ROWS, COLS_K, DK, i_t)
-        b_v = tiles.load_tile(p_v, stride_v_t, end, first_col, ROWS, COLS_V, DV, i_t)
-        if EVERY:
-            length = tl.minimum(end - i_t, ROWS)
-            b_to_end = tiles.decay_to_end(log_decay, length, ROWS)
-            whole, rest = tiles.decay_across(log_decay, length)
-        b_state = tiles.chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
+    b_state = take_in(
+        tl.zeros((COLS_K, COLS_V), tl.float32),
+        p_k,
+        p_v,
+        stride_k_t,
+        stride_v_t,
+        start,
+        end,
+        first_col,
+        log_decay,
+        ROWS,
+        (COLS_K, COLS_V, DK, DV),
+        PRECISION,
+        SCALE_V,
+        EARLY,
+    )
     p_added += i_nh.to(tl.int64) * (DK * DV)
     tiles.store_tile(p_added, b_state, DV, tl.where(start < end, DK, 0), first_col, COLS_K, COLS_V, DV)
 
@@ -199,12 +267,14 @@ def scan_states_kernel(
     COLS: tl.constexpr,
     SEQUENCES: tl.constexpr,
     REVERSE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """S_(m+1) = γ^n S_m + A_m over the stretches of a sequence, of n tokens each, fewer or none at its end.
 
     S_0 is in p_given (None: zeros), every S_m goes to p_states, and the last to p_result (None: nowhere).
     Where p_reset is set, S_m is 0. REVERSE: E_m = γ^n E_(m+1) + A_m from the last E in p_given to the first;
-    every E_(m+1) goes to p_states, and where p_reset is set, E_m is 0.
+    every E_(m+1) goes to p_states, and where p_reset is set, E_m is 0. EARLY: a head that starts stretches
+    early has the state given in p_states, and the result is what its last stretch adds.
 
     Grid: (sequences · H · slices of DV, slices of DK).
     """
@@ -238,8 +308,14 @@ def scan_states_kernel(
     if p_reset is not None:
         p_reset += i_s.to(tl.int64) * stride_reset_b
     stride = H.to(tl.int64) * (DK * DV)
-    for i in tl.range(count, num_stages=4):
-        i_m = count - 1 - i if REVERSE else i
+    is_early = False
+    steps = count
+    if EARLY:
+        is_early = forgets(log_decay, stretch)
+        steps = tl.where(is_early, tl.minimum(count, 2), count)  # the first stretch, and the last
+    for i in tl.range(steps, num_stages=4):
+        i_m = tl.where(is_early, i * (count - 1), i)
+        i_m = count - 1 - i_m if REVERSE else i_m
         place = (first + i_m) * stride
         length = tl.maximum(tl.minimum(tokens - i_m * stretch, stretch), 0)
         starts = 0
@@ -250,10 +326,13 @@ def scan_states_kernel(
         rows = DK
         if not REVERSE:  # a block of no tokens adds nothing; backwards, the predictions at its boundary do
             rows = tl.where(length > 0, DK, 0)
-            if p_result is None:
-                rows = tl.where(i_m < count - 1, rows, 0)
+        if p_result is None:
+            rows = tl.where(i < steps - 1, rows, 0)
+        if EARLY:
+            rows = tl.where(is_early & (i < steps - 1), 0, rows)
         b_added = tiles.load_tile(p_added + place, DV, rows, first_col, ROWS, COLS, DV, first_row)
-        tiles.store_tile(p_states + place, b_state, DV, DK, first_col, ROWS, COLS, DV, first_row)
+        kept = tl.where(is_early & (i > 0), 0, DK)
+        tiles.store_tile(p_states + place, b_state, DV, kept, first_col, ROWS, COLS, DV, first_row)
         whole, rest = tiles.decay_across(log_decay, length)
         b_state = tiles.advance(b_state, whole, rest, b_added)
         if REVERSE and p_reset is not None:
@@ -266,15 +345,16 @@ def scan_states_kernel(
 def cut(T: int, sequences: int, stretch: int | None, *, packed: bool) -> tuple[int, dict[str, int]]:
     """The number of stretches there is room for, and the kernels' arguments about it; None: no split."""
     if stretch is None:
-        return sequences, {"stretch": T, "per_sequence": 1, "SEQUENCES": 0}
+        return sequences, {"stretch": T, "per_sequence": 1, "SEQUENCES": 0, "EARLY": False}
     per_sequence = triton.cdiv(T, stretch)
     # Each packed sequence may end in a stretch that is not full.
     stretches = T // stretch + sequences if packed else sequences * per_sequence
     places = MOST_PACKED_IN_A_SPLIT + 1 if packed else 0
-    return stretches, {"stretch": stretch, "per_sequence": per_sequence, "SEQUENCES": places}
+    shared = {"stretch": stretch, "per_sequence": per_sequence, "SEQUENCES": places, "EARLY": True}
+    return stretches, shared
 
 
-SHARED = ("p_log_decay", "p_bounds", *RUN_TIME, "SEQUENCES")
+SHARED = ("p_log_decay", "p_bounds", *RUN_TIME, "SEQUENCES", "EARLY")
 """The arguments shared by the kernels here and those that walk stretches."""
 
 
@@ -289,7 +369,6 @@ def plan_states(
     stretches: int,
     rows: int,
     precision: str,
-    every: bool,
     reset: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor]:
     """The two launches that find the state before each stretch, and the tensor for it, (stretches, H, Dk,
@@ -301,7 +380,6 @@ def plan_states(
         config, precision: of the kernel that then walks the stretches.
         stretches: their number.
         rows: tokens of a chunk.
-        every: also what a sequence's last stretch adds, and stretches that end in a chunk that is not full.
     """
     cols_v = config.cols_v
     H, Dk, Dv = k.shape[2], k.shape[-1], v.shape[-1]
@@ -312,7 +390,7 @@ def plan_states(
         arguments={
             **{name: shared[name] for name in SHARED},
             **{"p_k": k, "p_v": v, "p_added": added, "DK": Dk, "DV": Dv, "ROWS": rows, "COLS_K": padded(Dk)},
-            **{"COLS_V": cols_v, "PRECISION": precision, "SCALE_V": config.scale_v, "EVERY": every},
+            **{"COLS_V": cols_v, "PRECISION": precision, "SCALE_V": config.scale_v},
             **token_strides({"k": k, "v": v}),
         },
         num_warps=config.num_warps,

@@ -97,7 +97,7 @@ def tokens(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def log_decays(device: torch.device, heads: int) -> Tensor:
-    """One a head."""
+    """One a head; so slow that no program starts a stretch early, which would move fewer bytes."""
     return torch.full((heads,), -0.01, device=device)
 
 

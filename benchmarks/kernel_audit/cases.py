@@ -74,6 +74,8 @@ _BOTH: list[tuple[torch.dtype, str, Call]] = [
     (FP32, "resets, D 64", _RESETS),
     (BF16, "rem block", _BLOCK),
     (BF16, "one long row, D 64", _ROW),
+    (BF16, "one long row, D 128", replace(_ROW, D=128)),
+    (BF16, "one long row, D 256", replace(_ROW, D=256)),
     (BF16, "packed, D 64", _PACKED),
     (BF16, "rem training", NormGate(**_TOKENS, kind="groupnorm")),
     (FP32, "rem training", NormGate(**_TOKENS, kind="groupnorm")),

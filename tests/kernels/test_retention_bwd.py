@@ -165,7 +165,8 @@ def test_lengths_and_head_dims(T: int, Dk: int, Dv: int, schedules: Sequence[str
 )
 def test_every_size_of_a_tile(tile: int, schedule: str) -> None:
     case = RetentionCase.make(1, 98, 1, 24, 24, dtype=torch.float32, seed=tile)
-    config = tiles_for(case, schedule, tile=tile, cols=16, scale_v=tile == 32)
+    stretch = tile if "split" in schedule else None
+    config = tiles_for(case, schedule, tile=tile, cols=16, scale_v=tile == 32, stretch=stretch)
     check(case, config=config, needs=(False, True, True, True))
 
 
@@ -556,9 +557,11 @@ def test_the_sweep_for_keys_is_that_for_values_with_dims_swapped() -> None:
 
 
 def test_the_schedule_fills_the_gpu() -> None:
-    assert choose(8 * 4096, 8, 16).stretch is None  # 128 programs
+    assert choose(16 * 4096, 16, 16).stretch is None  # 256 programs
+    assert choose(8 * 4096, 8, 16).stretch == 1408  # 128 programs, so 3 stretches, rounded up to chunks of 64
     assert choose(64 * 4096, 64, 16, (128, 128)).values.cols_v == 64
-    assert choose(2 * 4096, 2, 16, (128, 128)).values.cols_v == 32
+    assert choose(2 * 2047, 2, 16, (128, 128)).values.cols_v == 32
+    assert choose(2 * 4096, 2, 16, (128, 128)).values.cols_v == 64
     assert choose(65_536, 1, 4).stretch == 1024  # 4 programs a stretch: 66 for two a multiprocessor
     assert choose(2047, 1, 1).stretch is None
     assert choose(2048, 1, 1).stretch == 256

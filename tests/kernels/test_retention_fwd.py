@@ -12,10 +12,14 @@ import torch
 from retention_cases import RetentionCase, assert_same_results, normal
 from torch import Tensor
 
+from benchmarks.kernel_audit.programs import H200, SHAPES, launches
 from benchmarks.kernel_audit.traffic import audit
 from retpop.kernels.configs import (
     MOST_PACKED_IN_A_SPLIT,
+    SHORTEST_STRETCH,
+    SPLIT_FROM,
     RetentionConfig,
+    enough,
     padded,
     retention_config,
     retention_tiles,
@@ -430,13 +434,35 @@ def test_the_schedule_fills_the_gpu() -> None:
     assert (full.stretch, full.cols_v) == (None, 64)
     narrow = choose(8 * 4096, sequences=8, num_heads=16)  # 128 programs of 64 columns for 132 multiprocessors
     assert (narrow.stretch, narrow.cols_v) == (None, 32)
-    assert choose(8 * 4096, sequences=8, num_heads=16, multiprocessors=128).cols_v == 64
+    assert choose(8 * 4096, sequences=8, num_heads=16, multiprocessors=68).cols_v == 64
 
-    split = choose(65_536, sequences=1, num_heads=4)  # 8 programs, so 33 stretches for two a multiprocessor
-    assert split.cols_v == 32
-    assert split.stretch == 2048  # 65,536 / 33, rounded up to chunks of 64
-    assert choose(65_536, sequences=1, num_heads=4, multiprocessors=16).stretch == 16_384
-    assert choose(65_536, sequences=1, num_heads=4, multiprocessors=15).stretch is None  # 3 stretches
+    split = choose(65_536, sequences=1, num_heads=4)  # 4 programs, so 66 stretches for two a multiprocessor
+    assert split.cols_v == 64
+    assert split.stretch == 1024  # 65,536 / 66, rounded up to chunks of 64
+    assert choose(65_536, sequences=1, num_heads=4, multiprocessors=16).stretch == 8192
+    assert choose(65_536, sequences=1, num_heads=4, multiprocessors=4) == narrow
+
+
+@pytest.mark.parametrize(
+    ("programs", "is_enough"), [(264, True), (256, True), (248, True), (247, False), (128, False)]
+)
+def test_two_programs_a_multiprocessor_are_enough(programs: int, is_enough: bool) -> None:
+    assert enough(programs, 132) is is_enough
+
+
+def test_slices_of_many_columns_are_cut_in_time_first() -> None:
+    """Four slices would each read all of q and k, which the cache cannot give fast enough."""
+    config = choose(8192, sequences=1, num_heads=96, head_dim=128)
+    assert (config.cols_v, config.stretch) == (64, 4096)
+    assert choose(2047, sequences=1, num_heads=96, head_dim=128).cols_v == 32
+
+
+def test_every_walk_has_two_waves_or_the_shortest_stretches() -> None:
+    for shape in SHAPES:
+        for _, launch in launches(shape):
+            few = not enough(launch.grid[0], H200.multiprocessors)
+            if few and launch.kernel.__name__ != "scan_states_kernel" and shape.T >= SPLIT_FROM:
+                assert launch.arguments["stretch"] == max(SHORTEST_STRETCH, 4 * shape.D), shape
 
 
 def test_a_split_waits_for_long_sequences() -> None:
@@ -444,8 +470,7 @@ def test_a_split_waits_for_long_sequences() -> None:
     assert choose(2048, sequences=1, num_heads=1).stretch == 256
     assert choose(4095, sequences=2, num_heads=1).stretch is None
     assert choose(4096, sequences=2, num_heads=1).stretch == 256
-    assert choose(4096, sequences=1, num_heads=1, head_dim=256).stretch == 1024
-    assert choose(4095, sequences=1, num_heads=1, head_dim=256).stretch is None
+    assert choose(2048, sequences=1, num_heads=1, head_dim=256).stretch == 1024
 
 
 def test_a_split_has_a_limit_of_sequences() -> None:
