@@ -93,6 +93,13 @@ _BY_NAME = {backend.NAME: backend for backend in _BACKENDS}
 NAMES = ("auto", *_BY_NAME)
 
 
+def may_run_kernels(backend: object, q: object) -> bool:
+    """Whether an eager call with these arguments, not yet checked, may end in the Triton backend."""
+    if torch.compiler.is_compiling() or not isinstance(q, Tensor):
+        return False
+    return q.is_cuda if backend == "auto" else backend == "triton"
+
+
 def choose_backend(where: str, backend: str, inputs: Inputs) -> tuple[Backend, str]:
     """The backend that runs, and the reason.
 

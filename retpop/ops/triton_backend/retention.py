@@ -23,6 +23,7 @@ from retpop.ops.triton_backend.custom import (
     own,
     refuse_transforms,
 )
+from retpop.ops.triton_backend.known import KnownCalls
 
 Results = tuple[Tensor, Tensor]
 Gradients = list[Tensor | None]
@@ -185,3 +186,5 @@ add_gradient(
     compute=_compute_gradients,
     num_tensors=7,
 )
+
+known_retention = KnownCalls("retention()", retention_fwd)
