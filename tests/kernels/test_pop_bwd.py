@@ -405,8 +405,8 @@ def test_what_is_not_needed_is_not_moved(form: str) -> None:
         ({"q_pred"}, 4 + 2, 0),  # g, v, k and dq, and the blocks' k and v, which make the states
         ({"k_pred"}, 4, 0),  # nothing of the blocks
         ({"k_pred", "v_pred"}, 6 if form == "both" else 8, 0),
-        ({"k"}, 4 + 2 + 4 * split, 4 * split),  # v, q, g and dk, and the predictions' q and g, which make E
-        ({"k", "v_pred"}, (8 if form == "both" else 12) + 4 * split, 5 * split),
+        ({"k"}, 4 + 2 + 4 * split, 3.5 * split),  # v, q, g and dk, and the predictions' q and g, which make E
+        ({"k", "v_pred"}, (8 if form == "both" else 12) + 4 * split, 4.5 * split),
     ):
         needs = [name in subset for name in NAMES]
         with audit() as counts:
