@@ -314,7 +314,7 @@ def scan_states_kernel(
         is_early = forgets(log_decay, stretch)
         steps = tl.where(is_early, tl.minimum(count, 2), count)  # the first stretch, and the last
     for i in tl.range(steps, num_stages=4):
-        i_m = tl.where(is_early, i * (count - 1), i)
+        i_m = tl.where(is_early & (i > 0), count - 1, i)
         i_m = count - 1 - i_m if REVERSE else i_m
         place = (first + i_m) * stride
         length = tl.maximum(tl.minimum(tokens - i_m * stretch, stretch), 0)

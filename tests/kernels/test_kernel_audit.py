@@ -399,14 +399,18 @@ CALLS = {
     "pop, a small batch": ("pop_fwd", lambda: [pop(1, N, N, 0, state(1), True) for N in (4, 9, 16)]),
     "pop, D 128": ("pop_fwd", lambda: [pop(64, N, N, 0, D=128) for N in (1, 2, 10, 16)]),
     "retention, T": ("retention_fwd", lambda: [retention(64, T) for T in (1, 16, 65, 130, 650, 1024, 4096)]),
-    "retention, long": ("retention_fwd", lambda: [retention(1, T) for T in (4096, 4097, 5000, 8192, 16384)]),
+    "retention, long": ("retention_fwd", lambda: [retention(1, T) for T in (16384, 16385, 20000, 65536)]),
+    "retention, narrow slices": (
+        "retention_fwd",
+        lambda: [retention(1, T) for T in (4096, 4097, 5000, 8192)],
+    ),
     "retention, packed": (
         "retention_fwd",
         lambda: [retention(1, T, state(S), bounds(S)) for T, S in ((65, 16), (130, 17), (650, 16))],
     ),
     "retention, packed and long": (
         "retention_fwd",
-        lambda: [retention(1, T, state(S), bounds(S)) for T, S in ((4100, 2), (70_001, 3), (2**24, 8))],
+        lambda: [retention(1, T, state(S), bounds(S)) for T, S in ((40_000, 2), (70_001, 3), (2**24, 8))],
     ),
     "retention, batch": ("retention_fwd", lambda: [retention(B, 650) for B in (64, 65, 2**15)]),
     "step": ("retention_step", lambda: [step(B) for B in (80, 81, 96, 127)]),
@@ -423,7 +427,7 @@ CALLS = {
     "retention, backward, split": ("retention_bwd", lambda: [retention_bwd(1, T) for T in (4096, 5003)]),
     "retention, backward, packed, split": (
         "retention_bwd",
-        lambda: [retention_bwd(1, T, state(S), bounds(S)) for T, S in ((9000, 2), (70_001, 3), (2**24, 8))],
+        lambda: [retention_bwd(1, T, state(S), bounds(S)) for T, S in ((40_000, 2), (70_001, 3), (2**24, 8))],
     ),
     "norm_gate, backward": ("norm_gate_bwd", lambda: [norm_gate_bwd(T) for T in (1, 16, 65, 130)]),
     "rotary": ("rotary_fwd", lambda: [rotary(T) for T in (1, 16, 65, 130)]),
@@ -442,13 +446,13 @@ print(json.dumps(found))
 
 
 def test_lengths_and_counts_compile_nothing_new(tmp_path: Path) -> None:
-    """T, N, P, offsets and, in one schedule, the batch stay out of what Triton looks a compiled kernel up by.
+    """In one schedule T, N, P, offsets and the batch stay out of what Triton looks a compiled kernel up by.
 
     An offset of 0 is another kernel than an offset of 1 and more: no prediction starts from the first state
     there.
     """
     found = run_program(COUNT_VARIANTS, tmp_path)
-    assert len(found) == 21
+    assert len(found) == 22
     # With and without resets, a state before, and an offset: each is a flag of the kernel. The stride of
     # `reset` is N, and a stride of 1 counts apart.
     assert found.pop("pop, a run of REM")["pop_fwd_kernel"] <= 4
