@@ -1,6 +1,7 @@
 """The progress that a user sees: the current phase, its rate, and the time left of the run.
 
-A terminal shows one moving bar; a file or a pipe gets one plain line per finished phase.
+A terminal shows one moving bar; a file or a pipe gets a plain line for each finished phase, and one a minute
+while a phase goes on.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from rich.progress import Progress as RichBar
 
 from rem_atari.training.schedule import UNITS, Work
 
-REFRESH_SECONDS = 0.2
+BAR_SECONDS = 0.2
 """Minimum seconds between updates of a bar's numbers."""
+
+LINE_SECONDS = 60.0
+"""Minimum seconds between the plain lines of one phase."""
 
 
 class TimeLeft:
@@ -72,16 +76,19 @@ class Progress(ABC):
     Args:
         plan: all work of the run.
         epochs: number of epochs.
+        refresh_seconds: minimum time between two views of a running phase.
     """
 
-    def __init__(self, plan: Sequence[Work], epochs: int) -> None:
+    def __init__(self, plan: Sequence[Work], epochs: int, *, refresh_seconds: float) -> None:
         self.time_left = TimeLeft(plan)
         self.epochs = epochs
+        self.refresh_seconds = refresh_seconds
         self._phase = ""
         self._units = 0
         self._done = 0
         self._done_before = 0
         self._started = 0.0
+        self._refreshed = 0.0
 
     @contextmanager
     def phase(self, epoch: int, phase: str, units: int, *, done: int = 0) -> Iterator[None]:
@@ -94,7 +101,8 @@ class Progress(ABC):
             done: the part of it done before the run was resumed.
         """
         self.time_left.begin(epoch, phase)
-        self._phase, self._units, self._started = phase, units, time.monotonic()
+        self._phase, self._units = phase, units
+        self._started = self._refreshed = time.monotonic()
         self._done = self._done_before = done
         self._begin(f"epoch {epoch + 1}/{self.epochs}  {phase.replace('_', ' ')}")
         yield
@@ -105,7 +113,10 @@ class Progress(ABC):
     def advance(self, units: int = 1) -> None:
         """Add to the work done in the running phase."""
         self._done += units
-        self._advance()
+        now = time.monotonic()
+        if now - self._refreshed >= self.refresh_seconds:
+            self._refreshed = now
+            self._refresh(*self._measure())
 
     def __enter__(self) -> Progress:
         return self
@@ -127,7 +138,7 @@ class Progress(ABC):
     def _begin(self, title: str) -> None: ...
 
     @abstractmethod
-    def _advance(self) -> None: ...
+    def _refresh(self, rate: str, left: str) -> None: ...
 
     @abstractmethod
     def _finish(self, rate: str, left: str) -> None: ...
@@ -142,7 +153,7 @@ class Progress(ABC):
 
 
 class LineProgress(Progress):
-    """One plain line per finished phase; for files and pipes.
+    """Plain lines, for files and pipes: one for each finished phase, and one a minute while a phase goes on.
 
     Args:
         plan: all work of the run.
@@ -151,7 +162,7 @@ class LineProgress(Progress):
     """
 
     def __init__(self, plan: Sequence[Work], epochs: int, stream: TextIO) -> None:
-        super().__init__(plan, epochs)
+        super().__init__(plan, epochs, refresh_seconds=LINE_SECONDS)
         self._stream = stream
         self._title = ""
 
@@ -165,8 +176,8 @@ class LineProgress(Progress):
     def _begin(self, title: str) -> None:
         self._title = title
 
-    def _advance(self) -> None:
-        pass
+    def _refresh(self, rate: str, left: str) -> None:
+        self.say(f"{self._title}: {self._done} of {self._units} {UNITS[self._phase]} ({rate}), {left}")
 
     def _finish(self, rate: str, left: str) -> None:
         seconds = format_duration(time.monotonic() - self._started)
@@ -183,7 +194,7 @@ class BarProgress(Progress):
     """
 
     def __init__(self, plan: Sequence[Work], epochs: int, stream: TextIO) -> None:
-        super().__init__(plan, epochs)
+        super().__init__(plan, epochs, refresh_seconds=BAR_SECONDS)
         self._bar = RichBar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -192,7 +203,6 @@ class BarProgress(Progress):
             console=Console(file=stream),
         )
         self._task = self._bar.add_task("starting", total=None, rate="", left="")
-        self._refreshed = 0.0
         self._bar.start()
 
     def say(self, text: str) -> None:
@@ -205,19 +215,12 @@ class BarProgress(Progress):
 
     def _begin(self, title: str) -> None:
         self._bar.reset(self._task, total=self._units, description=f"{title:<24}", rate="", left="")
-        self._refreshed = time.monotonic()
 
-    def _advance(self) -> None:
-        now = time.monotonic()
-        if now - self._refreshed >= REFRESH_SECONDS:
-            self._refreshed = now
-            self._update(*self._measure())
+    def _refresh(self, rate: str, left: str) -> None:
+        self._bar.update(self._task, completed=self._done, rate=f"{rate:>18}", left=left)
 
     def _finish(self, rate: str, left: str) -> None:
-        self._update(rate, left)
-
-    def _update(self, rate: str, left: str) -> None:
-        self._bar.update(self._task, completed=self._done, rate=f"{rate:>18}", left=left)
+        self._refresh(rate, left)
 
 
 def make_progress(plan: Sequence[Work], epochs: int, stream: TextIO) -> Progress:

@@ -77,6 +77,20 @@ def test_a_file_gets_one_plain_line_for_each_phase() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
+def test_a_file_gets_further_lines_while_a_phase_goes_on() -> None:
+    stream = io.StringIO()
+    with make_progress(PLAN, 2, stream) as progress:
+        progress.refresh_seconds = 0.0  # a minute has passed
+        with progress.phase(0, "tokenizer", 50):
+            progress.advance(10)
+            progress.refresh_seconds = 60.0
+            progress.advance(40)
+    going_on, finished = stream.getvalue().splitlines()
+    assert going_on.startswith("epoch 1/2  tokenizer: 10 of 50 updates (")
+    assert going_on.endswith(" left")
+    assert finished.startswith("epoch 1/2  tokenizer: 50 updates in 0:00 (")
+
+
 def test_a_terminal_gets_a_bar_with_the_same_facts() -> None:
     stream = Terminal()
     with make_progress(PLAN, 2, stream) as progress:
