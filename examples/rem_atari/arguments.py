@@ -133,11 +133,17 @@ class PlayArguments:
 class ReportArguments:
     """Write a run's report.html again: curves, pictures, and measurements on held-out frames.
 
-    Writes RUN/report.html, its measurements as RUN/quality.json, and its pictures in RUN/media/.
+    Writes RUN/report.html, its measurements as RUN/quality.json, and its pictures in RUN/media/. For an
+    exported agent it plays some games first; the report of one that comes with the package goes to
+    runs/bundled/NAME.
+
+    Example: rem-atari report krull --games 8
     """
 
     run: RunPath
-    """Folder of the run."""
+    """Folder of the run, or of an exported agent; or the name of an agent that comes with the package."""
+    games: int | None = None
+    """Of an exported agent: games that it plays for the report, and as many at random. None: 16."""
     debug: Debug = False
     """Show the traceback of an error."""
 

@@ -179,11 +179,18 @@ def evaluate_random(
     episodes: int,
     seed: int,
     after_step: Callable[[int], None],
+    heldout: Replay | None = None,
     evaluation: Evaluation | None = None,
 ) -> EvaluationResult:
     """Play whole games at random, under the conditions of :func:`evaluate`; arguments as there."""
-    env = RealEnv(make_test_envs(config, episodes, seed), agent.tokenizer, None, device=config.device)
-    return _play(env, _RandomPlayer(seed), config, episodes, seed, None, after_step, evaluation)
+    env = RealEnv(
+        make_test_envs(config, episodes, seed),
+        agent.tokenizer,
+        heldout,
+        device=config.device,
+        stop_recording_when_full=True,
+    )
+    return _play(env, _RandomPlayer(seed), config, episodes, seed, heldout, after_step, evaluation)
 
 
 class _RandomPlayer:

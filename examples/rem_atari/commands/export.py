@@ -43,7 +43,13 @@ def export(arguments: ExportArguments) -> None:
     figures = _measure(trained, arguments.episodes)
     try:
         write_exported(
-            arguments.out, config, checkpoint, starts, card=model_card(trained, figures), figures=figures
+            arguments.out,
+            config,
+            checkpoint,
+            starts,
+            card=model_card(trained, figures),
+            figures=figures,
+            metrics=_metrics_of(trained),
         )
     except OSError as error:
         raise RunError(describe_os_error(error)) from error
@@ -88,6 +94,11 @@ def _state_of(trained: TrainedAgent) -> Mapping[str, Any]:
         return {**trained.state, "sees": envs.sees}
 
 
+def _metrics_of(trained: TrainedAgent) -> bytes | None:
+    """What the agent's run measured, if it is known."""
+    return trained.metrics.read_bytes() if trained.metrics.is_file() else None
+
+
 def _measure(trained: TrainedAgent, episodes: int) -> dict[str, Any]:
     """Returns of the agent over some games, and of random play as its run measured it."""
     if episodes == 0:
@@ -105,5 +116,5 @@ def _measure(trained: TrainedAgent, episodes: int) -> dict[str, Any]:
     figures = {
         "agent": asdict(Returns(mean=result.mean, standard_error=result.standard_error, episodes=episodes))
     }
-    random = returns_of(read_json_lines(trained.run.metrics)[0], "random")
+    random = returns_of(read_json_lines(trained.metrics)[0], "random")
     return figures if random is None else figures | {"random_play": asdict(random)}

@@ -109,7 +109,9 @@ def conclude(run: RunFolder) -> None:
     try:
         page = write_report(run.path)
     except Exception as error:
-        raise RunError(f"{explain_unwritten(run, error)}; its checkpoints and metrics are there") from error
+        raise RunError(
+            f"{explain_unwritten(run.path, error)}; its checkpoints and metrics are there"
+        ) from error
     print(_summary(run.metrics))
     print(f"report: {page}")
 

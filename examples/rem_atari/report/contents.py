@@ -51,6 +51,7 @@ class RunData:
 
     Attributes:
         folder: where its files lie.
+        name: what commands take for it.
         config: its configuration.
         lines: the readable lines of its metrics, oldest first.
         step: number of the newest whole checkpoint, or None.
@@ -63,6 +64,7 @@ class RunData:
     """
 
     folder: RunFolder
+    name: str
     config: Config
     lines: list[MetricLine]
     step: int | None
@@ -87,6 +89,7 @@ def load_run(path: Path) -> RunData:
     checkpoint = _load_checkpoint(folder, notes)
     return RunData(
         folder=folder,
+        name=str(path),
         config=config,
         lines=lines,
         step=None if checkpoint is None else checkpoint.step,
@@ -230,7 +233,7 @@ def gather(data: RunData) -> Report:
         evaluation=newest_summary(data.folder),
         rivals=read_rivals(data.folder.blind),
         sessions=read_sessions(data.folder.sessions),
-        play="" if data.agent is None else command_line(config.env, ["play", str(data.folder.path)]),
+        play="" if data.agent is None else command_line(config.env, ["play", data.name]),
     )
 
 

@@ -17,7 +17,7 @@ from rem_atari.errors import RunWarning, explain
 from rem_atari.films.pictures import save_imagination, save_reconstructions
 from rem_atari.report import sections
 from rem_atari.report.charts import charts_of, save_curves
-from rem_atari.report.contents import Report, RunFile, attempt, gather, load_run, quality_json
+from rem_atari.report.contents import Report, RunData, RunFile, attempt, gather, load_run, quality_json
 from rem_atari.report.dream_section import horizon
 from rem_atari.report.quality import QUALITY_FILE
 from rem_atari.report.summary import header, the_run
@@ -65,19 +65,32 @@ def write_report(run: Path) -> Path:
         UsageError: `run` is no run folder, or its configuration cannot be read.
         OSError: the report cannot be written.
     """
-    data = load_run(run)
+    return write_page(load_run(run))
+
+
+def write_page(data: RunData) -> Path:
+    """Write report.html, quality.json and media/ from what is known of a run or an exported agent.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: the report cannot be written.
+    """
+    run = data.folder.path
     report = gather(data)
     media = run / "media"
-    media.mkdir(exist_ok=True)
+    media.mkdir(parents=True, exist_ok=True)
     for picture, save in (
         ("curves.png", _save_curves),
         ("reconstructions.png", _save_reconstructions),
         ("imagination.gif", _save_imagination),
     ):
         attempt(f"media/{picture}", data.notes, partial(save, media / picture, report))
-    shown = [media / name for name in ("reconstructions.png", "imagination.gif")]
-    show = partial(show_pictures, run / "tensorboard", shown, _epoch(report))
-    attempt("TensorBoard's pictures", data.notes, show)
+    if data.folder.tensorboard.is_dir():
+        shown = [media / name for name in ("reconstructions.png", "imagination.gif")]
+        show = partial(show_pictures, data.folder.tensorboard, shown, _epoch(report))
+        attempt("TensorBoard's pictures", data.notes, show)
     replace_file(run / QUALITY_FILE, quality_json(report).encode())
     page = run / "report.html"
     replace_file(page, render(report, list_files(run)).encode())

@@ -40,8 +40,15 @@ def epochs_begun(report: Report) -> int:
     return 0 if last is None else int(last) + 1
 
 
+def is_unrecorded(report: Report) -> bool:
+    """Whether the agent was exported without what its training measured."""
+    return epochs_begun(report) == 0 and any(values_of(report.lines, "evaluate", "final").y)
+
+
 def what_ran(report: Report) -> str:
     """One sentence on the run's size, and another where the preset is too small to learn a game."""
+    if is_unrecorded(report):
+        return "The agent came without a record of its training."
     steps = last_value(report.lines, "env_steps") or 0
     epochs = epochs_begun(report)
     time = duration(total_seconds(report.lines))
@@ -121,6 +128,8 @@ def _imagined_steps_sentence(report: Report) -> str:
 
 def warnings_of(report: Report) -> list[str]:
     """Sentences on an early stop and on parts that never trained, then the report's own notes."""
+    if is_unrecorded(report):
+        return report.notes
     found = []
     if not any(values_of(report.lines, "evaluate", "final").y):
         wanted = count(report.config.schedule.epochs, "epoch")

@@ -1,4 +1,4 @@
-"""An exported agent: a small folder with all that playing and dreaming need, and nothing of its training.
+"""An exported agent: a small folder with all that playing and dreaming need, and what its training measured.
 
 ========================  ===============================================================
 file                      content
@@ -6,6 +6,7 @@ file                      content
 ``agent.json``            configuration, action names, figures, and a digest of each file
 ``model.safetensors``     the weights
 ``starts.npz``            real frames to begin dreams at
+``metrics.jsonl``         what its run measured, if it did
 ``README.md``             the model card
 ========================  ===============================================================
 
@@ -38,7 +39,7 @@ from rem_atari.runs.checkpoint import (
 from rem_atari.runs.durable import replace_file
 
 FORMAT = "rem-atari-agent-1"
-AGENT_FILE, STARTS_FILE, CARD_FILE = "agent.json", "starts.npz", "README.md"
+AGENT_FILE, STARTS_FILE, METRICS_FILE, CARD_FILE = "agent.json", "starts.npz", "metrics.jsonl", "README.md"
 NOTED = ("epoch", "env_steps", "num_actions", "action_names", "sees")
 """The parts of a checkpoint's state that an exported agent keeps."""
 
@@ -56,6 +57,7 @@ def write_exported(
     *,
     card: str,
     figures: Mapping[str, Any],
+    metrics: bytes | None,
 ) -> None:
     """Write an agent into a folder, which is made if it is not there.
 
@@ -66,17 +68,21 @@ def write_exported(
         starts: real frames to begin dreams at.
         card: the model card, Markdown.
         figures: what was measured of it, JSON data.
+        metrics: the metrics.jsonl of its run, if there is one.
 
     Raises:
         OSError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / AGENT_FILE).unlink(missing_ok=True)
+    for name in (AGENT_FILE, METRICS_FILE):
+        (folder / name).unlink(missing_ok=True)
     files = {
         MODEL_FILE: safetensors.torch.save(portable(checkpoint.model)),
         STARTS_FILE: starts_to_bytes(starts),
         CARD_FILE: card.encode(),
     }
+    if metrics is not None:
+        files[METRICS_FILE] = metrics
     for name, data in files.items():
         replace_file(folder / name, data)
     about = {

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rem_atari.config import Config
 from rem_atari.errors import RunError, RunWarning, UsageError, describe_os_error
-from rem_atari.runs.checkpoint import read_config_copy
+from rem_atari.runs.checkpoint import MANIFEST_FILE, read_config_copy
 from rem_atari.runs.config_file import SavedConfig, read_config, write_config
 
 LOCK_FILE = ".lock"
@@ -194,9 +194,12 @@ def open_run_folder(path: Path) -> RunFolder:
     cannot redirect writes.
 
     Raises:
-        UsageError: there is no run in it, or it holds links.
+        UsageError: there is no run in it, it is a checkpoint, or it holds links.
     """
     run = RunFolder(path)
+    if (path / MANIFEST_FILE).is_file():
+        # It has a copy of the run's configuration, but nothing else of the run.
+        raise UsageError(f"{os.fspath(path)} is a checkpoint; name the folder of its run")
     if not is_run_folder(path):
         raise UsageError(f"{os.fspath(path)} is not a run folder: it has no {run.config.name}")
     for part in (

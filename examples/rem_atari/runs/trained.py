@@ -28,7 +28,7 @@ from rem_atari.runs.checkpoint import (
     read_checkpoint,
 )
 from rem_atari.runs.config_file import parse_config
-from rem_atari.runs.exported import is_exported, read_exported
+from rem_atari.runs.exported import METRICS_FILE, is_exported, read_exported
 from rem_atari.runs.folder import RunFolder, open_run_folder
 from rem_atari.training.setup import check_device, set_threads
 
@@ -60,6 +60,11 @@ class TrainedAgent:
     agent: Agent
     step: int
     state: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> Path:
+        """What its run measured, one JSON object a line; an exported agent may lack the file."""
+        return self.source / METRICS_FILE if is_exported(self.source) else self.run.metrics
 
     @property
     def epoch(self) -> int | None:

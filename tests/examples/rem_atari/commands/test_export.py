@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from rem_atari.runs.exported import read_about
 from rem_atari.runs.folder import RunFolder
 from rem_atari.runs.trained import BUNDLED, list_bundled
 
-FILES = {"agent.json", "model.safetensors", "starts.npz", "README.md"}
+FILES = {"agent.json", "model.safetensors", "starts.npz", "metrics.jsonl", "README.md"}
 
 TRAINED_ELSEWHERE = replace(
     DEBUG, tokenizer=replace(DEBUG.tokenizer, lpips_weights="/home/somebody/lpips.safetensors")
@@ -96,6 +97,60 @@ def test_half_takes_half_the_room(run: RunFolder, exported: Path, tmp_path: Path
         assert tensor.dtype == wanted.dtype
         torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-4)
     assert "It was not measured." in (tmp_path / "half" / "README.md").read_text()
+
+
+def test_what_its_run_measured_goes_along(run: RunFolder, exported: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    assert main(["export", str(exported), str(again), "--episodes", "0", "--starts", "10"]) == 0
+    for folder in (exported, again):
+        assert (folder / "metrics.jsonl").read_bytes() == run.metrics.read_bytes()
+    (again / "metrics.jsonl").unlink()
+    third = tmp_path / "third"
+    for source, has_metrics in ((exported, True), (again, False)):
+        assert main(["export", str(source), str(third), "--episodes", "0", "--starts", "10"]) == 0
+        assert (third / "metrics.jsonl").exists() == has_metrics
+
+
+def test_its_report_plays_the_games_that_it_measures(exported: Path, tmp_path: Path) -> None:
+    agent = tmp_path / "agent"
+    shutil.copytree(exported, agent)
+    training = {"epoch": 0, "env_steps": 500, "phase": "world_model", "updates": 7, "tokens": 0.5}
+    with (agent / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(training) + "\n")
+    assert main(["report", str(agent), "--games", "3"]) == 0
+    page, quality = (agent / "report.html").read_text(), json.loads((agent / "quality.json").read_text())
+    assert "An exported agent: 3 games each of it and of random play were played for this page" in page
+    assert page.count("over 3 games") >= 2
+    assert "1 epoch, " in page
+    assert f"rem-atari play {agent}" in page
+    assert quality["step"] == 42
+    assert quality["rewards"]["steps"] > 0
+    assert {"media/imagination.gif", "media/reconstructions.png"} <= files_in(agent)
+    assert not (agent / "tensorboard").exists()
+
+
+def test_its_report_tells_what_it_came_without(exported: Path, tmp_path: Path) -> None:
+    agent = tmp_path / "agent"
+    shutil.copytree(exported, agent)
+    (agent / "metrics.jsonl").unlink()
+    assert main(["report", str(agent), "--games", "2"]) == 0
+    page = (agent / "report.html").read_text()
+    assert "The agent came without a record of its training." in page
+    assert "never trained: what it does below" not in page
+
+
+def test_wrong_use_of_its_report_is_one_sentence(
+    run: RunFolder, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, answer in (
+        ([str(exported), "--games", "1"], "--games is 1, wanted at least 2"),
+        ([str(run.path), "--games", "4"], "--games is for exported agents"),
+        ([str(run.path / "checkpoints" / "step-00000042")], "is a checkpoint; name the folder of its run"),
+        ([str(tmp_path)], "is not a run folder"),
+        (["nobody"], "there is no agent 'nobody'"),
+    ):
+        assert main(["report", *words]) == 2
+        assert answer in capsys.readouterr().err
 
 
 def test_evaluate_and_record_take_it(exported: Path) -> None:
