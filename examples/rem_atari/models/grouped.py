@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from math import isqrt
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn import functional
 
 from rem_atari.config import WorldModelConfig
 from rem_atari.models.code_network import ReadCodes
+from rem_atari.models.grid import side_of
 from rem_atari.models.sampling import sample_categorical
 from rem_atari.models.world_model import WorldModel, WorldModelStep
 
@@ -54,7 +54,7 @@ class GroupedWorldModel(WorldModel):
         generator: torch.Generator,
         temperature: float,
     ) -> Tensor:
-        tokens, drawn = torch.zeros_like(before), torch.zeros_like(step.predicted)
+        tokens, drawn = torch.zeros_like(before), codes.embeddings.new_zeros(step.predicted.shape)
         for places in self.neighbours.groups:
             given = step.predicted[:, places] + self.neighbours(drawn, places)
             logits = self._token_logits(given, codes)
@@ -69,6 +69,9 @@ class Neighbours(nn.Module):
     Args:
         width: of the embeddings.
         num_tokens: K, places of an observation, a square.
+
+    Raises:
+        ValueError: K is no square.
     """
 
     table: Tensor
@@ -78,7 +81,7 @@ class Neighbours(nn.Module):
 
     def __init__(self, width: int, num_tokens: int) -> None:
         super().__init__()
-        table, group = _neighbours(isqrt(num_tokens))
+        table, group = _neighbours(side_of(num_tokens))
         self.register_buffer("table", table, persistent=False)
         in_order = [(group == n).nonzero().flatten() for n in range(4)]
         self.register_buffer("in_order", torch.cat(in_order), persistent=False)

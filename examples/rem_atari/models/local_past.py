@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from math import isqrt
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
+
+from rem_atari.models.grid import side_of
 
 
 class LocalPast(nn.Module):
@@ -22,12 +22,15 @@ class LocalPast(nn.Module):
         width: of the embeddings.
         frames: F, the number of frames read, the present one included.
         num_tokens: K, places of a frame, a square.
+
+    Raises:
+        ValueError: K is no square.
     """
 
     def __init__(self, width: int, frames: int, num_tokens: int) -> None:
         super().__init__()
         self.frames = frames
-        self.grid = isqrt(num_tokens)
+        self.grid = side_of(num_tokens)
         self.over_time = nn.Linear(frames * width, width)
         self.over_places = nn.Conv2d(width, width, kernel_size=3, padding=1)
 

@@ -113,6 +113,12 @@ def test_every_place_is_drawn_once(num_tokens: int):
     assert sorted(drawn.tolist()) == list(range(num_tokens))
 
 
+@pytest.mark.parametrize("num_tokens", [0, 2, 15])
+def test_places_that_are_no_square_are_refused(num_tokens: int):
+    with pytest.raises(ValueError, match=f"num_tokens is {num_tokens}; wanted a square number"):
+        make(num_tokens)
+
+
 def test_a_thing_that_moves_by_chance_is_neither_lost_nor_doubled():
     """A thing in one of four places: tokens drawn by themselves show one in 42% of frames."""
     model = make(4).train()

@@ -283,6 +283,18 @@ def test_the_loss_trains_the_controller_and_nothing_else(autocast):
     assert not any(metric.requires_grad for metric in metrics.values())
 
 
+@pytest.mark.parametrize("draw", ["independent", "coupled", "refine", "groups"])
+def test_all_ways_to_draw_work_under_autocast(draw: str):
+    """A code network's embeddings are then in bfloat16, and the decoder's outputs in float32."""
+    agent, segments = small_agent(world_model={"draw": draw, "code_network": 4}), some_segments()
+    always(agent.world_model.token_head, 5)
+    env = env_of(agent)
+    with torch.autocast("cpu", torch.bfloat16):
+        env.reset(segments.tokens[:, -1])
+        env.step(segments.actions[:, -1])
+    assert (env.tokens == 5).all()
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -468,8 +468,22 @@ def test_atari_at_its_real_size_goes_on_exactly(tmp_path: Path) -> None:
         replace(SHORT, controller=replace(SHORT.controller, space="pixels", pixel_channels=(8, 8))),
         replace(SHORT, world_model=replace(SHORT.world_model, pop=False)),
         replace(SHORT, precision="bfloat16"),
+        replace(
+            SHORT,
+            precision="bfloat16",
+            tokenizer=replace(SHORT.tokenizer, kind="patches", patch_means=True),
+            world_model=replace(
+                SHORT.world_model,
+                own_token_embedding=False,
+                code_network=4,
+                draw="groups",
+                local_frames=2,
+                local_outcomes=True,
+                muon=True,
+            ),
+        ),
     ],
-    ids=["gru", "pixels", "token by token", "bfloat16"],
+    ids=["gru", "pixels", "token by token", "bfloat16", "means of patches, drawn in groups"],
 )
 def test_every_kind_of_agent_goes_on_exactly(tmp_path: Path, config: Config) -> None:
     run_part(tmp_path / "whole", config)
