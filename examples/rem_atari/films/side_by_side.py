@@ -68,7 +68,8 @@ class Moment:
 class _Dream:
     """Imagination alongside the game: it gets every action, but sees the game only at `begin`.
 
-    The steps of the episode just before are its context, as many as training sequences have.
+    The steps of the episode just before are its context, as many as in the dreams that the controller learns
+    from.
     """
 
     def __init__(self, agent: Agent, context: int, generator: torch.Generator) -> None:
@@ -166,13 +167,13 @@ def play(agent: Agent, config: Config, *, steps: int, dream_steps: int, seed: in
 
     Args:
         agent: in eval mode, on `config.device`.
-        config: the game, the temperature of the evaluation, the context of training sequences.
+        config: the game, the temperature of the evaluation, the context of dreams.
         steps: steps of the agent, so that there are `steps` + 1 moments.
         dream_steps: steps imagined before the game is shown again; at least 1.
         seed: seed of the game, the actions and the imagination.
     """
     generator = torch.Generator(config.device).manual_seed(derive_seed(seed, "record", "dreams"))
-    dream = _Dream(agent, config.world_model.context_blocks, generator)
+    dream = _Dream(agent, config.controller.context_frames, generator)
     imagined_reward, ending = None, None
 
     def look(step: int, frame: Tensor, tokens: Tensor, ending: Moment | None = None) -> Moment:

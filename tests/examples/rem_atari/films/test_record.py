@@ -147,8 +147,8 @@ def test_imagination_is_told_the_actions_taken_and_the_past_of_the_episode(
             return super().step(actions)
 
     monkeypatch.setattr(side_by_side, "ImaginedEnv", Overheard)
-    two_blocks = replace(trained.config.world_model, context_blocks=2)
-    config = replace(trained.config, world_model=two_blocks)
+    two_frames = replace(trained.config.controller, context_frames=2)
+    config = replace(trained.config, controller=two_frames)
     list(play(trained.agent, config, steps=12, dream_steps=DREAM_STEPS, seed=0))
     names = ["left", "stay", "right"]
     assert [names[action] for action in told[:12]] == [moment.latest.action for moment in moments[1:]]
