@@ -68,6 +68,8 @@ def test_values_and_options_are_checked_each_time() -> None:
         run(inputs, scale=True)
     with pytest.raises(TypeError, match="scale is list"):
         run(inputs, scale=[1])
+    with pytest.raises(ValueError, match="k is on meta but q is on cpu"):
+        run([inputs[0], inputs[1].to("meta"), *inputs[2:]], scale=1)
     with pytest.raises(ValueError, match="v has H=1"):
         run([*inputs[:2], inputs[2][:, :, :1], inputs[3]], scale=1)
 

@@ -110,8 +110,9 @@ def is_observed() -> bool:
 
 
 def run_kernels(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels run on tensors, as on a GPU; all are on the first one's device."""
-    return tensors[0].is_cuda or (tensors[0].is_cpu and interpreting())
+    """Whether kernels run on tensors, as on a GPU; those of a GPU are all on the first one's."""
+    # Stand-ins without values have the device index of a CPU.
+    return tensors[0].is_cuda or (interpreting() and all(x.is_cpu for x in tensors))
 
 
 def _function(differentiate: _Run, save: _Run | None) -> type[torch.autograd.Function]:
