@@ -25,8 +25,8 @@ class TrainArguments:
 
     A preset sets every flag's default, --config FILE overrides some of them, and flags override both.
     Presets: debug (seconds, learns nothing), tiny (the default: a few minutes, a real Atari game), catch (a
-    few minutes, learns a toy game), minatar (a small game in pixels) and paper (the published agent; needs a
-    GPU).
+    few minutes, learns a toy game), minatar (a small game in pixels), small (a real Atari game at a CPU's
+    size) and paper (the published agent; needs a GPU).
 
     Exit codes: 0 done, 1 failed, 2 wrong use, 3 stopped by a signal or --stop-after.
     """
