@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rem_atari.config.earlier_versions import with_added_fields
 from rem_atari.config.reading import from_dict
 
 MINARI = "minari:"
@@ -357,49 +358,6 @@ class EvaluationConfig:
     """Steps of the newest evaluation that are kept in heldout/ for the report; never trained on."""
 
 
-ADDED_FIELDS: dict[str, Any] = {
-    "cuda_graphs": False,
-    "env.kwargs": (),
-    "env.wrapper": None,
-    "env.render": False,
-    "tokenizer.kind": "vq",
-    "tokenizer.fsq_levels": (8, 8, 8),
-    "tokenizer.patch_threshold": 0.0,
-    "tokenizer.patch_means": False,
-    "tokenizer.patchwise": False,
-    "world_model.code_network": 0,
-    "world_model.local_frames": 0,
-    "world_model.local_outcomes": False,
-    "world_model.event_share": 0.0,
-    "world_model.priority_share": 0.0,
-    "world_model.draw": "independent",
-    "world_model.refine_passes": 3,
-    "world_model.reward_weight": 1.0,
-    "world_model.end_weight": 1.0,
-    "world_model.reward_bins": 0,
-    "world_model.disagreement_heads": 0,
-    "world_model.muon": False,
-    "world_model.freeze_at_init": False,
-    "tokenizer.optim.average": 0.0,
-    "world_model.optim.average": 0.0,
-    "controller.optim.average": 0.0,
-    "controller.heads_see_features": False,
-    "controller.context_frames": 1,
-    "controller.disagreement_weight": 0.0,
-    "controller.value_bins": 0,
-    "controller.reward_start_share": 0.0,
-    "controller.reward_start_steps": 10,
-    "controller.uses": 1,
-    "controller.minibatches": 1,
-    "controller.clip_ratio": 0.2,
-    "controller.scale_advantages": False,
-    "controller.random_repeat": 1,
-    "schedule.recorded": None,
-}
-"""Fields that run folders of earlier versions lack, by their dotted paths, each with the value that
-reproduces those runs."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
@@ -442,22 +400,6 @@ class Config:
     def from_dict(cls, data: dict[str, Any]) -> Config:
         """A configuration from `to_dict`'s data; unknown and missing names raise ValueError.
 
-        Fields that a run folder of an earlier version lacks (`ADDED_FIELDS`) are filled in.
+        Fields that a run folder of an earlier version lacks are filled in, see `earlier_versions`.
         """
-        return from_dict(cls, _with_added_fields(data))
-
-
-def _with_added_fields(data: Any) -> Any:
-    """JSON data with missing `ADDED_FIELDS` filled in; data that is no configuration stays as it is."""
-    for path, value in ADDED_FIELDS.items():
-        data = _with_added_field(data, path, value)
-    return data
-
-
-def _with_added_field(data: Any, path: str, value: Any) -> Any:
-    head, _, rest = path.partition(".")
-    if not isinstance(data, dict):
-        return data
-    if not rest:
-        return {head: value, **data}
-    return {**data, head: _with_added_field(data[head], rest, value)} if head in data else data
+        return from_dict(cls, with_added_fields(data))

@@ -18,9 +18,9 @@ import torch
 
 import rem_atari
 from rem_atari.config import Config
+from rem_atari.config.earlier_versions import ADDED_FIELDS
 from rem_atari.config.presets import PRESETS
 from rem_atari.config.reading import from_dict
-from rem_atari.config.settings import ADDED_FIELDS
 from rem_atari.errors import UsageError
 from rem_atari.training.setup import ABOVE_ZERO, AT_MOST_ONE, SMALLEST, check_config
 
