@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rem_atari.config import Config
 from rem_atari.models.base_tokenizer import BaseTokenizer
+from rem_atari.models.base_world_model import BaseWorldModel
 from rem_atari.models.controller import Controller
 from rem_atari.models.fsq import FsqTokenizer
 from rem_atari.models.grouped import GroupedWorldModel
@@ -14,7 +15,7 @@ from rem_atari.models.patches import PatchTokenizer
 from rem_atari.models.refining import RefiningWorldModel
 from rem_atari.models.token_by_token import TokenByTokenWorldModel
 from rem_atari.models.tokenizer import Tokenizer
-from rem_atari.models.world_model import BaseWorldModel, WorldModel
+from rem_atari.models.world_model import WorldModel
 
 TOKENIZERS = {"vq": Tokenizer, "fsq": FsqTokenizer, "patches": PatchTokenizer}
 """The tokenizers by `tokenizer.kind`."""

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from rem_atari.checks import check_seed, rows_of
+from rem_atari.models.base_world_model import Imagined
 from rem_atari.models.memory import Memory
 from rem_atari.models.rewards import RewardCode
-from rem_atari.models.world_model import Imagined
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rem_atari.models.base_tokenizer import BaseTokenizer
 
 if TYPE_CHECKING:
-    from rem_atari.replay.buffer import SequenceBatch
+    from rem_atari.replay.batch import SequenceBatch
 
 
 @dataclass(frozen=True)

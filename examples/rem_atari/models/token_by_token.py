@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.base_world_model import BaseWorldModel, Imagined
 from rem_atari.models.code_network import Codes
 from rem_atari.models.memory import Memory
 from rem_atari.models.sampling import sample_categorical
-from rem_atari.models.world_model import BaseWorldModel, Imagined, SequenceLogits
+from rem_atari.models.sequence_loss import SequenceLogits
 
 
 class TokenByTokenWorldModel(BaseWorldModel):

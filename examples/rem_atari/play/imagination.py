@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rem_atari.models.base_tokenizer import BaseTokenizer
+from rem_atari.models.base_world_model import BaseWorldModel
 from rem_atari.models.code_network import Codes, ReadCodes
 from rem_atari.models.memory import Memory
-from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.play.rollout import TokenStep
 
 Context = tuple[Tensor, Tensor, Tensor | None]

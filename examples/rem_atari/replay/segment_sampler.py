@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rem_atari.replay.buffer import Replay, SequenceBatch
+from rem_atari.replay.batch import SequenceBatch
+from rem_atari.replay.buffer import Replay
 
 
 class SegmentSampler:

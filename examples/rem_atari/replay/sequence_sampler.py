@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rem_atari.replay.buffer import Replay, SequenceBatch
+from rem_atari.replay.batch import SequenceBatch
+from rem_atari.replay.buffer import Replay
 
 
 class SequenceSampler:

@@ -16,10 +16,11 @@ from rem_atari.config import Config
 from rem_atari.films.dreams import Dream, dream_along, dream_freely, make_scenes
 from rem_atari.films.pictures import Scene
 from rem_atari.models.base_tokenizer import foreground_of
+from rem_atari.models.base_world_model import BaseWorldModel
 from rem_atari.models.rewards import REWARD_CLASSES, reward_classes
 from rem_atari.models.sequence_tokens import SequenceTokens, tokenize
-from rem_atari.models.world_model import BaseWorldModel
-from rem_atari.replay.buffer import Replay, SequenceBatch
+from rem_atari.replay.batch import SequenceBatch
+from rem_atari.replay.buffer import Replay
 from rem_atari.report.analysis import (
     HorizonErrors,
     StepErrors,

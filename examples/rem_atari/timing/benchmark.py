@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rem_atari.config import Config, OptimConfig
 from rem_atari.errors import RunError, UsageError
+from rem_atari.models.base_world_model import BaseWorldModel
 from rem_atari.models.lpips import expected_shapes
-from rem_atari.models.world_model import BaseWorldModel
 from rem_atari.play.rollout import rollout
 from rem_atari.replay.buffer import Replay
 from rem_atari.timing.projection import COMPONENTS, Benchmark, Timing

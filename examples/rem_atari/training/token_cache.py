@@ -8,7 +8,8 @@ import torch
 
 from rem_atari.models.base_tokenizer import BaseTokenizer
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.replay.buffer import Replay, SequenceBatch
+from rem_atari.replay.batch import SequenceBatch
+from rem_atari.replay.buffer import Replay
 
 
 class TokenCache:

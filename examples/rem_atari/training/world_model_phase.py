@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.base_world_model import BaseWorldModel
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.models.world_model import WorldModel
-from rem_atari.replay.buffer import Replay, SequenceBatch
+from rem_atari.replay.batch import SequenceBatch
+from rem_atari.replay.buffer import Replay
 from rem_atari.replay.sequence_sampler import SequenceSampler
 from rem_atari.training.component import Component
 from rem_atari.training.phase import TrainingPhase
@@ -40,7 +41,7 @@ class WorldModelPhase(TrainingPhase[WeightedSequences]):
 
     def __init__(
         self,
-        world_model: WorldModel,
+        world_model: BaseWorldModel,
         component: Component,
         replay: Replay,
         tokens: TokenCache,

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rem_atari.config import WorldModelConfig
+from rem_atari.models.base_world_model import BaseWorldModel
 from rem_atari.models.refining import RefiningWorldModel, _schedule, _some
 from rem_atari.models.sequence_tokens import SequenceTokens
-from rem_atari.models.world_model import BaseWorldModel, WorldModel
+from rem_atari.models.world_model import WorldModel
 
 K, CODES, WIDTH = 4, 3, 16
 CFG = WorldModelConfig(

@@ -17,7 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rem_atari.replay.buffer import Replay, ReplayFullError, SequenceBatch
+from rem_atari.replay.batch import SequenceBatch
+from rem_atari.replay.buffer import Replay, ReplayFullError
 
 SHAPE = (2, 2, 3)
 MEMORY_IN_USE = Path("/proc/self/statm")
