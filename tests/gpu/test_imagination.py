@@ -52,14 +52,23 @@ def tensors_of(imagination: Imagination) -> list[Tensor]:
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "changes", [{}, {"space": "pixels"}, {"cell": "gru"}, {"disagreement_weight": 0.5}], ids=str
+    ("changes", "world_model"),
+    [
+        ({}, {}),
+        ({"space": "pixels"}, {}),
+        ({"cell": "gru"}, {}),
+        ({"disagreement_weight": 0.5}, {"disagreement_heads": 2}),
+        ({}, {"draw": "groups", "code_network": 32, "local_frames": 3}),
+    ],
+    ids=str,
 )
-def test_a_graph_is_the_function(changes: dict, precision: torch.dtype, device: torch.device) -> None:
+def test_a_graph_is_the_function(
+    changes: dict, world_model: dict, precision: torch.dtype, device: torch.device
+) -> None:
     """Results and what is left in the generator are the same, also once the weights have changed."""
-    heads = 2 if "disagreement_weight" in changes else 0
     config: Config = replace(
         CONFIG,
-        world_model=replace(CONFIG.world_model, disagreement_heads=heads),
+        world_model=replace(CONFIG.world_model, **world_model),
         controller=replace(CONFIG.controller, **changes),
     )
     cfg: ControllerConfig = config.controller
