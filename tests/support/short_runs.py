@@ -152,9 +152,10 @@ def hash_replay(replay: Replay) -> str:
     rows = replay.num_steps
     for column in replay._rows.columns().values():
         digest.update(column[:rows].tobytes())
-    for links in (replay._before, replay._after, replay._place):
+    episodes = replay._episodes
+    for links in (episodes._before, episodes._after, episodes._place):
         digest.update(links[:rows].tobytes())
-    digest.update(json.dumps(sorted(replay._open.items())).encode())
+    digest.update(json.dumps(sorted(episodes._open.items())).encode())
     return digest.hexdigest()
 
 

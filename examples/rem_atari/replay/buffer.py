@@ -12,10 +12,8 @@ from torch import Tensor
 
 from rem_atari.errors import RunError
 from rem_atari.replay.batch import SequenceBatch
+from rem_atari.replay.episodes import NONE, Episodes
 from rem_atari.replay.shards import Rows, ShardEntry, find_shards, has_shards, read_shard, write_shard
-
-NONE = -1
-"""Stands for no row: beyond an episode's edge, and padding."""
 
 MEDIAN_SAMPLE = 256
 """Number of frames for `Replay.median_frame`."""
@@ -30,9 +28,6 @@ class Replay:
 
     Memory is reserved for `capacity` rows but used only as rows arrive; frames stay uint8. No row is ever
     overwritten: the schedule knows the number of steps, so a full replay is an error.
-
-    Rows of one episode need not be neighbours, because environments take turns. Each row knows the rows
-    before and after it in its episode; all samples of a batch walk along these links together.
 
     Args:
         frame_shape: (S, S, 3).
@@ -53,15 +48,7 @@ class Replay:
         if folder is not None and has_shards(folder):
             raise FileExistsError(f"There is a replay in {folder} already; Replay.load() opens it.")
         self._rows = Rows.allocate(capacity, frame_shape)
-        self._size = 0
-        # Links within an episode. Their extra last entry is that of row NONE: no row lies beyond an edge.
-        self._before = np.zeros(capacity + 1, dtype=np.int64)
-        self._after = np.zeros(capacity + 1, dtype=np.int64)
-        self._before[NONE] = self._after[NONE] = NONE
-        # Steps of the episode before this row; NONE for a row that was lost, which is never sampled.
-        self._place = np.zeros(capacity, dtype=np.int64)
-        self._open: dict[int, int] = {}  # environment -> last row of its open episode
-        self._num_episodes = 0
+        self._episodes = Episodes(capacity)
         self._folder = folder
         self._num_shards = 0
         self._shards: list[ShardEntry] = []
@@ -126,17 +113,17 @@ class Replay:
     @property
     def room(self) -> int:
         """The number of rows that can still be stored."""
-        return self.capacity - self._size
+        return self.capacity - self.num_steps
 
     @property
     def num_steps(self) -> int:
         """Rows stored: environment steps."""
-        return self._size
+        return self._episodes.num_rows
 
     @property
     def num_episodes(self) -> int:
         """Episodes begun, open ones included."""
-        return self._num_episodes
+        return self._episodes.num_episodes
 
     @property
     def frame_shape(self) -> tuple[int, ...]:
@@ -178,18 +165,18 @@ class Replay:
             raise ValueError(f"Replay.append(): frame is {got}; wanted uint8 {self.frame_shape}.")
         if env_index < 0 or action < 0:
             raise ValueError(f"Replay.append(): env_index is {env_index}, action is {action}; both are >= 0.")
-        row = self._size
+        row = self.num_steps
         self._rows.frames[row] = frame
         self._rows.env_indices[row] = env_index
         self._rows.actions[row] = action
         self._rows.rewards[row] = reward
         self._rows.terminated[row] = terminated
         self._rows.truncated[row] = truncated
-        self._link(row)
+        self._episodes.add(env_index, is_last=terminated or truncated)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Copies of the rows stored, column by column, for `extend`."""
-        return {name: column[: self._size].copy() for name, column in self._rows.columns().items()}
+        return {name: column[: self.num_steps].copy() for name, column in self._rows.columns().items()}
 
     def extend(self, columns: Mapping[str, np.ndarray]) -> None:
         """Store rows that `columns` gave, as if they arrived now.
@@ -211,8 +198,8 @@ class Replay:
         Args:
             env_index: the environment that was restarted; None: all of them.
         """
-        for index in list(self._open) if env_index is None else [env_index]:
-            row = self._open.pop(index, NONE)
+        for index in self._episodes.open_in() if env_index is None else [env_index]:
+            row = self._episodes.close(index)
             if row == NONE:
                 continue
             self._rows.truncated[row] = True
@@ -221,7 +208,7 @@ class Replay:
 
     def ready(self, min_real: int) -> bool:
         """Whether some episode has `min_real` steps and can be sampled."""
-        return bool((self._place[: self._size] >= min_real - 1).any())
+        return len(self.segment_ends(min_real)) > 0
 
     def sample_frames(self, n: int) -> Tensor:
         """n frames, uniform over all stored ones, with replacement: (n, S, S, 3) uint8.
@@ -233,8 +220,7 @@ class Replay:
 
     def stored_frames(self, start: int) -> Tensor:
         """All frames from row `start` on except lost ones, oldest first: (n, S, S, 3) uint8."""
-        rows = start + np.flatnonzero(self._place[start : self._size] != NONE)
-        return torch.from_numpy(self._rows.frames[rows])
+        return self.frames_at(self._episodes.rows(start))
 
     def frames_at(self, rows: np.ndarray) -> Tensor:
         """Copies of the frames of rows (n,): (n, S, S, 3) uint8."""
@@ -242,11 +228,7 @@ class Replay:
 
     def rows_by_episode(self) -> np.ndarray:
         """All rows except lost ones, episode after episode, each in the order of its steps: (n,) int64."""
-        first = np.arange(self._size)
-        for row in np.flatnonzero(self._place[: self._size] > 0):
-            first[row] = first[self._before[row]]
-        rows = np.flatnonzero(self._place[: self._size] != NONE)
-        return rows[np.lexsort((rows, first[rows]))]
+        return self._episodes.in_order()
 
     def sample_sequences(self, n: int, length: int, *, min_real: int) -> SequenceBatch:
         """n sequences of `length` steps, uniform over their first steps, padded on the right.
@@ -258,16 +240,16 @@ class Replay:
         """
         _check_lengths(length, min_real)
         # Steps with min_real - 1 others before them correspond one to one to the possible starts.
-        starts = _walk(self._before, self._draw(n, min_real), min_real)[:, -1]
+        starts = self._episodes.walk_back(self._draw(n, min_real), min_real)[:, -1]
         return self.sequences_at(starts, length)
 
     def sequences_at(self, starts: np.ndarray, length: int) -> SequenceBatch:
         """The sequences of `length` steps that begin at rows `starts` (n,), padded on the right."""
-        return self._gather(_walk(self._after, starts, length))
+        return self._gather(self._episodes.walk_on(starts, length))
 
     def sequence_starts(self, min_real: int) -> np.ndarray:
         """All rows with which at least `min_real` steps of their episode begin, ascending, (n,) int64."""
-        return np.sort(_walk(self._before, self.segment_ends(min_real), min_real)[:, -1])
+        return np.sort(self._episodes.walk_back(self.segment_ends(min_real), min_real)[:, -1])
 
     def events_after(self, starts: np.ndarray, skip: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Whether a reward, and whether an end, lies in steps `skip` to `length - 1` from each row on.
@@ -281,7 +263,7 @@ class Replay:
         """
         # The last entries belong to NONE: nothing happens beyond an episode's edge.
         pays, ends = np.append(self._rows.rewards != 0, False), np.append(self._rows.terminated, False)
-        rows = _walk(self._after, starts, length)[:, skip:]
+        rows = self._episodes.walk_on(starts, length)[:, skip:]
         return pays[rows].any(axis=1), ends[rows].any(axis=1)
 
     def choose(self, rows: np.ndarray, n: int, chances: np.ndarray | None = None) -> np.ndarray:
@@ -313,11 +295,11 @@ class Replay:
 
     def segments_at(self, ends: np.ndarray, length: int) -> SequenceBatch:
         """The segments of `length` steps that end at rows `ends` (n,), padded on the left."""
-        return self._gather(_walk(self._before, ends, length)[:, ::-1])
+        return self._gather(self._episodes.walk_back(ends, length)[:, ::-1])
 
     def segment_ends(self, min_real: int) -> np.ndarray:
         """All rows that at least `min_real` steps of their episode end with, ascending, (n,) int64."""
-        return np.flatnonzero(self._place[: self._size] >= min_real - 1)
+        return self._episodes.rows_with(min_real)
 
     def median_frame(self) -> Tensor:
         """Each pixel's median over a sample of the stored frames, evenly spaced in time: (S, S, 3) uint8.
@@ -327,9 +309,9 @@ class Replay:
         Raises:
             ValueError: the replay is empty.
         """
-        if self._size == 0:
+        if self.num_steps == 0:
             raise ValueError("Replay.median_frame(): the replay is empty.")
-        stored = np.flatnonzero(self._place[: self._size] != NONE)
+        stored = self._episodes.rows()
         if len(stored) == 0:
             raise ValueError("Replay.median_frame(): every stored row was lost.")
         count = min(len(stored), MEDIAN_SAMPLE)
@@ -344,13 +326,13 @@ class Replay:
         Raises:
             OSError: the shard could not be written; the next flush tries again.
         """
-        if self._folder is None or (self._size == self._num_flushed and not self._cut_rows):
+        if self._folder is None or (self.num_steps == self._num_flushed and not self._cut_rows):
             return None
-        rows = self._rows.view(self._num_flushed, self._size)
+        rows = self._rows.view(self._num_flushed, self.num_steps)
         entry = write_shard(self._folder, self._num_shards, self._num_flushed, rows, self._cut_rows)
         self._shards.append(entry)
         self._num_shards += 1
-        self._num_flushed = self._size
+        self._num_flushed = self.num_steps
         self._cut_rows = []
         return self._folder / entry.name
 
@@ -362,51 +344,32 @@ class Replay:
         """Restore a `sampling_state`."""
         self._generator.bit_generator.state = dict(state)
 
-    def _link(self, row: int) -> None:
-        """Link the row just written as the newest of its environment's episode."""
-        env_index = int(self._rows.env_indices[row])
-        before = self._open.get(env_index, NONE)
-        self._before[row], self._after[row] = before, NONE
-        if before == NONE:
-            self._num_episodes += 1
-        else:
-            self._after[before] = row
-            self._place[row] = self._place[before] + 1
-        if self._rows.terminated[row] or self._rows.truncated[row]:
-            self._open.pop(env_index, None)
-        else:
-            self._open[env_index] = row
-        self._size += 1
-
     def _take_in(self, rows: Rows, cut_rows: np.ndarray) -> None:
         """Replay the rows and cuts between two flushes. Cuts of flushed rows came before the new rows."""
         for row in cut_rows:
-            if self._place[row] == NONE:
-                continue  # it was lost, and with it all episodes open at the time
+            if self._episodes.is_lost(row):
+                continue  # and with it all episodes open at the time
             self._rows.truncated[row] = True
-            self._open.pop(int(self._rows.env_indices[row]), None)
-        start = self._size
+            self._episodes.close(int(self._rows.env_indices[row]))
+        start = self.num_steps
         self._rows.view(start, start + len(rows)).copy_from(rows)
-        for row in range(start, start + len(rows)):
-            self._link(row)
-        self._num_flushed = self._size
+        for env_index, is_last in zip(rows.env_indices, rows.terminated | rows.truncated, strict=True):
+            self._episodes.add(int(env_index), is_last=bool(is_last))
+        self._num_flushed = self.num_steps
 
     def _pass_over(self, num_rows: int) -> None:
         """Leave room for lost rows. Episodes open before them end there, because their course is unknown."""
-        for row in self._open.values():
-            self._rows.truncated[row] = True
-        self._open.clear()
-        lost = slice(self._size, self._size + num_rows)
-        self._before[lost] = self._after[lost] = self._place[lost] = NONE
-        self._size += num_rows
-        self._num_flushed = self._size
+        for env_index in self._episodes.open_in():
+            self._rows.truncated[self._episodes.close(env_index)] = True
+        self._episodes.lose(num_rows)
+        self._num_flushed = self.num_steps
 
     def _draw(self, n: int, min_real: int) -> np.ndarray:
         """n rows (n,), uniform over those that at least `min_real` steps of their episode end with."""
         candidates = self.segment_ends(min_real)
         if len(candidates) == 0:
             raise ValueError(
-                f"Replay: nothing to sample; no episode of {self._num_episodes} has {min_real} steps."
+                f"Replay: nothing to sample; no episode of {self.num_episodes} has {min_real} steps."
             )
         return self.choose(candidates, n)
 
@@ -426,15 +389,6 @@ class Replay:
             rows=torch.from_numpy(rows.copy()),
             stored=torch.from_numpy(self._rows.frames),
         )
-
-
-def _walk(links: np.ndarray, rows: np.ndarray, length: int) -> np.ndarray:
-    """The first `length` rows of the paths that begin at `rows` (n,) and follow `links`: (n, length)."""
-    path = np.empty((len(rows), length), dtype=np.int64)
-    for step in range(length):
-        path[:, step] = rows
-        rows = links[rows]
-    return path
 
 
 def _check_sizes(frame_shape: tuple[int, ...], capacity: int) -> None:

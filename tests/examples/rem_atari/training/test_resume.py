@@ -329,7 +329,7 @@ def test_an_environment_that_cannot_be_saved_starts_anew_and_the_run_says_so(tmp
     replay = Replay.load(folder / "replay")
     assert np.flatnonzero(replay._rows.truncated).tolist() == [76, 77]
     assert replay.num_steps == 128
-    assert (replay._place[78:80] == 0).all(), "new episodes begin there"
+    assert (replay._episodes._place[78:80] == 0).all(), "new episodes begin there"
 
 
 def edit(checkpoint: Checkpoint, **changes: object) -> Checkpoint:
