@@ -194,7 +194,10 @@ SMALL = Config(
     schedule=ScheduleConfig(
         epochs=20, collect_epochs=20, steps_per_epoch=2_000, random_steps=30_000, checkpoint_every=5
     ),
-    evaluation=EvaluationConfig(every=10, episodes=16, final_episodes=100, random_episodes=100),
+    # Eight whole games are held out: Krull's first three hundred steps pay nothing.
+    evaluation=EvaluationConfig(
+        every=10, episodes=16, final_episodes=100, random_episodes=100, heldout_steps=12_000
+    ),
 )
 
 TINY = Config(

@@ -13,7 +13,7 @@ from rem_atari.report.page import write_page
 from rem_atari.runs.trained import TrainedAgent
 from rem_atari.training.seeding import derive_seed
 
-STEPS_KEPT = 4_000
+STEPS_KEPT = 12_000
 """Steps of either player's games by which the networks are measured."""
 
 
