@@ -328,7 +328,6 @@ def schedule(
     """Columns of a slice, one of `widths`, and a stretch's tokens, None for one sweep: see
     `retention_config`."""
     each = -(-tokens // max(1, sequences))
-    may_split = 0 < sequences <= MOST_PACKED_IN_A_SPLIT and tokens >= sequences * SPLIT_FROM
 
     def programs(option: tuple[int, int | None]) -> int:
         cols_v, stretch = option
@@ -337,17 +336,27 @@ def schedule(
 
     def cut(cols_v: int) -> tuple[int, int]:
         stretches = -(-WAVES * multiprocessors // programs((cols_v, None)))
-        stretch = max(-(-each // stretches), SHORTEST_STRETCH, 4 * cols_k)
-        return cols_v, -(-stretch // rows) * rows
+        return cols_v, stretch_of(stretches, each, rows, cols_k)
 
     sweeps: list[tuple[int, int | None]] = [(cols_v, None) for cols_v in widths]
-    cuts = [cut(cols_v) for cols_v in widths] if may_split else sweeps
+    cuts = [cut(cols_v) for cols_v in widths] if may_split(tokens, sequences) else sweeps
     if value_dim <= 2 * widths[-1]:
         options = [*sweeps, *cuts]
     else:
         options = [option for pair in zip(sweeps, cuts, strict=True) for option in pair]
     chosen = (option for option in options if enough(programs(option), multiprocessors))
     return next(chosen, max(options, key=programs))
+
+
+def may_split(tokens: int, sequences: int) -> bool:
+    """Whether sequences of so many tokens together are long enough, and few enough."""
+    return 0 < sequences <= MOST_PACKED_IN_A_SPLIT and tokens >= sequences * SPLIT_FROM
+
+
+def stretch_of(stretches: int, tokens: int, rows: int, cols_k: int) -> int:
+    """Tokens of a stretch, whole chunks of ``rows``, in a split of ``tokens`` into about so many."""
+    stretch = max(-(-tokens // stretches), SHORTEST_STRETCH, 4 * cols_k)
+    return -(-stretch // rows) * rows
 
 
 def narrowed(cols_v: int, value_dim: int, pairs: int, multiprocessors: int) -> int:

@@ -12,11 +12,14 @@ from .configs import (
     LARGEST_KEY_DIM,
     NARROWEST_SLICE,
     STEPS,
+    RetentionConfig,
     entry_of,
+    may_split,
     narrowed,
     padded,
     retention_tiles,
     schedule,
+    stretch_of,
 )
 from .launch import Tensors
 
@@ -47,12 +50,18 @@ class SweepConfigs:
 
     Attributes:
         both: the sweep for dk and dv at once, or None if each has its own.
-        keys, values: the sweep for dk alone, and for dv alone or neither.
+        keys, values: the sweep for dk alone, and for dv alone.
     """
 
     both: SweepConfig | None
     keys: SweepConfig
     values: SweepConfig
+
+    @property
+    def states(self) -> SweepConfig:
+        """The sweep for neither: that of the wider slices, which reads least."""
+        wide = self.both is not None and self.both.cols_v > self.values.cols_v
+        return self.both if wide else self.values
 
 
 class Sweep(NamedTuple):
@@ -181,13 +190,24 @@ def pop_bwd_config(
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionBwdConfig(SweepConfigs):
-    """The reverse sweeps of `retention_bwd`.
+    """The launches of `retention_bwd`.
 
     Attributes:
+        queries: the sweep for dq, a forward; None: `configs.retention_config` chooses.
         stretch: tokens that one program walks, a multiple of the tile; None: whole sequences, in one sweep.
     """
 
+    queries: RetentionConfig | None = None
     stretch: int | None = None
+
+
+# (tile, warps, stages) of sweeps with all of 128 columns, for 16-bit tokens, found by compiling: no stack in
+# use. A program takes most of an SM's registers.
+_WHOLE = {"sm_90": (32, 8, 2)}
+
+# Columns of a slice of sweeps with Dk = 256, for 16-bit tokens: twice the forward's, for 30 instead of 54
+# tensors of tokens moved, at the price of 16 bytes of stack, or 80 with states and views of one projection.
+_WIDE = {"sm_90": 64}
 
 
 def retention_bwd_config(
@@ -203,18 +223,26 @@ def retention_bwd_config(
 ) -> RetentionBwdConfig:
     """The reverse sweeps of `retention_bwd`; arguments and schedule as those of `retention_config`.
 
-    One sweep for dk and dv where both head dims are at most 64: unsliced, because dk is a sum over Dv. Else
-    one each, which multiply as the forward does, so with its tiles and slices.
+    1. Head dims up to 64: one sweep for dk and dv, unsliced, because dk is a sum over Dv.
+    2. Up to 128, where `_WHOLE` has tiles: the same, and dq without slices too. Such a program has an SM for
+       itself, so there are at most as many stretches as give each SM one. Short sequences that would leave
+       half of the SMs idle go on to 3.
+    3. One sweep each, which multiply as the forward does, so with its tiles and slices, or wider ones
+       (`_WIDE`).
     """
     if max(head_dims) > LARGEST_KEY_DIM:
         raise ValueError(
             f"retention_bwd(): (Dk, Dv) is {head_dims}; the kernels take at most {LARGEST_KEY_DIM} of each."
         )
     kind = precision if dtype is torch.float32 else architecture
-    both = _sweep_for_both(head_dims, kind)
+
+    def tiles(key_dim: int, value_dim: int) -> RetentionConfig:
+        config = retention_tiles((key_dim, value_dim), dtype, precision, architecture)
+        wide = min(_WIDE.get(kind, 0), padded(value_dim)) if key_dim == 256 and value_dim % 8 == 0 else 0
+        return replace(config, cols_v=max(config.cols_v, wide))
 
     def alone(key_dim: int, value_dim: int, widest: int = LARGEST_KEY_DIM) -> SweepConfig:
-        config = retention_tiles((key_dim, value_dim), dtype, precision, architecture)
+        config = tiles(key_dim, value_dim)
         cols_v = min(config.cols_v, widest)
         # On sm_90 with 128 x 64, E before the stretch is a pointer more than 4 warps have registers for.
         full = kind == "sm_90" and config.cols_k * cols_v == 128 * 64
@@ -227,6 +255,15 @@ def retention_bwd_config(
         )
 
     keys, values = alone(*reversed(head_dims)), alone(*head_dims)
+    both = _sweep_for_both(head_dims, kind)
+    if both is None and kind in _WHOLE and padded(max(head_dims)) == 128:
+        stretches = multiprocessors // max(1, sequences * num_heads)
+        if stretches < 2 or may_split(tokens, sequences):
+            both, queries = _whole(head_dims, kind, tiles(*reversed(head_dims)))
+            each, rows = -(-tokens // max(1, sequences)), max(both.tile, keys.tile, values.tile)
+            stretch = None if stretches < 2 else stretch_of(stretches, each, rows, 128)
+            queries = replace(queries, stretch=stretch)
+            return RetentionBwdConfig(both=both, keys=keys, values=values, queries=queries, stretch=stretch)
     sweeps = [keys, values] if both is None else [both]
     widths = [values.cols_v, min(values.cols_v, NARROWEST_SLICE)] if both is None else [both.cols_v]
     cols_v, stretch = schedule(
@@ -241,4 +278,19 @@ def retention_bwd_config(
     )
     if cols_v < values.cols_v:
         keys, values = alone(*reversed(head_dims), cols_v), alone(*head_dims, cols_v)
-    return RetentionBwdConfig(both=both, keys=keys, values=values, stretch=stretch)
+    queries = None
+    if kind in _WIDE and head_dims[1] == 256:  # the sweep for dk has the same shapes
+        queries = replace(tiles(*reversed(head_dims)), cols_v=keys.cols_v, stretch=stretch)
+    return RetentionBwdConfig(both=both, keys=keys, values=values, queries=queries, stretch=stretch)
+
+
+def _whole(
+    head_dims: tuple[int, int], kind: str, queries: RetentionConfig
+) -> tuple[SweepConfig, RetentionConfig]:
+    """Without slices, the sweep for dk and dv, and that for dq; `queries`: its tiles in slices, if any."""
+    tile, num_warps, num_stages = _WHOLE[kind]
+    key_cols, value_cols = map(padded, head_dims)
+    both = SweepConfig(tile=tile, cols_v=value_cols, num_warps=num_warps, num_stages=num_stages)
+    if queries.cols_v < key_cols:
+        queries = replace(queries, rows=tile, cols_v=key_cols, num_warps=num_warps, num_stages=num_stages)
+    return both, queries

@@ -13,13 +13,15 @@ of n tokens:
     dk_j = γ^(n-1-j) v_j Eᵀ + Σ_{i>=j} c γ^(i-j) (v_j·g_i) q_i
     E'   = γ^n E + Σ_i c γ^(i+1) q_iᵀ g_i
 
-One sweep finds both where head dims are at most 64. Beyond, there is one for each, in slices: a program with
-a slice of Dv would hold only part of dk's sum over Dv, and no float is added atomically.
+One sweep finds both where a program holds all of E: head dims up to 64, or 128 (`configs_bwd`). Beyond, there
+is one for each, in slices: a program with a slice of Dv would hold only part of dk's sum over Dv, and no
+float is added atomically.
 
 Schedules are the forward's, backwards: one launch whose stretches are whole sequences; or, where those leave
 much of the GPU idle, what each stretch adds to E (the same kernel, writing no dk and dv), a scan from the
-last stretch to the first, and the sweep of every stretch from its own E. `configs_bwd.retention_bwd_config`
-chooses.
+last stretch to the first, and the sweep of every stretch from its own E. For dq a split needs the state
+before each stretch. The forward, if it was split, has found just these: given them, dq is one launch.
+`configs_bwd.retention_bwd_config` chooses.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import split, tiles
-from .configs import padded
+from .configs import padded, retention_config
 from .configs_bwd import RetentionBwdConfig, Sweep, retention_bwd_config, sweeps_for
 from .launch import (
     Launch,
@@ -258,6 +260,7 @@ def plan_retention_bwd(
     grad_state: Tensor | None,
     *,
     reset: Tensor | None = None,
+    states: Tensor | None = None,
     needs: Sequence[bool] = (True, True, True, True),
     config: RetentionBwdConfig | None = None,
     target: Target | None = None,
@@ -277,15 +280,13 @@ def plan_retention_bwd(
     target = target or target_of(q.device)
     precision = dot_precision(q.dtype, target.architecture)
     if config is None:
-        config = retention_bwd_config(
-            tokens=B * T,
-            sequences=sequences,
-            num_heads=H,
-            head_dims=(Dk, Dv),
-            dtype=q.dtype,
-            precision=precision,
-            **target._asdict(),
-        )
+        sizes: dict[str, Any] = {"tokens": B * T, "sequences": sequences, "num_heads": H, "dtype": q.dtype}
+        sizes |= {"precision": precision, **target._asdict()}
+        config = retention_bwd_config(head_dims=(Dk, Dv), **sizes)
+        if states is not None:
+            queries = config.queries or retention_config(head_dims=(Dv, Dk), **sizes)
+            stretch = retention_config(head_dims=(Dk, Dv), **sizes).stretch  # the forward's
+            config = replace(config, queries=replace(queries, stretch=stretch))
     if reset is not None:
         config = replace(config, stretch=None)
     launches: list[Launch] = []
@@ -293,10 +294,12 @@ def plan_retention_bwd(
         zero(dq)
         grad_out = torch.zeros(Dv, dtype=v.dtype, device=v.device).expand(v.shape)
     elif dq is not None:
-        before = None if state is None else state.mT
-        launches, (dq, _) = plan_retention_fwd(
-            *(grad_out, v, k, log_decay, before, scale, cu_seqlens, reset),
+        transposed = (None if x is None else x.mT for x in (state, states))
+        launches, (dq, *_) = plan_retention_fwd(
+            *(grad_out, v, k, log_decay, next(transposed), scale, cu_seqlens, reset),
+            states=next(transposed),
             with_final=False,
+            config=config.queries,
             target=target,
         )
     tokens = {"q": q, "k": k, "v": v, "g": grad_out}
@@ -321,7 +324,7 @@ def _plan_sweeps(
 ) -> list[Launch]:
     """The sweeps that fill tokens' dk and dv, and `before`, the first state's gradient, from the last's."""
     sweeps = sweeps_for(tokens, config)
-    only_states = Sweep(config.values, {**tokens, "dk": None, "dv": None}, swapped=False)
+    only_states = Sweep(config.states, {**tokens, "dk": None, "dv": None}, swapped=False)
     packed = shared["p_bounds"] is not None
     stretches, stretch = split.cut(shared["T"], shared["num_sequences"], config.stretch, packed=packed)
     shared |= {**stretch, "FIRST": before is not None}
@@ -378,6 +381,7 @@ def retention_bwd(
     grad_state: Tensor | None,
     *,
     reset: Tensor | None = None,
+    states: Tensor | None = None,
     needs: Sequence[bool] = (True, True, True, True),
     config: RetentionBwdConfig | None = None,
 ) -> list[Tensor | None]:
@@ -387,6 +391,7 @@ def retention_bwd(
         q, k, v, log_decay, state, scale, cu_seqlens, reset: as in `retention_fwd`.
         grad_out, grad_state: of its results, in their shapes, any strides; None for zeros. The first in the
             tokens' dtype or in float32, the second in float32.
+        states: before each stretch, as `retention_fwd` returns them; None: they are found again.
         needs: which gradients to find: of q, k, v, state.
         config: how to cut the reverse sweeps; None: `configs_bwd.retention_bwd_config` chooses.
 
@@ -402,6 +407,7 @@ def retention_bwd(
         plan_retention_bwd,
         *arguments,
         reset=reset,
+        states=states,
         needs=tuple(needs),
         target=target_of(q.device),
         config=config,

@@ -23,6 +23,7 @@ Grid: (stretches · H · slices of Dv,), slices next to each other, because they
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -96,10 +97,10 @@ def retention_fwd_kernel(
     tensors are counted in UNIT elements. Where p_reset is set, a chunk begins, and S before it is 0. EARLY: a
     split, in which a head that forgets fast enough starts its stretches early, from zeros (`split.forgets`).
     """
-    stride_q_t = tiles.token_stride(stride_q_t, None, UNIT)
-    stride_k_t = tiles.token_stride(stride_k_t, None, UNIT)
-    stride_v_t = tiles.token_stride(stride_v_t, None, UNIT)
-    stride_out_t = tiles.token_stride(stride_out_t, None, UNIT)
+    stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
+    stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)
+    stride_v_t = tiles.token_stride(stride_v_t, stride_k_t, UNIT)
+    stride_out_t = tiles.token_stride(stride_out_t, stride_q_t, UNIT)
     SLICES: tl.constexpr = (DV + COLS_V - 1) // COLS_V
     first_col = (tl.program_id(0) % SLICES) * COLS_V
     i_nh = tl.program_id(0) // SLICES
@@ -189,27 +190,31 @@ def plan_retention_fwd(
     reset: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
+    states: Tensor | None = None,
     with_final: bool = True,
+    with_states: bool = False,
     config: RetentionConfig | None = None,
     target: Target | None = None,
-) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
+) -> tuple[list[Launch], tuple[Tensor | None, ...]]:
     """The launches of `retention_fwd`, and the tensors that they fill; the state is one only `with_final`.
 
-    Queries may be wider than keys and values: those of the backward are gradients of outputs.
+    Queries may be wider than keys and values: those of the backward are gradients of outputs. It may also
+    give the ``states`` before each stretch, found with the same stretch: then they are not found again.
     """
     if q.shape[1] == 1 and cu_seqlens is None and reset is None and config is None:
         step = (x.squeeze(1) for x in (q, k, v))
         launches, (out, final) = plan_retention_step(
             *step, log_decay, state, scale, out_dtype=out_dtype, with_final=with_final, target=target
         )
-        return launches, (out.unsqueeze(1), final)
+        return launches, (out.unsqueeze(1), final, None)[: 2 + with_states]
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = torch.empty((B, T, H, Dv), dtype=out_dtype or v.dtype, device=v.device)
     final = torch.empty((sequences, H, Dk, Dv), dtype=torch.float32, device=v.device)
     if sequences == 0 or T == 0:
-        return [], (out, final.zero_() if state is None else final.copy_(state))
+        final = final.zero_() if state is None else final.copy_(state)
+        return [], (out, final, None)[: 2 + with_states]
     target = target or target_of(q.device)
     precision = dot_precision(v.dtype, target.architecture)
     if config is None:
@@ -230,17 +235,19 @@ def plan_retention_fwd(
         **{"p_bounds": None if cu_seqlens is None else cu_seqlens.contiguous()},
     }
     tokens = {"q": q, "k": k, "v": v, "out": out}
-    before = state
     launches: list[Launch] = []
     stretches, stretch = split.cut(T, sequences, config.stretch, packed=cu_seqlens is not None)
     shared |= stretch
-    if config.stretch is not None:
-        launches, before = split.plan_states(
-            *(k, v, before, None, shared, config),
+    if config.stretch is None:
+        states = None
+    elif states is None:
+        launches, states = split.plan_states(
+            *(k, v, state, None, shared, config),
             stretches=stretches,
             rows=config.rows,
             precision=precision,
         )
+    before = state if states is None else states
     sweep = Launch(
         kernel=retention_fwd_kernel,
         grid=(stretches * H * triton.cdiv(Dv, config.cols_v),),
@@ -251,13 +258,13 @@ def plan_retention_fwd(
             **{"p_final": final if with_final else None, "scale": scale},
             **{"DK": Dk, "DV": Dv, "ROWS": config.rows, "COLS_K": config.cols_k, "COLS_V": config.cols_v},
             **{"PRECISION": precision, "SCALE_V": config.scale_v},
-            **token_strides(tokens, shared=False),
+            **token_strides(tokens),
             **named_strides("state", before, "bhkv"),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return [*launches, sweep], (out, final)
+    return [*launches, sweep], (out, final, states)[: 2 + with_states]
 
 
 def retention_fwd(
@@ -271,8 +278,9 @@ def retention_fwd(
     reset: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
+    with_states: bool = False,
     config: RetentionConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """Retention of T tokens from a state.
 
     Args:
@@ -286,14 +294,21 @@ def retention_fwd(
         reset: (B, T), bool: where set, the state is 0 before the token; None: nowhere. Sequences then go in
             one sweep.
         out_dtype: of out, None for v's; float32 holds what float16 cannot, the sums of a slow decay.
+        with_states: whether to return the states before all stretches.
         config: tiles and schedule; None: `configs.retention_config` chooses, or for one token the kernel of
             `retention_step` runs.
 
     Returns:
-        out (B, T, H, Dv), and the state after the last token, float32. Both are new.
+        out (B, T, H, Dv), and the state after the last token, float32. Both are new. ``with_states``: also
+        the states before all stretches of a split, which `retention_bwd` takes, or None without a split.
     """
     arguments = (q, k, v, log_decay, state, scale, cu_seqlens, reset)
-    outputs: tuple[Tensor, Tensor] = launched(
-        plan_retention_fwd, *arguments, target=target_of(q.device), out_dtype=out_dtype, config=config
+    outputs: tuple[Any, ...] = launched(
+        plan_retention_fwd,
+        *arguments,
+        target=target_of(q.device),
+        out_dtype=out_dtype,
+        with_states=with_states,
+        config=config,
     )
     return outputs

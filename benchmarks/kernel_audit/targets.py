@@ -155,12 +155,21 @@ TARGETS = [
         limit=1.45,
     ),
     AuditTarget(
-        name="backward, D above 64: sweeps",
+        name="backward, D above 64, in one sweep: launches",
         part="traffic",
         covers=_both(_is(op=_SWEPT), _large),
         figure=lambda row: row["launches"],
         limit=3,
-        at_least=True,
+    ),
+    *(
+        AuditTarget(
+            name=f"retention backward, {heads}, bfloat16, sm_90: bytes over the floor",
+            part="traffic",
+            covers=_both(_is("retention_bwd", architecture="sm_90", dtype="bfloat16", head_dim=dims)),
+            figure=_ratio("bytes", "floor_bytes"),
+            limit=limit,
+        )
+        for heads, dims, limit in (("D 100 and 128", (100, 128), 1.5), ("D 256", (256,), 4.5))
     ),
     *(
         AuditTarget(
@@ -170,8 +179,13 @@ TARGETS = [
             figure=lambda row: row["stack"],
             limit=limit,
         )
-        for architecture, limit in (("sm_90", 0), ("sm_80", 64))
-        for heads, covers in (("D <= 64", _small), ("D above 64", _large))
+        for architecture, heads, covers, limit in (
+            ("sm_90", "D <= 64", _small, 0),
+            ("sm_90", "D above 64", lambda row: _large(row) and row["op"] not in _SWEPT, 0),
+            ("sm_90", "D above 64, reverse sweeps", _both(_large, _is(op=_SWEPT)), 64),
+            ("sm_80", "D <= 64", _small, 64),
+            ("sm_80", "D above 64", _large, 64),
+        )
     ),
     AuditTarget(
         name="POP forward, REM's shapes, sm_90: KiB of shared memory",

@@ -14,11 +14,12 @@ from retention_cases import RetentionCase, largest_error, normal
 from torch import Tensor
 
 from benchmarks.kernel_audit.traffic import audit
-from retpop.kernels.configs import padded
+from retpop.kernels.configs import RetentionConfig, padded
 from retpop.kernels.configs_bwd import RetentionBwdConfig, SweepConfig, retention_bwd_config
 from retpop.kernels.gpus import SHARED_MEMORY
 from retpop.kernels.launch import run as run_launches
 from retpop.kernels.retention_bwd import plan_retention_bwd, retention_bwd
+from retpop.kernels.retention_fwd import retention_fwd
 
 LIMIT = 2e-5
 
@@ -296,6 +297,41 @@ def test_layouts_of_gradients(schedule: str) -> None:
         check(case, config=config, grads=grads)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "stretch"), [(None, None), ([0, 0, 40, 70], 16)], ids=["one sweep", "packed, split"]
+)
+def test_states_that_the_forward_found_are_not_found_again(
+    bounds: list[int] | None, stretch: int | None
+) -> None:
+    """Whatever the stretches of the sweep for keys and values; one head starts the forward's early."""
+    packed = None if bounds is None else torch.tensor(bounds)
+    sequences = None if bounds is None else len(bounds) - 1
+    case = RetentionCase.make(1, 70, 2, 8, 24, dtype=torch.float32, sequences=sequences)
+    case = with_gammas(case, [0.3, 1.0])
+    common = {"rows": 16, "num_warps": 4, "num_stages": 1, "scale_v": False, "stretch": 32}
+    forward = RetentionConfig(cols_k=16, cols_v=32, **common)
+    inputs, scale = (case.q, case.k, case.v, case.log_decay, case.state), 8**-0.5
+    *_, states = retention_fwd(*inputs, scale, packed, with_states=True, config=forward)
+    config = tiles_for(case, "both", stretch=stretch, queries=RetentionConfig(cols_k=32, cols_v=16, **common))
+    grads = grads_for(case, sequences)
+    launches, found = plan_retention_bwd(*inputs, scale, packed, *grads, states=states, config=config)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert "added_states_kernel" not in names
+    assert names.count("retention_fwd_kernel") == 1
+    with audit():
+        run_launches(launches, case.q.device)
+    assert_same(found, expected(case, grads, packed))
+
+
+def test_a_forward_in_one_sweep_has_no_states_to_keep() -> None:
+    case = RetentionCase.make(1, 20, 1, 8, 8, dtype=torch.float32)
+    for T in (0, 1, 20):
+        *_, states = retention_fwd(
+            *(x[:, :T] for x in (case.q, case.k, case.v)), case.log_decay, None, 1.0, with_states=True
+        )
+        assert states is None
+
+
 @every_schedule
 def test_packed_sequences(schedule: str) -> None:
     """Empty ones first, between and last; of one token; that end with a stretch and within one."""
@@ -539,15 +575,45 @@ def choose(
     )
 
 
-def test_one_sweep_up_to_64_and_two_beyond() -> None:
-    for head_dims in ((8, 8), (64, 64), (24, 60)):
-        both = choose(4096, 64, 16, head_dims).both
+def test_one_sweep_for_both_where_a_program_holds_the_state() -> None:
+    """Up to 64, on sm_90 up to 128, all in one program; two beyond, and for float32 without tf32."""
+    for head_dims in ((8, 8), (64, 64), (24, 60), (65, 8), (8, 128), (128, 128)):
+        both = choose(64 * 4096, 64, 16, head_dims).both
         assert both is not None
         assert both.cols_v == padded(head_dims[1])
-    for head_dims in ((65, 8), (8, 128), (256, 256)):
-        assert choose(4096, 64, 16, head_dims).both is None
+    for head_dims in ((256, 256), (8, 129)):
+        assert choose(64 * 4096, 64, 16, head_dims).both is None
+    assert choose(64 * 4096, 64, 16, (128, 128), architecture="sm_80").both is None
+    assert choose(64 * 4096, 64, 16, (128, 128), dtype=torch.float32).both is None
     assert choose(4096, 64, 16, dtype=torch.float32).both is None
     assert choose(4096, 64, 16, dtype=torch.float32, precision="tf32").both is not None
+
+
+def test_a_whole_state_needs_half_of_the_multiprocessors_or_a_split() -> None:
+    def chosen(B: int, T: int, H: int) -> RetentionBwdConfig:
+        return choose(B * T, B, H, (128, 128))
+
+    assert chosen(1, 512, 67).both is not None
+    assert chosen(1, 512, 66).both is None  # of 132 multiprocessors
+    assert chosen(1, 512, 66).queries is None
+    assert chosen(1, 8192, 67).stretch is None
+    split = chosen(1, 8192, 4)
+    assert split.both is not None
+    assert split.queries is not None
+    assert split.stretch == split.queries.stretch == 512
+    assert split.queries.cols_v == split.states.cols_v == 128
+
+
+def test_a_whole_state_of_128_columns() -> None:
+    case = RetentionCase.make(1, 70, 1, 100, 128, dtype=torch.float16)
+    for split in (False, True):
+        config = choose(64 * 4096, 1 if split else 64, 1 if split else 16, (100, 128))
+        assert config.both is not None
+        assert config.both.cols_v == 128
+        assert (config.stretch is not None) == split
+        if split:
+            config = replace(config, stretch=64, queries=replace(config.queries, stretch=64))
+        check(case, config=config, limit=6e-4)
 
 
 def test_the_sweep_for_keys_is_that_for_values_with_dims_swapped() -> None:
@@ -562,6 +628,7 @@ def test_the_schedule_fills_the_gpu() -> None:
     assert choose(64 * 4096, 64, 16, (128, 128)).values.cols_v == 64
     assert choose(2 * 2047, 2, 16, (128, 128)).values.cols_v == 32
     assert choose(2 * 4096, 2, 16, (128, 128)).values.cols_v == 64
+    assert choose(2 * 4096, 2, 16, (128, 128)).stretch == 1024  # 32 programs a stretch: 4 for one an SM
     assert choose(65_536, 1, 4).stretch == 1024  # 4 programs a stretch: 66 for two a multiprocessor
     assert choose(2047, 1, 1).stretch is None
     assert choose(2048, 1, 1).stretch == 256

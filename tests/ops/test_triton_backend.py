@@ -18,12 +18,14 @@ from retention_cases import (
     assert_same_gradients,
     assert_same_results,
     gradients,
+    largest_error,
     normal,
 )
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import retpop
+from benchmarks.kernel_audit.traffic import audit
 from retpop.ops.triton_backend import custom
 
 FLOAT32 = 5e-6
@@ -232,6 +234,26 @@ def test_a_second_derivative_is_refused(name: str) -> None:
 def test_the_interpreter_s_switch(word: str, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", word)
     assert custom.interpreting() is on
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_the_backward_takes_the_states_that_the_forward_found(precision: str) -> None:
+    """Long sequences are split; not if the setting that their tiles come from has changed in between."""
+    case = RetentionCase.make(1, 2048, 1, 8, 8, dtype=torch.float16, with_state=False).for_gradients()
+    out, _ = case.run(backend="triton")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with audit() as counts:
+            found = torch.autograd.grad(out.sum(), [case.q, case.k, case.v])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert ("added_states_kernel" in counts.by_kernel) == (precision != before)
+    leaves = case.double().for_gradients()
+    results = leaves.run(backend="torch")
+    wanted = torch.autograd.grad(results[0].sum(), [leaves.q, leaves.k, leaves.v])
+    for actual, expected in zip(found, wanted, strict=True):
+        assert largest_error(actual, expected, tokens_dim=1) <= 2e-3
 
 
 def test_data_outlive_the_call() -> None:

@@ -122,8 +122,11 @@ def run(name: str, arguments: Arguments) -> list[Tensor]:
     return flat((getattr(torch.ops.retpop, name)(*arguments),))
 
 
-def backward_of(case: str, num_tensors: int) -> Callable[[str], Arguments]:
-    """Arguments of the gradient op of a case: random gradients of its results, and which are wanted."""
+def backward_of(case: str, num_tensors: int, *, kept: int = 0) -> Callable[[str], Arguments]:
+    """Arguments of the gradient op of a case: random gradients of its results, and which are wanted.
+
+    ``kept``: the number of tensors that the forward may keep for it; here it kept none.
+    """
     name, make = FORWARD[case]
 
     def arguments(kind: str) -> Arguments:
@@ -135,14 +138,14 @@ def backward_of(case: str, num_tensors: int) -> Callable[[str], Arguments]:
         inputs = flat(given[:num_tensors])
         needs = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
         needs[1] = needs[1] and kind != "plain"
-        return *given[:num_tensors], grads, *given[num_tensors:], needs
+        return *given[:num_tensors], grads, *[None] * kept, *given[num_tensors:], needs
 
     return arguments
 
 
 BACKWARD: dict[str, Case] = {
-    "retention, backward": ("retention_bwd", backward_of("retention", 7)),
-    "token, backward": ("retention_bwd", backward_of("token", 7)),
+    "retention, backward": ("retention_bwd", backward_of("retention", 7, kept=1)),
+    "token, backward": ("retention_bwd", backward_of("token", 7, kept=1)),
     "pop, backward": ("pop_bwd", backward_of("pop", 4)),
     "pop of rows, backward": ("pop_bwd", backward_of("pop of rows", 4)),
     "norm and gate, backward": ("norm_gate_bwd", backward_of("norm and gate", 4)),

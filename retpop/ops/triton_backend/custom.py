@@ -65,9 +65,14 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 class KernelOp:
     """An op that kernels compute; call it with its arguments in order."""
 
-    def __init__(self, op: torch.library.CustomOpDef, launch: _Run) -> None:
-        self._op, self._launch = op, launch
+    def __init__(self, op: torch.library.CustomOpDef, launch: _Run, keep: _Run | None) -> None:
+        self._op, self._launch, self._keep = op, launch, keep
         self._function: type[torch.autograd.Function]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether an eager call that needs a gradient may keep a tensor for it."""
+        return self._keep is not None
 
     def register_autograd(self, differentiate: _Run, *, setup_context: _Run | None = None) -> None:
         """As `torch.library.register_autograd`."""
@@ -94,6 +99,17 @@ class KernelOp:
     def repeats(self) -> Any:
         """Runs the kernels for arguments by their forms, and their tensors (`retpop.kernels.repeat`)."""
         return kernels("repeat").Repeats(self._launch)
+
+    def run_and_keep(self, forms: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, Tensor | None]:
+        """The results as `repeats` returns them, and a tensor for the gradient, if there is one to keep."""
+        if self._keep is None:
+            return self.repeats(forms, tensors), None
+        *results, kept = self._keeping(forms, tensors)
+        return tuple(results), kept
+
+    @cached_property
+    def _keeping(self) -> Any:
+        return kernels("repeat").Repeats(self._keep)
 
     def filled(self, forms: tuple[Any, ...], tensors: Iterable[Any]) -> list[Any]:
         """The arguments of these forms, with other things in place of their tensors."""
@@ -122,9 +138,10 @@ def _function(differentiate: _Run, save: _Run | None) -> type[torch.autograd.Fun
         @staticmethod
         def forward(ctx: Any, op: KernelOp, forms: tuple[Any, ...], *tensors: Tensor) -> Any:
             ctx.op, ctx.forms = op, forms
-            result = op.repeats(forms, tensors)
+            result, ctx.kept = op.run_and_keep(forms, tensors)
             if save is not None:
                 save(ctx, tuple(op.filled(forms, tensors)), result)
+            del ctx.kept
             return tuple(result) if isinstance(result, list) else result
 
         @staticmethod
@@ -140,7 +157,15 @@ def _function(differentiate: _Run, save: _Run | None) -> type[torch.autograd.Fun
     return Function
 
 
-def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run) -> KernelOp:
+def kernel_op(
+    name: str,
+    schema: str,
+    *,
+    launch: _Run,
+    compute: _Run,
+    fake: _Run,
+    keep: _Run | None = None,
+) -> KernelOp:
     """An op that kernels compute.
 
     Args:
@@ -149,6 +174,8 @@ def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run
         launch: computes by kernels, on a GPU or in the interpreter.
         compute: computes the same in plain PyTorch.
         fake: the results' shapes, after checking those of the arguments.
+        keep: as ``launch``, for a call that needs a gradient: it also returns a tensor for the gradient's
+            op, or None. Graphs do not use it.
     """
 
     def on_cpu(*arguments: Any) -> Any:
@@ -167,7 +194,7 @@ def kernel_op(name: str, schema: str, *, launch: _Run, compute: _Run, fake: _Run
         raise RuntimeError(f'retpop::{name}: the Triton backend has no vmap; backend="torch" has.')
 
     op.register_vmap(refuse)
-    return KernelOp(op, launch)
+    return KernelOp(op, launch, keep)
 
 
 def add_gradient(
@@ -182,6 +209,8 @@ def add_gradient(
         launch: computes gradients by kernels, None for those that are not needed.
         compute: computes the same in plain PyTorch.
         num_tensors: the number of its arguments before the numbers.
+
+    If ``op`` keeps a tensor, the gradient's op takes it, or None, after the results' gradients.
     """
 
     def fake(*arguments: Any) -> list[Tensor]:
@@ -207,7 +236,9 @@ def add_gradient(
     def save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         ctx.layout = [len(x) if isinstance(x, list) else None for x in inputs[:num_tensors]]
         ctx.numbers = inputs[num_tensors:]
-        ctx.save_for_backward(*_flat(inputs[:num_tensors]))
+        # A kept tensor is of the tiles that this setting chose.
+        ctx.precision = torch.get_float32_matmul_precision()
+        ctx.save_for_backward(*_flat(inputs[:num_tensors]), getattr(ctx, "kept", None))
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -217,8 +248,12 @@ def add_gradient(
                 f'retpop::{name}: the Triton backend takes no batches of gradients; backend="torch" does.'
             )
         needs = list(map(bool, _flat(ctx.needs_input_grad[:num_tensors])))
-        inputs = _laid_out(ctx.saved_tensors, ctx.layout)
-        found = iter(gradient(*inputs, flat_grads, *ctx.numbers, needs))
+        *saved, kept = ctx.saved_tensors
+        inputs = _laid_out(saved, ctx.layout)
+        more = []
+        if op.keeps:
+            more = [kept if ctx.precision == torch.get_float32_matmul_precision() else None]
+        found = iter(gradient(*inputs, flat_grads, *more, *ctx.numbers, needs))
         wanted = [next(found) if need else None for need in needs]
         return *_laid_out(wanted, ctx.layout), *[None] * len(ctx.numbers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,9 +62,13 @@ def _launch(
     reset: Tensor | None,
     scale: float,
     out_dtype: torch.dtype | None = None,
-) -> Results:
+    *,
+    with_states: bool = False,
+) -> tuple[Tensor | None, ...]:
     launch = kernels("retention_fwd").retention_fwd
-    return launch(q, k, v, log_decay, state, scale, cu_seqlens, reset, out_dtype=out_dtype)
+    arguments = (q, k, v, log_decay, state, scale, cu_seqlens, reset)
+    results: tuple[Tensor | None, ...] = launch(*arguments, out_dtype=out_dtype, with_states=with_states)
+    return results
 
 
 def _compute(
@@ -122,6 +127,7 @@ retention_fwd = kernel_op(
     launch=_launch,
     compute=_compute,
     fake=_fake,
+    keep=partial(_launch, with_states=True),
 )
 
 
@@ -134,6 +140,7 @@ def _launch_gradients(
     cu_seqlens: Tensor | None,
     reset: Tensor | None,
     grads: Sequence[Tensor | None],
+    states: Tensor | None,
     scale: float,
     out_dtype: torch.dtype | None,
     needs: Sequence[bool],
@@ -141,13 +148,13 @@ def _launch_gradients(
     launch = kernels("retention_bwd").retention_bwd
     wanted = [needs[i] for i in (0, 1, 2, 4)]
     *found, grad_state = launch(
-        q, k, v, log_decay, state, scale, cu_seqlens, *grads, reset=reset, needs=wanted
+        q, k, v, log_decay, state, scale, cu_seqlens, *grads, reset=reset, states=states, needs=wanted
     )
     decay = None
     if needs[3]:  # no kernel computes it
         only = [i == 3 for i in range(len(needs))]
         with without_autocast(q.device):
-            arguments = (q, k, v, log_decay, state, cu_seqlens, reset, grads, scale, out_dtype)
+            arguments = (q, k, v, log_decay, state, cu_seqlens, reset, grads, None, scale, out_dtype)
             decay = _compute_gradients(*arguments, only)[3]
     return [*found, decay, grad_state]
 
@@ -161,6 +168,7 @@ def _compute_gradients(
     cu_seqlens: Tensor | None,
     reset: Tensor | None,
     grads: Sequence[Tensor | None],
+    states: Tensor | None,
     scale: float,
     out_dtype: torch.dtype | None,
     needs: Sequence[bool],
@@ -181,7 +189,7 @@ add_gradient(
     retention_fwd,
     "retention_bwd",
     "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? state, Tensor? cu_seqlens, Tensor? reset, "
-    "Tensor?[] grads, float scale, ScalarType? out_dtype, bool[] needs) -> Tensor[]",
+    "Tensor?[] grads, Tensor? states, float scale, ScalarType? out_dtype, bool[] needs) -> Tensor[]",
     launch=_launch_gradients,
     compute=_compute_gradients,
     num_tensors=7,
