@@ -1,7 +1,8 @@
 """retpop: retention (RetNet) and parallel observation prediction (POP) for PyTorch.
 
-The operations are `retention` and `pop_retention`; the modules `MultiScaleRetention` and `RetNetDecoder` put
-them into a model. Start with the README, or with ``help(retpop.retention)``.
+The operations are `retention` and `pop_retention`, and `pooled_retention` to serve; the modules
+`MultiScaleRetention` and `RetNetDecoder` put them into a model. Start with the README, or with
+``help(retpop.retention)``.
 """
 
 from retpop import checkpoints
@@ -9,7 +10,7 @@ from retpop.config import RetNetConfig
 from retpop.cuda_graph import capture
 from retpop.decay import log_spaced_decay, retnet_decay
 from retpop.layers import MultiScaleRetention, RetNetDecoder
-from retpop.ops import explain_backend, pop_retention, retention
+from retpop.ops import explain_backend, pooled_retention, pop_retention, retention
 from retpop.packing import Packed, pack_padded, pad_packed
 from retpop.state import RetNetState
 
@@ -27,6 +28,7 @@ __all__ = [
     "log_spaced_decay",
     "pack_padded",
     "pad_packed",
+    "pooled_retention",
     "pop_retention",
     "retention",
     "retnet_decay",

@@ -294,6 +294,24 @@ class Step(Call):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pooled(Call):
+    """T tokens of each of B sequences, whose states fill a pool."""
+
+    names: ClassVar = ("pooled_retention",)
+
+    T: int
+
+    def forward(self, dtype: torch.dtype, device: torch.device, rows: int) -> Made:
+        inputs = [
+            *(tokens(device, dtype, rows, self.T, self.H, self.D) for _ in range(3)),
+            log_decays(device, self.H),
+        ]
+        states = torch.zeros(rows, self.H, self.D, self.D, device=device)
+        inputs += [states, torch.arange(rows, device=device)]
+        return inputs, [launcher("pooled_retention")(*inputs, None, self.D**-0.5), states]
+
+
+@dataclass(frozen=True, kw_only=True)
 class NormGate(Call):
     """Norm and gate: "rmsnorm" with weight and bias, "groupnorm" without."""
 

@@ -148,6 +148,24 @@ def test_pop_rows(shape: str, dtype: torch.dtype, device: torch.device, record_p
     errors.finish()
 
 
+@dtypes
+def test_pooled_retention(dtype: torch.dtype, device: torch.device, record_property: Record) -> None:
+    """One row is padding; the other two take in some of their tokens."""
+    dim = 16 if REHEARSAL else 64
+    case = on(RetentionCase.make(3, 4, 2, dim, dim, dtype=dtype, with_state=False), device)
+    pool = normal(6, 2, dim, dim, seed=9, dtype=torch.float32).to(device)
+    double, expected = case.double(), pool.double()
+    index, count = (torch.tensor(x, device=device) for x in ([4, -1, 0], [2, 1, 4]))
+    found, wanted = (
+        retpop.pooled_retention(x.q, x.k, x.v, x.log_decay, states, index, count=count, backend=backend)
+        for x, states, backend in ((case, pool, "triton"), (double, expected, "reference"))
+    )
+    errors = Errors(dtype, record_property)
+    errors.compare("out", "out", found, wanted, 1)
+    errors.compare("states", "state", pool, expected, None)
+    errors.finish()
+
+
 NORMS = (
     [(2, 9, 2, 24)] if REHEARSAL else [(2, 1290, 4, 64), (3, 65, 2, 100), (2, 130, 2, 256), (2, 65, 3, 24)]
 )

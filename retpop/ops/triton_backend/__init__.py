@@ -13,6 +13,7 @@ from retpop.ops.triton_backend.custom import kernels
 from retpop.ops.triton_backend.layer import gated_norm as gated_norm
 from retpop.ops.triton_backend.layer import rotate as rotate
 from retpop.ops.triton_backend.layer import rotation as rotation
+from retpop.ops.triton_backend.pooled_retention import pooled_retention as pooled_retention
 from retpop.ops.triton_backend.pop import known_pop as known_pop
 from retpop.ops.triton_backend.pop import pop as pop
 from retpop.ops.triton_backend.retention import known_retention as known_retention

@@ -165,6 +165,7 @@ def kernel_op(
     compute: _Run,
     fake: _Run,
     keep: _Run | None = None,
+    changes: Sequence[str] = (),
 ) -> KernelOp:
     """An op that kernels compute.
 
@@ -176,6 +177,7 @@ def kernel_op(
         fake: the results' shapes, after checking those of the arguments.
         keep: as ``launch``, for a call that needs a gradient: it also returns a tensor for the gradient's
             op, or None. Graphs do not use it.
+        changes: names of the arguments that it changes in place.
     """
 
     def on_cpu(*arguments: Any) -> Any:
@@ -185,7 +187,7 @@ def kernel_op(
             return compute(*arguments)
 
     op = torch.library.custom_op(
-        f"retpop::{name}", launch, mutates_args=(), device_types="cuda", schema=schema
+        f"retpop::{name}", launch, mutates_args=changes, device_types="cuda", schema=schema
     )
     op.register_kernel("cpu", on_cpu)
     op.register_fake(fake)
@@ -250,9 +252,8 @@ def add_gradient(
         needs = list(map(bool, _flat(ctx.needs_input_grad[:num_tensors])))
         *saved, kept = ctx.saved_tensors
         inputs = _laid_out(saved, ctx.layout)
-        more = []
-        if op.keeps:
-            more = [kept if ctx.precision == torch.get_float32_matmul_precision() else None]
+        may_take = ctx.precision == torch.get_float32_matmul_precision()
+        more = [kept if may_take else None] if op.keeps else []
         found = iter(gradient(*inputs, flat_grads, *more, *ctx.numbers, needs))
         wanted = [next(found) if need else None for need in needs]
         return *_laid_out(wanted, ctx.layout), *[None] * len(ctx.numbers)
