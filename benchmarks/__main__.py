@@ -33,7 +33,7 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "backward": B
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         status: int = options.command(options)
     except FileNotFoundError as error:
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line's."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -108,7 +109,7 @@ def _device(options: argparse.Namespace) -> torch.device:
     return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _selected(options: argparse.Namespace, *, on_gpu: bool, tiny: bool) -> dict[str, Any]:
+def selected(options: argparse.Namespace, *, on_gpu: bool, tiny: bool) -> dict[str, Any]:
     """The fields of `runner.Selection`."""
     named = {f"{name}s": getattr(options, name) for name in ("op", "shape", "mode", "dtype", "backend")}
     return {**named, "passes": options.passes, "tiny": tiny, "on_gpu": on_gpu}
@@ -125,7 +126,7 @@ def _run(options: argparse.Namespace) -> int:
     if path is None and not tiny:
         path = measurements.path_of(name, commit())
     started, found = time.monotonic(), []
-    selection = runner.Selection(**_selected(options, on_gpu=on_gpu, tiny=tiny))
+    selection = runner.Selection(**selected(options, on_gpu=on_gpu, tiny=tiny))
     for rows in runner.run(selection, device, effort):
         measurements.print_measurements(rows)
         sys.stdout.flush()
@@ -149,7 +150,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _against(options: argparse.Namespace) -> int:
     device = _device(options)
-    selection = _selected(options, on_gpu=device.type == "cuda", tiny=options.quick)
+    selection = selected(options, on_gpu=device.type == "cuda", tiny=options.quick)
     selection["backends"] = options.backend or ["torch", "compile", "triton"]
     changes = []
     how = {"quick": options.quick, "cpu_time": options.cpu_time}

@@ -22,9 +22,12 @@ from xml.etree import ElementTree
 
 import torch
 
+from benchmarks import __main__ as command_line
+from benchmarks import runner
 from benchmarks.machine import ROOT, commit, environment_with, origin, slug, version_of
 from benchmarks.measurements import FAILED, IN_GRAPH, RESULTS, RIGHT, WRONG, Measurement, append, read
 from benchmarks.text import duration, print_table
+from benchmarks.timing import Effort
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,27 @@ class Part:
         words += ["--dtype", self.dtypes] if self.dtypes else []
         return [*words, "--device", "cuda"]
 
+    def selection(self) -> runner.Selection:
+        """What it measures on a GPU."""
+        options = command_line.parser().parse_args(self.command(Path(), dry_run=False)[3:])
+        return runner.Selection(**command_line.selected(options, on_gpu=True, tiny=False))
 
-TESTS = "tests"
+    @property
+    def projected(self) -> float:
+        """The seconds that it is expected to take on a GPU, its kernels compiled: a count, never measured."""
+        if not self.ops or set(self.ops.split(",")) & set(runner.DIRECT):
+            return self.limit
+        effort = Effort()
+        runs = sum(len(group.contenders) * len(group.passes) for group in self.selection().groups())
+        each = PER_RUN + 2 * effort.rounds * effort.sample_seconds  # eager, and in a graph
+        return min(self.limit, PER_PART + runs * each)
+
+
+PER_PART, PER_RUN = 12.0, 1.0
+"""Seconds to start a part's process, and to check and warm up a pass of a contender: guesses, on the safe
+side."""
+
+COMPILE, TESTS = "compile", "tests"
 
 _LONG = "paper_train,paper_imagine,long_64,long_128,token_64,token_128"
 _DECODER = {
@@ -67,8 +89,9 @@ _DECODER = {
 }
 
 PARTS = {
-    "floors": Part(limit=40, ops="floors"),
-    TESTS: Part(limit=210),
+    "floors": Part(limit=30, ops="floors"),
+    COMPILE: Part(limit=60),
+    TESTS: Part(limit=150),
     "pop": Part(limit=60, ops="pop", backends="triton", shapes=_LONG),
     "retention": Part(limit=60, ops="retention", backends="triton", shapes=_LONG),
     "token-wise": Part(limit=40, ops="token_wise", backends="triton", dtypes="bf16"),
@@ -77,7 +100,8 @@ PARTS = {
     "decoder": Part(limit=50, backends="triton", **_DECODER),
     "compiled decoder": Part(limit=100, backends="triton-compile", **_DECODER),
 }
-"""The parts in the order in which they run, the most telling first: where time runs out, the last are cut."""
+"""The parts in the order in which they run, the most telling first, after what they need. Where time runs
+out, parts that would not fit are skipped, and later ones that fit are not."""
 
 WHOLE = 455
 """Time limit in seconds for all parts together."""
@@ -111,7 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found: dict[str, Rows] = {}
         for part in options.parts:
             left = WHOLE * (REHEARSED if options.dry_run else 1) - (time.monotonic() - started)
-            found[part] = _run_part(part, left, path, Path(folder), environment, dry_run=options.dry_run)
+            command = command_of(part, options.parts, path, Path(folder), dry_run=options.dry_run)
+            found[part] = _run_part(part, command, left, path, Path(folder), environment)
+    if options.dry_run:
+        print_projection(options.parts)
     print_report(found)
     versions = ", ".join(
         f"{name} {version_of(name)}" for name in ("torch", "triton", "flash-linear-attention")
@@ -150,21 +177,46 @@ def _environment(folder: Path, *, dry_run: bool) -> dict[str, str]:
     return environment_with(ROOT, packages) | extra
 
 
+def command_of(part: str, parts: Sequence[str], csv: Path, folder: Path, *, dry_run: bool) -> list[str]:
+    """The command that runs a part, for a report of these parts."""
+    if part == TESTS:
+        return pytest_command(junit_of(folder), dry_run=dry_run)
+    if part != COMPILE:
+        return PARTS[part].command(csv, dry_run=dry_run)
+    words = [sys.executable, "-m", "benchmarks.compile_ahead", "--csv", str(csv)]
+    return [*words, *(["--dry-run"] if dry_run else []), *(name for name in parts if name != COMPILE)]
+
+
+def junit_of(folder: Path) -> Path:
+    """Where the tests' report goes."""
+    return folder / f"{TESTS}.xml"
+
+
 def _run_part(
-    part: str, left: float, csv: Path, folder: Path, environment: Mapping[str, str], *, dry_run: bool
+    part: str, command: Sequence[str], left: float, csv: Path, folder: Path, environment: Mapping[str, str]
 ) -> Rows:
-    """Run a part; its rows go to ``csv`` as they come, so that a report that is killed leaves them."""
-    if left <= 0:
-        print(f"{part}: not started, no time is left", flush=True)
-        late = [_failure(part, "not started: no time was left")]
+    """Run a part; its rows go to ``csv`` as they come, so that a report that is killed leaves them.
+
+    Args:
+        part: its name.
+        command: runs it.
+        left: seconds left for the whole report; a part that is expected to take longer is skipped.
+        csv, folder: where its rows go, and its output.
+        environment: its variables; Triton's interpreter is on in a rehearsal.
+    """
+    dry_run, is_tests = environment["TRITON_INTERPRET"] == "1", part == TESTS
+    slower = REHEARSED if dry_run else 1
+    if left < PARTS[part].projected:
+        wanted = f"it is expected to take {PARTS[part].projected:.0f} s, and {max(0.0, left):.0f} s are left"
+        print(f"{part}: skipped, {wanted}", flush=True)
+        late = [_failure(part, f"skipped: {wanted}")]
         append(csv, late)
         return late
-    limit = min(PARTS[part].limit * (REHEARSED if dry_run else 1), left)
-    junit, log = (folder / f"{slug(part)}{suffix}" for suffix in (".xml", ".log"))
-    is_tests, before = part == TESTS, read(csv)
-    command = (
-        pytest_command(junit, dry_run=dry_run) if is_tests else PARTS[part].command(csv, dry_run=dry_run)
-    )
+    limit = min(PARTS[part].limit * slower, left)
+    junit, log = junit_of(folder), folder / f"{slug(part)}.log"
+    before = read(csv)
+    if part == COMPILE:
+        environment = {**environment, "TRITON_INTERPRET": "0", "RETPOP_GPU_TESTS": ""}
     ended = run_limited(command, limit, log, environment)
     measured = [] if is_tests else [row for row in read(csv) if row not in before]
     found = rows_of_tests(junit) if is_tests else []
@@ -278,6 +330,14 @@ def _test_row(case: ElementTree.Element) -> Measurement:
         verdict=RIGHT if problem is None else FAILED,
         note=note,
     )
+
+
+def print_projection(parts: Sequence[str]) -> None:
+    """Print the seconds that each part is expected to take on a GPU."""
+    print("\nExpected on a GPU, by count:", end=" ")
+    times = {part: PARTS[part].projected for part in parts}
+    print(", ".join(f"{part} {seconds:.0f} s" for part, seconds in times.items()), end="")
+    print(f"; {sum(times.values()):.0f} s of {WHOLE}")
 
 
 def print_report(found: Mapping[str, Rows]) -> None:

@@ -49,6 +49,7 @@ class Compilation:
 
     Attributes:
         kernel: the `triton.jit` function.
+        architecture: a name in `TARGETS`.
         key: Triton's key for the compiled kernel: equal keys compile once.
         signature, constants, attributes: the kernel's specialisation.
         options: Triton's, all of them, defaults included.
@@ -57,6 +58,7 @@ class Compilation:
     """
 
     kernel: Any
+    architecture: str
     key: str
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
@@ -103,6 +105,7 @@ def recorded(architecture: str) -> Iterator[list[Compilation]]:
             compilations.append(
                 Compilation(
                     kernel=kernel,
+                    architecture=architecture,
                     key=f"{kernel.__name__}: {key}",
                     signature=signature,
                     constants=constants,

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 CPU = torch.device("cpu")
 
-PARTS = [part for part in report.PARTS if part != report.TESTS]
+PARTS = [name for name, part in report.PARTS.items() if part.ops]
 
 
 def test_the_yardstick_of_rem_is_that_of_the_targets() -> None:
@@ -84,8 +84,8 @@ def test_every_part_measures(part: str, tmp_path: Path) -> None:
 def test_every_part_asks_for_what_is_there(part: str) -> None:
     """Of the names on its command line on a GPU."""
     words = report.PARTS[part].command(Path("rows"), dry_run=False)
-    options = command_line._parser().parse_args(words[3:])
-    found = list(runner.Selection(**command_line._selected(options, on_gpu=True, tiny=False)).groups())
+    options = command_line.parser().parse_args(words[3:])
+    found = list(report.PARTS[part].selection().groups())
     direct = set(options.op) & set(runner.DIRECT)
     assert direct or {group.op for group in found} == set(options.op)
     for names, name in ((options.mode, "mode"), (options.dtype, "dtype")):
@@ -295,12 +295,40 @@ def test_rows_of_a_part_that_is_cut_are_kept(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(report, "run_limited", run_limited)
     (tmp_path / "pop.log").touch()
     csv = tmp_path / "report.csv"
-    kept, cut = report._run_part("pop", 1000.0, csv, tmp_path, {}, dry_run=False)
+
+    def run_part(part: str, left: float) -> list[Measurement]:
+        command = report.command_of(part, [part], csv, tmp_path, dry_run=False)
+        return report._run_part(part, command, left, csv, tmp_path, {"TRITON_INTERPRET": "0"})
+
+    kept, cut = run_part("pop", 1000.0)
     assert kept == ROW
     assert (cut.verdict, cut.note) == ("failed", "stopped after 60 s")
-    (late,) = report._run_part("retention", -1.0, csv, tmp_path, {}, dry_run=True)
-    assert late.note == "not started: no time was left"
+    expected = report.PARTS["retention"].projected
+    (late,) = run_part("retention", expected - 2)
+    assert late.note == f"skipped: it is expected to take {expected:.0f} s, and {expected - 2:.0f} s are left"
     assert read(csv) == [kept, cut, late]
+
+
+def test_a_part_is_expected_to_take_what_it_measures() -> None:
+    """More contenders take longer; what is not counted takes its limit; none takes more than that."""
+    parts = report.PARTS
+    assert parts["token-wise"].projected < replace(parts["token-wise"], dtypes="").projected
+    assert parts["rem_atari"].projected == parts["rem_atari"].limit
+    assert replace(parts["pop"], limit=13.0).projected == 13.0
+
+
+def test_what_a_report_launches_is_recorded(tmp_path: Path) -> None:
+    """Kernels of tests and of an operation, each once, without a GPU."""
+    path = tmp_path / "rows"
+    command = report.command_of(
+        report.COMPILE, ["token-wise", report.COMPILE, report.TESTS], path, tmp_path, dry_run=True
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0", "RETPOP_GPU_TESTS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {row.mode: int(row.note.split()[0]) for row in read(path)}
+    assert found["token-wise"] > 3
+    assert found["tests"] > 60
 
 
 def rehearse(folder: Path, *arguments: str) -> tuple[str, list[dict[str, str]]]:
@@ -339,6 +367,6 @@ def test_a_short_rehearsal(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_rehearsal(tmp_path: Path) -> None:
     shown, rows = rehearse(tmp_path)
-    ops = {op for part in report.PARTS.values() for op in part.ops.split(",") if op} | {"tests"}
+    ops = {op for part in report.PARTS.values() for op in part.ops.split(",") if op} | {"tests", "compile"}
     assert {row["op"] for row in rows} == ops
     assert " 0 failed" in shown.splitlines()[-3]
