@@ -210,6 +210,15 @@ _WHOLE = {"sm_90": (32, 8, 2)}
 _WIDE = {"sm_90": 64}
 
 
+BUSY_ENOUGH, BUSY_IN_A_SPLIT = 0.6, 0.85
+"""Shares of SM time: see `retention_bwd_config`. 0.85 · 10 / 14 is 0.6."""
+
+
+def busy(programs: int, multiprocessors: int) -> float:
+    """The share of the time of multiprocessors in use by programs that run one on each, round after round."""
+    return programs / (-(-programs // multiprocessors) * multiprocessors)
+
+
 def retention_bwd_config(
     *,
     tokens: int,
@@ -225,8 +234,8 @@ def retention_bwd_config(
 
     1. Head dims up to 64: one sweep for dk and dv, unsliced, because dk is a sum over Dv.
     2. Up to 128, where `_WHOLE` has tiles: the same, and dq without slices too. Such a program has an SM for
-       itself, so there are at most as many stretches as give each SM one. Short sequences that would leave
-       half of the SMs idle go on to 3.
+       itself. A split has the fewest stretches that keep SMs busy (`BUSY_IN_A_SPLIT`); it moves 14 tensors
+       instead of 10, so it is for what would be less than `BUSY_ENOUGH`. Short sequences then go on to 3.
     3. One sweep each, which multiply as the forward does, so with its tiles and slices, or wider ones
        (`_WIDE`).
     """
@@ -257,11 +266,14 @@ def retention_bwd_config(
     keys, values = alone(*reversed(head_dims)), alone(*head_dims)
     both = _sweep_for_both(head_dims, kind)
     if both is None and kind in _WHOLE and padded(max(head_dims)) == 128:
-        stretches = multiprocessors // max(1, sequences * num_heads)
-        if stretches < 2 or may_split(tokens, sequences):
+        pairs = max(1, sequences * num_heads)
+        is_busy = busy(pairs, multiprocessors) >= BUSY_ENOUGH
+        if is_busy or may_split(tokens, sequences):
             both, queries = _whole(head_dims, kind, tiles(*reversed(head_dims)))
             each, rows = -(-tokens // max(1, sequences)), max(both.tile, keys.tile, values.tile)
-            stretch = None if stretches < 2 else stretch_of(stretches, each, rows, 128)
+            counts = range(2, multiprocessors + 1)
+            stretches = next((n for n in counts if busy(n * pairs, multiprocessors) >= BUSY_IN_A_SPLIT), 2)
+            stretch = None if is_busy else stretch_of(stretches, each, rows, 128)
             queries = replace(queries, stretch=stretch)
             return RetentionBwdConfig(both=both, keys=keys, values=values, queries=queries, stretch=stretch)
     sweeps = [keys, values] if both is None else [both]
