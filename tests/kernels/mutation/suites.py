@@ -29,7 +29,8 @@ from retpop.position import rotary_frequencies, rotate, rotation_at
 class Check:
     """A call of a launcher and what it has to return; None if it only must not reach outside its tensors.
 
-    The tolerance is a share of the largest expected value; rounding in float32 leaves about 1e-6 of it.
+    The tolerance is a share of the largest expected value; rounding in float32 leaves about 1e-6 of it. An
+    argument that is `changed` in place is given as a copy, which is the last result.
     """
 
     module: str
@@ -38,6 +39,7 @@ class Check:
     options: dict[str, Any]
     expected: Sequence[Tensor] | None
     tolerance: float = 1e-5
+    changed: int | None = None
 
     def __call__(self) -> None:
         """Raises where the kernel, as the module now is, does anything else than expected."""
@@ -45,11 +47,15 @@ class Check:
             if place is not None:  # what an earlier run has written must not pass for this one's
                 place.fill_(math.nan)
         launch = getattr(importlib.import_module(f"retpop.kernels.{self.module}"), self.launcher)
+        arguments = list(self.arguments)
+        if self.changed is not None:
+            arguments[self.changed] = arguments[self.changed].clone()
         with audit(races=self.expected is not None):
-            found = launch(*self.arguments, **self.options)
+            found = launch(*arguments, **self.options)
         if self.expected is None:
             return
         found = [found] if isinstance(found, Tensor) else [x for x in found if x is not None]
+        found += [] if self.changed is None else [arguments[self.changed]]
         for actual, expected in zip(found, self.expected, strict=True):
             size = float(expected.abs().max()) if expected.numel() else 0.0
             torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=self.tolerance * size)
@@ -142,6 +148,26 @@ def step() -> list[Check]:
         )
         arguments = (q, k, v, LOG_DECAY[:3], state, SCALE)
         checks.append(Check("retention_step", "retention_step", arguments, {}, [out[:, 0], new]))
+    return checks
+
+
+def pooled() -> list[Check]:
+    """Two of four rows have a place in the pool, the others one before it and one behind it."""
+    checks = []
+    index, T = torch.tensor([2, -1, 4, 0]), 3
+    for counts, (Dk, Dv) in (([1, 3, 2, 0], (20, 17)), (None, (16, 40))):
+        q, k, v = (numbers(4, T, 3, dim, seed=seed) for seed, dim in enumerate((Dk, Dk, Dv)))
+        states = numbers(4, 3, Dk, Dv, seed=3)
+        out, new = torch.zeros(4, T, 3, Dv), states.clone()
+        for row in (0, 3):
+            place, taken = int(index[row]), T if counts is None else counts[row]
+            given = {"state": states[place : place + 1], "scale": SCALE}
+            tokens = [x[row : row + 1] for x in (q, k, v)]
+            out[row], _ = reference.retention(*tokens, LOG_DECAY[1:], **given)
+            _, new[place] = reference.retention(*(x[:, :taken] for x in tokens), LOG_DECAY[1:], **given)
+        count = None if counts is None else torch.tensor(counts)
+        arguments = (q, k, v, LOG_DECAY[1:], states, index, count, SCALE)
+        checks.append(Check("pooled_retention", "pooled_retention", arguments, {}, [out, new], changed=4))
     return checks
 
 
@@ -354,6 +380,7 @@ SUITES: dict[str, Callable[[], list[Check]]] = {
     "norm_gate": lambda: norm_gate() + norm_gate_bwd(),
     "rotary": rotary,
     "retention_step": step,
+    "pooled_retention": pooled,
     "retention_fwd": lambda: large_state() + retention(),
     "retention_bwd": retention_bwd,
     "pop_bwd_sweep": lambda: pop_bwd(split=False, pairs=True) + pop_bwd(split=False) + pop_bwd(split=True),
