@@ -25,8 +25,9 @@ setup-interplay: $(INSTALLED)  ## add the packages of others that tests/interpla
 	# Without what it asks for: versions of 2021 and 2022, which RetNet's forward pass does not need.
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps torchscale==0.3.0
 
-demo: $(INSTALLED)  ## train a small REM agent on Atari Breakout and write its report (about 4 minutes)
+demo: $(INSTALLED)  ## train an agent on Atari Breakout for 3 minutes, then let one play that was trained for an hour
 	$(BIN)/rem-atari train --preset tiny --env.game Breakout --seed 0 --run $(DEMO_RUN)
+	$(BIN)/rem-atari report krull --games 8
 
 # The tests' tensors are tiny: more threads would only wait for each other. So each core gets a process of its own,
 # and a file stays in one process, because what its tests share is made once a process. Files come in their order: the

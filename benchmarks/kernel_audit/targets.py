@@ -182,7 +182,7 @@ TARGETS = [
         for architecture, heads, covers, limit in (
             ("sm_90", "D <= 64", _small, 0),
             ("sm_90", "D above 64", lambda row: _large(row) and row["op"] not in _SWEPT, 0),
-            ("sm_90", "D above 64, reverse sweeps", _both(_large, _is(op=_SWEPT)), 64),
+            ("sm_90", "D above 64, reverse sweeps", _both(_large, _is(op=_SWEPT)), 16),
             ("sm_80", "D <= 64", _small, 64),
             ("sm_80", "D above 64", _large, 64),
         )

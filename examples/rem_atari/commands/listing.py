@@ -15,7 +15,7 @@ PURPOSES = {
     "tiny": ("4 minutes", "the whole agent on a real Atari game, as much as a CPU bears; learns little"),
     "catch": ("4 minutes", "learns a small game from nothing to nearly perfect"),
     "minatar": ("under an hour", "learns MinAtar's small games; Breakout unless env.id says otherwise"),
-    "small": ("an estimated hour", "a real Atari game at a CPU's size; first settings, learns none yet"),
+    "small": ("about an hour", "learns Krull, a real Atari game, on one core"),
     "paper": ("days on a CPU", "the published agent; wants a GPU, and `rem-atari weights` once before it"),
 }
 """Approximate time of each preset on two CPU cores, and its purpose."""

@@ -7,7 +7,7 @@ debug    seconds             runs every phase on Catch at toy sizes; learns noth
 tiny     at most 4 minutes   the whole agent on a real Atari game at a size a CPU bears; learns little
 catch    about 4 minutes     learns Catch, a small game of this package, from random play to nearly perfect
 minatar  under an hour       learns MinAtar's games (extra: minatar); what each gave: docs, Results
-small    an estimated hour   a real Atari game at a CPU's size: first settings, with which none is learned yet
+small    about an hour       learns Krull, a real Atari game, on one core; of other games: docs, Results
 paper    days; wants a GPU   the published agent
 =======  ==================  ==============================================================================
 """
