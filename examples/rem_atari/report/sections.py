@@ -97,11 +97,21 @@ def _how_it_imagines(config: Config) -> str:
     """A paragraph on what the films show and how to judge them."""
     return (
         "The starts are held out, those that a reward or an end follows come first. From each the world model"
-        " imagines on, one network pass a step, all tokens of a frame drawn at once. Below each frame the"
-        " reward (of an imagined one its sign) and the end of the episode, with the chance that the model"
+        f" imagines on, {_how_it_draws(config)}. Below each frame the reward (of an imagined one"
+        " its sign) and the end of the episode, with the chance that the model"
         f" gave them. It was trained on sequences of {config.world_model.sequence_blocks} steps; in what lies"
         f" beyond it has no practice.{_what_ends(config)}"
     )
+
+
+def _how_it_draws(config: Config) -> str:
+    """How the tokens of an imagined frame are drawn, in the midst of a sentence."""
+    if not config.world_model.pop:
+        return "token by token"
+    return {
+        "refine": "a few network passes a step, the most certain tokens of a frame first",
+        "groups": "one network pass a step, the tokens of a frame drawn in four groups of places",
+    }.get(config.world_model.draw, "one network pass a step, all tokens of a frame drawn at once")
 
 
 def _what_ends(config: Config) -> str:
