@@ -25,6 +25,7 @@ from rem_atari.report.text import section, size, table
 from rem_atari.runs.command_line import named_modules
 from rem_atari.runs.config_file import describe_edits
 from rem_atari.runs.durable import replace_file
+from rem_atari.runs.folder import is_run_folder
 from rem_atari.runs.reading import is_number
 from rem_atari.runs.session import short_commit
 from rem_atari.runs.tensorboard import show_pictures
@@ -87,7 +88,7 @@ def write_page(data: RunData) -> Path:
         ("imagination.gif", _save_imagination),
     ):
         attempt(f"media/{picture}", data.notes, partial(save, media / picture, report))
-    if data.folder.tensorboard.is_dir():
+    if is_run_folder(run):
         shown = [media / name for name in ("reconstructions.png", "imagination.gif")]
         show = partial(show_pictures, data.folder.tensorboard, shown, _epoch(report))
         attempt("TensorBoard's pictures", data.notes, show)

@@ -218,5 +218,5 @@ def test_what_comes_with_the_package_is_small_and_dreams(name: str) -> None:
     assert read_about(BUNDLED / name)["figures"]["agent"]["episodes"] >= 100
 
 
-def test_catch_and_breakout_come_with_the_package() -> None:
-    assert list_bundled() == ["breakout", "catch"]
+def test_these_agents_come_with_the_package() -> None:
+    assert list_bundled() == ["breakout", "catch", "krull"]
