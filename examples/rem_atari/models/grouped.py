@@ -54,17 +54,46 @@ class GroupedWorldModel(WorldModel):
         generator: torch.Generator,
         temperature: float,
     ) -> Tensor:
-        tokens, drawn = torch.zeros_like(before), codes.embeddings.new_zeros(step.predicted.shape)
-        for places in self.neighbours.groups:
-            given = step.predicted[:, places] + self.neighbours(drawn, places)
+        tokens = torch.zeros_like(before)
+        drawn = self.neighbours.with_nothing(codes.embeddings.new_zeros(step.predicted.shape))
+        for group in self.neighbours.groups:
+            places = group.places
+            given = step.predicted[:, places] + self.neighbours.of_group(group, drawn)
             logits = self._token_logits(given, codes)
             tokens[:, places] = sample_categorical(logits, generator, temperature=temperature)
             drawn[:, places] = self._embed_tokens(tokens[:, places], codes)
         return tokens
 
 
+class Group(nn.Module):
+    """Places whose tokens are drawn together, and the neighbours of theirs that are drawn before them.
+
+    Args:
+        places: n places, (n,) int64.
+        table: the neighbours of each place, (K, 8), as in `_neighbours`.
+    """
+
+    places: Tensor
+    """The places, (n,) int64."""
+    sides: Tensor
+    """The directions, indices of `AROUND`, in which a place of the group has such a neighbour, (k,) int64."""
+    near: Tensor
+    """The neighbours of each place in these directions, (n, k) int64; K, which stands for nothing, at a rim."""
+
+    def __init__(self, places: Tensor, table: Tensor) -> None:
+        super().__init__()
+        near = table[places]
+        sides = (near < len(table)).any(dim=0).nonzero().flatten()
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("sides", sides, persistent=False)
+        self.register_buffer("near", near[:, sides], persistent=False)
+
+
 class Neighbours(nn.Module):
     """A summary of the tokens around each place that are of an earlier group.
+
+    The first group has no such neighbours and the next two have four, so half of the products of the first
+    layer, those with nothing, are left out.
 
     Args:
         width: of the embeddings.
@@ -74,42 +103,50 @@ class Neighbours(nn.Module):
         ValueError: K is no square.
     """
 
-    table: Tensor
-    """The neighbours of each place, (K, 8) int64; K, which stands for nothing, where one comes later."""
-    in_order: Tensor
-    """The places in the order in which they are drawn, (K,) int64."""
+    back: Tensor
+    """Where each place stands in the order in which places are drawn, (K,) int64."""
 
     def __init__(self, width: int, num_tokens: int) -> None:
         super().__init__()
         table, group = _neighbours(side_of(num_tokens))
-        self.register_buffer("table", table, persistent=False)
-        in_order = [(group == n).nonzero().flatten() for n in range(4)]
-        self.register_buffer("in_order", torch.cat(in_order), persistent=False)
-        self.sizes = [len(places) for places in in_order if len(places) > 0]
+        by_group = [(group == n).nonzero().flatten() for n in range(int(group.max()) + 1)]
+        self.groups = nn.ModuleList(Group(places, table) for places in by_group)
+        self.register_buffer("back", torch.cat(by_group).argsort(), persistent=False)
         self.layers = nn.Sequential(
             nn.Linear(len(AROUND) * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
         )
 
-    @property
-    def groups(self) -> tuple[Tensor, ...]:
-        """The places of each group, in the order in which they are drawn."""
-        return self.in_order.split(self.sizes)
+    def forward(self, shown: Tensor) -> Tensor:
+        """Embedded tokens of observations (..., K, width) to the summaries of all places (..., K, width)."""
+        shown = self.with_nothing(shown)
+        summaries = torch.cat([self.of_group(group, shown) for group in self.groups], dim=-2)
+        return summaries.index_select(-2, self.back)
 
-    def forward(self, shown: Tensor, places: Tensor | None = None) -> Tensor:
-        """Embedded tokens of observations (..., K, width) to summaries (..., n, width).
+    def of_group(self, group: Group, shown: Tensor) -> Tensor:
+        """The summaries (..., n, width) of a group's places.
 
         Args:
-            shown: the tokens; those of later groups are not read.
-            places: the n places of which summaries are wanted; None: all.
+            group: one of `groups`.
+            shown: as `with_nothing` gives it; the tokens of later groups are not read.
         """
-        table = self.table if places is None else self.table[places]
-        padded = functional.pad(shown, (0, 0, 0, 1))
-        around = padded[..., table.flatten(), :].unflatten(-2, table.shape)
-        return self.layers(around.flatten(-2))
+        around = shown.index_select(-2, group.near.flatten()).unflatten(-2, group.near.shape).flatten(-2)
+        first, *rest = self.layers
+        weight = first.weight.unflatten(1, (len(AROUND), -1)).index_select(1, group.sides).flatten(1)
+        summaries = functional.linear(around, weight, first.bias)
+        for layer in rest:
+            summaries = layer(summaries)
+        return summaries
+
+    def with_nothing(self, shown: Tensor) -> Tensor:
+        """Embedded tokens (..., K, width), and after them the zeros that stand for nothing."""
+        return functional.pad(shown, (0, 0, 0, 1))
 
 
 def _neighbours(grid: int) -> tuple[Tensor, Tensor]:
-    """`Neighbours.table` of a square of places, and the group of each place, (K,)."""
+    """The neighbours of each place of a square that are of an earlier group, and the group of each place, (K,).
+
+    Neighbours are (K, 8) int64, by the directions of `AROUND`: places, or K where there is none.
+    """
     places = list(product(range(grid), repeat=2))
     group = {(row, column): ORDER[row % 2][column % 2] for row, column in places}
     nothing = grid**2

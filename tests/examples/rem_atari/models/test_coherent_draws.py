@@ -99,10 +99,10 @@ def in_groups(real: Tensor, before: Tensor, codes: int) -> Tensor:
     """Each token from the outcomes that agree with its neighbours of earlier groups."""
     neighbours, generator = Neighbours(2, 25), torch.Generator().manual_seed(0)
     drawn = torch.zeros_like(before)
-    for places in neighbours.groups:
-        for place in places.tolist():
+    for group in neighbours.groups:
+        for place, beside in zip(group.places.tolist(), group.near.tolist(), strict=True):
             fits = torch.ones(len(drawn), len(real), dtype=torch.bool)
-            for near in neighbours.table[place].tolist():
+            for near in beside:
                 if near < 25:
                     fits &= drawn[:, near, None] == real[:, near]
             fits |= ~fits.any(dim=1, keepdim=True)  # a surrounding that no outcome has: any of them

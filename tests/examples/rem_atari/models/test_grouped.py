@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rem_atari.config import WorldModelConfig
-from rem_atari.models.grouped import GroupedWorldModel, Neighbours
+from rem_atari.models.grouped import AROUND, GroupedWorldModel, Neighbours
 from rem_atari.models.sequence_tokens import SequenceTokens
 
 WIDTH, CODES = 8, 3
@@ -109,8 +109,25 @@ def test_a_token_is_read_by_its_neighbours_of_later_groups_alone():
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 9, 25])
 def test_every_place_is_drawn_once(num_tokens: int):
-    drawn = torch.cat(Neighbours(WIDTH, num_tokens).groups)
+    drawn = torch.cat([group.places for group in Neighbours(WIDTH, num_tokens).groups])
     assert sorted(drawn.tolist()) == list(range(num_tokens))
+
+
+@torch.no_grad()
+def test_a_group_reads_all_of_its_neighbours_by_the_whole_first_layer():
+    """A whole layer over all eight directions, zeros where there is no neighbour of an earlier group."""
+    grid = 5
+    neighbours = Neighbours(WIDTH, grid**2)
+    shown = torch.randn(3, grid**2, WIDTH, generator=torch.Generator().manual_seed(0))
+    order = {place: n for n, group in enumerate(neighbours.groups) for place in group.places.tolist()}
+    around = torch.zeros(3, grid, grid, 8, WIDTH)
+    for row, column in product(range(grid), repeat=2):
+        for n, (down, right) in enumerate(AROUND):
+            y, x = row + down, column + right
+            if 0 <= y < grid and 0 <= x < grid and order[y * grid + x] < order[row * grid + column]:
+                around[:, row, column, n] = shown[:, y * grid + x]
+    wanted = neighbours.layers(around.flatten(3).flatten(1, 2))
+    torch.testing.assert_close(neighbours(shown), wanted)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 2, 15])
