@@ -78,7 +78,7 @@ class Group(nn.Module):
     sides: Tensor
     """The directions, indices of `AROUND`, in which a place of the group has such a neighbour, (k,) int64."""
     near: Tensor
-    """The neighbours of each place in these directions, (n, k) int64; K, which stands for nothing, at a rim."""
+    """The neighbours in these directions, (n, k) int64; at a rim K, which stands for nothing."""
 
     def __init__(self, places: Tensor, table: Tensor) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Neighbours(nn.Module):
 
 
 def _neighbours(grid: int) -> tuple[Tensor, Tensor]:
-    """The neighbours of each place of a square that are of an earlier group, and the group of each place, (K,).
+    """The neighbours of each place that are of an earlier group, and the group of each place, (K,), in a square.
 
     Neighbours are (K, 8) int64, by the directions of `AROUND`: places, or K where there is none.
     """
