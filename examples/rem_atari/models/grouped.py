@@ -143,7 +143,7 @@ class Neighbours(nn.Module):
 
 
 def _neighbours(grid: int) -> tuple[Tensor, Tensor]:
-    """The neighbours of each place that are of an earlier group, and the group of each place, (K,), in a square.
+    """The neighbours of each place that are of an earlier group, and the group of each place, (K,).
 
     Neighbours are (K, 8) int64, by the directions of `AROUND`: places, or K where there is none.
     """
