@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -118,7 +119,9 @@ def choose_backend(where: str, backend: str, inputs: Inputs) -> tuple[Backend, s
         raise ValueError(f"{where}: backend is {backend!r}; it must be one of {NAMES}.")
     if backend == "auto" and inputs.device.type != "cuda":
         return torch_backend, f'"auto" takes it on {inputs.device.type}'
-    reason = why_unavailable(*inputs)
+    # Where a compiler traces sizes as symbols, those of a head become numbers: kernels are compiled for them.
+    head_dims = index(inputs.key_dim), index(inputs.value_dim)
+    reason = why_unavailable(inputs.device, inputs.dtype, *head_dims)
     if backend == "triton":
         if reason is not None:
             raise RuntimeError(f'{where}: backend="triton" cannot run: {reason}; "torch" or "auto" can.')

@@ -107,6 +107,11 @@ def _check_states(states: Tensor, q: Tensor, v: Tensor) -> None:
         )
     if states.device != q.device:
         raise ValueError(f"{WHERE}: states is on {states.device} but q is on {q.device}.")
+    if any(size > 1 and stride == 0 for size, stride in zip(states.shape, states.stride(), strict=True)):
+        raise ValueError(
+            f"{WHERE}: states has strides {states.stride()}; no two elements of what is changed in place may "
+            "share memory, as those of an expanded tensor do."
+        )
 
 
 def _check_numbers(name: str, numbers: Tensor, q: Tensor, least: int, most: int) -> None:

@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 from module_cases import assert_same_state, make_decoder, random_state, small_config
-from retention_cases import assert_same_gradients, gradients, normal
+from retention_cases import assert_same_gradients, assert_same_results, gradients, normal
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from retpop import RetNetDecoder, RetNetState
+from retpop import RetNetDecoder, RetNetState, retention, retnet_decay
 from retpop.ops.triton_backend import custom
 
 float32 = partial(make_decoder, torch.float32, num_layers=1)
@@ -92,6 +92,20 @@ def test_packed_sequences_compile_too() -> None:
         x, cu_seqlens = tokens(1, bounds[-1]), torch.tensor(bounds)
         assert_same(run(x, cu_seqlens), decoder(x, state, cu_seqlens=cu_seqlens, backend="torch"))
     assert run.graphs == 2
+
+
+@pytest.mark.usefixtures("fresh_compiler", "by_pytorch")
+def test_all_sizes_may_be_symbols() -> None:
+    """Those of a head become numbers."""
+
+    @partial(torch.compile, backend="eager", fullgraph=True, dynamic=True)
+    def run(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return retention(q, q, v, retnet_decay(2), backend="triton")
+
+    for T, Dk in ((5, 4), (3, 6)):
+        q, v = (normal(2, T, 2, D, seed=D, dtype=torch.float32) for D in (Dk, 3))
+        expected = retention(q, q, v, retnet_decay(2), backend="torch")
+        assert_same_results(run(q, v), expected, 1e-5)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

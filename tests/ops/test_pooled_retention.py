@@ -133,11 +133,29 @@ def test_a_gradient_is_refused() -> None:
         assert retpop.pooled_retention(q, *arguments).isfinite().all()
 
 
+@backends
+def test_autograd_sees_that_saved_states_have_changed(backend: str) -> None:
+    case = RetentionCase.make(2, 1, 2, 8, 12, dtype=torch.float32, with_state=False)
+    pool = pool_of(case)
+    weight = torch.ones_like(pool, requires_grad=True)
+    loss = (weight * pool).sum()
+    retpop.pooled_retention(
+        case.q, case.k, case.v, case.log_decay, pool, torch.tensor([1, 0]), backend=backend
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"states": torch.zeros(5, 2, 8, 8)}, ValueError, r"states has shape .*\(2, 8, 12\)"),
         ({"states": torch.zeros(5, 2, 8, 12).half()}, TypeError, r"states is torch.float16.*torch.float32"),
+        (
+            {"states": torch.zeros(1, 2, 8, 12).expand(5, -1, -1, -1)},
+            ValueError,
+            r"states has strides \(0, 96, 12, 1\); no two elements",
+        ),
         (
             {"index": torch.tensor([1.0, 2.0])},
             TypeError,

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from importlib import import_module
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -65,8 +66,14 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 class KernelOp:
     """An op that kernels compute; call it with its arguments in order."""
 
-    def __init__(self, op: torch.library.CustomOpDef, launch: _Run, keep: _Run | None) -> None:
-        self._op, self._launch, self._keep = op, launch, keep
+    def __init__(
+        self,
+        op: torch.library.CustomOpDef,
+        launch: _Run,
+        keep: _Run | None = None,
+        changed: Sequence[int] = (),
+    ) -> None:
+        self._op, self._launch, self._keep, self._changed = op, launch, keep, changed
         self._function: type[torch.autograd.Function]
 
     @property
@@ -87,7 +94,10 @@ class KernelOp:
         forms = kernels("repeat").forms_of(arguments, tensors)
         if forms is None or not run_kernels(tensors):
             return self._op(*arguments)
-        return self.run(forms, tensors)
+        results = self.run(forms, tensors)
+        for place in self._changed:  # autograd must see it if it has saved the tensor
+            torch.autograd.graph.increment_version(arguments[place])
+        return results
 
     def run(self, forms: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
         """The results of eager arguments of these forms and tensors, which kernels can run."""
@@ -196,7 +206,8 @@ def kernel_op(
         raise RuntimeError(f'retpop::{name}: the Triton backend has no vmap; backend="torch" has.')
 
     op.register_vmap(refuse)
-    return KernelOp(op, launch, keep)
+    names = list(signature(launch).parameters)
+    return KernelOp(op, launch, keep, [names.index(name) for name in changes])
 
 
 def add_gradient(
