@@ -25,7 +25,7 @@ from rem_atari.films.games import BestAndWorst, GameFilm
 from rem_atari.films.video import check_video_path, enlarge, save_video
 from rem_atari.report.history import Returns
 from rem_atari.report.rivals import POLICY_NAMES, Rivals, has_learned, learned_sentence, read_rivals
-from rem_atari.runs.durable import replace_file
+from rem_atari.runs.durable import make_writable, replace_file
 from rem_atari.runs.reading import EPISODES_FILE, SUMMARY_FILE
 from rem_atari.runs.trained import TrainedAgent, load_trained
 from rem_atari.scores.published import human_normalised, reference_scores
@@ -42,9 +42,7 @@ ATARI_FPS, OTHER_FPS = 15.0, 5.0
 OWN_FILES = (EPISODES_FILE, SUMMARY_FILE, "best.mp4", "worst.mp4")
 """All files that an evaluation writes; other files in its folder are not deleted."""
 
-PROBE = ".probe"
-
-_LEFTOVER = re.compile(r"\.writing-\d+-(best|worst)\.mp4|\.(episodes\.csv|summary\.json|\.probe)\.writing")
+_LEFTOVER = re.compile(r"\.writing-\d+-(best|worst)\.mp4|\.(episodes\.csv|summary\.json)\.writing")
 """Temporary names of `save_video` and `replace_file`."""
 
 
@@ -122,12 +120,10 @@ def _make_folder(folder: Path) -> Path:
         if (folder / name).is_dir():
             raise UsageError(f"cannot write {folder / name}: it is a folder; --out names another")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_writable(folder)
         for leftover in folder.iterdir():
             if _LEFTOVER.fullmatch(leftover.name):
                 leftover.unlink()
-        replace_file(folder / PROBE, b"")
-        (folder / PROBE).unlink()
     except OSError as error:
         raise UsageError(
             f"cannot write to {folder}: {error.strerror or error}; --out names another"

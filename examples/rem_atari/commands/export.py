@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from rem_atari.commands.counting import counting, tell
 from rem_atari.errors import RunError, UsageError, describe_os_error
 from rem_atari.evaluation import evaluate, make_test_envs, playing_conditions
 from rem_atari.inference.loading import load_starts
-from rem_atari.report.history import Returns, returns_of
+from rem_atari.report.history import MetricLine, Returns, returns_of
 from rem_atari.runs.checkpoint import Checkpoint
+from rem_atari.runs.durable import make_writable
 from rem_atari.runs.exported import is_exported, movable, write_exported
 from rem_atari.runs.model_card import model_card
 from rem_atari.runs.reading import read_json_lines
@@ -39,8 +38,13 @@ def export(arguments: ExportArguments) -> None:
     config = movable(trained.config)
     trained = replace(trained, config=config, agent=build_agent(config, checkpoint))
     starts = load_starts(trained, arguments.starts)
-    _make_room(arguments.out)
-    figures = _measure(trained, arguments.episodes)
+    metrics = trained.metrics
+    lines = [] if metrics is None else read_json_lines(metrics)[0]
+    try:
+        make_writable(arguments.out)
+    except OSError as error:
+        raise RunError(describe_os_error(error)) from error
+    figures = _measure(trained, arguments.episodes, lines)
     try:
         write_exported(
             arguments.out,
@@ -49,7 +53,7 @@ def export(arguments: ExportArguments) -> None:
             starts,
             card=model_card(trained, figures),
             figures=figures,
-            metrics=_metrics_of(trained),
+            metrics=None if metrics is None else metrics.read_bytes(),
         )
     except OSError as error:
         raise RunError(describe_os_error(error)) from error
@@ -66,15 +70,6 @@ def _check(arguments: ExportArguments) -> None:
     is_free = not out.exists() or is_exported(out) or (out.is_dir() and not any(out.iterdir()))
     if out.is_symlink() or not is_free:
         raise UsageError(f"{out} holds something else; wanted a new or empty folder, or an exported agent")
-
-
-def _make_room(out: Path) -> None:
-    """Make the folder and test that it is writable, before minutes are spent on games."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise RunError(describe_os_error(error)) from error
 
 
 def _checkpoint_of(trained: TrainedAgent, *, half: bool) -> Checkpoint:
@@ -94,13 +89,8 @@ def _state_of(trained: TrainedAgent) -> Mapping[str, Any]:
         return {**trained.state, "sees": envs.sees}
 
 
-def _metrics_of(trained: TrainedAgent) -> bytes | None:
-    """What the agent's run measured, if it is known."""
-    return trained.metrics.read_bytes() if trained.metrics.is_file() else None
-
-
-def _measure(trained: TrainedAgent, episodes: int) -> dict[str, Any]:
-    """Returns of the agent over some games, and of random play as its run measured it."""
+def _measure(trained: TrainedAgent, episodes: int, lines: Sequence[MetricLine]) -> dict[str, Any]:
+    """Returns of the agent over some games, and of random play as its run measured it in these lines."""
     if episodes == 0:
         return {}
     config = playing_conditions(trained.config)
@@ -116,5 +106,5 @@ def _measure(trained: TrainedAgent, episodes: int) -> dict[str, Any]:
     figures = {
         "agent": asdict(Returns(mean=result.mean, standard_error=result.standard_error, episodes=episodes))
     }
-    random = returns_of(read_json_lines(trained.metrics)[0], "random")
+    random = returns_of(lines, "random")
     return figures if random is None else figures | {"random_play": asdict(random)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rem_atari.arguments import ReportArguments
 from rem_atari.commands.counting import counting, tell
-from rem_atari.errors import RunError, UsageError
+from rem_atari.errors import RunError, UsageError, describe_os_error
 from rem_atari.runs.exported import is_exported
 from rem_atari.runs.folder import open_run_folder
 from rem_atari.runs.trained import load_trained
@@ -58,4 +58,5 @@ def _of_agent(arguments: ReportArguments) -> Path:
 
 def explain_unwritten(run: Path, error: Exception) -> str:
     """The sentence for a report that failed."""
-    return f"the report of {run} could not be written ({str(error) or type(error).__name__})"
+    reason = describe_os_error(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+    return f"the report of {run} could not be written ({reason})"

@@ -10,6 +10,7 @@ from rem_atari.replay.buffer import Replay
 from rem_atari.report.contents import RunData
 from rem_atari.report.history import MetricLine, read_lines
 from rem_atari.report.page import write_page
+from rem_atari.runs.durable import make_writable
 from rem_atari.runs.trained import TrainedAgent
 from rem_atari.training.seeding import derive_seed
 
@@ -35,9 +36,16 @@ def write_agent_report(
         The path of the page.
 
     Raises:
+        CheckpointError: what was measured in training is damaged.
         RunError: a game fails.
         OSError: the report cannot be written.
     """
+    notes = [
+        f"An exported agent: {games} games each of it and of random play were played for this page, and"
+        " the networks are measured on them. Curves, times and configuration are those of its training."
+    ]
+    lines = [] if trained.metrics is None else read_lines(trained.metrics, notes)
+    make_writable(trained.run.media)
     config = playing_conditions(trained.config)
     side = config.env.frame_size
     random_steps, agent_steps = (Replay((side, side, 3), STEPS_KEPT, seed=config.seed) for _ in range(2))
@@ -57,11 +65,6 @@ def write_agent_report(
         heldout=agent_steps,
         after_step=advance,
     )
-    notes = [
-        f"An exported agent: {games} games each of it and of random play were played for this page, and"
-        " the networks are measured on them. Curves, times and configuration are those of its training."
-    ]
-    lines = read_lines(trained.metrics, notes) if trained.metrics.is_file() else []
     return write_page(
         RunData(
             folder=trained.run,

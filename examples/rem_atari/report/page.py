@@ -24,7 +24,7 @@ from rem_atari.report.summary import header, the_run
 from rem_atari.report.text import section, size, table
 from rem_atari.runs.command_line import named_modules
 from rem_atari.runs.config_file import describe_edits
-from rem_atari.runs.durable import replace_file
+from rem_atari.runs.durable import make_writable, replace_file
 from rem_atari.runs.folder import is_run_folder
 from rem_atari.runs.reading import is_number
 from rem_atari.runs.session import short_commit
@@ -79,9 +79,9 @@ def write_page(data: RunData) -> Path:
         OSError: the report cannot be written.
     """
     run = data.folder.path
-    report = gather(data)
     media = run / "media"
-    media.mkdir(parents=True, exist_ok=True)
+    make_writable(media)
+    report = gather(data)
     for picture, save in (
         ("curves.png", _save_curves),
         ("reconstructions.png", _save_reconstructions),

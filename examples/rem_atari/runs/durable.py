@@ -6,10 +6,12 @@ cuts it short.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -44,18 +46,21 @@ def sync_folder(folder: Path) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name beside `path`, then rename it to `path`.
 
+    Processes that do so in one folder take turns, for they use the same temporary names.
+
     Raises:
         OSError: it cannot be written; what was at `path` is still there.
     """
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.unlink(missing_ok=True)  # left by a crash
-    write_durably(temporary, data)
-    try:
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with _taking_turns(path.parent):
+        temporary.unlink(missing_ok=True)  # left by a crash
+        write_durably(temporary, data)
+        try:
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def publish_file(temporary: Path, path: Path) -> None:
@@ -72,6 +77,32 @@ def publish_file(temporary: Path, path: Path) -> None:
             os.close(descriptor)
         temporary.replace(path)
     sync_folder(path.parent)
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is not there, and test that files can be written into it.
+
+    For use before minutes of work whose results go there.
+
+    Raises:
+        OSError: they cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def _taking_turns(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the folder, where its file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # NFS cannot lock a folder
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may hold the descriptor open
+        os.close(descriptor)
 
 
 @contextmanager

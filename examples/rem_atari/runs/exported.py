@@ -109,8 +109,8 @@ def read_exported(folder: Path) -> tuple[Config, Checkpoint]:
     """
     about = read_about(folder)
     try:
-        model = safetensors.torch.load(read_checked(folder / MODEL_FILE, about["files"][MODEL_FILE]))
-    except (KeyError, OSError, ValueError, TypeError, SafetensorError) as error:
+        model = safetensors.torch.load(_read_file(folder, MODEL_FILE, about))
+    except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     checkpoint = Checkpoint(step=about["step"], model=model, optimizer={}, state=about["state"])
     return Config.from_dict(about["config"]), checkpoint
@@ -124,11 +124,32 @@ def read_exported_starts(folder: Path) -> Starts:
         CheckpointError: their file is missing, cut short or altered.
     """
     about = read_about(folder)
-    try:
-        data = read_checked(folder / STARTS_FILE, about["files"][STARTS_FILE])
-    except (KeyError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from error
+    data = _read_file(folder, STARTS_FILE, about)
     return starts_from_bytes(data, Config.from_dict(about["config"]).env.frame_size)
+
+
+def find_exported_metrics(folder: Path) -> Path | None:
+    """The metrics.jsonl of an exported agent, whole; None if the agent came without one.
+
+    Raises:
+        UsageError: this is no exported agent.
+        CheckpointError: the file is missing, cut short or altered.
+    """
+    about = read_about(folder)
+    if METRICS_FILE not in about["files"]:
+        return None
+    _read_file(folder, METRICS_FILE, about)
+    return folder / METRICS_FILE
+
+
+def _read_file(folder: Path, name: str, about: Mapping[str, Any]) -> bytes:
+    """A file of an exported agent, checked by the digest in what its folder says about it."""
+    try:
+        return read_checked(folder / name, about["files"][name])
+    except KeyError as error:
+        raise CheckpointError(f"{folder} is damaged: {AGENT_FILE} has no entry {error}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from rem_atari.runs.checkpoint import (
     read_checkpoint,
 )
 from rem_atari.runs.config_file import parse_config
-from rem_atari.runs.exported import METRICS_FILE, is_exported, read_exported
+from rem_atari.runs.exported import find_exported_metrics, is_exported, read_exported
 from rem_atari.runs.folder import RunFolder, open_run_folder
 from rem_atari.training.setup import check_device, set_threads
 
@@ -62,9 +62,15 @@ class TrainedAgent:
     state: Mapping[str, Any]
 
     @property
-    def metrics(self) -> Path:
-        """What its run measured, one JSON object a line; an exported agent may lack the file."""
-        return self.source / METRICS_FILE if is_exported(self.source) else self.run.metrics
+    def metrics(self) -> Path | None:
+        """What its run measured, one JSON object a line; None if there is none.
+
+        Raises:
+            CheckpointError: the file of an exported agent is missing, cut short or altered.
+        """
+        if is_exported(self.source):
+            return find_exported_metrics(self.source)
+        return self.run.metrics if self.run.metrics.is_file() else None
 
     @property
     def epoch(self) -> int | None:

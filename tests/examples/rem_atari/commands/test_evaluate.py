@@ -22,6 +22,7 @@ from rem_atari.envs.vector import GameReturn, VectorStep
 from rem_atari.evaluation import EvaluationResult, playing_conditions
 from rem_atari.films.games import BestAndWorst
 from rem_atari.play.rollout import choose_actions
+from rem_atari.runs import durable
 from rem_atari.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from rem_atari.runs.folder import hold_run_folder
 from rem_atari.runs.trained import TrainedAgent, load_trained
@@ -328,11 +329,11 @@ def test_what_is_said_to_be_written_was_written_now(
 def test_a_folder_that_cannot_be_written_is_found_out_before_anything_is_played(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, data: bytes) -> None:
-        raise OSError(30, "Read-only file system", str(path))
+    def refuse(dir: Path) -> None:
+        raise OSError(30, "Read-only file system", str(dir))
 
     make_run(tmp_path / "run")
-    monkeypatch.setattr(evaluate_command, "replace_file", refuse)
+    monkeypatch.setattr(durable, "TemporaryFile", refuse)
     monkeypatch.setattr(evaluate_command, "play_games", None)
     assert "Read-only file system; --out names another" in fails(capsys, tmp_path / "run")
     (tmp_path / "out" / "best.mp4").mkdir(parents=True)

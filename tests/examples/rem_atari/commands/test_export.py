@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,19 @@ def damage(folder: Path, name: str, copy: Path) -> Path:
                 data[len(data) // 2] ^= 1
             (copy / path.name).write_bytes(data)
     return copy
+
+
+def change_metrics(folder: Path, data: bytes | None) -> None:
+    """Give an exported agent another record of its training, or none."""
+    path = folder / "metrics.jsonl"
+    about = read_about(folder)
+    if data is None:
+        path.unlink()
+        del about["files"][path.name]
+    else:
+        path.write_bytes(data)
+        about["files"][path.name] = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+    (folder / "agent.json").write_text(json.dumps(about))
 
 
 def test_it_is_the_agent_of_the_run(run: RunFolder, exported: Path) -> None:
@@ -104,7 +118,7 @@ def test_what_its_run_measured_goes_along(run: RunFolder, exported: Path, tmp_pa
     assert main(["export", str(exported), str(again), "--episodes", "0", "--starts", "10"]) == 0
     for folder in (exported, again):
         assert (folder / "metrics.jsonl").read_bytes() == run.metrics.read_bytes()
-    (again / "metrics.jsonl").unlink()
+    change_metrics(again, None)
     third = tmp_path / "third"
     for source, has_metrics in ((exported, True), (again, False)):
         assert main(["export", str(source), str(third), "--episodes", "0", "--starts", "10"]) == 0
@@ -115,8 +129,7 @@ def test_its_report_plays_the_games_that_it_measures(exported: Path, tmp_path: P
     agent = tmp_path / "agent"
     shutil.copytree(exported, agent)
     training = {"epoch": 0, "env_steps": 500, "phase": "world_model", "updates": 7, "tokens": 0.5}
-    with (agent / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(training) + "\n")
+    change_metrics(agent, (agent / "metrics.jsonl").read_bytes() + json.dumps(training).encode() + b"\n")
     assert main(["report", str(agent), "--games", "3"]) == 0
     page, quality = (agent / "report.html").read_text(), json.loads((agent / "quality.json").read_text())
     assert "An exported agent: 3 games each of it and of random play were played for this page" in page
@@ -132,7 +145,7 @@ def test_its_report_plays_the_games_that_it_measures(exported: Path, tmp_path: P
 def test_its_report_tells_what_it_came_without(exported: Path, tmp_path: Path) -> None:
     agent = tmp_path / "agent"
     shutil.copytree(exported, agent)
-    (agent / "metrics.jsonl").unlink()
+    change_metrics(agent, None)
     assert main(["report", str(agent), "--games", "2"]) == 0
     page = (agent / "report.html").read_text()
     assert "The agent came without a record of its training." in page
@@ -170,6 +183,21 @@ def test_damage_is_found(exported: Path, tmp_path: Path, name: str) -> None:
         _ = load_agent(copy).starts
 
 
+def test_a_record_of_its_training_that_is_not_its_own_is_found_before_any_game(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = damage(exported, "metrics.jsonl", tmp_path / "copy")
+    assert load_agent(copy).num_actions == 3
+    for words in (["report", str(copy)], ["export", str(copy), str(tmp_path / "out"), "--starts", "10"]):
+        assert main(words) == 1
+        told = capsys.readouterr().err
+        assert "is damaged: metrics.jsonl does not have the sha256" in told
+        assert "playing" not in told
+    (copy / "metrics.jsonl").unlink()
+    assert main(["report", str(copy)]) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_what_it_says_is_not_trusted(exported: Path, tmp_path: Path) -> None:
     copy = damage(exported, "", tmp_path / "copy")
     for change, words in (
@@ -200,13 +228,17 @@ def test_wrong_use_is_one_sentence(
 
 
 def test_a_place_that_cannot_be_written_is_found_before_any_game(
-    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    assert main(["export", str(run.path), str(tmp_path / "file" / "agent")]) == 1
-    told = capsys.readouterr().err
-    assert "Not a directory" in told
-    assert "playing" not in told
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "bundled").touch()
+    monkeypatch.chdir(tmp_path)
+    for words in (["export", str(run.path), str(tmp_path / "file" / "agent")], ["report", "catch"]):
+        assert main(words) == 1
+        told = capsys.readouterr().err
+        assert "Not a directory" in told
+        assert "playing" not in told
 
 
 @pytest.mark.parametrize("name", list_bundled())

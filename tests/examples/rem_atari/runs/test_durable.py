@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ def test_what_a_crash_left_behind_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / ".file.writing").write_bytes(b"half")
     replace_file(tmp_path / "file", NEW)
     assert (tmp_path / "file").read_bytes() == NEW
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_who_replace_a_file_take_turns(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(replace_file, [tmp_path / "file"] * 40, [OLD, NEW] * 20):
+            assert (tmp_path / "file").read_bytes() in (OLD, NEW)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
