@@ -47,7 +47,7 @@ def pooled_retention(
         q, k: queries and keys, (B, T, H, Dk), float64, float32, float16 or bfloat16; T is a few tokens.
         v: values, (B, T, H, Dv), of the same dtype.
         log_decay: ln γ per head, (H,), float32 or float64, at most 0; -inf is γ = 0.
-        states: the pool, (N, H, Dk, Dv), float32 (float64 with float64 inputs).
+        states: the pool, (N, H, Dk, Dv), float32 (float64 with float64 inputs), not expanded.
         index: the place of each row's state in the pool, (B,), int32 or int64; no place may occur twice. -1
             marks a row that is padding: it has no state, and outputs of zero.
         count: how many of each row's tokens its state takes in, (B,), int32 or int64, from 0 to T; None: all.

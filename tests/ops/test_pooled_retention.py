@@ -71,9 +71,9 @@ def test_places_and_counts(T: int, places: list[int], counts: list[int] | None, 
     check(case, places, counts, backend)
 
 
-@pytest.mark.parametrize(("Dk", "Dv"), [(1, 1), (24, 60), (100, 128)])
-def test_head_dims_and_decays(Dk: int, Dv: int) -> None:
-    case = RetentionCase.make(1, 2, len(GAMMAS), Dk, Dv, dtype=torch.float32, with_state=False)
+@pytest.mark.parametrize(("H", "Dk", "Dv"), [(2, 1, 1), (len(GAMMAS), 24, 60), (2, 100, 128)])
+def test_head_dims_and_decays(H: int, Dk: int, Dv: int) -> None:
+    case = RetentionCase.make(1, 2, H, Dk, Dv, dtype=torch.float32, with_state=False)
     check(case, [2], None, "triton")
 
 

@@ -271,6 +271,7 @@ def test_no_process_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert all(is_gone(pid, seconds=30) for pid in pids)
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_run_that_ends_with_its_environments_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import rem_atari.report
 from rem_atari.arguments import TrainArguments
 from rem_atari.cli import main
 from rem_atari.config.presets import PRESETS
@@ -53,9 +52,9 @@ def test_without_git_the_commit_is_unknown(repository: Path, monkeypatch: pytest
     assert find_commit(repository / "package") is None
 
 
-def test_each_start_leaves_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("without_report")
+def test_each_start_leaves_a_line(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(rem_atari.report, "write_report", lambda path: path / "report.html")
     small = [
         "--evaluation.random-episodes",
         "0",

@@ -55,6 +55,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_reward_that_is_not_finite_stops_the_run_before_it_is_stored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_save_that_fails_is_told_after_what_it_was_for(
     assert "and no checkpoint could be saved: cannot write model.safetensors: No space left" in last
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_game_that_cannot_be_closed_fails_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

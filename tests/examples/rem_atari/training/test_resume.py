@@ -169,7 +169,7 @@ def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_set_aside(
 ) -> None:
     """The run then reaches the damaged one's step again, and saves it anew."""
     folder = tmp_path / "run"
-    run_part(folder)
+    shutil.copytree(whole, folder)
     (_, path) = list_checkpoints(folder / "checkpoints")[-1]
     flip_a_bit(path / "optimizer.safetensors")
     shown = finish(folder).shown
@@ -185,9 +185,19 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_shard_comes_back_from_the_checkpoint_s_copy(whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def stopped_late(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped while its controller trained a second time, with all its shards."""
+    folder = tmp_path_factory.mktemp("stopped_late") / "run"
     run_part(folder, until=Point(1, "controller", 1))
+    return folder
+
+
+def test_a_damaged_shard_comes_back_from_the_checkpoint_s_copy(
+    whole: Path, stopped_late: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped_late, folder)
     shard = folder / "replay" / "shard-00000001.safetensors"
     flip_a_bit(shard)
     (folder / "replay" / "shard-00000002.safetensors").unlink()
@@ -197,10 +207,10 @@ def test_a_damaged_shard_comes_back_from_the_checkpoint_s_copy(whole: Path, tmp_
     assert fingerprint(folder) == fingerprint(whole)
 
 
-def test_a_lost_shard_is_set_aside_and_the_run_goes_on_without_it(tmp_path: Path) -> None:
+def test_a_lost_shard_is_set_aside_and_the_run_goes_on_without_it(stopped_late: Path, tmp_path: Path) -> None:
     """The checkpoint's copy is damaged too, as where one bit flipped in the file that both are."""
     folder = tmp_path / "run"
-    run_part(folder, until=Point(1, "controller", 1))
+    shutil.copytree(stopped_late, folder)
     lost = "shard-00000001.safetensors"
     for copy in folder.rglob(lost):
         flip_a_bit(copy)
@@ -223,7 +233,7 @@ def longer(config: Config, epochs: int = 3) -> Config:
 
 
 def test_a_finished_run_says_so_and_can_be_made_longer(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     run, once = str(tmp_path / "run"), longer(SHORT, 1)
     run_part(tmp_path / "run", once)
@@ -235,6 +245,7 @@ def test_a_finished_run_says_so_and_can_be_made_longer(
     assert main(["resume", run]) == 0
     assert "report: " not in capsys.readouterr().out
     assert fingerprint(tmp_path / "run") == before
+    request.getfixturevalue("without_report")
     assert main(["resume", run, "--schedule.epochs", "2", "--schedule.collect-epochs", "2"]) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["schedule"]["epochs"], saved["schedule"]["collect_epochs"]) == (2, 2)
