@@ -10,10 +10,10 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def quick_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw one chart of a report's curves, because all take a second; the tests of reports draw all."""
+def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw one chart of a report's curves, because all take a second; reports of fixtures have all."""
     page = sys.modules.get("rem_atari.report.page")
-    if page is None or request.path.parent.name == "report":
+    if page is None:
         return
     save_curves = page.save_curves
 
