@@ -202,6 +202,15 @@ def open_run_folder(path: Path) -> RunFolder:
         raise UsageError(f"{os.fspath(path)} is a checkpoint; name the folder of its run")
     if not is_run_folder(path):
         raise UsageError(f"{os.fspath(path)} is not a run folder: it has no {run.config.name}")
+    return without_links(run)
+
+
+def without_links(run: RunFolder) -> RunFolder:
+    """The folder, in which nothing that commands write to is a link.
+
+    Raises:
+        UsageError: there is one.
+    """
     for part in (
         run.config,
         run.metrics,

@@ -29,7 +29,7 @@ from rem_atari.runs.checkpoint import (
 )
 from rem_atari.runs.config_file import parse_config
 from rem_atari.runs.exported import find_exported_metrics, is_exported, read_exported
-from rem_atari.runs.folder import RunFolder, open_run_folder
+from rem_atari.runs.folder import RunFolder, open_run_folder, without_links
 from rem_atari.training.setup import check_device, set_threads
 
 ATTEMPTS = 3
@@ -156,7 +156,7 @@ def _find(
         results = RunFolder(Path("runs") / "bundled" / folder)
         return (results, BUNDLED / folder, *read_exported(BUNDLED / folder))
     if is_exported(folder):
-        return (RunFolder(folder), folder, *read_exported(folder))
+        return (without_links(RunFolder(folder)), folder, *read_exported(folder))
     if (folder / MANIFEST_FILE).is_file():
         return (RunFolder(folder.resolve().parent.parent), folder, *_read_one(folder))
     run = open_run_folder(folder)

@@ -198,6 +198,19 @@ def test_a_record_of_its_training_that_is_not_its_own_is_found_before_any_game(
     assert "is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["media", "evaluation"])
+def test_its_folder_leads_nowhere_else(
+    exported: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = damage(exported, "", tmp_path / "copy")
+    (tmp_path / "victim").mkdir()
+    (copy / name).symlink_to(tmp_path / "victim")
+    for command in ("report", "evaluate", "record"):
+        assert main([command, str(copy)]) == 2
+        assert f"{copy / name} is a link" in capsys.readouterr().err
+    assert not any((tmp_path / "victim").iterdir())
+
+
 def test_what_it_says_is_not_trusted(exported: Path, tmp_path: Path) -> None:
     copy = damage(exported, "", tmp_path / "copy")
     for change, words in (
