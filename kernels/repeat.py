@@ -7,9 +7,10 @@ again: no plan, and none of Triton's own search for the kernel, which takes seve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from triton.compiler import CompiledKernel
 
-from .launch import Launch, on, recorded
-
-KEPT = 1024
-"""Recipes of an operation that are kept, the last used. Each is a few kilobytes, and holds no tensor."""
+from .launch import Launch, recorded
 
 ALIGNED = 16
 """Bytes: Triton compiles a kernel of its own for tensors that start elsewhere."""
@@ -30,9 +28,10 @@ _NUMBERS = {type(None), int, float, bool, str, torch.dtype}
 
 
 def forms_of(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """The arguments, with (dtype, shape, strides, device index) for each tensor, which is put into `tensors`.
+    """The arguments, with a form for each tensor, which is put into `tensors`.
 
-    None if one is neither an ordinary tensor nor a plain number, or a list or tuple of those.
+    A tensor's form is its dtype, shape, strides, device, and whether it requires a gradient. None if one of
+    the arguments is neither an ordinary tensor nor a plain number, or a list or tuple of those.
     """
     forms: list[Any] = []
     for x in arguments:
@@ -40,7 +39,7 @@ def forms_of(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]
         form = x
         if kind in _TENSORS:
             tensors.append(x)
-            form = (x.dtype, x.shape, x.stride(), x.get_device())
+            form = (x.dtype, x.shape, x.stride(), x.device, x.requires_grad)
         elif kind is list or kind is tuple:
             form = forms_of(x, tensors)
             if form is None:
@@ -58,41 +57,31 @@ def filled(forms: Sequence[Any], tensors: Any) -> list[Any]:
     ]
 
 
-def at_tensors(forms: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """What stands in the places of tensors."""
-    found: list[Any] = []
-    for form, x in zip(forms, arguments, strict=True):
-        if type(form) is tuple:
-            found += [x] if _is_tensor(form) else [] if x is None else at_tensors(form, x)
-    return found
+def tensor_forms(forms: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """The forms of tensors among those of arguments, in order."""
+    for x in forms:
+        if type(x) is tuple:
+            yield from [x] if _is_tensor(x) else tensor_forms(x)
 
 
 def _is_tensor(form: tuple[Any, ...]) -> bool:
     return bool(form) and isinstance(form[0], torch.dtype)
 
 
-class Repeats:
-    """A function that allocates and calls launchers, for arguments whose forms are known."""
+def recorded_call(function: Callable[..., Any], forms: tuple[Any, ...]) -> Callable[[Sequence[Tensor]], Any]:
+    """A function that allocates and calls launchers, as a function of its tensors only.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        """Take a function of tensors, numbers, and lists or tuples of them."""
-        self._function = function
-        self._found = lru_cache(maxsize=KEPT)(self._find)
-
-    def __call__(self, forms: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
-        """What the function returns for arguments of these forms and these tensors: see `forms_of`."""
-        # Products of float32 follow torch's setting (`dot_precision`).
-        run = self._found(forms, tensors[0].device, torch.get_float32_matmul_precision())
-        return run(tensors)
-
-    def _find(self, forms: tuple[Any, ...], device: torch.device, precision: str) -> Callable[..., Any]:
-        recorder = _Recorder(forms)
-        try:
-            with recorded(device) as launches, recorder:
-                results = self._function(*recorder.arguments)
-            return recorder.recipe(launches, results, device).run
-        except _ComputedError:
-            return lambda tensors: self._function(*filled(forms, iter(tensors)))
+    Args:
+        function: takes tensors, plain numbers, and lists of them.
+        forms: of its arguments, as `forms_of` gives them.
+    """
+    recorder, device = _Recorder(forms), next(tensor_forms(forms))[3]
+    try:
+        with recorded(device) as launches, recorder:
+            results = function(*recorder.arguments)
+        return recorder.recipe(launches, results, device).run
+    except _ComputedError:
+        return lambda tensors: function(*filled(forms, iter(tensors)))
 
 
 class _Place(NamedTuple):
@@ -147,22 +136,21 @@ class _Recipe(NamedTuple):
     def run(self, given: Sequence[Tensor]) -> Any:
         """Allocate, launch, and return the outputs."""
         created, launches, outputs, kind, device = self
-        tensors = list(given)
-        pointers = [x.data_ptr() for x in given]
-        addresses = 0
-        for pointer in pointers:
-            addresses |= pointer
-        aligned = addresses % ALIGNED == 0
+        tensors = [*given]
         for shape, stride, dtype, source in created:
             if source is None:
-                x = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                tensors.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
             else:
-                x = source.of(tensors).contiguous()
-            tensors.append(x)
-            pointers.append(x.data_ptr())
-        with on(device):
+                tensors.append(source.of(tensors).contiguous())
+        addresses = [x.data_ptr() for x in tensors]
+        aligned = not reduce(or_, addresses) % ALIGNED
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
             for launch in launches:
-                launch.run(tensors, pointers, aligned=aligned)
+                launch.run(tensors, addresses, aligned)
+        else:
+            with torch.cuda.device(device):
+                for launch in launches:
+                    launch.run(tensors, addresses, aligned)
         found = [None if number is None else tensors[number] for number in outputs]
         return found[0] if kind is Tensor else kind(found)
 
@@ -171,10 +159,9 @@ class _Repeated:
     """A launch with places for its tensors, by name. It holds the kernel that its first run compiled.
 
     Triton compiles a kernel for integers, dtypes, and whether tensors start at multiples of 16 bytes. A
-    recipe fixes all but the last, so where all given tensors do, the kernel is that of the first such run,
-    launched as Triton's tutorial on fused softmax launches one, with addresses in place of tensors. On AMD's
-    GPUs it also depends on the memory behind the tensors: there, and in the interpreter, Triton is asked each
-    time.
+    recipe fixes all but the last, so where all tensors do, the kernel is that of the first such run, launched
+    as Triton's tutorial on fused softmax launches one, with addresses in place of tensors. On AMD's GPUs it
+    also depends on the memory behind the tensors: there, and in the interpreter, Triton is asked each time.
     """
 
     def __init__(self, launch: Launch, places: dict[str, _Place]) -> None:
@@ -184,12 +171,12 @@ class _Repeated:
         self._pointers = [(names.index(name), place.number, place.first) for name, place in places.items()]
         self._compiled: Callable[..., object] | None = None
 
-    def run(self, tensors: Sequence[Tensor], pointers: Sequence[int], *, aligned: bool) -> None:
+    def run(self, tensors: Sequence[Tensor], addresses: Sequence[int], aligned: bool) -> None:
         """Launch on the current stream."""
         if aligned and self._compiled is not None:
             values = self._values.copy()
             for place, number, first in self._pointers:
-                values[place] = pointers[number] + first
+                values[place] = addresses[number] + first
             self._compiled(*values)
             return
         given = {name: place.of(tensors) for name, place in self._places.items()}
@@ -221,7 +208,7 @@ class _Recorder(TorchFunctionMode):
         found: list[Any] = []
         for x in forms:
             if type(x) is tuple and _is_tensor(x):
-                dtype, shape, stride, _ = x
+                dtype, shape, stride, *_ = x
                 found.append(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
                 self._add(found[-1])
             else:

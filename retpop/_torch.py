@@ -23,6 +23,7 @@ __all__ = [
     "forward_ad_level",
     "is_batched",
     "is_plain",
+    "is_tracing",
     "mode_is_active",
     "pytree",
     "transforms_are_active",
@@ -38,6 +39,9 @@ forward_ad_level = partial(getattr, forward_ad, "_current_level")
 
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 """Whether a gradient stands for a batch of them (`torch.autograd.grad(..., is_grads_batched=True)`)."""
+
+is_tracing = torch._C._is_tracing
+"""Whether `torch.jit.trace` is at work."""
 
 mode_is_active = torch._C._len_torch_dispatch_stack
 """The number of active dispatch modes, which see every operator: fake tensors, tracers, counters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retpop.kernels.launch import Launch, launched, multiprocessors_of, target_of
-from retpop.kernels.repeat import Repeats, at_tensors, filled, forms_of
+from retpop.kernels.repeat import filled, forms_of, recorded_call, tensor_forms
 
 Change = Callable[[Tensor], Tensor]
 
@@ -26,7 +27,7 @@ class Calls:
         self.made, self.change = 0, change
         self.taken: list[dict[str, Any]] = []
         self.__name__, self.arg_names = "some_kernel", ["p_x", "p_out", "stride"]
-        self.repeats = Repeats(self.call)
+        self.recorded = lru_cache(partial(recorded_call, self.call))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda **arguments: self.taken.append(arguments)
@@ -48,18 +49,22 @@ class Calls:
         tensors: list[Tensor] = []
         forms = forms_of(arguments, tensors)
         assert forms is not None
-        return self.repeats(forms, tensors)
+        return self.recorded(forms)(tensors)
 
 
 def test_forms_stand_for_their_arguments() -> None:
     x, y = torch.ones(2, 3), torch.nn.Parameter(torch.ones(4, 2).mT)
+    cpu = torch.device("cpu")
     arguments = (x, [y, None], 3, (1, 2), "name")
     tensors: list[Tensor] = []
     forms = forms_of(arguments, tensors)
     assert tensors == [x, y]
-    assert forms[0] == (torch.float32, (2, 3), (3, 1), -1)
+    assert forms[:2] == (
+        (torch.float32, (2, 3), (3, 1), cpu, False),
+        ((torch.float32, (2, 4), (1, 2), cpu, True), None),
+    )
     assert filled(forms, iter("ab")) == ["a", ["b", None], 3, [1, 2], "name"]
-    assert at_tensors(forms, ["a", ["b", None], None, None, None]) == ["a", "b"]
+    assert [form[-1] for form in tensor_forms(forms)] == [False, True]
 
 
 def test_what_is_no_ordinary_tensor_has_no_form() -> None:

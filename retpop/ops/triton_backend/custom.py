@@ -16,17 +16,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from importlib import import_module
 from inspect import signature
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from retpop._torch import check, forward_ad_level, mode_is_active, transforms_are_active
+from retpop._torch import (
+    check,
+    forward_ad_level,
+    is_batched,
+    is_tracing,
+    mode_is_active,
+    transforms_are_active,
+)
 from retpop.arguments import are_batched, state_dtype, without_autocast
 
 _Run = Callable[..., Any]
@@ -63,108 +71,201 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         raise RuntimeError(f'backend="triton" cannot run: {reason}; backend="torch" can.')
 
 
-class KernelOp:
-    """An op that kernels compute; call it with its arguments in order."""
+KEPT = 1024
+"""Planned calls of an op that are kept, the last used. Each is some kilobytes, and holds no tensor."""
 
-    def __init__(
+_GRADIENTS_KEPT = 16
+"""The same for the gradients of a planned call."""
+
+Planned = Callable[[Sequence[Tensor]], Any]
+"""An eager call of an op by kernels, as a function of its tensors; returns one, or several as a tuple."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """How an op is differentiated.
+
+    Attributes:
+        launch: computes the gradients by kernels. It takes the op's arguments with the list of its results'
+            gradients, and the kept tensor if there is ``keep``, before the numbers, and at the end a flag for
+            each tensor or None before the numbers. It gives a gradient or None for each.
+        by_ops: the same by operations, for what has to see them: graphs and higher derivatives.
+        num_tensors: the number of the op's arguments before the numbers.
+        keep: as the op's launch, for eager calls: it also returns a tensor for ``launch``, or None.
+        unsaved: the number of tensors, the first ones, that the gradient does not read.
+    """
+
+    launch: _Run
+    by_ops: _Run
+    num_tensors: int
+    keep: _Run | None = None
+    unsaved: int = 0
+
+    def of(
         self,
-        op: torch.library.CustomOpDef,
-        launch: _Run,
-        keep: _Run | None = None,
-        changed: Sequence[int] = (),
-    ) -> None:
-        self._op, self._launch, self._keep, self._changed = op, launch, keep, changed
-        self._function: type[torch.autograd.Function]
+        compute: _Run,
+        arguments: Sequence[Any],
+        kept: Tensor | None,
+        grads: Iterable[Tensor | None],
+        needs: Iterable[bool | None],
+    ) -> Iterator[Tensor | None]:
+        """Gradients of the arguments before the numbers, flat, and then None, by ``launch`` or ``by_ops``."""
+        tensors, numbers = arguments[: self.num_tensors], arguments[self.num_tensors :]
+        more = [] if self.keep is None else [kept]
+        found = compute(*tensors, list(grads), *more, *numbers, list(map(bool, needs)))
+        return chain(found, repeat(None))
 
-    @property
-    def keeps(self) -> bool:
-        """Whether an eager call that needs a gradient may keep a tensor for it."""
-        return self._keep is not None
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        """As `torch.library.register_autograd` takes it, for graphs."""
+        tensors, ctx.numbers = inputs[: self.num_tensors], inputs[self.num_tensors :]
+        ctx.layout = [len(x) if isinstance(x, list) else None for x in tensors]
+        ctx.save_for_backward(*_flat(tensors)[self.unsaved :])
+        ctx.set_materialize_grads(False)
 
-    def register_autograd(self, differentiate: _Run, *, setup_context: _Run | None = None) -> None:
-        """As `torch.library.register_autograd`."""
-        self._op.register_autograd(differentiate, setup_context=setup_context)
-        self._function = _function(differentiate, setup_context)
+    def differentiate(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        """The other half of `save`."""
+        inputs = _laid_out([*[None] * self.unsaved, *ctx.saved_tensors], ctx.layout)
+        needs = _flat(ctx.needs_input_grad[: self.num_tensors])
+        found = self.of(self.by_ops, [*inputs, *ctx.numbers], None, _flat(grads), needs)
+        return *_laid_out(found, ctx.layout), *[None] * len(ctx.numbers)
+
+
+class KernelOp:
+    """An op that kernels compute; call it with its arguments in order.
+
+    Attributes:
+        op: as torch.library knows it.
+    """
+
+    def __init__(self, op: torch.library.CustomOpDef, launch: _Run, changed: Sequence[int] = ()) -> None:
+        """Take the op, its launcher, and the places of the arguments that it changes."""
+        self.op, self._launch, self._changed = op, launch, changed
+        self._gradient: Gradient | None = None
+        self._plan = lru_cache(maxsize=KEPT)(self._planned)
+
+    def differentiate_by(self, gradient: Gradient) -> None:
+        """Register a gradient, for eager calls and for graphs."""
+        self.op.register_autograd(gradient.differentiate, setup_context=gradient.save)
+        self._gradient = gradient
 
     def __call__(self, *arguments: Any) -> Any:
         """The results: a tensor, or several as a tuple or a list."""
-        if torch.compiler.is_compiling() or is_observed():
-            return self._op(*arguments)
-        tensors: list[Tensor] = []
+        if not (torch.compiler.is_compiling() or is_observed()):
+            tensors: list[Tensor] = []
+            call = self.planned(arguments, tensors)
+            if call is not None:
+                results = call(tensors)
+                for place in self._changed:  # autograd must see it if it has saved the tensor
+                    torch.autograd.graph.increment_version(arguments[place])
+                return results
+        return self.op(*arguments)
+
+    def planned(self, arguments: Sequence[Any], tensors: list[Tensor]) -> Planned | None:
+        """The planned call with such arguments, whose tensors go into a list; None if only the op can run."""
         forms = kernels("repeat").forms_of(arguments, tensors)
-        if forms is None or not run_kernels(tensors):
-            return self._op(*arguments)
-        results = self.run(forms, tensors)
-        for place in self._changed:  # autograd must see it if it has saved the tensor
-            torch.autograd.graph.increment_version(arguments[place])
-        return results
+        if forms is None or not run_kernels(tensors[0]):
+            return None
+        return self._plan(forms, *setting())
 
-    def run(self, forms: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
-        """The results of eager arguments of these forms and tensors, which kernels can run."""
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return self._function.apply(self, forms, *tensors)
-        return self.repeats(forms, tensors)
+    def _planned(self, forms: tuple[Any, ...], precision: str, with_gradient: bool) -> Planned | None:
+        repeats = kernels("repeat")
+        if with_gradient and any(requires_grad for *_, requires_grad in repeats.tensor_forms(forms)):
+            gradient = self._gradient
+            return None if gradient is None else _Differentiable(self._launch, gradient, forms, precision)
+        call: Planned = repeats.recorded_call(self._launch, forms)
+        return call
 
-    @cached_property
-    def repeats(self) -> Any:
-        """Runs the kernels for arguments by their forms, and their tensors (`retpop.kernels.repeat`)."""
-        return kernels("repeat").Repeats(self._launch)
 
-    def run_and_keep(self, forms: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[Any, Tensor | None]:
-        """The results as `repeats` returns them, and a tensor for the gradient, if there is one to keep."""
-        if self._keep is None:
-            return self.repeats(forms, tensors), None
-        *results, kept = self._keeping(forms, tensors)
-        return tuple(results), kept
+class _Differentiable:
+    """A planned call that autograd knows.
 
-    @cached_property
-    def _keeping(self) -> Any:
-        return kernels("repeat").Repeats(self._keep)
+    Attributes:
+        run: launches for the arguments' tensors, without a gradient.
+        keeps: whether the last of its results is a tensor for the gradient, or None.
+        unsaved: see `Gradient`.
+    """
 
-    def filled(self, forms: tuple[Any, ...], tensors: Iterable[Any]) -> list[Any]:
-        """The arguments of these forms, with other things in place of their tensors."""
-        return kernels("repeat").filled(forms, iter(tensors))
+    def __init__(self, launch: _Run, gradient: Gradient, forms: tuple[Any, ...], precision: str) -> None:
+        self._gradient, self._forms, self._precision = gradient, forms, precision
+        self.keeps, self.unsaved = gradient.keep is not None, gradient.unsaved
+        self.run: Planned = kernels("repeat").recorded_call(gradient.keep or launch, forms)
+        self._plan = lru_cache(maxsize=_GRADIENTS_KEPT)(self._planned)
 
-    def at_tensors(self, forms: tuple[Any, ...], arguments: Sequence[Any]) -> list[Any]:
-        """What stands in place of the tensors: the inverse of `filled`."""
-        return kernels("repeat").at_tensors(forms, arguments)
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        return _Function.apply(self, *tensors)
+
+    def gradients(
+        self, saved: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    ) -> Any:
+        """The gradients of the tensors, None where there is none.
+
+        Args:
+            saved: the tensors but for the unsaved ones, and the kept one.
+            grads: of the results.
+            needs: for each tensor, whether its gradient is needed.
+        """
+        tensors: list[Tensor] = []
+        forms = kernels("repeat").forms_of((*saved, *grads), tensors)
+        if forms is None or torch.is_grad_enabled() or is_observed() or any(map(is_batched, tensors)):
+            return self._computed(self._gradient.by_ops, saved[:-1], None, grads, needs)
+        return self._plan(forms, needs, torch.get_float32_matmul_precision())(tensors)
+
+    def _planned(self, forms: tuple[Any, ...], needs: tuple[bool, ...], precision: str) -> Planned:
+        def launch(*given: Tensor | None) -> list[Tensor | None]:
+            *saved, kept = given[: len(needs) - self.unsaved + 1]
+            # A kept tensor is of the tiles that the setting of the precision chose.
+            kept = kept if precision == self._precision else None
+            return self._computed(self._gradient.launch, saved, kept, given[len(saved) + 1 :], needs)
+
+        call: Planned = kernels("repeat").recorded_call(launch, forms)
+        return call
+
+    def _computed(
+        self,
+        compute: _Run,
+        saved: Sequence[Tensor | None],
+        kept: Tensor | None,
+        grads: Sequence[Tensor | None],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        filled = kernels("repeat").filled
+        arguments = filled(self._forms, iter([*[None] * self.unsaved, *saved]))
+        flags = _flat(filled(self._forms[: self._gradient.num_tensors], iter(needs)))
+        found = self._gradient.of(compute, arguments, kept, grads, flags)
+        return [x for x, flag in zip(found, flags, strict=False) if flag is not None]
+
+
+class _Function(torch.autograd.Function):
+    """A planned call as a function of its tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Differentiable, *tensors: Tensor) -> Any:
+        results, kept = call.run(tensors), None
+        if call.keeps:
+            *results, kept = results
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[call.unsaved :], kept)
+        return results if isinstance(results, Tensor) else tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, *ctx.call.gradients(ctx.saved_tensors, grads, ctx.needs_input_grad[1:])
 
 
 def is_observed() -> bool:
     """Whether a mode, a transform or a tracer has to see an op."""
-    return bool(mode_is_active() or transforms_are_active() or torch.jit.is_tracing())
+    return bool(mode_is_active() or transforms_are_active() or is_tracing())
 
 
-def run_kernels(tensors: Sequence[Tensor]) -> bool:
-    """Whether kernels run on tensors, as on a GPU; those of a GPU are all on the first one's."""
-    # Stand-ins without values have the device index of a CPU.
-    return tensors[0].is_cuda or (interpreting() and all(x.is_cpu for x in tensors))
+def setting() -> tuple[str, bool]:
+    """What of torch's state a planned call depends on: the precision of float32 products, and grad mode."""
+    return torch.get_float32_matmul_precision(), torch.is_grad_enabled()
 
 
-def _function(differentiate: _Run, save: _Run | None) -> type[torch.autograd.Function]:
-    """An op as a differentiable function of its arguments' forms and tensors."""
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, op: KernelOp, forms: tuple[Any, ...], *tensors: Tensor) -> Any:
-            ctx.op, ctx.forms = op, forms
-            result, ctx.kept = op.run_and_keep(forms, tensors)
-            if save is not None:
-                save(ctx, tuple(op.filled(forms, tensors)), result)
-            del ctx.kept
-            return tuple(result) if isinstance(result, list) else result
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            needs = ctx.needs_input_grad
-            ctx.needs_input_grad = ctx.op.filled(ctx.forms, needs[2:])
-            try:
-                found = differentiate(ctx, *grads)
-            finally:
-                ctx.needs_input_grad = needs
-            return None, None, *ctx.op.at_tensors(ctx.forms, found)
-
-    return Function
+def run_kernels(x: Tensor) -> bool:
+    """Whether kernels run on a tensor's device."""
+    return x.is_cuda or (x.is_cpu and interpreting())
 
 
 def kernel_op(
@@ -174,7 +275,6 @@ def kernel_op(
     launch: _Run,
     compute: _Run,
     fake: _Run,
-    keep: _Run | None = None,
     changes: Sequence[str] = (),
 ) -> KernelOp:
     """An op that kernels compute.
@@ -185,8 +285,6 @@ def kernel_op(
         launch: computes by kernels, on a GPU or in the interpreter.
         compute: computes the same in plain PyTorch.
         fake: the results' shapes, after checking those of the arguments.
-        keep: as ``launch``, for a call that needs a gradient: it also returns a tensor for the gradient's
-            op, or None. Graphs do not use it.
         changes: names of the arguments that it changes in place.
     """
 
@@ -207,11 +305,18 @@ def kernel_op(
 
     op.register_vmap(refuse)
     names = list(signature(launch).parameters)
-    return KernelOp(op, launch, keep, [names.index(name) for name in changes])
+    return KernelOp(op, launch, [names.index(name) for name in changes])
 
 
 def add_gradient(
-    op: KernelOp, name: str, schema: str, *, launch: _Run, compute: _Run, num_tensors: int
+    op: KernelOp,
+    name: str,
+    schema: str,
+    *,
+    launch: _Run,
+    compute: _Run,
+    num_tensors: int,
+    keep: _Run | None = None,
 ) -> None:
     """Make the op ``name`` that computes the gradients of ``op``, and register it with autograd.
 
@@ -222,8 +327,8 @@ def add_gradient(
         launch: computes gradients by kernels, None for those that are not needed.
         compute: computes the same in plain PyTorch.
         num_tensors: the number of its arguments before the numbers.
-
-    If ``op`` keeps a tensor, the gradient's op takes it, or None, after the results' gradients.
+        keep: see `Gradient`. With it, the gradient's op takes the kept tensor, or None, after the results'
+            gradients.
     """
 
     def fake(*arguments: Any) -> list[Tensor]:
@@ -244,32 +349,17 @@ def add_gradient(
             f'retpop::{name}: the Triton backend has no derivative of a derivative; backend="torch" has.'
         )
 
-    gradient.register_autograd(refuse)
+    gradient.op.register_autograd(refuse)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-        ctx.layout = [len(x) if isinstance(x, list) else None for x in inputs[:num_tensors]]
-        ctx.numbers = inputs[num_tensors:]
-        # A kept tensor is of the tiles that this setting chose.
-        ctx.precision = torch.get_float32_matmul_precision()
-        ctx.save_for_backward(*_flat(inputs[:num_tensors]), getattr(ctx, "kept", None))
-        ctx.set_materialize_grads(False)
-
-    def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        flat_grads = _flat(grads)
-        if are_batched(flat_grads):
+    def by_ops(*arguments: Any) -> list[Tensor | None]:
+        if are_batched(arguments[num_tensors]):
             raise RuntimeError(
                 f'retpop::{name}: the Triton backend takes no batches of gradients; backend="torch" does.'
             )
-        needs = list(map(bool, _flat(ctx.needs_input_grad[:num_tensors])))
-        *saved, kept = ctx.saved_tensors
-        inputs = _laid_out(saved, ctx.layout)
-        may_take = ctx.precision == torch.get_float32_matmul_precision()
-        more = [kept if may_take else None] if op.keeps else []
-        found = iter(gradient(*inputs, flat_grads, *more, *ctx.numbers, needs))
-        wanted = [next(found) if need else None for need in needs]
-        return *_laid_out(wanted, ctx.layout), *[None] * len(ctx.numbers)
+        found = iter(gradient(*arguments))
+        return [next(found) if need else None for need in arguments[-1]]
 
-    op.register_autograd(differentiate, setup_context=save)
+    op.differentiate_by(Gradient(launch=launch, by_ops=by_ops, num_tensors=num_tensors, keep=keep))
 
 
 def own(result: Tensor) -> Tensor:

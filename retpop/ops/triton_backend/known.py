@@ -1,7 +1,7 @@
 """Calls of a public operation that passed its checks: the next one of the same forms goes to kernels at once.
 
 Shapes, strides, dtypes and devices that were right once are right again. Values are not kept: log-decays that
-can be read are checked at each call.
+can be read are looked at in each call.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 
 from retpop._torch import forward_ad_level
-from retpop.arguments import autocast_is_on
-from retpop.ops.checks import check_decay_values
-from retpop.ops.triton_backend.custom import KernelOp, is_observed, kernels, run_kernels
-
-KEPT = 1024
-"""Forms that are kept of an operation; with one more, all are forgotten."""
+from retpop.ops.triton_backend.custom import (
+    KEPT,
+    KernelOp,
+    Planned,
+    is_observed,
+    kernels,
+    run_kernels,
+    setting,
+)
 
 
 class KnownCalls:
-    """The forms of a public operation's arguments, with those of the op that it calls for them."""
+    """Planned calls of the op that a public operation calls, by the forms of the operation's arguments."""
 
-    def __init__(self, where: str, op: KernelOp) -> None:
-        """Take the public function's name for messages, and the op."""
-        self._where, self._op = where, op
-        self._known: dict[Hashable, tuple[Any, ...]] = {}
+    def __init__(self, op: KernelOp) -> None:
+        self._op = op
+        self._calls: dict[Hashable, Planned] = {}
 
     def run(self, tensors: Sequence[Any], log_decay: Tensor, options: tuple[Any, ...]) -> Any:
         """The results of a call whose forms are known and that kernels may run, or None.
@@ -36,21 +38,19 @@ class KnownCalls:
             tensors: the op's first arguments: tensors, None, and lists of tensors.
             log_decay: one of them.
             options: all else that the public operation was given.
-
-        Raises:
-            ValueError: a log-decay is above 0 or NaN.
         """
-        if not self._known or is_observed() or forward_ad_level() >= 0:
+        if not self._calls or is_observed() or forward_ad_level() >= 0:
             return None
         flat: list[Tensor] = []
         try:
-            forms = self._known.get(self._key(tensors, options, flat))
+            call = self._calls.get(self._key(tensors, options, flat))
         except TypeError:  # an option that cannot be hashed, for the checks to name
             return None
-        if forms is None or not run_kernels(flat):
+        if call is None or not run_kernels(flat[0]):
             return None
-        check_decay_values(self._where, log_decay)
-        return self._op.run(forms, flat)
+        if log_decay.is_cpu and not all(value <= 0 for value in log_decay.tolist()):
+            return None  # for the checks to name
+        return call(flat)
 
     def keep(
         self,
@@ -69,14 +69,17 @@ class KnownCalls:
         if is_observed():
             return
         flat: list[Tensor] = []
-        forms, *_ = key = self._key(tensors, options, flat)
-        if forms is not None and all(x is y for x, y in zip(flat, used, strict=False)):
-            if len(self._known) >= KEPT:
-                self._known = {}
-            self._known[key] = (*forms, *numbers)
+        key = self._key(tensors, options, flat)
+        if not all(x is y for x, y in zip(flat, used, strict=False)):
+            return
+        call = self._op.planned((*tensors, *numbers), [])
+        if call is not None:
+            if len(self._calls) >= KEPT:
+                self._calls = {}
+            self._calls[key] = call
 
-    def _key(self, tensors: Sequence[Any], options: tuple[Any, ...], flat: list[Tensor]) -> tuple[Any, ...]:
+    def _key(self, tensors: Sequence[Any], options: tuple[Any, ...], flat: list[Tensor]) -> Hashable:
         forms = kernels("repeat").forms_of(tensors, flat)
-        kind = flat[0].device.type if flat else ""
-        autocast = torch.get_autocast_dtype(kind) if flat and autocast_is_on(kind) else None
-        return forms, options, tuple(map(type, options)), autocast  # 1 and True are equal
+        device = "cuda" if flat and flat[0].is_cuda else "cpu"  # no others run kernels
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return forms, *options, *map(type, options), autocast, *setting()  # 1 and True are equal

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from retpop import position
@@ -12,7 +14,14 @@ from retpop._torch import check
 from retpop.arguments import state_dtype
 from retpop.ops.rows import PopSpec
 from retpop.ops.torch_backend import gated_norm as plain_gated_norm
-from retpop.ops.triton_backend.custom import add_gradient, kernel_op, kernels, own, refuse_transforms
+from retpop.ops.triton_backend.custom import (
+    Gradient,
+    add_gradient,
+    kernel_op,
+    kernels,
+    own,
+    refuse_transforms,
+)
 from retpop.position import Rotation
 
 Pair = tuple[Tensor, Tensor]
@@ -172,16 +181,28 @@ rotary_fwd = kernel_op(
 )
 
 
-def _save_rotary(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:
-    _, _, cos, sin, ctx.kind, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin)
-
-
-def _differentiate_rotary(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+def _rotary_gradients(
+    rotate: Callable[..., Pair],
+    q: None,
+    k: None,
+    cos: Tensor,
+    sin: Tensor,
+    grads: Sequence[Tensor | None],
+    kind: str,
+    inverse: bool,
+    needs: Sequence[bool],
+) -> Pair:
     """A rotation's transpose is its inverse."""
-    cos, sin = ctx.saved_tensors
-    grad_q, grad_k = rotary_fwd(grad_q, grad_k, cos, sin, ctx.kind, not ctx.inverse)
-    return grad_q, grad_k, None, None, None, None
+    like = next(x for x in grads if x is not None)
+    grad_q, grad_k = (torch.zeros_like(like) if x is None else x for x in grads)
+    return rotate(grad_q, grad_k, cos, sin, kind, not inverse)
 
 
-rotary_fwd.register_autograd(_differentiate_rotary, setup_context=_save_rotary)
+rotary_fwd.differentiate_by(
+    Gradient(
+        launch=partial(_rotary_gradients, _launch_rotary),
+        by_ops=partial(_rotary_gradients, rotary_fwd),
+        num_tensors=4,
+        unsaved=2,
+    )
+)

@@ -220,4 +220,4 @@ add_gradient(
     num_tensors=4,
 )
 
-known_pop = KnownCalls("pop_retention()", pop_fwd)
+known_pop = KnownCalls(pop_fwd)

@@ -127,7 +127,6 @@ retention_fwd = kernel_op(
     launch=_launch,
     compute=_compute,
     fake=_fake,
-    keep=partial(_launch, with_states=True),
 )
 
 
@@ -193,6 +192,7 @@ add_gradient(
     launch=_launch_gradients,
     compute=_compute_gradients,
     num_tensors=7,
+    keep=partial(_launch, with_states=True),
 )
 
-known_retention = KnownCalls("retention()", retention_fwd)
+known_retention = KnownCalls(retention_fwd)
