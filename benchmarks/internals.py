@@ -5,7 +5,7 @@ They are imported when they are called: the library may be another checkout's (`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -15,24 +15,21 @@ from torch import Tensor
 EPS = 1e-6
 
 
-def pop_rows(
-    row: Sequence[Tensor],
-    log_decay: Tensor,
-    state: Tensor | None,
-    predictions: tuple[int, int],
-    block_size: int,
-    offset: int,
-) -> tuple[Tensor, ...]:
-    """POP of rows: queries, keys and values (B, T + P·M, H, D), a sequence with its predictions behind it.
+def pop_of_rows(
+    log_decay: Tensor, scale: float, predictions: tuple[int, int], block_size: int, offset: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    """POP of rows as a layer calls it, whose decoder has prepared all but the tensors.
 
-    ``predictions`` is (P, M). Returns a row of outputs and the final state.
+    ``predictions`` is (P, M). It takes queries, keys and values (B, T + P·M, H, D), each a sequence with its
+    predictions behind it, and the state or None, and returns a row of outputs and the final state.
     """
     from retpop.ops import triton_backend
     from retpop.ops.powers import DecayPowers
     from retpop.ops.rows import PopSpec
 
-    powers = DecayPowers(log_decay, row[0].shape[-1] ** -0.5, torch.float32)
-    return triton_backend.pop(row, state, PopSpec(powers, predictions, block_size, offset, None))
+    powers = DecayPowers(log_decay, scale, torch.float32)
+    spec = PopSpec(powers, predictions, block_size, offset, None)
+    return lambda q, k, v, state: triton_backend.pop((q, k, v), state, spec)
 
 
 def gated_norm(x: Tensor, gate: Tensor) -> Tensor:

@@ -172,12 +172,10 @@ def rows(problem: Problem, *, backend: str) -> Work:
         )
         return torch.cat([out, predicted.flatten(1, 2)], dim=1), final
 
-    def run() -> tuple[Tensor, Tensor]:
-        return internals.pop_rows(row, log_decay, state, (s.N, s.M), s.L, s.offset)
-
+    by_kernels = internals.pop_of_rows(log_decay, s.D**-0.5, (s.N, s.M), s.L, s.offset)
     return Work(
         inputs=[*row, state],
-        run=by_definition if backend == "reference" else run,
+        run=by_definition if backend == "reference" else partial(by_kernels, *row, state),
         flops=s.flops,
         backward_flops=BACKWARD_FLOPS,
         graded=0 if s.offset else 1,

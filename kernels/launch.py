@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -115,19 +115,14 @@ class Launch:
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Run the launches in order on the current stream of the tensors' device."""
-    with on(device):
+    with nullcontext() if is_current(device) else torch.cuda.device(device):
         for launch in launches:
             launch.run()
 
 
-_NOTHING = nullcontext()
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which a device is the current one."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(device)
+def is_current(device: torch.device) -> bool:
+    """Whether launches go to a device; those for tensors on a CPU go nowhere else."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 @contextmanager

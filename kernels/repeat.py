@@ -1,7 +1,7 @@
 """Calls of launchers, planned once for tensors of the same dtypes, shapes and strides, and then repeated.
 
-The first call of a form is recorded: it runs on stand-ins without memory, and what it allocates and launches
-becomes a recipe. A later call looks that up, allocates, and launches compiled kernels. Nothing between is run
+A call of some forms is recorded: it runs on stand-ins without memory, and what it allocates and launches
+becomes a recipe. Calls of these forms then allocate and launch compiled kernels. Nothing between is run
 again: no plan, and none of Triton's own search for the kernel, which takes several times as long as a launch.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from triton.compiler import CompiledKernel
 
-from .launch import Launch, recorded
+from .launch import Launch, is_current, recorded
 
 ALIGNED = 16
 """Bytes: Triton compiles a kernel of its own for tensors that start elsewhere."""
@@ -136,6 +136,9 @@ class _Recipe(NamedTuple):
     def run(self, given: Sequence[Tensor]) -> Any:
         """Allocate, launch, and return the outputs."""
         created, launches, outputs, kind, device = self
+        if not is_current(device):
+            with torch.cuda.device(device):
+                return self.run(given)
         tensors = [*given]
         for shape, stride, dtype, source in created:
             if source is None:
@@ -144,13 +147,8 @@ class _Recipe(NamedTuple):
                 tensors.append(source.of(tensors).contiguous())
         addresses = [x.data_ptr() for x in tensors]
         aligned = not reduce(or_, addresses) % ALIGNED
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            for launch in launches:
-                launch.run(tensors, addresses, aligned)
-        else:
-            with torch.cuda.device(device):
-                for launch in launches:
-                    launch.run(tensors, addresses, aligned)
+        for launch in launches:
+            launch.run(tensors, addresses, aligned)
         found = [None if number is None else tensors[number] for number in outputs]
         return found[0] if kind is Tensor else kind(found)
 

@@ -8,8 +8,9 @@ An op takes tensors (or lists of them), then numbers. Its gradient is a separate
 takes the same tensors, the results' gradients, the same numbers, and a flag per tensor whether its gradient
 is needed. Unsupported transforms raise and name the backend that supports them.
 
-An eager call goes to the launcher itself, through one `autograd.Function` where it needs a gradient:
-torch.library's dispatch takes several times the host time, and only a graph needs it.
+An eager call goes to the launchers themselves, through one `autograd.Function` where it needs a gradient:
+torch.library's dispatch takes several times the host time, and only a graph needs it. What the call and its
+gradient launch is planned once for arguments of the same forms.
 """
 
 from __future__ import annotations
