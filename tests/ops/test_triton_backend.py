@@ -26,6 +26,8 @@ from torch.autograd import forward_ad
 
 import retpop
 from benchmarks.kernel_audit.traffic import audit
+from retpop import position
+from retpop.ops import triton_backend
 from retpop.ops.triton_backend import custom
 
 FLOAT32 = 5e-6
@@ -226,6 +228,20 @@ def test_a_second_derivative_is_refused(name: str) -> None:
     (first,) = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match=r'derivative of a derivative; backend="torch"'):
         torch.autograd.grad(first.sum(), leaves)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_rotation_of_which_one_result_is_used(create_graph: bool) -> None:
+    """It keeps the queries' norm, so the first derivative of its square is 2 q, and that one's is 8 q."""
+    q, k = (normal(1, 5, 2, 8, seed=seed, dtype=torch.float32).requires_grad_() for seed in range(2))
+    frequencies = position.rotary_frequencies("rope", 8)
+    rotation = triton_backend.rotation(torch.arange(5)[None], frequencies, "rope", 2)
+    rotated, _ = triton_backend.rotate(q, k, rotation, "rope")
+    (first,) = torch.autograd.grad(rotated.square().sum(), [q], create_graph=create_graph)
+    torch.testing.assert_close(first, 2 * q.detach())
+    if create_graph:
+        (second,) = torch.autograd.grad(first.square().sum(), [q])
+        torch.testing.assert_close(second, 8 * q.detach())
 
 
 @pytest.mark.parametrize(
