@@ -105,7 +105,7 @@ _LINE = {
 
 # The same by padded Dk, for one tile a step; float32 by its dots' precision.
 STEPS = {
-    "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (64, 32, 8, 2)},
+    "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 8, 3), 256: (32, 64, 8, 2)},
     "sm_100": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     "sm_120": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (16, 32, 8, 2)},
     "sm_": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
@@ -118,6 +118,18 @@ STEPS = {
 def tail_rows(length: int, tile: int) -> int:
     """Rows of the masked tile for the tokens of a block after its full tiles; 0 if there are none."""
     return padded(length % tile) if length % tile else 0
+
+
+def pred_tiles(length: int, tile: int) -> int:
+    """The tiles of a prediction: 1, 2, or 0 for more than two, which need a second state in registers."""
+    tiles = max(1, -(-length // tile))
+    return tiles if tiles <= 2 else 0
+
+
+def widest_slice(key_dim: int, length: int, tile: int) -> int:
+    """Columns of Dv in a slice at most, with predictions of ``length`` tokens in tiles of ``tile``."""
+    second_state = pred_tiles(length, tile) == 0
+    return NARROWEST_SLICE if second_state and padded(key_dim) == LARGEST_KEY_DIM else LARGEST_KEY_DIM
 
 
 def pop_tiles(
@@ -150,6 +162,7 @@ def pop_tiles(
         table = entry_of(STEPS, precision if dtype is torch.float32 else architecture)
         tile, cols_v, num_warps, num_stages = table[max(64, padded(key_dim))]
         tile = min(tile, padded(max(lengths)))
+        cols_v = min(cols_v, widest_slice(key_dim, lengths[1], tile))
         # Narrow copies, and the second state that a prediction of several tiles holds, take registers.
         num_stages = num_stages if wide_copies and lengths[1] <= tile else min(num_stages, 2)
     return PopConfig(
@@ -222,6 +235,9 @@ NARROWEST_SLICE = 32
 WAVES = 2
 """Programs a multiprocessor that are wanted: two hide each other's waits."""
 
+BUSY_ENOUGH = 0.6
+"""The wanted share of SM time in use by programs that have an SM for themselves (`busy`)."""
+
 SPLIT_FROM = 2048
 SHORTEST_STRETCH = 256
 """A split reads k and v twice, moves each stretch's state four times and takes three launches. It needs
@@ -234,7 +250,7 @@ SCAN_TILE = (16, 32)
 """Rows and columns of a state in a program of a scan over stretches: small, as it only waits for memory."""
 
 # (rows, columns of a slice, warps, stages) by padded Dk, found by compiling: no stack in use.
-_WGMMA = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}
+_WGMMA = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 128, 8, 2)}
 _BLACKWELL = {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}
 _MMA = {64: (64, 32, 4, 3), 128: (32, 32, 4, 2), 256: (16, 32, 8, 2)}
 _AMD = {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (16, 32, 8, 2)}
@@ -258,8 +274,9 @@ def retention_tiles(
     else:
         table = _MMA if architecture.startswith("sm_") else _AMD
     rows, cols_v, num_warps, num_stages = table[max(64, padded(key_dim))]
-    if table is _WGMMA and padded(key_dim) == 128 and any(dim % 8 for dim in head_dims):
-        num_warps = 8  # copies of less than 16 bytes take more registers than 4 warps have
+    if table is _WGMMA and any(dim % 8 for dim in head_dims):  # copies of less than 16 bytes take registers
+        num_warps = 8 if padded(key_dim) == 128 else num_warps
+        cols_v = min(cols_v, 64)
     return RetentionConfig(
         rows=rows,
         cols_k=padded(key_dim),
@@ -283,21 +300,21 @@ def retention_config(
 ) -> RetentionConfig:
     """The tiles and the schedule of `retention_fwd` for `tokens` tokens of `sequences` sequences together.
 
-    A schedule is enough if it has two programs a multiprocessor (`enough`). The first of these that is, or
-    else the one with the most programs:
+    A schedule is enough if it has two programs a multiprocessor, or keeps them busy (`enough`). The first of
+    these that is, or else the one with the most programs:
 
     1. One sweep: a program is a sequence, a head and a slice of Dv.
-    2. The same with slices of 32 columns, where Dv has two of them at most: each slice reads all of q and k,
-       from the cache, whose rate is little above that of the memory.
+    2. The same with slices of half as many columns, down to 32, where Dv has two of 32 at most: each slice
+       reads all of q and k, from the cache, whose rate is little above that of the memory.
     3. A split into as few stretches as are enough.
-    4. With slices of 32 columns: one sweep, or a split.
+    4. With slices of half as many columns, down to 32: one sweep, or a split.
 
     A split needs sequences of 2,048 tokens, and stretches of at least 256 tokens and 4 Dk. Packed sequences
     are judged by their mean length, because their lengths are on the device.
     """
     config = retention_tiles(head_dims, dtype, precision, architecture)
     cols_v, stretch = schedule(
-        [config.cols_v, min(config.cols_v, NARROWEST_SLICE)],
+        widths(config.cols_v),
         tokens=tokens,
         sequences=sequences,
         num_heads=num_heads,
@@ -309,9 +326,25 @@ def retention_config(
     return replace(config, cols_v=cols_v, stretch=stretch)
 
 
-def enough(programs: int, multiprocessors: int) -> bool:
-    """Whether programs are `WAVES` a multiprocessor, but for one in sixteen: 256 are, on an H200's 132."""
+def enough(programs: int, multiprocessors: int, cols_k: int) -> bool:
+    """Whether programs are `WAVES` a multiprocessor, but for one in sixteen: 256 are, on an H200's 132.
+
+    Beyond 128 columns of Dk one program takes most of an SM's registers: then they keep SMs busy.
+    """
+    if cols_k > 128:
+        return busy(programs, multiprocessors) >= BUSY_ENOUGH
     return 16 * programs >= 15 * WAVES * multiprocessors
+
+
+def busy(programs: int, multiprocessors: int) -> float:
+    """The share of the time of multiprocessors in use by programs that run one on each, round after round."""
+    programs = max(1, programs)
+    return programs / (-(-programs // multiprocessors) * multiprocessors)
+
+
+def widths(cols_v: int) -> list[int]:
+    """Columns of a slice, halved down to 32."""
+    return [cols_v, *widths(cols_v // 2)] if cols_v > NARROWEST_SLICE else [cols_v]
 
 
 def schedule(
@@ -344,7 +377,7 @@ def schedule(
         options = [*sweeps, *cuts]
     else:
         options = [option for pair in zip(sweeps, cuts, strict=True) for option in pair]
-    chosen = (option for option in options if enough(programs(option), multiprocessors))
+    chosen = (option for option in options if enough(programs(option), multiprocessors, cols_k))
     return next(chosen, max(options, key=programs))
 
 

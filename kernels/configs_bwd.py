@@ -8,18 +8,23 @@ from typing import NamedTuple
 import torch
 
 from .configs import (
+    BUSY_ENOUGH,
     FEWEST_SPLIT_BLOCKS,
     LARGEST_KEY_DIM,
-    NARROWEST_SLICE,
     STEPS,
+    PopConfig,
     RetentionConfig,
+    busy,
     entry_of,
     may_split,
     narrowed,
     padded,
+    pred_tiles,
     retention_tiles,
     schedule,
     stretch_of,
+    widest_slice,
+    widths,
 )
 from .launch import Tensors
 
@@ -122,6 +127,14 @@ def _sweep_for_both(head_dims: tuple[int, int], kind: str) -> SweepConfig | None
     return SweepConfig(tile=tile, cols_v=padded(head_dims[1]), num_warps=num_warps, num_stages=num_stages)
 
 
+# (tile, warps, stages) of sweeps with all of 128 columns, for 16-bit tokens, found by compiling: no stack in
+# use. A program takes most of an SM's registers.
+_WHOLE = {"sm_90": (32, 8, 2)}
+
+BUSY_IN_A_SPLIT = 0.85
+"""As `BUSY_ENOUGH`, which is 0.85 · 10 / 14: see `retention_bwd_config`."""
+
+
 # ---- pop_bwd ----
 
 
@@ -130,9 +143,11 @@ class PopBwdConfig(SweepConfigs):
     """The reverse sweeps of `pop_bwd`.
 
     Attributes:
+        queries: the walk for dq, a forward; None: `configs.pop_config` chooses.
         split: the gradients of the block states first, and then a program for each boundary.
     """
 
+    queries: PopConfig | None = None
     split: bool = False
 
 
@@ -149,9 +164,12 @@ def pop_bwd_config(
 ) -> PopBwdConfig:
     """The reverse sweeps of `pop_bwd`; arguments as those of `pop_config`.
 
-    1. One sweep for dk and dv where both head dims are at most 64: unsliced, because dk is a sum over Dv.
-       Else one each: the forward's walk with its tiles and slices, which are narrower where programs are few.
-    2. No split, unless half of the multiprocessors have no program, and there are 4 blocks or more.
+    1. Head dims up to 64: one sweep for dk and dv, unsliced, because dk is a sum over Dv.
+    2. Beyond, one each: the forward's walk with its tiles and slices, which are narrower where programs are
+       few.
+    3. No split, unless half of the multiprocessors have no program, and there are 4 blocks or more.
+    4. Head dims up to 128, where `_WHOLE` has tiles and two of them hold a prediction: one sweep after all,
+       and dq without slices, if such programs keep SMs busy (`BUSY_ENOUGH`).
     """
     if max(head_dims) > LARGEST_KEY_DIM:
         raise ValueError(
@@ -167,8 +185,10 @@ def pop_bwd_config(
 
     def alone(key_dim: int, value_dim: int) -> SweepConfig:
         tile, cols_v, num_warps, num_stages = entry_of(STEPS, kind)[max(64, padded(key_dim))]
+        tile = min(tile, longest)
+        cols_v = min(cols_v, widest_slice(key_dim, lengths[1], tile))
         return SweepConfig(
-            tile=min(tile, longest),
+            tile=tile,
             cols_v=narrowed(min(cols_v, padded(value_dim)), value_dim, pairs, multiprocessors),
             num_warps=num_warps,
             num_stages=min(num_stages, 2),  # a third stage would cost a stack
@@ -177,11 +197,18 @@ def pop_bwd_config(
 
     values = alone(*head_dims)
     programs = pairs if both is not None else pairs * -(-head_dims[1] // values.cols_v)
+    split = 2 * programs <= multiprocessors and num_blocks >= FEWEST_SPLIT_BLOCKS
+    queries = None
+    if both is None and kind in _WHOLE and padded(max(head_dims)) == 128:
+        tile, num_warps, num_stages = _WHOLE[kind]
+        tile = min(tile, longest)
+        is_busy = busy(pairs * (num_blocks if split else 1), multiprocessors) >= BUSY_ENOUGH
+        if is_busy and pred_tiles(lengths[1], tile) > 0:
+            whole = {"tile": tile, "num_warps": num_warps, "num_stages": num_stages}
+            both = SweepConfig(cols_v=padded(head_dims[1]), **whole)
+            queries = PopConfig(cols_v=padded(head_dims[0]), steps=True, split=split, **whole)
     return PopBwdConfig(
-        both=both,
-        keys=alone(*reversed(head_dims)),
-        values=values,
-        split=2 * programs <= multiprocessors and num_blocks >= FEWEST_SPLIT_BLOCKS,
+        both=both, keys=alone(*reversed(head_dims)), values=values, queries=queries, split=split
     )
 
 
@@ -201,24 +228,6 @@ class RetentionBwdConfig(SweepConfigs):
     stretch: int | None = None
 
 
-# (tile, warps, stages) of sweeps with all of 128 columns, for 16-bit tokens, found by compiling: no stack in
-# use. A program takes most of an SM's registers.
-_WHOLE = {"sm_90": (32, 8, 2)}
-
-# Columns of a slice of sweeps with Dk = 256, for 16-bit tokens: twice the forward's, for 30 instead of 54
-# tensors of tokens moved, at the price of 16 bytes of stack, or 80 with states and views of one projection.
-_WIDE = {"sm_90": 64}
-
-
-BUSY_ENOUGH, BUSY_IN_A_SPLIT = 0.6, 0.85
-"""Shares of SM time: see `retention_bwd_config`. 0.85 · 10 / 14 is 0.6."""
-
-
-def busy(programs: int, multiprocessors: int) -> float:
-    """The share of the time of multiprocessors in use by programs that run one on each, round after round."""
-    return programs / (-(-programs // multiprocessors) * multiprocessors)
-
-
 def retention_bwd_config(
     *,
     tokens: int,
@@ -236,8 +245,7 @@ def retention_bwd_config(
     2. Up to 128, where `_WHOLE` has tiles: the same, and dq without slices too. Such a program has an SM for
        itself. A split has the fewest stretches that keep SMs busy (`BUSY_IN_A_SPLIT`); it moves 14 tensors
        instead of 10, so it is for what would be less than `BUSY_ENOUGH`. Short sequences then go on to 3.
-    3. One sweep each, which multiply as the forward does, so with its tiles and slices, or wider ones
-       (`_WIDE`).
+    3. One sweep each, which multiply as the forward does, so with its tiles and slices.
     """
     if max(head_dims) > LARGEST_KEY_DIM:
         raise ValueError(
@@ -246,9 +254,7 @@ def retention_bwd_config(
     kind = precision if dtype is torch.float32 else architecture
 
     def tiles(key_dim: int, value_dim: int) -> RetentionConfig:
-        config = retention_tiles((key_dim, value_dim), dtype, precision, architecture)
-        wide = min(_WIDE.get(kind, 0), padded(value_dim)) if key_dim == 256 and value_dim % 8 == 0 else 0
-        return replace(config, cols_v=max(config.cols_v, wide))
+        return retention_tiles((key_dim, value_dim), dtype, precision, architecture)
 
     def alone(key_dim: int, value_dim: int, widest: int = LARGEST_KEY_DIM) -> SweepConfig:
         config = tiles(key_dim, value_dim)
@@ -266,7 +272,7 @@ def retention_bwd_config(
     keys, values = alone(*reversed(head_dims)), alone(*head_dims)
     both = _sweep_for_both(head_dims, kind)
     if both is None and kind in _WHOLE and padded(max(head_dims)) == 128:
-        pairs = max(1, sequences * num_heads)
+        pairs = sequences * num_heads
         is_busy = busy(pairs, multiprocessors) >= BUSY_ENOUGH
         if is_busy or may_split(tokens, sequences):
             both, queries = _whole(head_dims, kind, tiles(*reversed(head_dims)))
@@ -277,9 +283,8 @@ def retention_bwd_config(
             queries = replace(queries, stretch=stretch)
             return RetentionBwdConfig(both=both, keys=keys, values=values, queries=queries, stretch=stretch)
     sweeps = [keys, values] if both is None else [both]
-    widths = [values.cols_v, min(values.cols_v, NARROWEST_SLICE)] if both is None else [both.cols_v]
     cols_v, stretch = schedule(
-        widths,
+        widths(values.cols_v) if both is None else [both.cols_v],
         tokens=tokens,
         sequences=sequences,
         num_heads=num_heads,
@@ -290,10 +295,7 @@ def retention_bwd_config(
     )
     if cols_v < values.cols_v:
         keys, values = alone(*reversed(head_dims), cols_v), alone(*head_dims, cols_v)
-    queries = None
-    if kind in _WIDE and head_dims[1] == 256:  # the sweep for dk has the same shapes
-        queries = replace(tiles(*reversed(head_dims)), cols_v=keys.cols_v, stretch=stretch)
-    return RetentionBwdConfig(both=both, keys=keys, values=values, queries=queries, stretch=stretch)
+    return RetentionBwdConfig(both=both, keys=keys, values=values, stretch=stretch)
 
 
 def _whole(

@@ -5,16 +5,17 @@ With S_i the state after token i, g_i the gradient of output o_i and G_j that of
     dq_i = c g_i S_iᵀ          dk_j = v_j G_jᵀ          dv_j = k_j G_j
 
 dq has the form of an output o_i = c q_i S_i, so it is the forward kernel itself on (g, v, k) with the
-states transposed; it finds the states again. dk and dv come from reverse sweeps (pop_bwd_sweep.py): up to
-head dims of 64 one for both; beyond, one each, in slices like the forward's. A sweep for both cannot be
-sliced, since dk is a sum over Dv and floats are never added atomically. A small batch is split at the block
-boundaries, as in pop_fwd.
+states transposed. dk and dv come from reverse sweeps (pop_bwd_sweep.py): one for both where a program holds
+all of E, at head dims up to 64, or 128 (`configs_bwd`); beyond, one each, in slices like the forward's. A
+sweep for both cannot be sliced, since dk is a sum over Dv and floats are never added atomically. A small
+batch is split at the block boundaries, as in pop_fwd. If the forward was split too, it has found the state
+before each block, and given them, dq is one launch.
 
-Why states are recomputed and not saved by the forward: counted in tensors of all tokens, dq moves 4 (g, v,
-k, dq) and the sweep for both 6, where 7 have to move. With saved states the forward would move 5 instead of
-4, and one sweep for all three gradients 8 instead of 10: 13 instead of 14 in all at REM's shape. But each
-layer would keep a quarter more in memory for the backward, and a program two states instead of one in its
-registers.
+In one pass states are recomputed and not saved by the forward. Counted in tensors of all tokens, dq moves 4
+(g, v, k, dq) and the sweep for both 6, where 7 have to move. With saved states the forward would move 5
+instead of 4, and one sweep for all three gradients 8 instead of 10: 13 instead of 14 in all at REM's shape.
+But each layer would keep a quarter more in memory for the backward, and a program two states instead of one
+in its registers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from .configs import padded
+from .configs import padded, pred_tiles
 from .configs_bwd import PopBwdConfig, Sweep, pop_bwd_config, sweeps_for
 from .launch import (
     Launch,
@@ -68,6 +69,7 @@ def plan_pop_bwd(
     scale: float,
     needs: Sequence[bool],
     *,
+    states: Tensor | None = None,
     out: Sequence[Tensor | None] | None = None,
     config: PopBwdConfig | None = None,
     target: Target | None = None,
@@ -116,9 +118,11 @@ def plan_pop_bwd(
             *(g, v, k, *twins, log_decay),
             None if state is None else state.mT,
             *(reset, block_size, offset, scale),
+            states=None if states is None else states.mT,
             out=grads["q"],
             pred=grads["q_pred"],
             wanted=(with_q, with_q_pred, False),
+            config=config.queries,
             target=target,
         )
     zero(None if with_q else grads["q"], None if with_q_pred else grads["q_pred"])
@@ -177,7 +181,7 @@ def _plan_sweeps(
     """
     sweeps = sweeps_for(tokens, config)
     nothing = {name: None for name in tokens if name.startswith(("dk", "dv"))}
-    only_states = Sweep(config.values, {**tokens, **nothing}, swapped=False)
+    only_states = Sweep(config.states, {**tokens, **nothing}, swapped=False)
     if not config.split:
         sweeps = sweeps or ([only_states] if before is not None else [])
         befores = [before, None]
@@ -229,7 +233,7 @@ def _launch(
             **_state_strides("before", before),
             **named_strides("reset", reset, "bn"),
             **{"DK": Dk, "DV": Dv, "COLS_K": padded(Dk), "COLS_V": config.cols_v, "TILE": config.tile},
-            **{"ONE_TILE": config.tile >= common["M"], "SCALE_V": config.scale_v, "SPLIT": split},
+            **{"PRED_TILES": pred_tiles(common["M"], config.tile), "SCALE_V": config.scale_v, "SPLIT": split},
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -260,6 +264,7 @@ def pop_bwd(
     scale: float,
     needs: Sequence[bool],
     *,
+    states: Tensor | None = None,
     out: Sequence[Tensor | None] | None = None,
     config: PopBwdConfig | None = None,
 ) -> list[Tensor | None]:
@@ -270,6 +275,7 @@ def pop_bwd(
         grad_out, grad_pred, grad_state: of its results, in their shapes; the first two in one dtype, the
             tokens' or float32, the last in float32; None for zeros.
         needs: which gradients to find: of q, k, v, q_pred, k_pred, v_pred, state.
+        states: before all blocks, as `pop_fwd` returns them; None: they are found again.
         out: where to write the first six, each with a contiguous last dim, or None for a new tensor. They may
             be views of one tensor, but not of one that is read here.
         config: how to cut the reverse sweeps, or None for `configs_bwd.pop_bwd_config`.
@@ -288,6 +294,7 @@ def pop_bwd(
         *tokens,
         *arguments,
         tuple(needs),
+        states=states,
         target=target_of(q.device),
         out=views,
         config=config,

@@ -105,7 +105,7 @@ def pop_bwd_kernel(
     TILE: tl.constexpr,
     COLS_K: tl.constexpr,
     COLS_V: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    PRED_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALE_V: tl.constexpr,
     UNIT: tl.constexpr,
@@ -115,9 +115,9 @@ def pop_bwd_kernel(
 
     One tile a step, formulas above. Results without a pointer are not computed: without dk and its twin only
     dv, in slices of Dv; without dv too only E. L = 0: predictions alone. A token stride of None equals
-    another one (`launch.token_strides`). ONE_TILE: a prediction fits into one tile, so E need not be kept
-    elsewhere
-    meanwhile. SPLIT: one boundary, from its own E.
+    another one (`launch.token_strides`). PRED_TILES: 1 or 2 tiles hold a prediction, whose own E is then 0 or
+    a product of two tiles; 0: any number, and the blocks' E is kept elsewhere meanwhile. SPLIT: one boundary,
+    from its own E.
     """
     stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
     stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)
@@ -177,9 +177,12 @@ def pop_bwd_kernel(
     tiles_each = tiles_main + tl.cdiv(M, TILE)
     t = 0
     b_main = b_grad
+    if PRED_TILES == 2:
+        TYPE: tl.constexpr = p_k.dtype.element_ty  # q or g may be wider
+        later = (tl.zeros((TILE, COLS_K), TYPE), tl.zeros((TILE, COLS_V), TYPE), 1.0)
     for _ in range(num_steps * tiles_each):
         is_pred = t >= tiles_main
-        if not ONE_TILE:
+        if PRED_TILES == 0:
             b_main = tl.where(t == tiles_main, b_grad, b_main)
             b_grad = tl.where(t == tiles_main, 0.0, b_grad)
         i_p = n - offset
@@ -206,32 +209,43 @@ def pop_bwd_kernel(
         length = tl.maximum(tl.minimum(end_row - first_row, TILE), 0)
         whole, rest = tiles.decay_across(log_decay, length)
         b_seen = b_grad
-        if ONE_TILE:
+        if PRED_TILES > 0:
             # A prediction starts from E = 0 and adds to the block's, which is carried on undecayed.
             b_seen = tl.where(is_pred, 0.0, b_grad)
             whole = tl.where(is_pred, 1.0, whole)
             rest = tl.where(is_pred, 0.0, rest)
-        b_grad = tiles.pull_tile(
-            pointers,
-            strides,
-            (
-                first_row,
-                end_row,
-                tiles.end_of(is_pred, end_row, p_dk, p_dk_pred),
-                tiles.end_of(is_pred, end_row, p_dv, p_dv_pred),
-                first_col,
-            ),
-            b_grad,
-            b_seen,
-            (tiles.decay_to_end(log_decay, length, TILE), b_within, b_from_start, whole, rest),
-            TILE,
-            COLUMNS,
-            PRECISION,
-            SCALE_V,
+        place = (
+            first_row,
+            end_row,
+            tiles.end_of(is_pred, end_row, p_dk, p_dk_pred),
+            tiles.end_of(is_pred, end_row, p_dv, p_dv_pred),
+            first_col,
         )
+        powers = (tiles.decay_to_end(log_decay, length, TILE), b_within, b_from_start, whole, rest)
+        if PRED_TILES == 2:
+            is_first = t == tiles_main + 1  # of a prediction's two tiles
+            later = (tl.where(is_first, later[0], 0.0), tl.where(is_first, later[1], 0.0), later[2])
+            b_grad, later = tiles.pull_tile(
+                pointers,
+                strides,
+                place,
+                b_grad,
+                b_seen,
+                powers,
+                TILE,
+                COLUMNS,
+                PRECISION,
+                SCALE_V,
+                later,
+                tl.where(is_pred, tl.exp(log_decay * first_row), 1.0),
+            )
+        else:
+            b_grad = tiles.pull_tile(
+                pointers, strides, place, b_grad, b_seen, powers, TILE, COLUMNS, PRECISION, SCALE_V
+            )
         t += 1
         is_last = t == tiles_each
-        if not ONE_TILE:
+        if PRED_TILES == 0:
             b_grad = tl.where(is_last, b_grad + b_main, b_grad)
         if p_reset is not None:
             starts = tl.load(p_reset, mask=is_last & (n < N), other=0)

@@ -28,6 +28,9 @@ and k.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +38,7 @@ from torch import Tensor
 from triton import cdiv
 
 from . import split, tiles
-from .configs import PopConfig, padded, pop_config, tail_rows
+from .configs import PopConfig, padded, pop_config, pred_tiles, tail_rows
 from .launch import (
     Launch,
     Target,
@@ -281,12 +284,15 @@ def plan_pop_fwd(
     pred: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     wanted: tuple[bool, bool, bool] = (True, True, True),
+    states: Tensor | None = None,
+    with_states: bool = False,
     config: PopConfig | None = None,
     target: Target | None = None,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """The launches of `pop_fwd`, and the tensors; only those that are `wanted` are filled.
+) -> tuple[list[Launch], tuple[Tensor | None, ...]]:
+    """The launches of `pop_fwd`, and the tensors; of the first three only those that are `wanted` are filled.
 
-    Queries may be wider than keys and values: those of the backward are gradients of outputs.
+    Queries may be wider than keys and values: those of the backward are gradients of outputs. It may also
+    give the ``states`` before all blocks, as `pop_fwd` returns them: then they are not found again.
     """
     B, T, H, Dk = q.shape
     P, M = q_pred.shape[1:3]
@@ -301,7 +307,8 @@ def plan_pop_fwd(
     after = int(P > 0 and offset > 0)  # then no prediction starts at boundary 0
     num_blocks = max(N, P + offset - after if P > 0 else 0)  # N, or one more that is absent
     if B == 0 or num_blocks == 0:
-        return [], (out, pred, final.zero_() if state is None else final.copy_(state))
+        final = final.zero_() if state is None else final.copy_(state)
+        return [], (out, pred, final, None)[: 3 + with_states]
     target = target or target_of(q.device)
     precision = dot_precision(v.dtype, target.architecture)
     if config is None:
@@ -314,24 +321,27 @@ def plan_pop_fwd(
             precision=precision,
             **target._asdict(),
         )
+    if states is not None:
+        config = replace(config, split=True)
     tokens = dict(zip(_TOKENS, (q, k, v, q_pred, k_pred, v_pred), strict=True))
     tokens = {name: with_contiguous_rows(x) for name, x in tokens.items()}
-    before = state
     programs = B * H * cdiv(Dv, config.cols_v)
     launches: list[Launch] = []
     last = final if wanted[2] else None
-    if config.split:
+    if config.split and states is None:
         shared = {"p_log_decay": log_decay, "p_bounds": None, "H": H, "T": T, "num_sequences": B}
         shared |= {"stretch": L, "per_sequence": num_blocks, "SEQUENCES": 0, "EARLY": False}
         launches, states = split.plan_states(
-            *(tokens["k"], tokens["v"], before, last, shared, config),
+            *(tokens["k"], tokens["v"], state, last, shared, config),
             stretches=B * num_blocks,
             rows=config.tile,
             precision=precision,
             reset=reset,
         )
-        before = states.unflatten(0, (B, num_blocks))
+        states = states.unflatten(0, (B, num_blocks))
+    if config.split:
         programs, last = programs * num_blocks, None
+    before = states if config.split else state
     tokens |= {"out": out, "pred": pred}
     found = {
         name: x if want else None for name, x, want in zip(("out", "pred"), (out, pred), wanted, strict=False)
@@ -359,7 +369,7 @@ def plan_pop_fwd(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return [*launches, walk], (out, pred, final)
+    return [*launches, walk], (out, pred, final, states)[: 3 + with_states]
 
 
 _TOKENS = ("q", "k", "v", "q_pred", "k_pred", "v_pred")
@@ -372,7 +382,7 @@ def _tiling(config: PopConfig, Dk: int, L: int, M: int) -> dict[str, int]:
         **{"SCALE_V": config.scale_v, "SPLIT": config.split},
     }
     if config.steps:
-        return {**common, "ONE_TILE": tile >= M}
+        return {**common, "PRED_TILES": pred_tiles(M, tile)}
     tails = {"TAIL_L": tail_rows(L, tile), "TAIL_M": tail_rows(M, tile)}
     return {**common, "FULL_L": L // tile, "FULL_M": M // tile, **tails}
 
@@ -394,8 +404,9 @@ def pop_fwd(
     out: Tensor | None = None,
     pred: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    with_states: bool = False,
     config: PopConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """POP of inputs that have been checked.
 
     Args:
@@ -412,10 +423,12 @@ def pop_fwd(
         out, pred: where to write, (B, T, H, Dv) and (B, P, M, H, Dv) with a contiguous last dim and of one
             dtype, or None for new tensors. Inputs and outputs may be views of one tensor.
         out_dtype: of new tensors, None for v's; float32 holds what float16 cannot, the sums of a slow decay.
+        with_states: whether to return the states before all blocks.
         config: how to cut the work, or None for `configs.pop_config`.
 
     Returns:
-        out, pred, and B_N (B, H, Dk, Dv), float32.
+        out, pred, and B_N (B, H, Dk, Dv), float32. ``with_states``: also the states before all blocks of a
+        split, (B, blocks, H, Dk, Dv), which `pop_bwd` takes, or None without a split.
 
     Raises:
         ValueError: the head dims are too large for this GPU.
@@ -423,13 +436,14 @@ def pop_fwd(
     Source: POP, arXiv 2402.05643, section 3.2.
     """
     arguments = (q, k, v, q_pred, k_pred, v_pred, log_decay, state, reset, block_size, offset, scale)
-    outputs: tuple[Tensor, Tensor, Tensor] = launched(
+    outputs: tuple[Any, ...] = launched(
         plan_pop_fwd,
         *arguments,
         out=out,
         pred=pred,
         target=target_of(q.device),
         out_dtype=out_dtype,
+        with_states=with_states,
         config=config,
     )
     return outputs

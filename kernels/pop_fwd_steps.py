@@ -1,8 +1,8 @@
 """POP, forward, one tile a step: for any lengths and head dims, where the line of pop_fwd.py is too long.
 
 The tiles of each block come before or after those of its prediction, and one loop goes over all of them. A
-prediction overwrites the state's registers; the next block restores the state at its boundary from a second
-set of registers. Formulas: pop_fwd.py.
+prediction of up to two tiles leaves the state alone. A longer one overwrites the state's registers; the next
+block restores the state at its boundary from a second set of registers. Formulas: pop_fwd.py.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def pop_fwd_steps_kernel(
     TILE: tl.constexpr,
     COLS_K: tl.constexpr,
     COLS_V: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    PRED_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALE_V: tl.constexpr,
     UNIT: tl.constexpr,
@@ -87,9 +87,10 @@ def pop_fwd_steps_kernel(
 ):
     """For each block n: o_(n,i), B_(n+1), and the o_(p,i) that start from B_(n+AFTER) (see pop_fwd.py).
 
-    Strides are as in `pop_fwd_kernel`. ONE_TILE: a prediction fits into one tile, and simply leaves the state
-    as it was. SPLIT: one block a program, from its own state. p_out or p_pred is None: those are not
-    computed.
+    Strides are as in `pop_fwd_kernel`. PRED_TILES: 1 or 2 tiles hold a prediction, which leaves the state as
+    it was: the second tile sees the first as a product of two tiles; 0: any number, and the state is kept
+    elsewhere meanwhile. SPLIT: one block a program, from its own state. p_out or p_pred is None: those are
+    not computed.
     """
     stride_q_t = tiles.token_stride(stride_q_t, 0, UNIT)
     stride_k_t = tiles.token_stride(stride_k_t, stride_q_t, UNIT)
@@ -141,12 +142,15 @@ def pop_fwd_steps_kernel(
     n = first
     t = 0
     b_boundary = b_state
+    if PRED_TILES == 2:
+        TYPE: tl.constexpr = p_k.dtype.element_ty
+        earlier = (tl.zeros((TILE, COLS_K), TYPE), tl.zeros((TILE, COLS_V), TYPE))
     for _ in range((last - first) * (tiles_main + tiles_pred)):
         if p_reset is not None:
             m_starts = (t == first_pred) & (n + AFTER < N)
             starts = tl.load(p_reset + AFTER * stride_reset_n, mask=m_starts, other=0)
             b_state = tl.where(starts != 0, 0.0, b_state)
-        if not ONE_TILE:
+        if PRED_TILES == 0:
             b_boundary = tl.where(t == first_pred, b_state, b_boundary)
             b_state = tl.where(t == first_main, b_boundary, b_state)
         t_main = t - first_main
@@ -171,27 +175,38 @@ def pop_fwd_steps_kernel(
         end_row = tl.where(is_pred, end_pred, tl.minimum(n * L + L, N * L))
         length = tl.maximum(tl.minimum(end_row - first_row, TILE), 0)
         whole, rest = tiles.decay_across(log_decay, length)
-        b_next = tiles.pass_tile(
-            pointers,
-            strides,
-            (first_row, end_row, tiles.end_of(is_pred, end_row, p_out, p_pred), first_col),
-            b_state,
-            (b_from_start, b_within, tiles.decay_to_end(log_decay, length, TILE), whole, rest),
-            True,
-            TILE,
-            COLUMNS,
-            PRECISION,
-            SCALE_V,
-            True,
-        )
-        b_state = tl.where(is_pred, b_state, b_next) if ONE_TILE else b_next
+        place = (first_row, end_row, tiles.end_of(is_pred, end_row, p_out, p_pred), first_col)
+        powers = (b_from_start, b_within, tiles.decay_to_end(log_decay, length, TILE), whole, rest)
+        if PRED_TILES == 2:
+            is_second = t_pred == 1  # of a prediction's two tiles
+            earlier = (tl.where(is_second, earlier[0], 0.0), tl.where(is_second, earlier[1], 0.0))
+            b_state, earlier = tiles.pass_tile(
+                pointers,
+                strides,
+                place,
+                b_state,
+                powers,
+                ~is_pred,
+                TILE,
+                COLUMNS,
+                PRECISION,
+                SCALE_V,
+                True,
+                earlier,
+                tl.where(is_pred, tl.exp(log_decay * first_row), 1.0),
+            )
+        else:
+            b_next = tiles.pass_tile(
+                pointers, strides, place, b_state, powers, True, TILE, COLUMNS, PRECISION, SCALE_V, True
+            )
+            b_state = tl.where(is_pred, b_state, b_next) if PRED_TILES == 1 else b_next
         t += 1
         is_last = t == tiles_main + tiles_pred
         t = tl.where(is_last, 0, t)
         n += is_last.to(tl.int32)
         if p_reset is not None:
             p_reset += tl.where(is_last, stride_reset_n, 0)
-    if AFTER and not ONE_TILE:
+    if AFTER and PRED_TILES == 0:
         b_state = b_boundary
     if p_final is not None:
         p_final += i_bh.to(tl.int64) * (DK * DV)

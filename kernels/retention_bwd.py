@@ -74,8 +74,9 @@ def _pull_chunks(
         powers: ln γ, within (transposed), from_start.
         p_reset: of token 0, or None.
     """
-    start, end, first_col = place
+    start, last, first_col = place
     log_decay, b_within, b_from_start = powers
+    end = last
     num_chunks = tl.cdiv(end - start, ROWS)
     if p_reset is not None:
         num_chunks += split.count_resets(p_reset, start, end)  # each may cut a chunk in two
@@ -83,6 +84,7 @@ def _pull_chunks(
         if p_reset is None:
             i_t = start + (num_chunks - 1 - i) * ROWS
         else:
+            b_grad = tl.where(split.is_reset(p_reset, end, last), 0.0, b_grad)
             i_t = split.start_of_chunk(p_reset, start, end, ROWS)
         length = tl.minimum(end - i_t, ROWS)
         whole, rest = tiles.decay_across(log_decay, length)
@@ -99,8 +101,9 @@ def _pull_chunks(
             SCALE_V,
         )
         if p_reset is not None:
-            b_grad = tl.where(split.is_reset(p_reset, i_t, end), 0.0, b_grad)
             end = i_t
+    if p_reset is not None:
+        b_grad = tl.where(split.is_reset(p_reset, end, last), 0.0, b_grad)
     return b_grad
 
 

@@ -163,11 +163,12 @@ def retention_fwd_kernel(
             i_t = stop
             stop = split.end_of_chunk(p_reset, i_t, end, ROWS)
             b_state = tl.where(split.is_reset(p_reset, i_t, end), 0.0, b_state)
+        # Ahead of the loads: otherwise sm_90's registers hold both forms of the state at once.
+        b_operand, grow = tiles.as_operand(b_state, p_k.dtype.element_ty)
         b_q = tiles.load_tile(p_q, stride_q_t, stop, 0, ROWS, COLS_K, DK, i_t)
         b_k = tiles.load_tile(p_k, stride_k_t, stop, 0, ROWS, COLS_K, DK, i_t)
         b_v = tiles.load_tile(p_v, stride_v_t, stop, first_col, ROWS, COLS_V, DV, i_t)
         b_q, grow_q = tiles.as_operand(b_q, b_k.dtype, tiles.LARGEST_TOKEN)
-        b_operand, grow = tiles.as_operand(b_state, b_k.dtype)
         b_out = tiles.chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
         tiles.store_tile(p_out, b_out * grow_q, stride_out_t, stop, first_col, ROWS, COLS_V, DV, i_t)
         length = tl.minimum(stop - i_t, ROWS)

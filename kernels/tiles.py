@@ -179,13 +179,21 @@ def as_operand(b_tile, dtype: tl.constexpr, LARGEST: tl.constexpr = LARGEST_STAT
 
 
 @triton.jit
-def chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION: tl.constexpr):
+def chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION: tl.constexpr, pair=None):
     """Outputs of a chunk whose state before it is b_operand · grow (from `as_operand`): (rows, Dv), float32.
 
     from_start · (q S) + (q kᵀ ∘ within) v; the scores are rounded to the dtype of v.
+
+    pair: tiles K and V and a factor: the state is S + factor · Kᵀ V, and q (Kᵀ V) is found as (q Kᵀ) V; or
+    None.
     """
     b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_within
-    b_out = tl.dot(b_q, b_operand, input_precision=PRECISION) * (b_from_start * grow)
+    b_out = tl.dot(b_q, b_operand, input_precision=PRECISION)
+    if pair is not None:
+        b_read = tl.dot(b_q, tl.trans(pair[0]), input_precision=PRECISION).to(b_v.dtype)
+        b_out = tl.dot(b_read, pair[1], b_out * (grow / pair[2]), input_precision=PRECISION)
+        grow = pair[2]
+    b_out = b_out * (b_from_start * grow)
     return tl.dot(b_scores.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
 
 
@@ -238,8 +246,13 @@ def pass_tile(
     PRECISION: tl.constexpr,
     SCALE_V: tl.constexpr,
     TAKE_IN: tl.constexpr,
+    earlier=None,
+    ahead=1.0,
 ):
     """Write the outputs of one tile, given the state before it; return the state after it if TAKE_IN.
+
+    With ``earlier``, the tile's state is ahead · S + earlier[0]ᵀ earlier[1]. A pair for the next tile is then
+    returned too, and a tile that is not ``here`` may have rows: they have outputs, and S stays as it is.
 
     Args:
         pointers, strides: of q, k, v and the output (None: none is found); strides are those of tokens.
@@ -258,19 +271,25 @@ def pass_tile(
     DK: tl.constexpr = COLUMNS[2]
     DV: tl.constexpr = COLUMNS[3]
     if p_out is not None:
+        # Ahead of the loads: otherwise sm_90's registers hold both forms of the state at once.
+        b_operand, grow = as_operand(b_state, p_k.dtype.element_ty)
         b_q = load_tile(p_q, stride_q, end_out, 0, ROWS, COLS_K, DK, first_row)
     b_k = load_tile(p_k, stride_k, end_row, 0, ROWS, COLS_K, DK, first_row)
     b_v = load_tile(p_v, stride_v, end_row, first_col, ROWS, COLS_V, DV, first_row)
     if p_out is not None:
         b_q, grow_q = as_operand(b_q, b_k.dtype, LARGEST_TOKEN)
-        b_operand, grow = as_operand(b_state, b_k.dtype)
-        b_out = chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION)
+        pair = None if earlier is None else (earlier[0], earlier[1], 1.0)
+        grow = grow * ahead
+        b_out = chunk_output(b_q, b_k, b_v, b_operand, grow, b_from_start, b_within, PRECISION, pair)
         store_tile(p_out, b_out * grow_q, stride_out, end_out, first_col, ROWS, COLS_V, DV, first_row)
     if TAKE_IN:
         whole = tl.where(here, whole, 1.0)
         rest = tl.where(here, rest, 0.0)
+        if earlier is not None:
+            pair = (b_k, (b_v * b_to_end).to(b_v.dtype))
+            b_k, b_v = tl.where(here, b_k, 0.0), tl.where(here, b_v, 0.0)
         b_state = chunk_state(b_state, b_k, b_v, b_to_end, whole, rest, PRECISION, SCALE_V)
-    return b_state
+    return b_state if earlier is None else (b_state, pair)
 
 
 @triton.jit
@@ -285,10 +304,15 @@ def pull_tile(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALE_V: tl.constexpr,
+    later=None,
+    ahead=1.0,
 ):
     """Write dk and dv (where their pointers are) of one tile; return the gradient of the state before it.
 
     The outputs' gradient may be wider than the other tokens; so may q, if the two have changed places.
+
+    With ``later``, dk and dv see E + later[2] · later[0]ᵀ later[1], what the tile adds to E is ahead times as
+    much, and the same for the tile before is returned too.
 
     Args:
         pointers, strides: of q, k, v, the outputs' gradient, dk and dv; strides are those of tokens.
@@ -318,13 +342,18 @@ def pull_tile(
     grow = grow / grow_g
     if p_dv is not None:
         b_k = load_tile(p_k, stride_k, end_dv, 0, ROWS, COLS_K, DK, first_row)
-        b_dv = chunk_output(b_k, b_q, b_g, b_operand, grow, b_to_end, b_within, PRECISION)
+        pair = None if later is None else (later[0], later[1], later[2] / grow_g)
+        b_dv = chunk_output(b_k, b_q, b_g, b_operand, grow, b_to_end, b_within, PRECISION, pair)
         store_tile(p_dv, b_dv * grow_g, stride_dv, end_dv, first_col, ROWS, COLS_V, DV, first_row)
     if p_dk is not None:
         b_v = load_tile(p_v, stride_v, end_dk, first_col, ROWS, COLS_V, DV, first_row)
-        b_dk = chunk_output(b_v, b_g, b_q, tl.trans(b_operand), grow, b_to_end, b_within, PRECISION)
+        pair = None if later is None else (later[1], later[0], later[2] / grow_g)
+        b_operand = tl.trans(b_operand)
+        b_dk = chunk_output(b_v, b_g, b_q, b_operand, grow, b_to_end, b_within, PRECISION, pair)
         store_tile(p_dk, b_dk * grow_g, stride_dk, end_dk, 0, ROWS, COLS_K, DK, first_row)
-    return chunk_state(b_grad, b_q, b_g, b_from_start, whole, rest, PRECISION, SCALE_V, grow_g)
+    b_ahead = b_from_start * ahead
+    b_grad = chunk_state(b_grad, b_q, b_g, b_ahead, whole, rest, PRECISION, SCALE_V, grow_g)
+    return b_grad if later is None else (b_grad, (b_q, (b_g * b_from_start).to(TYPE), grow_g))
 
 
 @triton.jit

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from benchmarks.kernel_audit.calls import on_architecture
 from benchmarks.kernel_audit.traffic import audit
+from retpop.kernels.configs import PopConfig
 from retpop.kernels.configs_bwd import PopBwdConfig, pop_bwd_config
+from retpop.kernels.launch import run as run_launches
 from retpop.kernels.pop_bwd import plan_pop_bwd, pop_bwd
+from retpop.kernels.pop_fwd import pop_fwd
 
 LIMIT = 2e-5
 
@@ -130,11 +133,11 @@ def make(N: int, L: int, P: int, M: int, **options: object) -> PopCase:
     ("N", "L", "P", "M", "offset", "forms"),
     [
         (2, 17, 2, 16, 0, FORMS),
-        (3, 5, 2, 21, 1, ("both", "each, split")),  # M > L, predictions of two tiles
+        (3, 5, 2, 21, 1, ("both", "each, split")),  # M > L, two tiles
         (2, 1, 3, 1, 0, ("each", "both, split")),  # L = 1, a prediction after the last block
         (1, 33, 1, 7, 1, ("both", "each, split")),
         (2, 9, 0, 4, 0, ("each", "both, split")),
-        (0, 9, 1, 18, 0, ("both", "each, split")),
+        (0, 9, 1, 34, 0, ("both", "each, split")),  # of three tiles
     ],
 )
 def test_blocks_and_predictions(N: int, L: int, P: int, M: int, offset: int, forms: Sequence[str]) -> None:
@@ -257,6 +260,29 @@ def test_no_tokens(B: int, with_state: bool) -> None:
             assert found[6] is None
 
 
+@pytest.mark.parametrize("given", [(True, True, True), (True, False, True), (False, True, False)])
+def test_states_that_the_forward_found_are_not_found_again(given: Sequence[bool]) -> None:
+    """Also those of a boundary after the last block, which gradients of blocks alone do not have."""
+    case = make(2, 18, 3, 5, Dk=8, Dv=24, with_reset=True)
+    forward = PopConfig(tile=16, cols_v=16, num_warps=4, num_stages=2, steps=True, split=True)
+    *inputs, _, _, _, L, offset, scale = arguments(case, (None, None, None))
+    *_, states = pop_fwd(*inputs, L, offset, scale, with_states=True, config=forward)
+    assert states.shape == (1, 3, 2, 8, 24)
+    grads = some_grads(case, given)
+    config = tiles_for(case, "both")
+    launches, found = plan_pop_bwd(*arguments(case, grads), (True,) * 7, states=states, config=config)
+    assert [launch.kernel.__name__ for launch in launches][1:] == ["pop_bwd_kernel"]
+    with audit():
+        run_launches(launches, case.q.device)
+    assert_gradients(found, expected_gradients(case, grads))
+
+
+def test_a_forward_in_one_pass_has_no_states_to_keep() -> None:
+    for N in (0, 2):
+        *inputs, _, _, _, L, offset, scale = arguments(make(N, 5, 1, 4), (None, None, None))
+        assert pop_fwd(*inputs, L, offset, scale, with_states=True)[3] is None
+
+
 # ---- memory ----
 
 
@@ -364,7 +390,7 @@ def chosen(pairs: int = 256, num_blocks: int = 10, **changes: object) -> PopBwdC
 def test_sweeps_are_chosen_by_head_dims_and_dtype() -> None:
     assert chosen().both is not None
     assert chosen(head_dims=(24, 60)).both.cols_v == 64
-    assert chosen(head_dims=(64, 65)).both is chosen(head_dims=(128, 16)).both is None
+    assert chosen(head_dims=(64, 129)).both is chosen(head_dims=(256, 16)).both is None
     assert chosen(dtype=torch.float32).both is None
     assert chosen(dtype=torch.float32, precision="tf32").both is not None
     assert chosen(lengths=(10, 9)).both.tile == 16
@@ -382,15 +408,43 @@ def test_only_what_leaves_half_of_the_gpu_idle_is_split() -> None:
     assert [chosen(pairs=pairs, head_dims=(128, 128)).split for pairs in (16, 17)] == [True, False]
 
 
-@pytest.mark.parametrize(("dtype", "units"), [(torch.bfloat16, 10), (torch.float32, 12)])
-def test_traffic(dtype: torch.dtype, units: int) -> None:
+def test_a_whole_state_of_128_columns_is_swept_at_once() -> None:
+    """On sm_90, where programs with an SM each keep 0.6 of 132 busy, and two tiles hold a prediction."""
+    config = chosen(head_dims=(100, 128))
+    assert (config.both.cols_v, config.queries.cols_v) == (128, 128)
+    assert chosen(head_dims=(64, 65)).queries.cols_v == 64
+    whole = [chosen(pairs=pairs, head_dims=(128, 128)).both is not None for pairs in (7, 8, 17, 79, 80, 141)]
+    assert whole == [False, True, False, False, True, False]  # up to 16 pairs each block is a program
+    assert chosen(pairs=16, head_dims=(128, 128)).queries.split
+    for changes in ({"lengths": (65, 65)}, {"architecture": "sm_80"}, {"dtype": torch.float32}):
+        assert chosen(head_dims=(128, 128), **changes).both is None
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_whole_state_of_128_columns(split: bool) -> None:
+    """A prediction of 40 tokens, in two tiles, and of float16 with a float32 gradient."""
+    case = make(2, 18, 2, 40, H=1, Dk=100, Dv=24, offset=1, with_reset=True)
+    case = replace(case, **{name: getattr(case, name).half() for name in NAMES[:6]})
+    grads = some_grads(case)
+    config = chosen(head_dims=(100, 24), lengths=(18, 40))
+    assert config.both.tile == 32
+    config = replace(config, split=split, queries=replace(config.queries, split=split))
+    found = run(case, grads, config=config)
+    assert_gradients([x.float() for x in found], expected_gradients(case, grads), limit=FLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "units", "D"),
+    [(torch.bfloat16, 10, 64), (torch.float32, 12, 64), (torch.bfloat16, 10, 128), (torch.bfloat16, 30, 256)],
+)
+def test_traffic(dtype: torch.dtype, units: int, D: int) -> None:
     """In tensors of all tokens: 4 for dq, and 6 for dk and dv at once or 8 one by one; 7 have to move."""
-    case = make(1, 65, 1, 64, H=1, Dk=64, Dv=64, with_state=False)
+    case = make(1, 65, 1, 64, H=1, Dk=D, Dv=D, with_state=False)
     tokens = [x.to(dtype) for x in (case.q, case.k, case.v, case.q_pred, case.k_pred, case.v_pred)]
     given = arguments(case, (tokens[2], tokens[5], None))[6:]
     with on_architecture("sm_90", "pop_bwd", fraction=1 / 132), audit() as counts:
         pop_bwd(*tokens, *given, [True] * 7)
-    expected = units * (65 + 64) * 64 * dtype.itemsize
+    expected = units * (65 + 64) * D * dtype.itemsize
     assert expected <= counts.bytes <= 1.01 * expected
 
 

@@ -583,10 +583,9 @@ def test_one_sweep_for_both_where_a_program_holds_the_state() -> None:
         assert both.cols_v == padded(head_dims[1])
     for head_dims in ((256, 256), (8, 129)):
         assert choose(64 * 4096, 64, 16, head_dims).both is None
-    for B, cols in ((64, 64), (1, 32)):  # slices of 256 columns, wide where they are programs enough
+    for B, cols in ((64, 128), (1, 32)):  # slices of 256 columns, wide where they are programs enough
         config = choose(B * 1024, B, 16, (256, 256))
-        assert config.queries is not None
-        assert {config.queries.cols_v, config.keys.cols_v, config.values.cols_v} == {cols}
+        assert {config.keys.cols_v, config.values.cols_v} == {cols}
     assert choose(64 * 4096, 64, 16, (128, 128), architecture="sm_80").both is None
     assert choose(64 * 4096, 64, 16, (128, 128), dtype=torch.float32).both is None
     assert choose(4096, 64, 16, dtype=torch.float32).both is None

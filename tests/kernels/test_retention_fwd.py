@@ -448,7 +448,17 @@ def test_the_schedule_fills_the_gpu() -> None:
     ("programs", "is_enough"), [(264, True), (256, True), (248, True), (247, False), (128, False)]
 )
 def test_two_programs_a_multiprocessor_are_enough(programs: int, is_enough: bool) -> None:
-    assert enough(programs, 132) is is_enough
+    assert enough(programs, 132, cols_k=128) is is_enough
+
+
+@pytest.mark.parametrize(("programs", "is_enough"), [(80, True), (79, False), (158, False), (159, True)])
+def test_programs_of_256_columns_have_a_multiprocessor_each(programs: int, is_enough: bool) -> None:
+    assert enough(programs, 132, cols_k=256) is is_enough
+
+
+def test_slices_of_256_columns_are_as_wide_as_programs_are_enough() -> None:
+    """In two slices q and k are read twice; 40 heads of a short sequence are 80 programs."""
+    assert [choose(2047, 1, H, head_dim=256).cols_v for H in (1, 20, 33, 40, 64)] == [32, 64, 64, 128, 128]
 
 
 def test_slices_of_many_columns_are_cut_in_time_first() -> None:
@@ -462,7 +472,7 @@ def test_every_walk_has_two_waves_or_the_shortest_stretches() -> None:
     """One wave is enough of programs that hold a whole state of 128 columns, each on an SM of its own."""
     for shape in SHAPES:
         for _, launch in launches(shape):
-            few = not enough(launch.grid[0], H200.multiprocessors)
+            few = not enough(launch.grid[0], H200.multiprocessors, padded(shape.D))
             if launch.arguments.get("COLS_V") == 128:
                 few = busy(launch.grid[0], H200.multiprocessors) < BUSY_ENOUGH
             if few and launch.kernel.__name__ != "scan_states_kernel" and shape.T >= SPLIT_FROM:

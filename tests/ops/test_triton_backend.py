@@ -272,6 +272,18 @@ def test_the_backward_takes_the_states_that_the_forward_found(precision: str) ->
         assert largest_error(actual, expected, tokens_dim=1) <= 2e-3
 
 
+def test_the_backward_of_pop_takes_the_block_states_that_the_forward_found() -> None:
+    """The blocks of few rows are split."""
+    case = PopCase.make(1, 4, 3, 3, 2, 1, 4, 6, offset=1, dtype=torch.float32, with_reset=True)
+    actual, double = case.for_gradients(), case.double().for_gradients()
+    results = actual.run(backend="triton")
+    with audit() as counts:
+        found = gradients(results, actual.leaves())
+    assert "added_states_kernel" not in counts.by_kernel
+    assert counts.by_kernel["scan_states_kernel"].launches == 1
+    assert_same_gradients(found, gradients(double.run(backend="reference"), double.leaves()), 2e-5)
+
+
 def test_data_outlive_the_call() -> None:
     """Nothing that was passed in is written to, and what comes out is new."""
     case = pop_case(with_reset=True)

@@ -146,7 +146,7 @@ def backward_of(case: str, num_tensors: int, *, kept: int = 0) -> Callable[[str]
 BACKWARD: dict[str, Case] = {
     "retention, backward": ("retention_bwd", backward_of("retention", 7, kept=1)),
     "token, backward": ("retention_bwd", backward_of("token", 7, kept=1)),
-    "pop, backward": ("pop_bwd", backward_of("pop", 4)),
-    "pop of rows, backward": ("pop_bwd", backward_of("pop of rows", 4)),
+    "pop, backward": ("pop_bwd", backward_of("pop", 4, kept=1)),
+    "pop of rows, backward": ("pop_bwd", backward_of("pop of rows", 4, kept=1)),
     "norm and gate, backward": ("norm_gate_bwd", backward_of("norm and gate", 4)),
 }

@@ -7,6 +7,7 @@ layer's projection makes them. For rows they return a row, so nothing is split o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -79,17 +80,23 @@ def _split(rows: Sequence[Tensor | None], predictions: Sequence[int]) -> list[Te
 
 
 def _launch(
-    tokens: Sequence[Tensor], log_decay: Tensor, state: Tensor | None, reset: Tensor | None, *numbers: Any
-) -> list[Tensor]:
-    launch, given = kernels("pop_fwd").pop_fwd, _Numbers(*numbers)
+    tokens: Sequence[Tensor],
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    *numbers: Any,
+    with_states: bool = False,
+) -> list[Any]:
+    given = _Numbers(*numbers)
+    launch = partial(kernels("pop_fwd").pop_fwd, with_states=with_states)
     arguments = (log_decay, state, reset, given.block_size, given.offset, given.scale)
     if len(tokens) == 6:
         return list(launch(*tokens, *arguments, out_dtype=given.out_dtype))
     v = tokens[2]
     row = torch.empty(v.shape, dtype=given.out_dtype or v.dtype, device=v.device)
     out, pred = split_row(row, given.predictions)
-    *_, final = launch(*_split(tokens, given.predictions), *arguments, out=out, pred=pred)
-    return [row, final]
+    _, _, *states = launch(*_split(tokens, given.predictions), *arguments, out=out, pred=pred)
+    return [row, *states]
 
 
 def _compute(
@@ -152,6 +159,7 @@ pop_fwd = kernel_op(
     launch=_launch,
     compute=_compute,
     fake=_fake,
+    keep=partial(_launch, with_states=True),
 )
 
 
@@ -161,12 +169,13 @@ def _launch_gradients(
     state: Tensor | None,
     reset: Tensor | None,
     grads: Sequence[Tensor | None],
+    states: Tensor | None,
     *rest: Any,
 ) -> list[Tensor | None]:
     """The kernels write both parts of a row's gradient in place."""
     *numbers, needs = rest
     predictions, block_size, offset, scale, _ = _Numbers(*numbers)
-    launch = kernels("pop_bwd").pop_bwd
+    launch = partial(kernels("pop_bwd").pop_bwd, states=states)
     options = (log_decay, state, reset)
     blocks = (block_size, offset, scale)
     of_decay, of_state = needs[len(tokens) : len(tokens) + 2]
@@ -174,7 +183,7 @@ def _launch_gradients(
     if of_decay:  # no kernel computes it
         only = [i == len(tokens) for i in range(len(needs))]
         with without_autocast(log_decay.device):
-            decay = _compute_gradients(tokens, *options, grads, *numbers, only)[len(tokens)]
+            decay = _compute_gradients(tokens, *options, grads, None, *numbers, only)[len(tokens)]
     if len(tokens) == 6:
         *found, grad_state = launch(*tokens, *options, *grads, *blocks, [*needs[:6], of_state])
         return [*found, decay, grad_state]
@@ -200,6 +209,7 @@ def _compute_gradients(
     state: Tensor | None,
     reset: Tensor | None,
     grads: Sequence[Tensor | None],
+    states: Tensor | None,
     *rest: Any,
 ) -> list[Tensor | None]:
     *numbers, needs = rest
@@ -212,7 +222,7 @@ def _compute_gradients(
 add_gradient(
     pop_fwd,
     "pop_bwd",
-    "(Tensor[] tokens, Tensor log_decay, Tensor? state, Tensor? reset, Tensor?[] grads, "
+    "(Tensor[] tokens, Tensor log_decay, Tensor? state, Tensor? reset, Tensor?[] grads, Tensor? states, "
     "SymInt[] predictions, SymInt block_size, SymInt offset, float scale, ScalarType? out_dtype, "
     "bool[] needs) -> Tensor[]",
     launch=_launch_gradients,
