@@ -165,15 +165,15 @@ TARGETS = [
         AuditTarget(
             name=f"{name} backward, {heads}, bfloat16, sm_90: bytes over the floor",
             part="traffic",
-            covers=_both(_is(op, architecture="sm_90", dtype="bfloat16", head_dim=dims)),
+            covers=_is(op, architecture="sm_90", dtype="bfloat16", shape=shapes),
             figure=_ratio("bytes", "floor_bytes"),
             limit=limit,
         )
-        for op, name, heads, dims, limit in (
-            ("retention_bwd", "retention", "D 100 and 128", (100, 128), 1.5),
-            ("retention_bwd", "retention", "D 256", (256,), 2.6),
-            ("pop_bwd", "POP", "D 100 and 128", (100, 128), 1.5),
-            ("pop_bwd", "POP", "D 256", (256,), 4.3),
+        for op, name, heads, shapes, limit in (
+            ("retention_bwd", "retention", "D 100 and 128", ("D 100", "D 128"), 1.5),
+            ("retention_bwd", "retention", "D 256", ("D 256",), 2.6),
+            ("pop_bwd", "POP", "D 100 and 128", ("D 100", "D 128"), 1.5),
+            ("pop_bwd", "POP", "D 256", ("D 256",), 4.3),
         )
     ),
     *(
