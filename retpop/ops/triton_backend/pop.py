@@ -159,7 +159,6 @@ pop_fwd = kernel_op(
     launch=_launch,
     compute=_compute,
     fake=_fake,
-    keep=partial(_launch, with_states=True),
 )
 
 
@@ -228,6 +227,7 @@ add_gradient(
     launch=_launch_gradients,
     compute=_compute_gradients,
     num_tensors=4,
+    keep=partial(_launch, with_states=True),
 )
 
 known_pop = KnownCalls(pop_fwd)
