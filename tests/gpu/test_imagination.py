@@ -57,6 +57,7 @@ def tensors_of(imagination: Imagination) -> list[Tensor]:
         ({}, {}),
         ({"space": "pixels"}, {}),
         ({"cell": "gru"}, {}),
+        ({"mean_rewards": True}, {}),
         ({"disagreement_weight": 0.5}, {"disagreement_heads": 2}),
         ({}, {"draw": "groups", "code_network": 32, "local_frames": 3}),
     ],

@@ -33,6 +33,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "controller.heads_see_features": False,
     "controller.context_frames": 1,
     "controller.disagreement_weight": 0.0,
+    "controller.mean_rewards": False,
     "controller.value_bins": 0,
     "controller.reward_start_share": 0.0,
     "controller.reward_start_steps": 10,

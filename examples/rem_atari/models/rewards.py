@@ -36,6 +36,10 @@ class RewardCode(nn.Module):
         """A reward for each row of logits (B, C): (B,) float32. The temperature is that of signs."""
         if self.signs_only:
             return (sample_categorical(logits, generator, temperature=temperature) - 1).float()
+        return self.mean(logits)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """The mean of the distribution of rewards (B, C), (B,) float32; of signs P(+1) - P(-1)."""
         return self.two_hot.mean(logits)
 
     def sign_logits(self, logits: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ class ImaginedEnv:
     """B imagined episodes side by side (a `rollout.TokenEnv`).
 
     In a step the world model reads the observation and the action, and gives the reward, the end and the next
-    observation, each drawn from its distribution; with POP that is one pass. An episode that has ended is not
-    restarted. Its later steps have no meaning, and training must leave them out. Nothing here has a gradient,
-    and nothing waits for the device, unless ended episodes are skipped.
+    observation, each drawn from its distribution (but for `mean_rewards`); with POP that is one pass. An
+    episode that has ended is not restarted. Its later steps have no meaning, and training must leave them
+    out. Nothing here has a gradient, and nothing waits for the device, unless ended episodes are skipped.
 
     With POP the tokens of an observation are drawn independently of each other (that is what makes it fast),
     so where the world can go one way or another a drawn frame may show both or neither; other values of
@@ -47,6 +47,7 @@ class ImaginedEnv:
         show: what the controller sees of tokens, as `Agent.show`; None: their codes.
         disagreement_weight: what a step pays besides for each nat that the world model's heads disagree about
             a token.
+        mean_rewards: pay the mean of a reward's distribution, and not a reward drawn from it.
         skip_ended: imagine nothing for episodes that have ended: they go on showing what they showed last,
             without rewards. That saves their part of the work, and waits for the device at every step.
 
@@ -62,6 +63,7 @@ class ImaginedEnv:
         generator: torch.Generator,
         show: Callable[[Tensor], Tensor] | None = None,
         disagreement_weight: float = 0.0,
+        mean_rewards: bool = False,
         skip_ended: bool = False,
     ) -> None:
         if world_model.training:
@@ -77,6 +79,7 @@ class ImaginedEnv:
         self._generator = generator
         self._show = tokenizer.embed if show is None else show
         self._disagreement_weight = disagreement_weight
+        self._mean_rewards = mean_rewards
         self._skip_ended = skip_ended
         self._imagined: Tensor | None = None  # the episodes that are, (n,) int64; None: all
         self._codes: ReadCodes | None = None
@@ -134,12 +137,15 @@ class ImaginedEnv:
         self._state = answer.state
         self._tokens = self._among_all(answer.tokens, self.tokens)
         nothing = torch.zeros_like(self._tokens[:, 0])
-        rewards, ended = (self._among_all(x, nothing.to(x.dtype)) for x in (answer.rewards, answer.ended))
+        paid = answer.rewards
+        if self._mean_rewards:
+            paid = self._world_model.reward_code.mean(answer.reward_logits)
+        rewards, ended = (self._among_all(x, nothing.to(x.dtype)) for x in (paid, answer.ended))
         never = torch.zeros_like(ended)
         bonus = None
         if self._disagreement_weight != 0:
-            paid = self._disagreement_weight * answer.disagreement
-            bonus = self._among_all(paid, nothing.to(paid.dtype))
+            more = self._disagreement_weight * answer.disagreement
+            bonus = self._among_all(more, nothing.to(more.dtype))
         if self._skip_ended:
             self._leave_out(answer.ended)
         shown = self._show(self._tokens)

@@ -92,6 +92,7 @@ def imagine(
         generator,
         agent.show,
         disagreement_weight=cfg.disagreement_weight,
+        mean_rewards=cfg.mean_rewards,
         skip_ended=skip_ended,
     )
     before, observation = start_imagination(env, agent, segments, cfg.context_frames)

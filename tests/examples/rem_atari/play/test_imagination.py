@@ -116,6 +116,24 @@ def test_rewards_ends_and_tokens_come_from_the_heads(reward, end):
     assert torch.equal(step.seen, agent.tokenizer.embed(env.tokens))
 
 
+@pytest.mark.parametrize("world_model", [{}, {"pop": False}, {"draw": "groups"}])
+def test_mean_rewards_are_what_drawn_ones_come_to_in_the_long_run(world_model):
+    agent, segments = small_agent(world_model=world_model), some_segments(batch=4096, steps=2)
+    head = agent.world_model.reward_head[-1]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor([0.2, 0.3, 0.5]).log())
+    paid = {}
+    for mean_rewards in (False, True):
+        cfg = replace(CONFIG.controller, horizon=3, mean_rewards=mean_rewards)
+        found = imagine(agent, segments, cfg, torch.Generator().manual_seed(0))
+        paid[mean_rewards] = found.trajectory.rewards
+    torch.testing.assert_close(paid[True], torch.full((4096, 2), 0.3))
+    assert set(paid[False].unique().tolist()) == {-1.0, 0.0, 1.0}
+    # Four standard errors of 8,192 rewards with a variance of 0.61.
+    assert abs(paid[False].mean() - 0.3) < 4 * (0.61 / 8192) ** 0.5
+
+
 def test_imagination_is_repeated_by_its_seed():
     agent, segments = small_agent(), some_segments()
 
@@ -464,13 +482,14 @@ class Operations(TorchDispatchMode):
         {"world_model": {"draw": "groups"}},
         {"context_frames": 3, "world_model": {"local_frames": 3, "local_outcomes": True}},
         {"disagreement_weight": 0.5, "world_model": {"disagreement_heads": 2}},
+        {"mean_rewards": True},
     ],
 )
 def test_imagination_can_be_captured(options):
     """The same operations on the same shapes whatever the segments hold, and none that waits for the host."""
     agent, segments = small_agent(**options), some_segments()
-    context, weight = options.get("context_frames", 1), options.get("disagreement_weight", 0.0)
-    cfg = replace(CONFIG.controller, context_frames=context, disagreement_weight=weight)
+    read = ("context_frames", "disagreement_weight", "mean_rewards")
+    cfg = replace(CONFIG.controller, **{name: options[name] for name in read if name in options})
     other = replace(
         segments,
         tokens=(segments.tokens + 1) % CODES,
