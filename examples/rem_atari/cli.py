@@ -48,6 +48,7 @@ commands:
   play       play in the agent's dream, beside the real game, in the browser
   report     write a run's report anew
   diagnose   say why a run does not learn, from its metrics and report
+  retrain    train a fresh controller in the dreams of a run
   scores     aggregate runs over games and seeds, beside the published agents
   sweep      train a run for each of many games and seeds, on Ray
   benchmark  measure this machine: how long would a run take?

@@ -24,12 +24,13 @@ from rem_atari.arguments import (
     RecordArguments,
     ReportArguments,
     ResumeArguments,
+    RetrainArguments,
     ScoresArguments,
     SweepArguments,
     TrainArguments,
     WeightsArguments,
 )
-from rem_atari.config import Config, EnvConfig
+from rem_atari.config import Config, ControllerConfig, EnvConfig
 from rem_atari.config.overlay import apply_settings, read_settings
 from rem_atari.config.presets import PRESETS
 from rem_atari.config.settings import MINARI
@@ -49,6 +50,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     train, benchmark = TrainArguments(config=preset), BenchmarkArguments(config=preset)
     sweep = SweepArguments(config=preset)
     blind = BlindArguments(env=preset.env)
+    retrain = RetrainArguments(run=tyro.MISSING, controller=_controller_of_run(argv))
     commands = (
         Annotated[TrainArguments, tyro.conf.subcommand("train", default=train)]
         | Annotated[ResumeArguments, tyro.conf.subcommand("resume")]
@@ -58,6 +60,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         | Annotated[PlayArguments, tyro.conf.subcommand("play")]
         | Annotated[ReportArguments, tyro.conf.subcommand("report")]
         | Annotated[DiagnoseArguments, tyro.conf.subcommand("diagnose")]
+        | Annotated[RetrainArguments, tyro.conf.subcommand("retrain", default=retrain)]
         | Annotated[ExportArguments, tyro.conf.subcommand("export")]
         | Annotated[ScoresArguments, tyro.conf.subcommand("scores")]
         | Annotated[SweepArguments, tyro.conf.subcommand("sweep", default=sweep)]
@@ -89,6 +92,18 @@ def _default_config(argv: Sequence[str]) -> Config:
         return apply_settings(PRESETS[name], settings | {"preset": name})
     except ValueError as error:
         raise UsageError(f"the settings {file}: {error}") from error
+
+
+def _controller_of_run(argv: Sequence[str]) -> ControllerConfig:
+    """What the flags of `retrain` override: the controller of the run that it names."""
+    if argv[:1] != ["retrain"]:
+        return ControllerConfig()
+    from rem_atari.runs.folder import is_run_folder, open_run_folder  # imports torch
+
+    for word in argv[1:]:
+        if is_run_folder(Path(word)):
+            return open_run_folder(Path(word)).read_config().config.controller
+    return ControllerConfig()
 
 
 def _check_named_once(argv: Sequence[str]) -> None:

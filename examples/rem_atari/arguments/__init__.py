@@ -11,6 +11,7 @@ from rem_atari.arguments.trained import (
     PlayArguments,
     RecordArguments,
     ReportArguments,
+    RetrainArguments,
     ScoresArguments,
 )
 from rem_atari.arguments.training import (
@@ -35,6 +36,7 @@ __all__ = [
     "RecordArguments",
     "ReportArguments",
     "ResumeArguments",
+    "RetrainArguments",
     "ScoresArguments",
     "SweepArguments",
     "TrainArguments",
@@ -50,6 +52,7 @@ Arguments = (
     | PlayArguments
     | ReportArguments
     | DiagnoseArguments
+    | RetrainArguments
     | ExportArguments
     | ScoresArguments
     | SweepArguments

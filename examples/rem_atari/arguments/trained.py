@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from rem_atari.arguments.shared import DEFAULT_PRESET, Debug, Device, RunPath, Step
-from rem_atari.config import EnvConfig
+from rem_atari.config import ControllerConfig, EnvConfig
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,38 @@ class DiagnoseArguments:
     """Folder of the run; it may still be training."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print JSON instead: every check with its figures."""
+    debug: Debug = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class RetrainArguments:
+    """Train a fresh controller in the dreams of a run, whose tokenizer and world model stay as they are.
+
+    A small experiment on a run that does not learn: is it the controller, and what would help it? Its flags
+    have the run's values as defaults, so that one thing changes at a time. Dreams begin in the run's replay.
+    The table gives means over a sixth of the updates each: the return of dreams, the policy's entropy, the
+    square of the value's error, and the norm of gradients. Then the new controller plays.
+
+    Example: rem-atari retrain runs/boxing --controller.mean-rewards --updates 120
+
+    Writes nothing.
+    """
+
+    run: RunPath
+    """Folder of the run, with its replay; it may still be training."""
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    """The controller and its training."""
+    updates: int = 120
+    """Batches of dreams to learn from."""
+    games: int = 16
+    """Games that it plays afterwards; 0: none."""
+    seed: int = 0
+    """Seed of the new weights, the dreams and the games."""
+    step: Step = "newest"
+    """Checkpoint of the world model: a number, newest or best."""
+    device: Device = None
+    """cpu or cuda. None: the device of the run."""
     debug: Debug = False
     """Show the traceback of an error."""
 

@@ -14,6 +14,7 @@ from rem_atari.arguments import (
     RecordArguments,
     ReportArguments,
     ResumeArguments,
+    RetrainArguments,
     ScoresArguments,
     SweepArguments,
     TrainArguments,
@@ -60,6 +61,10 @@ def run_command(arguments: Arguments) -> None:
             from rem_atari.commands.diagnose import diagnose_run
 
             diagnose_run(arguments)
+        case RetrainArguments():
+            from rem_atari.commands.retrain import retrain
+
+            retrain(arguments)
         case ExportArguments():
             from rem_atari.commands.export import export
 

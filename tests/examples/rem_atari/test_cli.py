@@ -39,7 +39,7 @@ from rem_atari.training import trainer
 
 COMMANDS = (
     "blind",
-    *("train", "resume", "evaluate", "record", "export", "play", "report", "diagnose"),
+    *("train", "resume", "evaluate", "record", "export", "play", "report", "diagnose", "retrain"),
     *("scores", "benchmark", "weights", "list"),
 )
 
