@@ -291,8 +291,9 @@ class ControllerConfig:
     """Curiosity: bonus of an imagined step for each nat of disagreement, the mean over the next observation's
     tokens, between the world model's `disagreement_heads` (Simulus, arXiv 2502.11537). 0 in the paper."""
     mean_rewards: bool = False
-    """An imagined step pays the mean of the reward's distribution. Off: a reward drawn from it, as in the
-    paper; the same in the long run, with noise that hides how little a single action changes."""
+    """An imagined step pays the mean of the reward's distribution, as with `reward_bins` it always does. Off:
+    a sign drawn from it, as in the paper; the same in the long run, with noise that hides what one action
+    changes."""
     value_bins: int = 0
     """Learn values by classification over so many bins spaced evenly in symlog, as `reward_bins` of the world
     model does rewards. 0 (paper): by their squared error."""
