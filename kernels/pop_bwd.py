@@ -129,7 +129,7 @@ def plan_pop_bwd(
     read = (q, q_pred, k, k_pred, v, v_pred, g, g_pred)
     tokens = dict(zip(_READ, map(with_contiguous_rows, read), strict=True))
     common = {
-        **{"p_log_decay": log_decay, "scale": scale, "N": N, "L": lengths[0], "P": P, "M": M},
+        **{"p_log_decay": log_decay.contiguous(), "scale": scale, "N": N, "L": lengths[0], "P": P, "M": M},
         **{"offset": offset, "num_boundaries": num_boundaries, "H": H, "PRECISION": precision},
     }
     sought = {f"d{name}": grads[name] for name in ("k", "k_pred", "v", "v_pred")}

@@ -325,6 +325,7 @@ def plan_pop_fwd(
         config = replace(config, split=True)
     tokens = dict(zip(_TOKENS, (q, k, v, q_pred, k_pred, v_pred), strict=True))
     tokens = {name: with_contiguous_rows(x) for name, x in tokens.items()}
+    log_decay = log_decay.contiguous()
     programs = B * H * cdiv(Dv, config.cols_v)
     launches: list[Launch] = []
     last = final if wanted[2] else None

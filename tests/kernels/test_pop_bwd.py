@@ -298,11 +298,13 @@ def layouts(case: PopCase) -> dict[str, PopCase]:
         "heads expanded": replace(case, **heads),
         "state expanded": replace(case, state=case.state[:, :1].expand_as(case.state)),
         "reset strided": replace(case, reset=case.reset.mT.contiguous().mT),
+        "decay expanded": replace(case, log_decay=case.log_decay[:1].expand_as(case.log_decay)),
     }
 
 
 @pytest.mark.parametrize(
-    "layout", ["time first", "last dim strided", "heads expanded", "state expanded", "reset strided"]
+    "layout",
+    ["time first", "last dim strided", "heads expanded", "state expanded", "reset strided", "decay expanded"],
 )
 def test_strides(layout: str) -> None:
     check(layouts(make(2, 5, 2, 4, B=2, with_reset=True))[layout])

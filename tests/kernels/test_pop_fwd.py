@@ -196,6 +196,7 @@ def test_strides(form: str) -> None:
         k_pred=case.k_pred.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4),
         state=case.state.transpose(2, 3).contiguous().transpose(2, 3),
         reset=case.reset.t().contiguous().t(),
+        log_decay=case.log_decay.repeat_interleave(2)[::2],
     )
     assert not strange.v.is_contiguous()
     check(strange, FORMS[form])
