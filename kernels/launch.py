@@ -72,7 +72,8 @@ def _target_of(device: torch.device) -> Target:
 
 def dot_precision(dtype: torch.dtype, architecture: str) -> str:
     """`tl.dot`'s input_precision: "tf32" where torch itself would use it for float32, else "ieee"."""
-    allowed = torch.get_float32_matmul_precision() != "highest" and architecture.startswith("sm_")
+    # However it was set: torch.get_float32_matmul_precision() raises where this newer setting has changed it.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and architecture.startswith("sm_")
     return "tf32" if dtype is torch.float32 and allowed else "ieee"
 
 

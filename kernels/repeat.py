@@ -31,13 +31,16 @@ def forms_of(arguments: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]
     """The arguments, with a form for each tensor, which is put into `tensors`.
 
     A tensor's form is its dtype, shape, strides, device, and whether it requires a gradient. None if one of
-    the arguments is neither an ordinary tensor nor a plain number, or a list or tuple of those.
+    the arguments is neither an ordinary tensor nor a plain number, or a list or tuple of those. A view whose
+    memory holds the negated numbers (`Tensor.is_neg`) is no ordinary tensor.
     """
     forms: list[Any] = []
     for x in arguments:
         kind = type(x)
         form = x
         if kind in _TENSORS:
+            if x.is_neg():
+                return None
             tensors.append(x)
             form = (x.dtype, x.shape, x.stride(), x.device, x.requires_grad)
         elif kind is list or kind is tuple:

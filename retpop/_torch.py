@@ -20,6 +20,7 @@ __all__ = [
     "FakeTensor",
     "check",
     "constant_in_graphs",
+    "float32_precision",
     "forward_ad_level",
     "is_batched",
     "is_plain",
@@ -45,6 +46,9 @@ is_tracing = torch._C._is_tracing
 
 mode_is_active = torch._C._len_torch_dispatch_stack
 """The number of active dispatch modes, which see every operator: fake tensors, tracers, counters."""
+
+float32_precision = partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+"""`torch.backends.cuda.matmul.fp32_precision`, for which that name takes many times as long."""
 
 check = torch._check
 """Raise unless a condition holds, also for symbolic shapes; for fakes of operations."""

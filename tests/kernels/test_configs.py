@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from retention_cases import float32_products
 
 from retpop.kernels.configs import PopConfig, padded, pop_config, pop_tiles, tail_rows
 from retpop.kernels.gpus import FAULTS, SHARED_MEMORY, why_wrong
@@ -39,6 +40,12 @@ def test_float32_products_are_those_that_torch_allows() -> None:
             assert dot_precision(torch.bfloat16, "sm_90") == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_float32_products_are_those_of_torch_s_newer_setting() -> None:
+    for setting, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+        with float32_products(setting):
+            assert dot_precision(torch.float32, "sm_90") == expected
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def test_what_is_no_ordinary_tensor_has_no_form() -> None:
     class Special(torch.Tensor):
         pass
 
-    for x in (torch.ones(2).as_subclass(Special), object(), [object()]):
+    negated = torch.ones(2, dtype=torch.complex64).conj().imag
+    for x in (torch.ones(2).as_subclass(Special), object(), [object()], negated):
         assert forms_of([x], []) is None
 
 

@@ -17,6 +17,7 @@ from retention_cases import (
     RetentionCase,
     assert_same_gradients,
     assert_same_results,
+    float32_products,
     gradients,
     largest_error,
     normal,
@@ -252,19 +253,15 @@ def test_the_interpreter_s_switch(word: str, on: bool, monkeypatch: pytest.Monke
     assert custom.interpreting() is on
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_the_backward_takes_the_states_that_the_forward_found(precision: str) -> None:
     """Long sequences are split; not if the setting that their tiles come from has changed in between."""
     case = RetentionCase.make(1, 2048, 1, 8, 8, dtype=torch.float16, with_state=False).for_gradients()
-    out, _ = case.run(backend="triton")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        with audit() as counts:
-            found = torch.autograd.grad(out.sum(), [case.q, case.k, case.v])
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert ("added_states_kernel" in counts.by_kernel) == (precision != before)
+    with float32_products("ieee"):
+        out, _ = case.run(backend="triton")
+    with float32_products(precision), audit() as counts:
+        found = torch.autograd.grad(out.sum(), [case.q, case.k, case.v])
+    assert ("added_states_kernel" in counts.by_kernel) == (precision == "tf32")
     leaves = case.double().for_gradients()
     results = leaves.run(backend="torch")
     wanted = torch.autograd.grad(results[0].sum(), [leaves.q, leaves.k, leaves.v])

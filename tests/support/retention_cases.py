@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +44,18 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """States and decays are float64 for float64 inputs, else float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+@contextmanager
+def float32_products(setting: str) -> Iterator[None]:
+    """Let torch multiply float32 on a GPU in "ieee" or "tf32"."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = setting
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 
 from retpop._torch import (
     check,
+    float32_precision,
     forward_ad_level,
     is_batched,
     is_tracing,
@@ -209,7 +210,7 @@ class _Differentiable:
         forms = kernels("repeat").forms_of((*saved, *grads), tensors)
         if forms is None or torch.is_grad_enabled() or is_observed() or any(map(is_batched, tensors)):
             return self._computed(self._gradient.by_ops, saved[:-1], None, grads, needs)
-        return self._plan(forms, needs, torch.get_float32_matmul_precision())(tensors)
+        return self._plan(forms, needs, float32_precision())(tensors)
 
     def _planned(self, forms: tuple[Any, ...], needs: tuple[bool, ...], precision: str) -> Planned:
         def launch(*given: Tensor | None) -> list[Tensor | None]:
@@ -261,7 +262,7 @@ def is_observed() -> bool:
 
 def setting() -> tuple[str, bool]:
     """What of torch's state a planned call depends on: the precision of float32 products, and grad mode."""
-    return torch.get_float32_matmul_precision(), torch.is_grad_enabled()
+    return float32_precision(), torch.is_grad_enabled()
 
 
 def run_kernels(x: Tensor) -> bool:
