@@ -281,6 +281,27 @@ def test_the_backward_of_pop_takes_the_block_states_that_the_forward_found() -> 
     assert_same_gradients(found, gradients(double.run(backend="reference"), double.leaves()), 2e-5)
 
 
+def test_kernels_get_no_view_that_is_still_to_be_negated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read memory, which holds the numbers before the negation."""
+    taken: list[Tensor] = []
+    for name in ("retention_fwd", "retention_bwd"):
+        module = custom.kernels(name)
+        launch = getattr(module, name)
+
+        def spy(*arguments: object, launch: Callable[..., object] = launch, **options: object) -> object:
+            taken.extend(x for x in arguments if isinstance(x, Tensor))
+            return launch(*arguments, **options)
+
+        monkeypatch.setattr(module, name, spy)
+    case = retention_case(5).for_gradients()
+    negated = torch.complex(case.v, case.v).detach().conj().imag
+    for v in (negated, case.v):
+        out, _ = replace(case, v=v).run(backend="triton")
+        torch.autograd.grad(out, case.q, negated)
+    assert len(taken) > 20
+    assert not any(x.is_neg() for x in taken)
+
+
 def test_data_outlive_the_call() -> None:
     """Nothing that was passed in is written to, and what comes out is new."""
     case = pop_case(with_reset=True)

@@ -342,7 +342,10 @@ def add_gradient(
         return [own(x) for x in compute(*arguments) if x is not None]
 
     def launched(*arguments: Any) -> list[Tensor]:
-        return [x for x in launch(*arguments) if x is not None]
+        # PyTorch negates views that are still to be negated, but not those in a list with None.
+        grads = [None if x is None else x.resolve_neg() for x in arguments[num_tensors]]
+        found = launch(*arguments[:num_tensors], grads, *arguments[num_tensors + 1 :])
+        return [x for x in found if x is not None]
 
     gradient = kernel_op(name, schema, launch=launched, compute=owned, fake=fake)
 
