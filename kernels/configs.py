@@ -111,6 +111,7 @@ STEPS = {
     "sm_": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
     "gfx": {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (16, 32, 8, 2)},
     "tf32": {64: (32, 64, 4, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 2)},
+    "tf32x3": {64: (16, 64, 8, 2)},
     "ieee": {64: (16, 64, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
 }
 
@@ -255,7 +256,9 @@ _BLACKWELL = {64: (64, 64, 4, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}
 _MMA = {64: (64, 32, 4, 3), 128: (32, 32, 4, 2), 256: (16, 32, 8, 2)}
 _AMD = {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (16, 32, 8, 2)}
 _TF32 = {64: (32, 32, 4, 3), 128: (32, 32, 4, 2), 256: (16, 32, 8, 2)}
+_TF32X3 = {64: (16, 32, 4, 2)}
 _IEEE = {64: (16, 32, 4, 3), 128: (16, 16, 8, 2), 256: (16, 16, 8, 2)}
+_FLOAT32 = {"tf32": _TF32, "tf32x3": _TF32X3, "ieee": _IEEE}
 
 
 def retention_tiles(
@@ -266,7 +269,7 @@ def retention_tiles(
     if key_dim > LARGEST_KEY_DIM:
         raise ValueError(f"retention_fwd(): Dk is {key_dim}; the kernel takes at most {LARGEST_KEY_DIM}.")
     if dtype is torch.float32:
-        table = _TF32 if precision == "tf32" else _IEEE
+        table = _FLOAT32[precision]
     elif architecture == "sm_90":
         table = _WGMMA
     elif architecture == "sm_100":
@@ -283,7 +286,7 @@ def retention_tiles(
         cols_v=min(cols_v, padded(value_dim)),
         num_warps=num_warps,
         num_stages=num_stages,
-        scale_v=table is not _MMA and (table is not _TF32 or architecture in ("sm_90", "sm_100")),
+        scale_v=table is not _MMA and (precision == "ieee" or architecture in ("sm_90", "sm_100")),
     )
 
 

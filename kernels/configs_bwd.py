@@ -112,6 +112,7 @@ _BOTH = {
     "sm_": (32, 4, 2),
     "gfx": (64, 4, 2),
     "tf32": (16, 4, 2),
+    "tf32x3": (16, 8, 2),
 }
 
 # The same where 64 columns are not all there: masks and narrower copies need registers too.

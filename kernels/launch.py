@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor | None]
@@ -70,11 +71,39 @@ def _target_of(device: torch.device) -> Target:
     return Target(architecture_of(device), multiprocessors_of(device))
 
 
-def dot_precision(dtype: torch.dtype, architecture: str) -> str:
-    """`tl.dot`'s input_precision: "tf32" where torch itself would use it for float32, else "ieee"."""
+_FLOAT32_DEFAULTS = (None, "ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
+"""Triton's own words. Of these only "tf32x3" changes these kernels; torch allows TF32 or does not."""
+
+
+LARGEST_IN_THREE_PRODUCTS = 64
+"""The largest head dim whose operands a program holds in two parts; with 128 there are too few registers."""
+
+
+def dot_precision(dtype: torch.dtype, architecture: str, head_dims: tuple[int, int]) -> str:
+    """`tl.dot`'s input_precision, which counts for float32 tokens on NVIDIA's GPUs.
+
+    "tf32" where torch itself would use it. Else "tf32x3" where Triton's own setting asks for it, and head
+    dims are at most 64: tensor cores multiply the upper parts of the operands, and each upper part by the
+    other's rest, which leaves errors near those of float32. Else "ieee".
+
+    Raises:
+        ValueError: Triton's setting is none of its words.
+    """
+    if dtype is not torch.float32 or not architecture.startswith("sm_"):
+        return "ieee"
+    wanted = float32_default()
+    if wanted not in _FLOAT32_DEFAULTS:
+        raise ValueError(f"TRITON_F32_DEFAULT is {wanted!r}; it must be one of {_FLOAT32_DEFAULTS[1:]}.")
     # However it was set: torch.get_float32_matmul_precision() raises where this newer setting has changed it.
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and architecture.startswith("sm_")
-    return "tf32" if dtype is torch.float32 and allowed else "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if wanted == "tf32x3" and max(head_dims) <= LARGEST_IN_THREE_PRODUCTS else "ieee"
+
+
+def float32_default() -> str | None:
+    """Triton's setting of float32 products: TRITON_F32_DEFAULT in the environment, or what a program set."""
+    word: str | None = triton.knobs.language.fp32_default
+    return word
 
 
 @dataclass(frozen=True, kw_only=True)

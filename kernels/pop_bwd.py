@@ -94,7 +94,7 @@ def plan_pop_bwd(
             grads["state"].copy_(grad_state)
         return [], results
     target = target or target_of(q.device)
-    precision = dot_precision(q.dtype, target.architecture)
+    precision = dot_precision(q.dtype, target.architecture, (Dk, Dv))
     lengths = (block_size if N > 0 else 1, M)
     if config is None:
         config = pop_bwd_config(

@@ -310,7 +310,7 @@ def plan_pop_fwd(
         final = final.zero_() if state is None else final.copy_(state)
         return [], (out, pred, final, None)[: 3 + with_states]
     target = target or target_of(q.device)
-    precision = dot_precision(v.dtype, target.architecture)
+    precision = dot_precision(v.dtype, target.architecture, (Dk, Dv))
     if config is None:
         config = pop_config(
             pairs=B * H,

@@ -281,7 +281,7 @@ def plan_retention_bwd(
             dstate.copy_(grad_state)
         return [], [dq, dk, dv, dstate]
     target = target or target_of(q.device)
-    precision = dot_precision(q.dtype, target.architecture)
+    precision = dot_precision(q.dtype, target.architecture, (Dk, Dv))
     if config is None:
         sizes: dict[str, Any] = {"tokens": B * T, "sequences": sequences, "num_heads": H, "dtype": q.dtype}
         sizes |= {"precision": precision, **target._asdict()}

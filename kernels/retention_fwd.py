@@ -217,7 +217,7 @@ def plan_retention_fwd(
         final = final.zero_() if state is None else final.copy_(state)
         return [], (out, final, None)[: 2 + with_states]
     target = target or target_of(q.device)
-    precision = dot_precision(v.dtype, target.architecture)
+    precision = dot_precision(v.dtype, target.architecture, (Dk, Dv))
     if config is None:
         config = retention_config(
             tokens=B * T,

@@ -12,7 +12,7 @@ product, and they are not stored. Row offsets are int64. With S the state before
 Powers of γ come from exponents that are masked first, never as a quotient; the formulas are those of
 `retpop.ops.powers`, in float32.
 
-PRECISION is `tl.dot`'s input_precision, "ieee" or "tf32"; it counts for float32 tiles only.
+PRECISION is `tl.dot`'s input_precision, of `launch.dot_precision`; it counts for float32 tiles only.
 """
 
 import triton

@@ -11,7 +11,12 @@ from retention_cases import float32_products
 
 from retpop.kernels.configs import PopConfig, padded, pop_config, pop_tiles, tail_rows
 from retpop.kernels.gpus import FAULTS, SHARED_MEMORY, why_wrong
-from retpop.kernels.launch import architecture_of, dot_precision, multiprocessors_of
+from retpop.kernels.launch import (
+    LARGEST_IN_THREE_PRODUCTS,
+    architecture_of,
+    dot_precision,
+    multiprocessors_of,
+)
 
 REM: dict[str, Any] = {
     "pairs": 64 * 4,
@@ -35,9 +40,9 @@ def test_float32_products_are_those_that_torch_allows() -> None:
     try:
         for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert dot_precision(torch.float32, "sm_90") == expected
-            assert dot_precision(torch.float32, "gfx942") == "ieee"
-            assert dot_precision(torch.bfloat16, "sm_90") == "ieee"
+            assert dot_precision(torch.float32, "sm_90", (64, 64)) == expected
+            assert dot_precision(torch.float32, "gfx942", (64, 64)) == "ieee"
+            assert dot_precision(torch.bfloat16, "sm_90", (64, 64)) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -45,7 +50,7 @@ def test_float32_products_are_those_that_torch_allows() -> None:
 def test_float32_products_are_those_of_torch_s_newer_setting() -> None:
     for setting, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
         with float32_products(setting):
-            assert dot_precision(torch.float32, "sm_90") == expected
+            assert dot_precision(torch.float32, "sm_90", (64, 64)) == expected
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,10 @@ def test_every_architecture_has_tiles_for_every_head_dim(dtype: torch.dtype, arc
     """Also one that no table names. In shared memory: an estimate, the audit compiles."""
     for key_dim in (1, 8, 24, 60, 64, 100, 128, 200, 256):
         for lengths in ((1, 1), (65, 64), (1000, 0)):
-            for precision in ("ieee", "tf32") if dtype is torch.float32 else ("ieee",):
+            precisions = ["ieee"]
+            if dtype is torch.float32:
+                precisions += ["tf32", *(["tf32x3"] if key_dim <= LARGEST_IN_THREE_PRODUCTS else [])]
+            for precision in precisions:
                 config = pop_tiles(lengths, (key_dim, key_dim), dtype, precision, architecture)
                 rows = config.tile if config.steps else sum(n // 64 * 64 + tail_rows(n, 64) for n in lengths)
                 columns = 2 * padded(key_dim) + config.cols_v

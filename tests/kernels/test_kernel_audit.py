@@ -300,6 +300,32 @@ def test_what_known_kernels_compile_to(tmp_path: Path) -> None:
         assert (half["hgmma"] > 0) == (architecture == "sm_90")
 
 
+COMPILE_THREE_PRODUCTS = """
+import dataclasses, json
+import torch, triton
+from benchmarks.kernel_audit.calls import launcher, on_architecture
+from benchmarks.kernel_audit.compiled import compile_for, recorded
+
+triton.knobs.language.fp32_default = "tf32x3"
+q, k, v, grad = (torch.empty(64, 256, 4, 64, device="meta") for _ in range(4))
+inputs = q, k, v, torch.empty(4, device="meta"), None, 1.0
+with on_architecture("sm_90", "retention_bwd"), recorded("sm_90") as launches:
+    launcher("retention_fwd")(*inputs)
+    launcher("retention_bwd")(*inputs, None, grad, None)
+found = {item.key: item for item in launches}.values()
+print(json.dumps({item.name: dataclasses.asdict(compile_for("sm_90", item)) for item in found}))
+"""
+
+
+def test_three_products_of_float32_are_those_of_tensor_cores(tmp_path: Path) -> None:
+    found = run_program(COMPILE_THREE_PRODUCTS, tmp_path)
+    assert found.keys() == {"retention_fwd_kernel", "retention_bwd_kernel"}
+    for figures in found.values():
+        assert figures["stack"] == 0
+        assert figures["hazards"] == []
+        assert figures["loop_mma"] > 0
+
+
 def assert_all_met(printed: str, *promises: str) -> None:
     """The audit printed no missed target, and a met one for each promise."""
     lines = printed.splitlines()

@@ -27,10 +27,11 @@ def describe(inputs: Inputs, shape: Sequence[int], mode: str, block_size: int | 
     batch, length, heads = shape
     configs, launch = kernels("configs"), kernels("launch")
     architecture = launch.architecture_of(inputs.device)
+    head_dims = inputs.key_dim, inputs.value_dim
     common = {
-        "head_dims": (inputs.key_dim, inputs.value_dim),
+        "head_dims": head_dims,
         "dtype": inputs.dtype,
-        "precision": launch.dot_precision(inputs.dtype, architecture),
+        "precision": launch.dot_precision(inputs.dtype, architecture, head_dims),
         "architecture": architecture,
         "multiprocessors": launch.multiprocessors_of(inputs.device),
     }

@@ -41,6 +41,9 @@ from retpop.arguments import are_batched, state_dtype, without_autocast
 
 _Run = Callable[..., Any]
 
+_Products = tuple[str, str | None]
+"""torch's and Triton's settings of float32 products, which `kernels.launch.dot_precision` follows."""
+
 
 def interpreting() -> bool:
     """Whether Triton's interpreter is on, by the values that Triton itself accepts."""
@@ -169,11 +172,11 @@ class KernelOp:
             return None
         return self._plan(forms, *setting())
 
-    def _planned(self, forms: tuple[Any, ...], precision: str, with_gradient: bool) -> Planned | None:
+    def _planned(self, forms: tuple[Any, ...], products: _Products, with_gradient: bool) -> Planned | None:
         repeats = kernels("repeat")
         if with_gradient and any(requires_grad for *_, requires_grad in repeats.tensor_forms(forms)):
             gradient = self._gradient
-            return None if gradient is None else _Differentiable(self._launch, gradient, forms, precision)
+            return None if gradient is None else _Differentiable(self._launch, gradient, forms, products)
         call: Planned = repeats.recorded_call(self._launch, forms)
         return call
 
@@ -187,8 +190,8 @@ class _Differentiable:
         unsaved: see `Gradient`.
     """
 
-    def __init__(self, launch: _Run, gradient: Gradient, forms: tuple[Any, ...], precision: str) -> None:
-        self._gradient, self._forms, self._precision = gradient, forms, precision
+    def __init__(self, launch: _Run, gradient: Gradient, forms: tuple[Any, ...], products: _Products) -> None:
+        self._gradient, self._forms, self._products = gradient, forms, products
         self.keeps, self.unsaved = gradient.keep is not None, gradient.unsaved
         self.run: Planned = kernels("repeat").recorded_call(gradient.keep or launch, forms)
         self._plan = lru_cache(maxsize=_GRADIENTS_KEPT)(self._planned)
@@ -210,13 +213,13 @@ class _Differentiable:
         forms = kernels("repeat").forms_of((*saved, *grads), tensors)
         if forms is None or torch.is_grad_enabled() or is_observed() or any(map(is_batched, tensors)):
             return self._computed(self._gradient.by_ops, saved[:-1], None, grads, needs)
-        return self._plan(forms, needs, float32_precision())(tensors)
+        return self._plan(forms, needs, products_setting())(tensors)
 
-    def _planned(self, forms: tuple[Any, ...], needs: tuple[bool, ...], precision: str) -> Planned:
+    def _planned(self, forms: tuple[Any, ...], needs: tuple[bool, ...], products: _Products) -> Planned:
         def launch(*given: Tensor | None) -> list[Tensor | None]:
             *saved, kept = given[: len(needs) - self.unsaved + 1]
-            # A kept tensor is of the tiles that the setting of the precision chose.
-            kept = kept if precision == self._precision else None
+            # A kept tensor is of the tiles that these settings chose.
+            kept = kept if products == self._products else None
             return self._computed(self._gradient.launch, saved, kept, given[len(saved) + 1 :], needs)
 
         call: Planned = kernels("repeat").recorded_call(launch, forms)
@@ -260,9 +263,14 @@ def is_observed() -> bool:
     return bool(mode_is_active() or transforms_are_active() or is_tracing())
 
 
-def setting() -> tuple[str, bool]:
-    """What of torch's state a planned call depends on: the precision of float32 products, and grad mode."""
-    return float32_precision(), torch.is_grad_enabled()
+def products_setting() -> _Products:
+    """The settings of float32 products now."""
+    return float32_precision(), kernels("launch").float32_default()
+
+
+def setting() -> tuple[_Products, bool]:
+    """What beside its arguments a planned call depends on: settings of float32 products, and grad mode."""
+    return products_setting(), torch.is_grad_enabled()
 
 
 def run_kernels(x: Tensor) -> bool:
